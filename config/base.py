@@ -1,0 +1,135 @@
+"""Every configuration key, once: default, unit, meaning. Recipes in config/grpo.py say only what differs.
+
+The defaults are the embedded tiny SD3 on two CPU cores; `flow_grpo.settings.resolve` checks every value.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Return the default configuration, locked: a key that is not declared here cannot be set."""
+    config = ConfigDict()
+
+    # --- the run -----------------------------------------------------------------------------------
+    config.run_name = ""  # folder under logdir; empty: recipe name and the time of day
+    config.recipe = ""  # name of the recipe, set by config/grpo.py
+    config.logdir = "logs"  # where run folders are written
+    config.project = "flow-matching-entropy"  # project name for wandb
+    config.trackers = ("tensorboard",)  # any of "wandb", "tensorboard"; metrics.jsonl is always written
+    config.seed = 42  # every random number is keyed by it
+    config.num_epochs = 100  # stop after so many epochs ...
+    config.max_seconds = 0.0  # ... or after so many seconds of training, evaluation not counted; 0: no limit
+    config.num_processes = 0  # refuse to start on another number of processes; 0: take what is launched
+    config.num_threads = 0  # CPU threads per process; 0: leave torch's choice
+    config.resume_from = ""  # a run folder, its checkpoints folder, or one checkpoint
+
+    # --- how often, in epochs; 0: never --------------------------------------------------------------
+    config.eval_freq = 10  # evaluate before the first epoch, every so many, and after the last
+    config.save_freq = 10  # write a checkpoint every so many epochs, and after the last
+    config.num_checkpoint_limit = 5  # keep so many latest checkpoints, plus the best; 0: keep all
+
+    # --- the model -----------------------------------------------------------------------------------
+    config.pretrained = ConfigDict()
+    config.pretrained.model = "assets/tiny_sd3"  # a StableDiffusion3Pipeline: directory or hub id
+    config.pretrained.revision = ""  # hub revision; empty: the default branch
+    config.resolution = 32  # height and width of the images, in pixels
+    config.max_sequence_length = 8  # tokens given to the T5 encoder
+    config.mixed_precision = "no"  # "no", "bf16" or "fp16": dtype of the frozen weights and of autocast
+    config.allow_tf32 = True  # TF32 matrix products on GPUs
+    config.gradient_checkpointing = False  # recompute the transformer's activations in the backward pass
+    config.prompt_cache_size = 1024  # prompts whose embeddings are kept in memory
+
+    config.use_lora = True  # False: fine-tune every weight of the transformer
+    config.lora = ConfigDict()
+    config.lora.rank = 16
+    config.lora.alpha = 32
+    config.lora.target_modules = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    )
+
+    # --- prompts -------------------------------------------------------------------------------------
+    config.prompts = ConfigDict()
+    config.prompts.train = "assets/prompts/tiny/train.txt"  # .txt: one prompt a line; .jsonl: {"prompt": ..., ...}
+    config.prompts.test = "assets/prompts/tiny/test.txt"
+
+    # --- rewards: the training reward is the sum of weight * reward over the non-zero weights -----------
+    config.reward_fn = ConfigDict()
+    config.reward_fn.pickscore = 0.0
+    config.reward_fn.clipscore = 0.0
+    config.reward_fn.jpeg_compressibility = 0.0
+    config.reward_fn.jpeg_incompressibility = 0.0
+    config.reward_model = ConfigDict()  # checkpoints of the rewards that have one: directory or hub id
+    config.reward_model.pickscore = "assets/tiny_pickscore"
+    config.reward_model.clipscore = "assets/tiny_pickscore"
+
+    # --- which loop ----------------------------------------------------------------------------------
+    config.use_reward_gradient = False  # False: GRPO (flow_grpo/grpo.py); True: DRTune (flow_grpo/drtune.py)
+
+    # --- sampling, during training ---------------------------------------------------------------------
+    config.sample = ConfigDict()
+    config.sample.num_steps = 10  # sampler steps
+    config.sample.guidance_scale = 1.0  # classifier-free guidance; 1: one forward, no guidance
+    config.sample.sde_type = "sde"  # "ode", "sde", "dance" or "cps": flow_grpo/diffusers_patch/step.py
+    config.sample.noise_level = 0.7  # eta of the stochastic samplers
+    config.sample.sde_window_size = 0  # so many consecutive stochastic (trained) steps, the rest ODE; 0: all
+    config.sample.sde_window_range = (0, 0)  # first and one-past-last step the window may cover; (0, 0): all
+    config.sample.groups_per_epoch = 10  # prompts drawn per epoch, over all processes
+    config.sample.num_image_per_prompt = 8  # group size: images per drawn prompt
+    config.sample.batch_size = 80  # images per forward, per process
+
+    # --- training, both loops -----------------------------------------------------------------------
+    config.train = ConfigDict()
+    config.train.batch_size = 40  # images per forward and backward, per process
+    config.train.updates_per_epoch = 2  # optimizer steps into which an epoch's images are divided
+    config.train.learning_rate = 1e-3  # AdamW
+    config.train.adam_beta1 = 0.9
+    config.train.adam_beta2 = 0.999
+    config.train.adam_weight_decay = 1e-4
+    config.train.adam_epsilon = 1e-8
+    config.train.max_grad_norm = 1.0  # gradients are clipped to this norm
+    config.train.beta = 0.0  # weight of the KL divergence to the reference model
+    config.train.ema = True  # keep an exponential moving average of the trained weights
+    config.train.ema_decay = 0.9
+    config.train.max_nonfinite_updates = 5  # so many skipped updates in a row stop the run
+
+    # --- GRPO only -------------------------------------------------------------------------------------
+    config.train.num_inner_epochs = 1  # passes over an epoch's samples
+    config.train.clip_range = 1e-3  # the ratio is clipped to [1 - c, 1 + c]
+    config.train.adv_clip_max = 5.0  # advantages are clamped to +-this
+    config.train.advantage_mode = "all"  # "all", "positive", "negative" or "weighted"
+    config.train.global_std = False  # normalise by the std of the whole epoch instead of the group's
+    config.train.timestep_fraction = 1.0  # train on this fraction of the stochastic steps, drawn per update
+    config.train.kl_space = "gaussian"  # "gaussian": KL of the step's Gaussians; "velocity": squared difference
+    config.train.ratio_normalization = False  # GRPO-Guard's normalised ratio
+    config.train.max_ratio_error = 1e-2  # |ratio - 1| allowed before the first update of an epoch
+
+    # --- DRTune only -----------------------------------------------------------------------------------
+    config.drtune = ConfigDict()
+    config.drtune.num_train_steps = 5  # K: sampler steps that carry gradient
+    config.drtune.early_stop = 0  # m: stop at a step drawn from the last m and decode x0_hat; 0: run all steps
+    config.drtune.two_pass = False  # True: memory does not grow with K, for K more forwards
+    config.drtune.hinge = 0.0  # c of the loss relu(c - reward); 0: the plain loss, -reward
+
+    # --- evaluation: ODE sampler, fixed prompts, fixed noise ----------------------------------------------
+    config.eval = ConfigDict()
+    config.eval.seed = 0  # keys the noise: the same images are asked of every run, whatever its seed
+    config.eval.num_steps = 10
+    config.eval.guidance_scale = 1.0
+    config.eval.num_prompts = 0  # the first so many test prompts; 0: all
+    config.eval.num_image_per_prompt = 16
+    config.eval.batch_size = 80
+    config.eval.ema = True  # evaluate the averaged weights as well as the current ones
+    config.eval.rewards = ()  # rewards measured besides those of reward_fn
+    config.eval.judge = "assets/tiny_features"  # a CLIP not used as reward, for prompt accuracy; empty: none
+    config.eval.modes = "assets/prompts/tiny/modes.json"  # known modes of each prompt, counted; empty: none
+    config.eval.num_grid_prompts = 10  # rows of the image grid
+    config.eval.num_grid_images = 8  # columns of the image grid
+
+    return config.lock()

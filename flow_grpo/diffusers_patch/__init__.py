@@ -1,0 +1,1 @@
+"""The sampler: one affine step, its log-probability, and the rollout."""

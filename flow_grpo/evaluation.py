@@ -1,0 +1,198 @@
+"""Evaluation: fixed prompts and fixed noise through the ODE sampler, once; then every evaluator on those samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from ml_collections import FrozenConfigDict
+from PIL import Image
+from scipy.stats import entropy
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from flow_grpo.policy import Policy
+from flow_grpo.prompts import PromptDataset
+from flow_grpo.randomness import keyed_generator
+from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.clip import ClipScorer
+from flow_grpo.settings import Settings
+from flow_grpo.tracking import Run
+from flow_grpo.types import Samples
+
+
+class Evaluator(Protocol):
+    """Measures the samples of one evaluation."""
+
+    name: str
+
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Metrics, without a prefix; called on the main process only."""
+
+
+def evaluate(
+    policy: Policy, prompts: PromptDataset, evaluators: Sequence[Evaluator], settings: Settings, run: Run, prefix: str
+) -> dict[str, float]:
+    """Sample with the policy's current weights, measure, and write the image grid.
+
+    Returns:
+        `prefix/<metric>` of every evaluator, on the main process; nothing on the others.
+    """
+    samples = draw_samples(policy, prompts, settings, run)
+    if not run.is_main:
+        return {}
+    metrics: dict[str, float] = {}
+    for evaluator in run.progress(evaluators, "evaluating"):
+        metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(samples).items()}
+    run.log_image(prefix, image_grid(samples, settings.config), run.counters.epoch)
+    return metrics
+
+
+def draw_samples(policy: Policy, prompts: PromptDataset, settings: Settings, run: Run) -> Samples:
+    """`num_image_per_prompt` images of each of the first `num_prompts` test prompts, no more and no fewer.
+
+    Image s of prompt p has noise keyed by (eval.seed, p, s). Processes take every n-th image; the result is complete
+    and in order on every process.
+    """
+    config = settings.config.eval
+    num_prompts = config.num_prompts or len(prompts.prompts)
+    chosen, metadata = prompts.prompts[:num_prompts], prompts.metadata[:num_prompts]
+    ids = [(p, s) for p in range(len(chosen)) for s in range(config.num_image_per_prompt)]
+    share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
+    found = []
+    batches = [share[i : i + config.batch_size] for i in range(0, len(share), config.batch_size)]
+    for batch in run.progress(batches, "evaluation samples"):
+        generators = [keyed_generator(config.seed, "eval", *ids[i]) for i in batch]
+        with torch.no_grad():
+            latents = policy.sample_ode([chosen[ids[i][0]] for i in batch], generators).final_latents
+            images = policy.decode(latents)
+        found += zip(batch, images.float().cpu(), latents.cpu(), strict=True)
+    gathered = sorted(gather_object(found), key=lambda item: item[0])
+    return Samples(
+        images=torch.stack([image for _, image, _ in gathered]),
+        latents=torch.stack([latents for _, _, latents in gathered]),
+        prompts=tuple(chosen[p] for p, _ in ids),
+        metadata=tuple(metadata[p] for p, _ in ids),
+        prompt_ids=torch.tensor([p for p, _ in ids]),
+    )
+
+
+def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
+    """The first images of the first prompts: a row for each prompt."""
+    rows = [
+        samples.images[samples.prompt_ids == prompt][: config.eval.num_grid_images]
+        for prompt in range(min(config.eval.num_grid_prompts, int(samples.prompt_ids.max()) + 1))
+    ]
+    grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=1, pad_value=1.0)
+    return Image.fromarray((grid.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+# --- evaluators ----------------------------------------------------------------------------------------
+
+
+class RewardEvaluator:
+    """`reward/total`, the weighted sum that is trained on, and `reward/<name>` of every reward in use."""
+
+    name = "reward"
+
+    def __init__(self, reward: WeightedReward, batch_size: int, device: torch.device) -> None:
+        self.reward, self.batch_size, self.device = reward, batch_size, device
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Means over the samples."""
+        sums: dict[str, float] = {}
+        for part in _slices(len(samples.prompts), self.batch_size):
+            images = samples.images[part].to(self.device)
+            scores = self.reward.evaluate(images, samples.prompts[part], samples.metadata[part])
+            for name, value in {"total": scores.total, **scores.terms}.items():
+                sums[name] = sums.get(name, 0.0) + value.double().sum().item()
+        return {f"reward/{name}": value / len(samples.prompts) for name, value in sums.items()}
+
+
+class JudgeEvaluator:
+    """How well a CLIP that is not the reward recognises each image's prompt among the evaluated ones.
+
+    `judge/accuracy`: share of images whose best-matching prompt is their own. `judge/similarity`: mean cosine with it.
+    """
+
+    name = "judge"
+
+    def __init__(self, scorer: ClipScorer, batch_size: int) -> None:
+        self.scorer, self.batch_size = scorer, batch_size
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Over all samples."""
+        candidates = tuple(dict.fromkeys(samples.prompts))
+        similarity = similarities(self.scorer, samples.images, candidates, self.batch_size)  # (N, candidates)
+        own = torch.tensor([candidates.index(prompt) for prompt in samples.prompts])
+        return {
+            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item(),
+            "judge/similarity": similarity.gather(1, own[:, None]).double().mean().item(),
+        }
+
+
+class ModeEvaluator:
+    """Counts the known modes of each prompt, e.g. the colours of "a sneaker", as the judge sees them.
+
+    `modes/<mode>`: share of the images. `modes/entropy`: of these shares, in nats; log of the number of modes at most.
+    """
+
+    name = "modes"
+
+    def __init__(self, scorer: ClipScorer, modes: Mapping[str, Mapping[str, str]], batch_size: int) -> None:
+        """`modes`: prompt -> mode -> the caption that describes it."""
+        self.scorer, self.modes, self.batch_size = scorer, modes, batch_size
+
+    @classmethod
+    def load(cls, scorer: ClipScorer, path: str, batch_size: int) -> ModeEvaluator:
+        """Read the modes from a JSON file."""
+        return cls(scorer, json.loads(Path(path).read_text()), batch_size)
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Over the samples of prompts whose modes are known; nothing if there are none."""
+        counts: dict[str, int] = {}
+        for prompt in dict.fromkeys(samples.prompts):
+            if prompt not in self.modes:
+                continue
+            images = samples.images[[i for i, other in enumerate(samples.prompts) if other == prompt]]
+            names, captions = zip(*self.modes[prompt].items(), strict=True)
+            best = similarities(self.scorer, images, captions, self.batch_size).argmax(1)
+            for index, name in enumerate(names):
+                counts[name] = counts.get(name, 0) + int((best == index).sum())
+        if not counts:
+            return {}
+        total = sum(counts.values())
+        shares = {f"modes/{name}": count / total for name, count in counts.items()}
+        return shares | {"modes/entropy": float(entropy(list(counts.values())))}
+
+
+def similarities(scorer: ClipScorer, images: Tensor, texts: Sequence[str], batch_size: int) -> Tensor:
+    """Cosine of every image (N, 3, H, W) with every text: (N, texts), on the CPU."""
+    text_features = scorer.text_features(texts)
+    parts = [scorer.image_features(images[part]) @ text_features.T for part in _slices(len(images), batch_size)]
+    return torch.cat(parts).cpu()
+
+
+def build_evaluators(reward: WeightedReward, settings: Settings, device: torch.device) -> list[Evaluator]:
+    """Those that the configuration asks for."""
+    config = settings.config.eval
+    evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device)]
+    if config.judge:
+        scorer = ClipScorer(config.judge, device)
+        evaluators.append(JudgeEvaluator(scorer, config.batch_size))
+        if config.modes:
+            evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size))
+    return evaluators
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover range(total)."""
+    return (slice(start, start + size) for start in range(0, total, size))

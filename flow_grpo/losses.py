@@ -1,0 +1,78 @@
+"""Losses of both training loops: pure functions of tensors.
+
+Log-probabilities, means and divergences are averaged over the D latent dimensions (see `step_log_prob`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """The clipped objective of one step of a batch, and what is logged of it (scalars, detached but `loss`)."""
+
+    loss: Tensor
+    ratio_mean: Tensor
+    clip_fraction: Tensor  # share of ratios outside [1 - c, 1 + c]
+    approx_kl: Tensor  # of old and new step, nats per dimension: mean of (log r)^2 / 2
+
+
+def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> PolicyLoss:
+    """PPO's clipped loss (arXiv 1707.06347, eq. 7): mean of max(-A r, -A clip(r, 1 - c, 1 + c)), r = exp(log_ratio).
+
+    Args:
+        log_ratio: (B,), differentiable.
+        advantages: (B,), already clamped.
+        clip_range: c.
+    """
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped).mean()
+    with torch.no_grad():
+        return PolicyLoss(
+            loss=loss,
+            ratio_mean=ratio.mean(),
+            clip_fraction=((ratio - 1).abs() > clip_range).to(ratio.dtype).mean(),
+            approx_kl=0.5 * log_ratio.square().mean(),
+        )
+
+
+def normalized_log_ratio(log_ratio: Tensor, mean: Tensor, mean_old: Tensor, std: float) -> Tensor:
+    """GRPO-Guard's ratio normalisation (arXiv 2510.22319): log r <- s log r + |mu - mu_old|^2 / (2 s D), (B,).
+
+    Derivation: x' = mu_old + s z, so with d = mu - mu_old the per-dimension log r is (z d) / s - d^2 / (2 s^2).
+    Its second term pulls the ratio below 1 and its first grows as s shrinks. The normalised form is mean(z d): centred,
+    and on one scale at every step. The caller divides the loss by -dt to even out the steps' gradients.
+
+    Args:
+        log_ratio: (B,), of `sde` or `dance` steps (of `cps` there is no variance in it to undo).
+        mean, mean_old: (B, C, h, w), under the current and the sampling weights.
+        std: s of the step.
+    """
+    drift = (mean - mean_old).square().flatten(1).mean(1)
+    return std * log_ratio + drift / (2 * std)
+
+
+def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: float) -> Tensor:
+    """KL(N(mean, s^2 I) || N(mean_ref, s^2 I)) / D = mean((mu - mu_ref)^2) / (2 s^2), averaged over the batch: scalar.
+
+    s holds the factor sqrt(-dt). Flow-GRPO's code leaves that factor out of this formula, so that its `beta` weighs
+    differently: there the term is -dt times the one here.
+    """
+    return (mean - mean_ref).square().mean() / (2 * std**2)
+
+
+def velocity_kl(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
+    """mean((v - v_ref)^2), averaged over batch and dimensions: scalar. The form for steps without noise."""
+    return (velocity - velocity_ref).square().mean()
+
+
+def reward_loss(rewards: Tensor, hinge: float = 0.0) -> Tensor:
+    """-mean R, or with a hinge c > 0 mean relu(c - R), which stops pushing an image once its reward is c: scalar."""
+    if hinge > 0:
+        return torch.relu(hinge - rewards).mean()
+    return -rewards.mean()

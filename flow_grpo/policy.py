@@ -1,0 +1,221 @@
+"""The model that is fine-tuned: a Stable Diffusion 3 pipeline with its trainable weights, optimizer and average."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig
+from torch import Tensor
+
+from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
+from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
+from flow_grpo.errors import ConfigError
+from flow_grpo.randomness import keyed_generator
+from flow_grpo.settings import Settings
+from flow_grpo.types import PromptEmbeds, Trajectory
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
+    """Load `config.pretrained.model`: weights in the dtype of `mixed_precision`, the VAE in float32.
+
+    Raises:
+        ConfigError: it is no StableDiffusion3Pipeline.
+    """
+    pretrained = settings.config.pretrained
+    dtype = {"default": DTYPES[settings.config.mixed_precision], "vae": torch.float32}
+    try:
+        with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            return StableDiffusion3Pipeline.from_pretrained(
+                pretrained.model, revision=pretrained.revision or None, torch_dtype=dtype
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"pretrained.model {pretrained.model!r} cannot be loaded as an SD3 pipeline: {reason}") from error
+
+
+class Policy:
+    """Everything of the model that the two training loops and the evaluation need.
+
+    Weights that are trained are float32; all others are frozen, in the dtype of `mixed_precision`. The transformer is
+    not wrapped for distributed training: `optimization.apply_update` averages gradients once per update.
+
+    Attributes:
+        transformer, vae: the modules themselves.
+        trainable: the trained parameters, in a fixed order.
+        optimizer: AdamW on them, prepared by accelerate.
+        ema: `diffusers.training_utils.EMAModel` of them, or None.
+        network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
+            forward count.
+        skipped_in_a_row: updates skipped since the last that was applied.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, settings: Settings, accelerator: Accelerator) -> None:
+        config = settings.config
+        self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
+        self.pipeline = pipeline.to(self.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        self.network_evaluations = 0
+        self.skipped_in_a_row = 0
+        self._freeze()
+        self._reference: torch.nn.Module | None = None
+        if config.use_lora:
+            self._add_lora()
+        else:
+            self._train_everything(keep_reference=config.train.beta > 0)
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.trainable = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.optimizer = accelerator.prepare(self._adamw())
+        self.ema = EMAModel(self.trainable, decay=config.train.ema_decay) if config.train.ema else None
+        self._encode_one = lru_cache(maxsize=config.prompt_cache_size)(self._encode_uncached)
+
+    @classmethod
+    def load(cls, settings: Settings, accelerator: Accelerator) -> Policy:
+        """Load the pretrained pipeline and make its policy."""
+        torch.backends.cuda.matmul.allow_tf32 = settings.config.allow_tf32
+        return cls(load_pipeline(settings), settings, accelerator)
+
+    # --- construction --------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        """No module trains, and none has dropout on."""
+        for module in self.pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval()
+
+    def _add_lora(self) -> None:
+        """LoRA (arXiv 2106.09685) on the transformer; Gaussian A, zero B, the same on every process."""
+        lora = self.settings.config.lora
+        adapter = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(lora.target_modules),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_generator(self.settings.config.seed, "lora").initial_seed())
+            self.transformer.add_adapter(adapter)
+        cast_training_params(self.transformer, torch.float32)
+
+    def _train_everything(self, keep_reference: bool) -> None:
+        """Full fine-tuning; the KL divergence then needs a frozen copy."""
+        if keep_reference:
+            self._reference = copy.deepcopy(self.transformer)
+        self.transformer.to(torch.float32).requires_grad_(True)
+
+    def _adamw(self) -> torch.optim.AdamW:
+        train = self.settings.config.train
+        return torch.optim.AdamW(
+            self.trainable,
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            weight_decay=train.adam_weight_decay,
+            eps=train.adam_epsilon,
+        )
+
+    # --- prompts, velocity, images -----------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P)."""
+        parts = [self._encode_one(prompt) for prompt in prompts]
+        return PromptEmbeds.cat(parts)
+
+    @torch.no_grad()
+    def _encode_uncached(self, prompt: str) -> PromptEmbeds:
+        prompt_embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.config.max_sequence_length,
+        )
+        return PromptEmbeds(prompt_embeds, pooled)
+
+    def velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        """The guided velocity v(x, sigma) of these prompts: (B, C, h, w) -> (B, C, h, w), float32."""
+        return self._velocity_of(self.transformer, embeds, guidance_scale)
+
+    def reference_velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        """The same under the pretrained weights, without gradient."""
+        module = self.transformer if self._reference is None else self._reference
+        velocity = self._velocity_of(module, embeds, guidance_scale)
+
+        def reference(latents: Tensor, sigma: float) -> Tensor:
+            with torch.no_grad(), self._adapter_disabled():
+                return velocity(latents, sigma)
+
+        return reference
+
+    def _velocity_of(self, transformer: torch.nn.Module, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        guided = guidance_scale != 1.0
+        negative = self.encode([""] * len(embeds)) if guided else None
+
+        def velocity(latents: Tensor, sigma: float) -> Tensor:
+            self.network_evaluations += len(latents) * (2 if guided else 1)
+            with self.accelerator.autocast():
+                return guided_velocity(transformer, latents, sigma, embeds, negative, guidance_scale)
+
+        return velocity
+
+    @contextmanager
+    def _adapter_disabled(self) -> Iterator[None]:
+        """Switch LoRA off; nothing to do for a frozen copy."""
+        if self._reference is not None:
+            yield
+            return
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
+        self.pipeline.scheduler.set_timesteps(num_steps)
+        return self.pipeline.scheduler.sigmas.clone()
+
+    def noise(self, generators: list[torch.Generator]) -> Tensor:
+        """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""
+        side = self.settings.config.resolution // self.pipeline.vae_scale_factor
+        shape = (len(generators), self.transformer.config.in_channels, side, side)
+        return randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
+
+    def sample_ode(self, prompts: Sequence[str], generators: list[torch.Generator]) -> Trajectory:
+        """Evaluation's sampler: the ODE at `config.eval`'s steps and guidance."""
+        evaluation = self.settings.config.eval
+        velocity = self.velocity(self.encode(prompts), evaluation.guidance_scale)
+        return pipeline_with_logprob(velocity, self.noise(generators), self.sigmas(evaluation.num_steps))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, differentiable."""
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+    # --- averaged weights --------------------------------------------------------------------------------
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Use the averaged weights inside the block. Without an average, the current ones."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.trainable)
+        self.ema.copy_to(self.trainable)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trainable)

@@ -1,0 +1,22 @@
+"""Random generators keyed by what they are for, never by call order or process.
+
+One and many processes, and resumed and unbroken runs, therefore draw the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def keyed_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+    """A CPU generator that depends on (seed, purpose, indices) and nothing else."""
+    key = repr((seed, purpose, *map(int, indices))).encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
+
+
+def sample_generators(seed: int, purpose: str, epoch: int, sample_ids: torch.Tensor) -> list[torch.Generator]:
+    """One generator for each image, as `diffusers.utils.torch_utils.randn_tensor` takes them."""
+    return [keyed_generator(seed, purpose, epoch, index) for index in sample_ids.tolist()]

@@ -1,0 +1,471 @@
+"""From a configuration to the loops of a run: `resolve` checks every value and derives the batch arithmetic.
+
+Every mistake is a ConfigError of one sentence, raised before anything loads: the key, its value, what is allowed.
+Nothing heavy is imported at the top of this module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.rewards.registry import check_checkpoint, validate_rewards
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHECKPOINT_STATE = "state.json"  # the file that makes a folder a finished checkpoint
+HUB_PIXELS_PER_TOKEN = 16  # SD3's VAE shrinks an image by 8, its transformer takes patches of 2
+LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of an epoch are divided among processes and updates.
+
+    Sample ids 0 ... images - 1 run through the groups in order. A process makes a contiguous slice of them, which may
+    begin or end within a group. Update u trains the ids with id % updates == u: the same images on any number of
+    processes, and a share of every group.
+    """
+
+    groups: int  # prompts of an epoch
+    group_size: int  # images of each
+    images: int  # of an epoch, over all processes
+    images_per_process: int
+    images_per_update: int  # per process
+    updates: int  # optimizer steps into which an epoch's images are divided
+
+    def process_slice(self, rank: int) -> slice:
+        """The sample ids that process `rank` makes."""
+        return slice(rank * self.images_per_process, (rank + 1) * self.images_per_process)
+
+    def update_indices(self, update: int) -> Tensor:
+        """The images of one update, (images_per_update,) int64: positions in the slice of any process."""
+        import torch
+
+        return torch.arange(update, self.images_per_process, self.updates)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A configuration that was checked, and what follows from it on this number of processes."""
+
+    config: FrozenConfigDict
+    plan: BatchPlan
+    num_processes: int
+
+
+def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
+    """Check everything that can be checked before a model loads, and derive the batch arithmetic.
+
+    Args:
+        config: every key of config/base.py.
+        num_processes: processes that were started.
+        cuda: whether they run on GPUs.
+
+    Raises:
+        ConfigError: for the first mistake found.
+    """
+    config = _with_home_expanded(config)
+    _check_values(config)
+    _check_launch(config, num_processes, cuda)
+    validate_rewards(config)
+    _check_sampler(config)
+    _check_loop(config)
+    plan = plan_batches(
+        groups=config.sample.groups_per_epoch,
+        group_size=config.sample.num_image_per_prompt,
+        updates=config.train.updates_per_epoch,
+        num_processes=num_processes,
+    )
+    _check_model(config)
+    _check_prompts(config)
+    if config.eval.modes:
+        _read_json("eval.modes", Path(config.eval.modes))
+    if config.resume_from:
+        find_checkpoint(config.resume_from)
+    return Settings(FrozenConfigDict(config), plan, num_processes)
+
+
+# --- batch arithmetic -----------------------------------------------------------------------------------
+
+
+def plan_batches(groups: int, group_size: int, updates: int, num_processes: int) -> BatchPlan:
+    """Divide groups * group_size images evenly; where that is impossible, ConfigError names values that would work."""
+    images = groups * group_size
+    if images % (num_processes * updates):
+        raise ConfigError(_uneven(groups, group_size, updates, num_processes))
+    return BatchPlan(
+        groups=groups,
+        group_size=group_size,
+        images=images,
+        images_per_process=images // num_processes,
+        images_per_update=images // num_processes // updates,
+        updates=updates,
+    )
+
+
+def _uneven(groups: int, group_size: int, updates: int, num_processes: int) -> str:
+    """The sentence about an epoch that does not divide: the nearest numbers of groups, and of updates, that do."""
+    images, parts = groups * group_size, num_processes * updates
+    step = parts // math.gcd(group_size, parts)
+    below = groups // step * step
+    works = f"{below} or {below + step}" if below else f"{step}"
+    advice = f"config.sample.groups_per_epoch = {works} would work"
+    if images % num_processes == 0:
+        nearest = min(_divisors(images // num_processes), key=lambda divisor: abs(divisor - updates))
+        advice += f", and so would config.train.updates_per_epoch = {nearest}"
+    return (
+        f"config.sample.groups_per_epoch = {groups} groups of {group_size} are {images} images, which do not divide "
+        f"into config.train.updates_per_epoch = {updates} equal parts on each of {num_processes} processes; {advice}."
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+# --- one value at a time --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one key may be."""
+
+    accepts: Callable[[Any], bool]
+    allowed: str  # completes "it takes ..."
+
+
+def _whole(low: int, high: int | None = None) -> Rule:
+    def accepts(value: Any) -> bool:
+        return type(value) is int and low <= value and (high is None or value <= high)
+
+    return Rule(accepts, f"a whole number of at least {low}" if high is None else f"a whole number, {low} to {high}")
+
+
+def _number(allowed: str, within: Callable[[float], bool]) -> Rule:
+    def accepts(value: Any) -> bool:
+        return type(value) in (int, float) and math.isfinite(value) and within(value)
+
+    return Rule(accepts, allowed)
+
+
+def _choice(*names: str) -> Rule:
+    return Rule(lambda value: value in names, " or ".join(f'"{name}"' for name in names))
+
+
+def _each(rule: Rule, allowed: str, low: int = 0, high: int | None = None) -> Rule:
+    """A tuple of low ... high values of one kind."""
+
+    def accepts(value: Any) -> bool:
+        fits = isinstance(value, tuple | list) and len(value) >= low and (high is None or len(value) <= high)
+        return fits and all(map(rule.accepts, value))
+
+    return Rule(accepts, allowed)
+
+
+_POSITIVE = _number("a number above 0", lambda x: x > 0)
+_NOT_NEGATIVE = _number("a number of at least 0", lambda x: x >= 0)
+_BELOW_ONE = _number("a number from 0 to below 1", lambda x: 0 <= x < 1)
+_FINITE = _number("a finite number", lambda x: True)
+_YES_OR_NO = Rule(lambda value: isinstance(value, bool), "True or False")
+_TEXT = Rule(lambda value: isinstance(value, str), "text")
+_FILLED = Rule(lambda value: isinstance(value, str) and value.strip() != "", "text that is not empty")
+
+RULES: Mapping[str, Rule] = {
+    "run_name": _TEXT,
+    "recipe": _TEXT,
+    "logdir": _FILLED,
+    "project": _FILLED,
+    "trackers": _each(_choice("wandb", "tensorboard"), 'a tuple of "wandb" and "tensorboard", or ()'),
+    "seed": _whole(0),
+    "num_epochs": _whole(0),
+    "max_seconds": _NOT_NEGATIVE,
+    "num_processes": _whole(0),
+    "num_threads": _whole(0),
+    "resume_from": _TEXT,
+    "eval_freq": _whole(0),
+    "save_freq": _whole(0),
+    "num_checkpoint_limit": _whole(0),
+    "pretrained.model": _FILLED,
+    "pretrained.revision": _TEXT,
+    "resolution": _whole(1),
+    "max_sequence_length": _whole(1, 512),
+    "mixed_precision": _choice("no", "bf16", "fp16"),
+    "allow_tf32": _YES_OR_NO,
+    "gradient_checkpointing": _YES_OR_NO,
+    "prompt_cache_size": _whole(1),
+    "use_lora": _YES_OR_NO,
+    "lora.rank": _whole(1),
+    "lora.alpha": _POSITIVE,
+    "lora.target_modules": _each(_FILLED, "a tuple of one or more names of modules", low=1),
+    "prompts.train": _FILLED,
+    "prompts.test": _FILLED,
+    "use_reward_gradient": _YES_OR_NO,
+    "sample.num_steps": _whole(1),
+    "sample.guidance_scale": _NOT_NEGATIVE,
+    "sample.sde_type": _choice("ode", "sde", "dance", "cps"),
+    "sample.noise_level": _NOT_NEGATIVE,
+    "sample.sde_window_size": _whole(0),
+    "sample.sde_window_range": _each(_whole(0), "two whole numbers, (first, one past the last)", low=2, high=2),
+    "sample.groups_per_epoch": _whole(1),
+    "sample.num_image_per_prompt": _whole(1),
+    "sample.batch_size": _whole(1),
+    "train.batch_size": _whole(1),
+    "train.updates_per_epoch": _whole(1),
+    "train.learning_rate": _POSITIVE,
+    "train.adam_beta1": _BELOW_ONE,
+    "train.adam_beta2": _BELOW_ONE,
+    "train.adam_weight_decay": _NOT_NEGATIVE,
+    "train.adam_epsilon": _POSITIVE,
+    "train.max_grad_norm": _POSITIVE,
+    "train.beta": _NOT_NEGATIVE,
+    "train.ema": _YES_OR_NO,
+    "train.ema_decay": _BELOW_ONE,
+    "train.max_nonfinite_updates": _whole(1),
+    "train.num_inner_epochs": _whole(1),
+    "train.clip_range": _number("a number above 0 and below 1", lambda x: 0 < x < 1),
+    "train.adv_clip_max": _POSITIVE,
+    "train.advantage_mode": _choice("all", "positive", "negative", "weighted"),
+    "train.global_std": _YES_OR_NO,
+    "train.timestep_fraction": _number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    "train.kl_space": _choice("gaussian", "velocity"),
+    "train.ratio_normalization": _YES_OR_NO,
+    "train.max_ratio_error": _POSITIVE,
+    "drtune.num_train_steps": _whole(1),
+    "drtune.early_stop": _whole(0),
+    "drtune.two_pass": _YES_OR_NO,
+    "drtune.hinge": _NOT_NEGATIVE,
+    "eval.seed": _whole(0),
+    "eval.num_steps": _whole(1),
+    "eval.guidance_scale": _NOT_NEGATIVE,
+    "eval.num_prompts": _whole(0),
+    "eval.num_image_per_prompt": _whole(1),
+    "eval.batch_size": _whole(1),
+    "eval.ema": _YES_OR_NO,
+    "eval.rewards": _each(_FILLED, "a tuple of names of rewards, or ()"),
+    "eval.judge": _TEXT,
+    "eval.modes": _TEXT,
+    "eval.num_grid_prompts": _whole(1),
+    "eval.num_grid_images": _whole(1),
+}
+
+# Groups of keys named after the rewards; `validate_rewards` checks the names.
+OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": _FINITE, "reward_model": _TEXT}
+
+
+def _check_values(config: ConfigDict) -> None:
+    """Every key of config/base.py is there, has a value of its kind and in its range; there are no others."""
+    values = dict(leaves(config))
+    missing = [key for key in RULES if key not in values]
+    if missing:
+        raise ConfigError(f"config.{missing[0]} is missing; start from a recipe of config/grpo.py or config/base.py.")
+    for key, value in values.items():
+        rule = RULES.get(key) or OPEN_GROUPS.get(key.split(".")[0])
+        if rule is None:
+            raise ConfigError(f"config.{key} = {value!r} is not a key; config/base.py declares all there are.")
+        if not rule.accepts(value):
+            raise ConfigError(f"config.{key} = {value!r} is not allowed; it takes {rule.allowed}.")
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key by its full name, and its value: ("train.beta", 0.0), ..."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _with_home_expanded(config: ConfigDict) -> ConfigDict:
+    """A copy in which "~/..." is written out, since the libraries that are given the paths do not do it."""
+    copied = ConfigDict(config.to_dict())
+    for key, value in list(leaves(copied)):
+        if isinstance(value, str) and value.startswith("~/"):
+            copied.update_from_flattened_dict({key: str(Path(value).expanduser())})
+    return copied
+
+
+# --- values that must agree -----------------------------------------------------------------------------
+
+
+def _check_launch(config: ConfigDict, num_processes: int, cuda: bool) -> None:
+    if config.num_processes not in (0, num_processes):
+        raise ConfigError(
+            f"config.num_processes = {config.num_processes}, but {num_processes} started; start "
+            f"{config.num_processes} ({LAUNCH_HINT}), or take what is started with config.num_processes = 0."
+        )
+    if config.mixed_precision == "fp16" and not cuda:
+        raise ConfigError('config.mixed_precision = "fp16" needs a GPU; it takes "no" or "bf16" on a CPU.')
+
+
+def _check_sampler(config: ConfigDict) -> None:
+    sample = config.sample
+    if sample.sde_type == "cps" and sample.noise_level > 1:
+        raise ConfigError(
+            f"config.sample.noise_level = {sample.noise_level} is not allowed with config.sample.sde_type = "
+            '"cps"; it takes a number from 0 to 1.'
+        )
+    size, (first, end) = sample.sde_window_size, sample.sde_window_range
+    if size > sample.num_steps:
+        raise ConfigError(
+            f"config.sample.sde_window_size = {size} is more than config.sample.num_steps = {sample.num_steps}; it "
+            "takes at most as many, or 0 for all steps."
+        )
+    if (first, end) == (0, 0):
+        return
+    if size == 0:
+        raise ConfigError(
+            f"config.sample.sde_window_range = {(first, end)} has no window to place; set "
+            "config.sample.sde_window_size, or the range to (0, 0)."
+        )
+    if not first + size <= end <= sample.num_steps:
+        raise ConfigError(
+            f"config.sample.sde_window_range = {(first, end)} must hold a window of {size} steps (sde_window_size) and "
+            f"end by step {sample.num_steps} (num_steps); (0, {sample.num_steps}) would."
+        )
+
+
+def _check_loop(config: ConfigDict) -> None:
+    """What only the chosen loop asks for."""
+    if config.use_reward_gradient:
+        _check_drtune(config)
+    else:
+        _check_grpo(config)
+
+
+def _check_grpo(config: ConfigDict) -> None:
+    sample, train = config.sample, config.train
+    if sample.sde_type == "ode":
+        raise ConfigError(
+            'config.sample.sde_type = "ode" has no log-probability, which GRPO needs; it takes "sde", "dance" or '
+            '"cps", unless config.use_reward_gradient = True.'
+        )
+    if sample.noise_level == 0:
+        raise ConfigError(
+            f"config.sample.noise_level = {sample.noise_level} has no log-probability, which GRPO needs; it takes a "
+            "number above 0."
+        )
+    if sample.num_image_per_prompt < 2:
+        raise ConfigError(
+            f"config.sample.num_image_per_prompt = {sample.num_image_per_prompt} leaves GRPO nothing to compare within "
+            "a group; it takes at least 2."
+        )
+    _check_cps_window(config)
+    if train.ratio_normalization and sample.sde_type == "cps":
+        raise ConfigError(
+            "config.train.ratio_normalization = True undoes a variance that the log-probability of "
+            'config.sample.sde_type = "cps" leaves out; it takes "sde" or "dance".'
+        )
+
+
+def _check_cps_window(config: ConfigDict) -> None:
+    """The last step of `cps` draws no noise: every window must hold another step."""
+    sample = config.sample
+    size = sample.sde_window_size or sample.num_steps
+    end = sample.sde_window_range[1] or sample.num_steps
+    if sample.sde_type == "cps" and size == 1 and end == sample.num_steps:
+        key = "sde_window_size" if sample.num_steps > 1 else "num_steps"
+        raise ConfigError(
+            f'config.sample.{key} = 1 may leave no step to train, as the last step of sde_type = "cps" draws no noise; '
+            "it takes at least 2."
+        )
+
+
+def _check_drtune(config: ConfigDict) -> None:
+    steps, trained, early_stop = config.sample.num_steps, config.drtune.num_train_steps, config.drtune.early_stop
+    if early_stop > steps:
+        raise ConfigError(
+            f"config.drtune.early_stop = {early_stop} is more than config.sample.num_steps = {steps}; it takes 0 to "
+            f"{steps}."
+        )
+    certain = steps - max(early_stop - 1, 0)
+    if trained > certain:
+        raise ConfigError(
+            f"config.drtune.num_train_steps = {trained} is more than the {certain} steps that are always executed "
+            f"(num_steps = {steps}, early_stop = {early_stop}); it takes 1 to {certain}."
+        )
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def _check_model(config: ConfigDict) -> None:
+    """The model is a hub id, or a folder with an SD3 pipeline that can make images of this size."""
+    model = config.pretrained.model
+    check_checkpoint("config.pretrained.model", model)
+    pixels_per_token, largest = HUB_PIXELS_PER_TOKEN, math.inf
+    if Path(model).is_dir():
+        _check_pipeline_class(Path(model))
+        transformer = _read_json("pretrained.model", Path(model, "transformer/config.json"))
+        vae = _read_json("pretrained.model", Path(model, "vae/config.json"))
+        pixels_per_token = 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
+        largest = pixels_per_token * transformer["pos_embed_max_size"]
+    if config.resolution % pixels_per_token or config.resolution > largest:
+        limit = "" if largest == math.inf else f", at most {largest}"
+        raise ConfigError(
+            f"config.resolution = {config.resolution} does not fit the model {model}; it takes a multiple of "
+            f"{pixels_per_token}{limit}."
+        )
+
+
+def _check_pipeline_class(model: Path) -> None:
+    if not (model / "model_index.json").is_file():
+        raise ConfigError(
+            f"config.pretrained.model = {str(model)!r} has no model_index.json; it takes the folder of a "
+            "StableDiffusion3Pipeline."
+        )
+    kind = _read_json("pretrained.model", model / "model_index.json").get("_class_name")
+    if kind != "StableDiffusion3Pipeline":
+        raise ConfigError(f"config.pretrained.model = {str(model)!r} is a {kind}; it takes a StableDiffusion3Pipeline.")
+
+
+def _read_json(key: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file that `key` names or holds."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"config.{key}: {path} is not a file that can be read; it takes a JSON file.") from None
+    except ValueError as error:
+        raise ConfigError(f"config.{key}: {path} is not JSON ({error}).") from None
+
+
+def _check_prompts(config: ConfigDict) -> None:
+    from flow_grpo.prompts import PromptDataset
+
+    PromptDataset.load(config.prompts.train)
+    found = len(PromptDataset.load(config.prompts.test))
+    if config.eval.num_prompts > found:
+        raise ConfigError(
+            f"config.eval.num_prompts = {config.eval.num_prompts} is more than the {found} prompts of "
+            f"{config.prompts.test}; it takes 1 to {found}, or 0 for all."
+        )
+
+
+def find_checkpoint(resume_from: str) -> Path:
+    """The checkpoint to continue: the given one, or the latest of a run folder or of its checkpoints folder.
+
+    Raises ConfigError where there is none that was finished.
+    """
+    given = Path(resume_from)
+    if (given / CHECKPOINT_STATE).is_file():
+        return given
+    finished = [
+        state.parent
+        for folder in (given, given / "checkpoints")
+        for state in folder.glob(f"checkpoint-*/{CHECKPOINT_STATE}")
+        if state.parent.name.removeprefix("checkpoint-").isdecimal()
+    ]
+    if not finished:
+        raise ConfigError(
+            f"config.resume_from = {resume_from!r} holds no checkpoint; it takes a run folder, its checkpoints folder, "
+            f"or one checkpoint-XXXXXX folder with a {CHECKPOINT_STATE}."
+        )
+    return max(finished, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))

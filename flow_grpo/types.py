@@ -1,0 +1,101 @@
+"""The data that flows through the package, with a shape on every field.
+
+B images in a batch, T sampler steps, W stochastic steps, (C, h, w) a latent, (3, H, W) an image,
+L prompt tokens, E embedding width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """The text conditioning of an SD3 transformer for a batch of prompts."""
+
+    prompt_embeds: Tensor  # (B, L, E)
+    pooled_prompt_embeds: Tensor  # (B, P)
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: Any) -> PromptEmbeds:
+        """Select prompts by slice, list or index tensor."""
+        return PromptEmbeds(self.prompt_embeds[index], self.pooled_prompt_embeds[index])
+
+    @staticmethod
+    def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        """Concatenate along the batch."""
+        return PromptEmbeds(
+            torch.cat([part.prompt_embeds for part in parts]),
+            torch.cat([part.pooled_prompt_embeds for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One rollout of the sampler, in float32, and what GRPO needs of it."""
+
+    latents: Tensor  # (B, T + 1, C, h, w): x at sigmas[0], ..., sigmas[T]
+    sigmas: Tensor  # (T + 1,), decreasing to 0
+    stochastic_steps: tuple[int, ...]  # the W step indices that drew noise, ascending
+    means: Tensor  # (B, W, C, h, w): a x + b v of each stochastic step
+    log_probs: Tensor  # (B, W): log-density of each stochastic step, averaged over the C h w dimensions
+
+    @property
+    def final_latents(self) -> Tensor:
+        """x_0, (B, C, h, w)."""
+        return self.latents[:, -1]
+
+    def __getitem__(self, index: Any) -> Trajectory:
+        """Select images by slice, list or index tensor."""
+        return replace(
+            self, latents=self.latents[index], means=self.means[index], log_probs=self.log_probs[index]
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """Concatenate the images of rollouts that took the same steps."""
+        return replace(
+            parts[0],
+            latents=torch.cat([part.latents for part in parts]),
+            means=torch.cat([part.means for part in parts]),
+            log_probs=torch.cat([part.log_probs for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Rewards of a batch of images: the weighted sum that is optimised, and each of its terms."""
+
+    total: Tensor  # (B,) float32
+    terms: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (B,) float32, unweighted
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of the images that one process makes in one epoch, in order."""
+
+    prompts: tuple[str, ...]  # one per image
+    metadata: tuple[Mapping[str, Any], ...]  # one per image; {} for .txt datasets
+    sample_ids: Tensor  # (N,) int64: position in the epoch, over all processes; keys the noise
+    group_ids: Tensor  # (N,) int64: sample_ids // group size; images of one group share their prompt
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The images of one evaluation, shared by every evaluator; exactly those asked for, in order."""
+
+    images: Tensor  # (N, 3, H, W) float32 in [0, 1], on the CPU
+    latents: Tensor  # (N, C, h, w) float32, on the CPU
+    prompts: tuple[str, ...]  # one per image
+    metadata: tuple[Mapping[str, Any], ...]  # one per image
+    prompt_ids: Tensor  # (N,) int64: index among the evaluated prompts

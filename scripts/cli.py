@@ -1,0 +1,178 @@
+"""The command line of every script: `--config FILE.py:NAME --config.KEY=VALUE ...`, and one sentence for a mistake.
+
+Overrides are ml_collections' (absl flags). What can be wrong with them is found here, so that it reads as a sentence.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from config import grpo
+from flow_grpo.errors import ConfigError, TrainingStopped
+from flow_grpo.settings import leaves
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: 'a quoted tuple such as ("a", "b")'}
+
+
+def run(main: Callable[[ConfigDict], None], doc: str) -> None:
+    """A script's entry point: call `main` with the configuration that the command line describes.
+
+    A mistake in it ends the process with one sentence and exit code 2, training that cannot go on with 1.
+    """
+    with one_sentence_errors():
+        main(parse_config(sys.argv, doc))
+
+
+@contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """Turn ConfigError into exit code 2 and TrainingStopped into 1; the first process says why, on stderr."""
+    try:
+        yield
+    except (ConfigError, TrainingStopped) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def parse_config(argv: Sequence[str], doc: str) -> ConfigDict:
+    """The locked configuration described by `argv` (as sys.argv: the program comes first); `--help` prints and exits.
+
+    Raises ConfigError for a missing --config, an unknown file, recipe or key, and a value of the wrong kind.
+    """
+    if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv[1:]):
+        print(_help(doc))
+        raise SystemExit(0)
+    recipe, overrides = _split(argv[1:])
+    config = _load(recipe)
+    declared = dict(leaves(config))
+    for override in overrides:
+        _check_key(override, declared)
+    return _apply(config, [argv[0], *overrides], declared)
+
+
+# --- the recipe -----------------------------------------------------------------------------------------
+
+
+def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config, and the arguments besides."""
+    recipes, others, rest = [], [], iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name in ("-config", "--config"):
+            recipes.append(value if equals else next(rest, ""))
+        else:
+            others.append(argument)
+    if not recipes or not recipes[-1]:
+        names = ", ".join(grpo.RECIPES)
+        raise ConfigError(f"--config is missing; give --config config/grpo.py:NAME, NAME one of {names}.")
+    return recipes[-1], others
+
+
+def _load(recipe: str) -> ConfigDict:
+    """The configuration of "file.py" or "file.py:NAME": what the file's get_config() or get_config(NAME) returns."""
+    path, colon, name = recipe.partition(":")
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise ConfigError(
+            f"--config {recipe} names no Python file (from {Path.cwd()}); give config/grpo.py:NAME, NAME one of "
+            f"{', '.join(grpo.RECIPES)}."
+        )
+    get_config = getattr(_import(path), "get_config", None)
+    if get_config is None:
+        raise ConfigError(f"--config {recipe} has no get_config() function; config/grpo.py is an example.")
+    arguments = (name,) if colon else ()
+    if not _accepts(get_config, arguments):
+        wants = "takes no :NAME" if colon else "needs a :NAME"
+        raise ConfigError(f"--config {recipe} is not allowed; get_config() of {path} {wants}.")
+    return get_config(*arguments)
+
+
+def _import(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chosen_config", path)
+    assert spec is not None  # .py files have a spec and a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _accepts(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+# --- the overrides --------------------------------------------------------------------------------------
+
+
+def _apply(config: ConfigDict, argv: list[str], declared: dict[str, Any]) -> ConfigDict:
+    """Set the overrides in `config`; their keys are known to exist."""
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+    try:
+        positional = values(argv)[1:]
+    except flags.Error as error:
+        raise ConfigError(_explain(error, declared)) from None
+    if positional:
+        raise ConfigError(f"the argument {positional[0]} is not understood; overrides look like --config.KEY=VALUE.")
+    return holder.value
+
+
+def _explain(error: flags.Error, declared: dict[str, Any]) -> str:
+    """absl's complaint about a value, or about a flag that is none of ours, as a sentence."""
+    value = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
+    if value is None:
+        return f"the command line is not understood ({str(error).rstrip('.')}); overrides look like --config.KEY=VALUE."
+    allowed = KINDS.get(type(declared[value[1]]), "text")
+    return f"config.{value[1]} = {value[2]!r} is not allowed; it takes {allowed}."
+
+
+def _check_key(argument: str, declared: dict[str, Any]) -> None:
+    """ConfigError if this is the override of a key that does not exist, or of a whole group of keys."""
+    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    if match is None or match[1] in declared:
+        return
+    key = match[1]
+    members = [f"config.{name}" for name in declared if name.startswith(f"{key}.")]
+    if members:
+        raise ConfigError(f"config.{key} is a group of keys, which are set one by one: {', '.join(members)}.")
+    nearest = [f"config.{name}" for name in _nearest(key, list(declared))]
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "config/base.py declares all there are."
+    raise ConfigError(f"config.{key} is not a key; {advice}")
+
+
+def _nearest(key: str, declared: list[str]) -> list[str]:
+    """Up to three declared keys: first those of that name in another group, then those spelt alike."""
+    elsewhere = [name for name in declared if name.split(".")[-1] == key.split(".")[-1]]
+    last_names = {name.split(".")[-1]: name for name in declared}
+    alike = get_close_matches(key, declared, n=3, cutoff=0.7)
+    alike += [last_names[name] for name in get_close_matches(key.split(".")[-1], last_names, n=3, cutoff=0.7)]
+    return list(dict.fromkeys(elsewhere + alike))[:3]
+
+
+def _help(doc: str) -> str:
+    """The script's docstring, the recipes with their first lines, and how to override a key."""
+    width = max(map(len, grpo.RECIPES))
+    summaries = ((name, (inspect.getdoc(recipe) or "").split("\n")[0]) for name, recipe in grpo.RECIPES.items())
+    recipes = "\n".join(f"  {name:{width}}  {summary}" for name, summary in summaries)
+    return (
+        f"{inspect.cleandoc(doc)}\n\n"
+        "arguments:\n"
+        "  --config FILE.py:NAME   the recipe\n"
+        "  --config.KEY=VALUE      change one key; config/base.py lists them all with their meaning\n\n"
+        f"recipes of config/grpo.py:\n{recipes}"
+    )

@@ -1,0 +1,216 @@
+"""The figures of a report. Colours are Okabe and Ito's, told apart by colour-blind readers too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from PIL import Image
+
+from scripts.study.records import ACCURACY, ENTROPY, REWARD, Crossing, Evaluation, RunRecord
+
+BASE_COLOUR = "#777777"
+COLOURS = {"DRTune": "#D55E00", "GRPO": "#0072B2"}
+MORE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+AXIS_LABELS = {
+    "seconds": "training time, evaluation not counted (s)",
+    "network_evaluations": "network evaluations in training (one image through the transformer once)",
+}
+REWARD_LABEL = "reward on held-out noise"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a run is drawn."""
+
+    colour: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class State:
+    """A model whose samples are shown: the base, a run's last, or a run at another's final reward."""
+
+    label: str
+    image: Path
+    evaluation: Evaluation
+    colour: str
+    hatched: bool = False
+
+
+def styles(runs: Sequence[RunRecord]) -> dict[str, Style]:
+    """A colour and a marker for each label; DRTune and GRPO always have theirs."""
+    spare = iter(MORE_COLOURS * len(runs))
+    return {
+        run.label: Style(COLOURS.get(run.label) or next(spare), MARKERS[i % len(MARKERS)]) for i, run in enumerate(runs)
+    }
+
+
+def states(runs: Sequence[RunRecord], crossings: Sequence[Crossing]) -> list[State]:
+    """Base, each run's last and, of two runs, the faster one when it had just reached the other's reward."""
+    style = styles(runs)
+    shown = [State("base", runs[0].image(runs[0].base), runs[0].base, BASE_COLOUR)]
+    for run in runs:
+        for crossing in crossings:
+            reached = crossing.evaluation
+            if len(runs) == 2 and crossing.runner is run and crossing.reached and reached not in (None, run.final):
+                label = f"{run.label} at {crossing.target.label}'s reward, {reached.seconds:.0f} s"
+                shown.append(State(label, run.image(reached), reached, style[run.label].colour, hatched=True))
+        final = run.final
+        shown.append(State(f"{run.label}, {final.seconds:.0f} s", run.image(final), final, style[run.label].colour))
+    return shown
+
+
+def reward_figure(runs: Sequence[RunRecord], crossings: Sequence[Crossing], quantity: str) -> Figure:
+    """Reward against "seconds" or "network_evaluations"; where one run reaches another's final reward is marked."""
+    figure, axes = _new_figure(AXIS_LABELS[quantity], REWARD_LABEL)
+    axes.axhline(runs[0].base.reward, color=BASE_COLOUR, linestyle=":", label="base")
+    _draw_curves(axes, runs, quantity, REWARD)
+    style = styles(runs)
+    for crossing in crossings:
+        spent, fraction = crossing.spent(quantity), crossing.fraction(quantity)
+        if not crossing.reached or spent is None or fraction is None:
+            continue
+        level, end = crossing.level, crossing.target.spent(quantity)[-1]
+        axes.hlines(level, spent, end, colors=style[crossing.target.label].colour, linestyles="--", linewidth=1)
+        axes.plot(
+            spent, level, marker="*", markersize=17, color=style[crossing.runner.label].colour, mec="black", zorder=5
+        )
+        if len(runs) == 2:
+            unit = f"{spent:.1f} s" if quantity == "seconds" else f"{spent:,.0f} network evaluations"
+            runner, target = crossing.runner.label, crossing.target.label
+            text = f"{runner} reaches {target}'s final reward\nafter {unit}, {fraction:.1%} of {target}'s"
+            _annotate(axes, text, spent, level, end)
+    axes.legend(loc="best", frameon=False)
+    return figure
+
+
+def accuracy_figure(runs: Sequence[RunRecord]) -> Figure:
+    """Accuracy of the held-out judge against seconds."""
+    figure, axes = _new_figure(AXIS_LABELS["seconds"], "images whose prompt the judge recognises (%)")
+    axes.axhline(runs[0].base.metrics[ACCURACY], color=BASE_COLOUR, linestyle=":", label="base")
+    _draw_curves(axes, runs, "seconds", ACCURACY)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.legend(loc="best", frameon=False)
+    return figure
+
+
+def diversity_figure(runs: Sequence[RunRecord]) -> Figure:
+    """Entropy of the mode shares against reward: diversity compared at equal reward."""
+    figure, axes = _new_figure(REWARD_LABEL, "entropy of the mode shares (nats)")
+    base, style = runs[0].base, styles(runs)
+    for run in runs:
+        look = style[run.label]
+        axes.plot(
+            run.curve(REWARD), run.curve(ENTROPY), color=look.colour, marker=look.marker, ms=4, lw=1.3, label=run.label
+        )
+        axes.plot(
+            run.final.reward, run.final.metrics[ENTROPY], marker=look.marker, ms=11, color=look.colour, mec="black"
+        )
+    axes.plot(
+        base.reward, base.metrics[ENTROPY], marker="h", ms=12, color=BASE_COLOUR, mec="black", ls="", label="base"
+    )
+    most = float(np.log(len(base.modes)))
+    axes.axhline(most, color="black", linestyle="--", linewidth=0.8)
+    axes.text(
+        0.99,
+        most,
+        f"all {len(base.modes)} equally often ",
+        va="bottom",
+        ha="right",
+        transform=axes.get_yaxis_transform(),
+    )
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), most * 1.1)
+    axes.legend(loc="best", frameon=False)
+    return figure
+
+
+def modes_figure(shown: Sequence[State]) -> Figure:
+    """Share of the images in each mode, for each state."""
+    names = list(shown[0].evaluation.modes)
+    figure, axes = _new_figure("", "share of the images (%)", width=10)
+    width = 0.84 / len(shown)
+    positions = np.arange(len(names))
+    for index, state in enumerate(shown):
+        heights = [state.evaluation.modes[name] for name in names]
+        offsets = positions + (index - (len(shown) - 1) / 2) * width
+        hatch = "////" if state.hatched else None
+        face = "white" if state.hatched else state.colour
+        axes.bar(offsets, heights, width, label=state.label, color=face, edgecolor=state.colour, hatch=hatch)
+    axes.axhline(1 / len(names), color="black", linestyle="--", linewidth=0.8, label="all equally often")
+    axes.set_xticks(positions, names)
+    axes.tick_params(axis="x", length=0, pad=24)
+    for position, name in zip(positions, names, strict=True):
+        if is_color_like(name):
+            below = axes.get_xaxis_transform()
+            axes.plot(position, -0.04, "s", ms=11, color=name, mec="black", mew=0.6, clip_on=False, transform=below)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.legend(loc="best", frameon=False)
+    return figure
+
+
+def samples_figure(shown: Sequence[State]) -> Figure:
+    """The sample grids side by side: the same prompts and the same noise in each."""
+    grids = [_scaled(Image.open(state.image).convert("RGB")) for state in shown]
+    height = 3.2 * grids[0].height / grids[0].width + 0.45
+    figure = Figure(figsize=(3.2 * len(shown), height), layout="constrained")
+    for index, (state, grid) in enumerate(zip(shown, grids, strict=True)):
+        axes = figure.add_subplot(1, len(shown), index + 1)
+        axes.imshow(np.asarray(grid))
+        axes.set_title(f"{state.label}\nreward {state.evaluation.reward:.4f}", fontsize=10, color=state.colour)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure
+
+
+def _scaled(image: Image.Image, width: int = 800) -> Image.Image:
+    """Small pixels enlarged by a whole factor, large images reduced: both stay sharp."""
+    if image.width <= width // 2:
+        factor = width // image.width
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    height = round(image.height * width / image.width)
+    return image.resize((width, height), Image.Resampling.LANCZOS) if image.width > width else image
+
+
+def _new_figure(x_label: str, y_label: str, width: float = 8) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e5e5e5")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _draw_curves(axes: Axes, runs: Sequence[RunRecord], quantity: str, metric: str) -> None:
+    style = styles(runs)
+    for run in runs:
+        look = style[run.label]
+        axes.plot(
+            run.spent(quantity),
+            run.curve(metric),
+            color=look.colour,
+            marker=look.marker,
+            ms=4.5,
+            lw=1.8,
+            label=run.label,
+        )
+    if quantity == "network_evaluations":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.set_xlim(left=0)
+
+
+def _annotate(axes: Axes, text: str, x: float, y: float, end: float) -> None:
+    """Say what happens at the start (x, y) of a level line that runs to `end`, where a rising curve leaves room."""
+    left, right = axes.get_xlim()
+    early = x - left < 0.5 * (right - left)
+    position, offset = ((end, y), (0, 5)) if early else ((x, y), (-14, 10))
+    axes.annotate(text, position, xytext=offset, textcoords="offset points", ha="right", va="bottom", fontsize=9)

@@ -1,0 +1,280 @@
+"""What run folders say, read back and compared: the data under a report. Pure functions of the folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.tracking import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, flatten, read_history
+
+QUANTITIES = ("seconds", "network_evaluations")  # what training spends
+REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
+SAME_START = 1e-4  # runs whose evaluations before training differ by more did not start from the same model
+# settings that decide what an evaluation measures: runs that differ in one cannot be compared
+MEASURE = ("reward_fn.", "reward_model.", "prompts.test", "resolution", "eval.")
+NOT_MEASURE = ("eval.ema", "eval.batch_size", "eval.rewards", "eval.num_grid_prompts", "eval.num_grid_images")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation on held-out noise, and what training had spent before it."""
+
+    step: int  # epochs completed
+    seconds: float
+    network_evaluations: int
+    images: int
+    updates: int
+    metrics: Mapping[str, float]  # of the current weights, without "eval/"; nan: not finite
+    ema_metrics: Mapping[str, float]  # of the averaged weights; {} if they were not evaluated
+
+    @property
+    def reward(self) -> float:
+        """The weighted sum that was trained on, mean over the evaluation's images."""
+        return self.metrics[REWARD]
+
+    @property
+    def modes(self) -> dict[str, float]:
+        """Share of the images in each known mode; {} if modes were not counted."""
+        shares = {name: value for name, value in self.metrics.items() if name.startswith("modes/") and name != ENTROPY}
+        return {name.removeprefix("modes/"): value for name, value in shares.items()}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run folder holds."""
+
+    label: str  # method, and the run's name where that is not enough
+    folder: Path
+    config: Mapping[str, Any]  # flat: "sample.num_steps" -> 10
+    environment: Mapping[str, Any]
+    evaluations: tuple[Evaluation, ...]  # by step: the first before training, at least one after
+    dropped: int  # evaluations left out because their reward was not finite
+    skipped_epochs: int  # epochs in which an update was skipped because its loss or gradient was not finite
+
+    @property
+    def base(self) -> Evaluation:
+        """The evaluation before training."""
+        return self.evaluations[0]
+
+    @property
+    def final(self) -> Evaluation:
+        """The last evaluation."""
+        return self.evaluations[-1]
+
+    def spent(self, quantity: str) -> np.ndarray:
+        """What training had spent ("seconds" or "network_evaluations") before each evaluation, (evaluations,)."""
+        return np.array([getattr(evaluation, quantity) for evaluation in self.evaluations], dtype=float)
+
+    def curve(self, metric: str) -> np.ndarray:
+        """A metric at each evaluation, (evaluations,); nan where it was not finite."""
+        return np.array([evaluation.metrics[metric] for evaluation in self.evaluations], dtype=float)
+
+    def image(self, evaluation: Evaluation) -> Path:
+        """The sample grid of an evaluation; ConfigError if it is missing."""
+        path = self.folder / IMAGE_FOLDER / f"eval_{evaluation.step:06d}.png"
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: the report shows the sample grid of that evaluation.")
+        return path
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """When one run first reached another's final reward, by linear interpolation between its evaluations."""
+
+    runner: RunRecord
+    target: RunRecord
+    seconds: float | None  # None: never
+    network_evaluations: float | None  # None: never
+
+    @property
+    def level(self) -> float:
+        """The target's final reward."""
+        return self.target.final.reward
+
+    @property
+    def meaningful(self) -> bool:
+        """Whether the target rose at all: otherwise there is nothing to reach."""
+        return self.level > self.target.base.reward
+
+    @property
+    def reached(self) -> bool:
+        """Whether there was something to reach, and it was."""
+        return self.meaningful and self.seconds is not None
+
+    def spent(self, quantity: str) -> float | None:
+        """What the runner spent ("seconds" or "network_evaluations") until the crossing; None: it never came."""
+        value = getattr(self, quantity)
+        return None if value is None else float(value)
+
+    def fraction(self, quantity: str) -> float | None:
+        """The same as a fraction of what the target spent until its last evaluation."""
+        value = self.spent(quantity)
+        return None if value is None else value / getattr(self.target.final, quantity)
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The runner's first evaluation at or above the level."""
+        return next((evaluation for evaluation in self.runner.evaluations if evaluation.reward >= self.level), None)
+
+    def sentence(self) -> str:
+        """The comparison in words, with its numbers."""
+        runner, target, level = self.runner.label, self.target.label, f"{self.level:.4f}"
+        if not self.meaningful:
+            return (
+                f"{target} ended at {level}, not above the base model's {self.target.base.reward:.4f}: "
+                f"there is nothing for {runner} to reach."
+            )
+        total, forwards = self.target.final.seconds, self.target.final.network_evaluations
+        if self.seconds is None or self.network_evaluations is None:
+            best = max(evaluation.reward for evaluation in self.runner.evaluations)
+            return (
+                f"{runner} did not reach {target}'s final reward ({level}) in {self.runner.final.seconds:.0f} s: "
+                f"its best was {best:.4f}."
+            )
+        return (
+            f"{runner} reached {target}'s final reward ({level}) after {self.seconds:.1f} s of training, "
+            f"{self.seconds / total:.1%} of {target}'s {total:.0f} s, and after {self.network_evaluations:,.0f} "
+            f"network evaluations, {self.network_evaluations / forwards:.1%} of {target}'s {forwards:,}."
+        )
+
+
+def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
+    """Where the piecewise linear curve through the points (x, y), both (n,), first reaches a level; None: never."""
+    reached = np.flatnonzero(y >= level)
+    if len(reached) == 0:
+        return None
+    after = reached[0]
+    if after == 0:
+        return float(x[0])
+    before = after - 1
+    return float(x[before] + (x[after] - x[before]) * (level - y[before]) / (y[after] - y[before]))
+
+
+def compare(runs: Sequence[RunRecord]) -> list[Crossing]:
+    """The crossing of every ordered pair of runs."""
+    return [crossing(runner, target) for runner in runs for target in runs if runner is not target]
+
+
+def crossing(runner: RunRecord, target: RunRecord) -> Crossing:
+    """When `runner` first reached the final reward of `target`."""
+    reward, level = runner.curve(REWARD), target.final.reward
+    return Crossing(
+        runner,
+        target,
+        seconds=first_crossing(runner.spent("seconds"), reward, level),
+        network_evaluations=first_crossing(runner.spent("network_evaluations"), reward, level),
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------------
+
+
+def load_runs(folders: Iterable[Path]) -> list[RunRecord]:
+    """Read run folders and give each a label of its own.
+
+    Raises:
+        ConfigError: one sentence on what is missing, or why they cannot be compared.
+    """
+    configs = {folder: flatten(_read_object(folder / CONFIG_FILE)) for folder in folders}
+    if not configs:
+        raise ConfigError("no run folder was given.")
+    _check_comparable(configs)
+    methods = {folder: _method(config, folder) for folder, config in configs.items()}
+    shared = Counter(methods.values())
+    labels = {folder: m if shared[m] == 1 else f"{m} {folder.resolve().name}" for folder, m in methods.items()}
+    return [_load_run(folder, labels[folder], config) for folder, config in configs.items()]
+
+
+def _load_run(folder: Path, label: str, config: Mapping[str, Any]) -> RunRecord:
+    path = folder / HISTORY_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: {folder} is not the folder of a run, or nothing was logged in it.")
+    history = read_history(path)
+    found = {line["step"]: _evaluation(line, path) for line in history if f"eval/{REWARD}" in line}
+    finite = [found[step] for step in sorted(found) if math.isfinite(found[step].reward)]
+    if len(finite) < 2 or finite[0].step != 0:
+        steps = ", ".join(str(evaluation.step) for evaluation in finite) or "none"
+        raise ConfigError(
+            f"{path} needs a finite eval/{REWARD} at step 0 and at a later step, and has it at: {steps}; "
+            "was the run started with eval_freq > 0 and did it end?"
+        )
+    _check_metrics(finite, config, path)
+    return RunRecord(
+        label=label,
+        folder=folder,
+        config=config,
+        environment=_read_object(folder / ENVIRONMENT_FILE),
+        evaluations=tuple(finite),
+        dropped=len(found) - len(finite),
+        skipped_epochs=sum((line.get("train/skipped_updates") or 0) > 0 for line in history),
+    )
+
+
+def _evaluation(line: Mapping[str, Any], path: Path) -> Evaluation:
+    spent = ("seconds", "network_evaluations", "images", "updates")
+    numbers = {name: value for name, value in line.items() if name in spent or name.startswith(("eval/", "eval_ema/"))}
+    for name in spent:
+        if not isinstance(numbers.get(name), (int, float)):
+            raise ConfigError(f"{path}, step {line['step']}: {name!r} is {numbers.get(name)!r}, a number is needed.")
+    for name, value in numbers.items():
+        if value is not None and not isinstance(value, (int, float)):
+            raise ConfigError(f"{path}, step {line['step']}: {name!r} is {value!r}, a number or null is needed.")
+    return Evaluation(
+        step=line["step"],
+        seconds=numbers["seconds"],
+        network_evaluations=numbers["network_evaluations"],
+        images=numbers["images"],
+        updates=numbers["updates"],
+        metrics=_below("eval/", numbers),
+        ema_metrics=_below("eval_ema/", numbers),
+    )
+
+
+def _below(prefix: str, numbers: Mapping[str, Any]) -> dict[str, float]:
+    found = {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}
+
+
+def _check_metrics(evaluations: Sequence[Evaluation], config: Mapping[str, Any], path: Path) -> None:
+    """Every evaluation of a run measures the same, and what the configuration asked for."""
+    expected = set(evaluations[0].metrics) | ({ACCURACY} if config["eval.judge"] else set())
+    for evaluation in evaluations:
+        if evaluation.metrics.keys() != expected:
+            names = ", ".join(f"eval/{name}" for name in sorted(expected ^ evaluation.metrics.keys()))
+            raise ConfigError(f"{path}, step {evaluation.step}: {names} should be in every evaluation or in none.")
+
+
+def _check_comparable(configs: Mapping[Path, Mapping[str, Any]]) -> None:
+    first_folder, first = next(iter(configs.items()))
+    for folder, config in configs.items():
+        for key in sorted(first.keys() | config.keys()):
+            if key.startswith(MEASURE) and key not in NOT_MEASURE and first.get(key) != config.get(key):
+                values = f"{first.get(key)!r} and {config.get(key)!r}"
+                raise ConfigError(f"{first_folder} and {folder} cannot be compared: their {key} is {values}.")
+
+
+def _method(config: Mapping[str, Any], folder: Path) -> str:
+    for key in ("use_reward_gradient", "eval.judge"):
+        if key not in config:
+            raise ConfigError(f"{folder / CONFIG_FILE} has no {key!r}: it is not a configuration of this project.")
+    return "DRTune" if config["use_reward_gradient"] else "GRPO"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} is missing: {path.parent} is not the folder of a run.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object.")
+    return value

@@ -1,0 +1,110 @@
+"""Fetch training and test prompts: the distinct captions of a dataset, shuffled, in two disjoint .txt files.
+
+  python scripts/train/fetch_prompts.py --dataset yuvalkirstain/pickapic_v1_no_images --column caption
+      --out assets/prompts/pickscore
+
+The dataset is a hub id, or a .csv, .json, .jsonl or .parquet file. Only the text is read, row by row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from flow_grpo.errors import ConfigError
+from scripts.cli import one_sentence_errors
+
+FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, split, write."""
+    args = parse_arguments(argv)
+    prompts = distinct(read_captions(args.dataset, args.column, args.split))
+    train, test = divide(prompts, args.num_train, args.num_test, args.seed)
+    for name, part in (("train", train), ("test", test)):
+        path = Path(args.out) / f"{name}.txt"
+        write_lines(path, part)
+        print(f"{path}: {len(part)} prompts")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; its mistakes end the process with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="hub id, or a .csv, .json, .jsonl or .parquet file")
+    parser.add_argument("--column", default="caption", help="the column that holds the prompts")
+    parser.add_argument("--out", required=True, help="folder for train.txt and test.txt")
+    parser.add_argument("--split", default="train", help="split of a hub dataset")
+    parser.add_argument("--num-train", type=int, default=0, help="training prompts; 0: all that are not for testing")
+    parser.add_argument("--num-test", type=int, default=2048, help="test prompts")
+    parser.add_argument("--seed", type=int, default=42, help="of the shuffle")
+    return parser.parse_args(argv)
+
+
+def read_captions(dataset: str, column: str, split: str) -> Iterator[str | None]:
+    """The values of a column, in the dataset's order.
+
+    Raises ConfigError if there is no such file, dataset, split or text column, or the hub cannot be reached.
+    """
+    kind = FILE_KINDS.get(Path(dataset).suffix)
+    if kind and not Path(dataset).is_file():
+        raise ConfigError(f"--dataset {dataset} does not exist; give a file or a hub id.")
+    from datasets import load_dataset  # imported late, for a quick --help and quick mistakes
+    from tqdm import tqdm
+
+    try:
+        if kind:
+            rows = load_dataset(kind, data_files=dataset, split="train", streaming=True)
+        else:
+            rows = load_dataset(dataset, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--dataset {dataset} (split {split}) cannot be read: {error}") from None
+    for row in tqdm(rows, desc="reading", unit=" rows"):
+        if column not in row:
+            raise ConfigError(f"--column {column} is not in {dataset}; there are {', '.join(sorted(row))}.")
+        if not isinstance(row[column], str | None):
+            raise ConfigError(f"--column {column} of {dataset} is not text but {row[column]!r}.")
+        yield row[column]
+
+
+def distinct(captions: Iterable[str | None]) -> list[str]:
+    """Each caption once, in order of appearance, its white space made single blanks; empty ones dropped."""
+    normalised = (" ".join(caption.split()) for caption in captions if caption)
+    return [prompt for prompt in dict.fromkeys(normalised) if prompt]
+
+
+def divide(prompts: Sequence[str], num_train: int, num_test: int, seed: int) -> tuple[list[str], list[str]]:
+    """Shuffle, then take `num_test` for testing and `num_train` others (0: all others) for training."""
+    if min(num_train, num_test) < 0:
+        raise ConfigError(f"--num-train {num_train} and --num-test {num_test} take whole numbers of at least 0.")
+    needed = num_test + max(num_train, 1)
+    if len(prompts) < needed:
+        raise ConfigError(
+            f"--num-train {num_train} and --num-test {num_test} need {needed} distinct prompts, "
+            f"but the dataset has {len(prompts)}; ask for fewer."
+        )
+    shuffled = list(prompts)
+    random.Random(seed).shuffle(shuffled)
+    rest = shuffled[num_test:]
+    return rest[: num_train or len(rest)], shuffled[:num_test]
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a text file all at once or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main()

@@ -1,0 +1,109 @@
+"""A random tiny SD3 and random CLIPs, saved once a session; a configuration that uses them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from ml_collections import ConfigDict
+
+from config.base import get_config
+from flow_grpo.policy import Policy
+from flow_grpo.prompts import PromptDataset
+from flow_grpo.rewards import build_reward
+from flow_grpo.settings import Settings, resolve
+from flow_grpo.tracking import Run
+from scripts.train import tiny_models
+
+PROMPTS = ("a bag", "a boot", "a red coat", "a sandal")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Parallel workers on few cores run best with one thread each."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with sd3/, clip/, judge/ (random weights), prompts.txt and modes.json."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"vae_channels": (8, 16, 16), "text_width": 16, "width": 32, "heads": 2, "layers": 2}
+    pipeline = tiny_models.build_pipeline(0, **sizes)
+    _shake(pipeline.transformer)
+    pipeline.save_pretrained(folder / "sd3")
+    for seed, name in enumerate(("clip", "judge")):
+        model, processor = tiny_models.build_clip(seed, vision_width=32, vision_layers=2, vision_heads=2)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    (folder / "modes.json").write_text(json.dumps({"a bag": {"red": "a red bag", "blue": "a blue bag"}}))
+    return folder
+
+
+@torch.no_grad()
+def _shake(transformer: torch.nn.Module) -> None:
+    """Give the zero-initialised output and modulation layers weights, so that every input matters."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in transformer.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture
+def config(random_models: Path, tmp_path: Path) -> ConfigDict:
+    """Small and fast: 4 prompts x 2 images, 4 steps, one update; change what a test is about."""
+    config = get_config()
+    config.logdir, config.run_name, config.trackers = str(tmp_path / "logs"), "run", ()
+    config.pretrained.model = str(random_models / "sd3")
+    config.prompts.train = config.prompts.test = str(random_models / "prompts.txt")
+    config.reward_fn.pickscore = 1.0
+    config.reward_model.pickscore = config.reward_model.clipscore = str(random_models / "clip")
+    config.eval.judge, config.eval.modes = str(random_models / "judge"), str(random_models / "modes.json")
+    config.eval.num_image_per_prompt, config.eval.num_steps = 2, 4
+    config.num_epochs, config.eval_freq, config.save_freq = 2, 0, 0
+    config.lora.rank, config.lora.alpha = 4, 8
+    config.sample.num_steps, config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 4, 4, 2
+    config.sample.batch_size = config.train.batch_size = 8
+    config.train.updates_per_epoch = 1
+    config.drtune.num_train_steps = 2
+    return config
+
+
+class Parts(SimpleNamespace):
+    """What scripts/train/train_sd3.py wires together."""
+
+    settings: Settings
+    accelerator: Accelerator
+    policy: Policy
+    reward: object
+    prompts: PromptDataset
+    run: Run
+
+    def train(self, method) -> dict[str, float]:
+        """One epoch of `grpo` or `drtune`."""
+        metrics = method.train_epoch(self.policy, self.prompts, self.reward, self.settings, self.run)
+        self.run.counters.epoch += 1
+        return metrics
+
+
+@pytest.fixture
+def build():
+    """A function: configuration -> Parts, on one CPU process."""
+
+    def build_parts(config: ConfigDict) -> Parts:
+        settings = resolve(config, num_processes=1, cuda=False)
+        accelerator = Accelerator(mixed_precision=settings.config.mixed_precision, cpu=True)
+        return Parts(
+            settings=settings,
+            accelerator=accelerator,
+            policy=Policy.load(settings, accelerator),
+            reward=build_reward(settings.config, accelerator.device),
+            prompts=PromptDataset.load(settings.config.prompts.train),
+            run=Run(settings, accelerator),
+        )
+
+    return build_parts

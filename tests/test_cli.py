@@ -1,0 +1,211 @@
+"""scripts/cli.py: overrides, --help, and one sentence with exit code 2 for every mistake."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from flow_grpo.errors import ConfigError, TrainingStopped
+from flow_grpo.settings import resolve
+from scripts.cli import parse_config, run
+
+ROOT = Path(__file__).parents[1]
+TINY = "--config=config/grpo.py:tiny_sd3"
+# models on a hub, so that only the mistake is a mistake
+ELSEWHERE = [f"--config.{key}=org/name" for key in ("pretrained.model", "reward_model.pickscore", "eval.judge")]
+SCRIPT = "from scripts.cli import run\nrun(lambda config: print(config.train.beta), 'What the script does.')\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def parse(*arguments: str) -> ConfigDict:
+    return parse_config(["script.py", *arguments], "doc")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a tiny script that takes a configuration."""
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def start(config: ConfigDict) -> None:
+    """What a training script does before anything loads: one process, no GPU."""
+    resolve(config, num_processes=1, cuda=False)
+
+
+# --- what works -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe", [(TINY,), ("--config", "config/grpo.py:tiny_sd3"), ("-config=config/grpo.py:tiny_sd3",)]
+)
+def test_the_recipe_may_be_given_in_either_form(recipe):
+    assert parse(*recipe).recipe == "tiny_sd3"
+
+
+def test_base_is_a_configuration_too():
+    assert parse("--config=config/base.py").recipe == ""
+
+
+OVERRIDES = [
+    (("--config.train.beta=0.02",), "train.beta", 0.02),
+    (("--config.train.beta", "0.02"), "train.beta", 0.02),
+    (("--config.train.beta=1",), "train.beta", 1.0),
+    (("--config.train.learning_rate=3e-4",), "train.learning_rate", 3e-4),
+    (("--config.reward_fn.clipscore=0.5",), "reward_fn.clipscore", 0.5),
+    (("--config.num_epochs=3", "--config.num_epochs=4"), "num_epochs", 4),
+    (("--config.run_name=a=b:c",), "run_name", "a=b:c"),
+    (("--config.use_lora=false",), "use_lora", False),
+    (("--noconfig.use_lora",), "use_lora", False),
+    (("--config.use_reward_gradient",), "use_reward_gradient", True),
+    (('--config.trackers=("wandb", "tensorboard")',), "trackers", ("wandb", "tensorboard")),
+    (("--config.trackers=wandb", "--config.trackers=tensorboard"), "trackers", ("wandb", "tensorboard")),
+    (("--config.trackers=wandb",), "trackers", ("wandb",)),
+    (("--config.trackers=()",), "trackers", ()),
+    (("--config.sample.sde_window_range=0,5",), "sample.sde_window_range", (0, 5)),
+    (("--config.lora.target_modules=attn.to_q",), "lora.target_modules", ("attn.to_q",)),
+    (("--config.eval.modes=",), "eval.modes", ""),
+]
+
+
+@pytest.mark.parametrize(("arguments", "key", "value"), OVERRIDES)
+@pytest.mark.parametrize("recipe_comes_last", [False, True])
+def test_an_override_changes_its_key_and_nothing_else(arguments, key, value, recipe_comes_last):
+    config = parse(*arguments, TINY) if recipe_comes_last else parse(TINY, *arguments)
+    expected = parse(TINY)
+    expected.update_from_flattened_dict({key: value})
+    assert config.to_dict() == expected.to_dict()
+    assert config.is_locked
+
+
+def test_parsing_twice_in_one_process_keeps_no_state():
+    assert parse(TINY, "--config.train.beta=5").train.beta == 5.0
+    assert parse(TINY).train.beta == 0.0
+
+
+def test_help_answers_fast_lists_the_recipes_and_loads_no_torch():
+    begin = time.perf_counter()
+    done = python("--help")
+    assert time.perf_counter() - begin < 3
+    assert done.returncode == 0
+    assert done.stdout.startswith("What the script does.")
+    assert "pickscore_sd3_fast_nocfg" in done.stdout
+    code = "import sys, scripts.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# --- what does not --------------------------------------------------------------------------------------
+
+
+MISTAKES = [
+    ((), ["--config is missing", "config/grpo.py:NAME", "tiny_sd3"]),
+    (("--config",), ["--config is missing"]),
+    (("--config=config/grpo.py",), ["needs the name of a recipe", "tiny_sd3"]),
+    (("--config=config/grpo.py:tiny_sd4",), ["'tiny_sd4'", "tiny_sd3"]),
+    (("--config=config/none.py:x",), ["config/none.py:x", "no Python file"]),
+    (("--config=README.md",), ["README.md", "no Python file"]),
+    (("--config=config/__init__.py",), ["no get_config()"]),
+    (("--config=config/base.py:x",), ["config/base.py:x", "takes no :NAME"]),
+    ((TINY, "--config.train.lerning_rate=1"), ["config.train.lerning_rate is not a key", "config.train.learning_rate"]),
+    ((TINY, "--config.beta=1"), ["config.beta is not a key", "config.train.beta"]),
+    ((TINY, "--config.eval.num_stesp=1"), ["config.eval.num_stesp is not a key", "config.eval.num_steps"]),
+    ((TINY, "--config.zzz=1"), ["config.zzz is not a key", "config/base.py"]),
+    ((TINY, "--config.train.beta.x=1"), ["config.train.beta.x is not a key"]),
+    ((TINY, "--noconfig.use_lroa"), ["config.use_lroa is not a key", "config.use_lora"]),
+    ((TINY, "--config.reward_fn={}"), ["config.reward_fn is a group", "config.reward_fn.pickscore"]),
+    ((TINY, "--config.train.beta=much"), ["config.train.beta = 'much'", "a number"]),
+    ((TINY, "--config.num_epochs=1.5"), ["config.num_epochs = '1.5'", "a whole number"]),
+    ((TINY, "--config.use_lora=maybe"), ["config.use_lora = 'maybe'", "true or false"]),
+    ((TINY, "--config.sample.sde_window_range=(0, 5"), ["config.sample.sde_window_range = '(0, 5'", "tuple"]),
+    ((TINY, "--config.train.beta"), ["--config.train.beta", "Missing value"]),
+    ((TINY, "--learning_rate=1"), ["learning_rate", "--config.KEY=VALUE"]),
+    ((TINY, "extra"), ["extra", "--config.KEY=VALUE"]),
+    ((TINY, "--config.mixed_precision=fp16"), ["mixed_precision", "GPU"]),
+    ((TINY, "--config.num_processes=2"), ["num_processes = 2", "1 started"]),
+    ((TINY, "--config.train.updates_per_epoch=3"), ["updates_per_epoch = 3", "would work"]),
+    ((TINY, "--config.pretrained.model=./nowhere"), ["pretrained.model", "./nowhere"]),
+    (
+        (TINY, "--config.use_reward_gradient", "--config.reward_fn.jpeg_compressibility=1"),
+        ["jpeg_compressibility", "no gradient"],
+    ),
+    (("--config=config/grpo.py:pickscore_sd3_4gpu",), ["num_processes = 4"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "parts"), MISTAKES)
+def test_a_mistake_is_one_sentence_on_stderr_and_exit_code_2(arguments, parts, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", *ELSEWHERE, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run(start, "doc")
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert [part for part in parts if part not in err] == []
+
+
+FILES = [
+    ("prompts.train", "none.txt", "does not exist"),
+    ("prompts.test", "empty.txt", "is empty"),
+    ("resume_from", "folder", "holds no checkpoint"),
+    ("pretrained.model", "folder", "has no model_index.json"),
+]
+
+
+@pytest.mark.parametrize(("key", "name", "message"), FILES)
+def test_a_file_or_folder_without_what_it_should_hold_exits_with_2(key, name, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "some.txt").write_text("a sneaker\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    files = {"prompts.train": "some.txt", "prompts.test": "some.txt"} | {key: name}
+    arguments = [f"--config.{key}={tmp_path / name}" for key, name in files.items()]
+    monkeypatch.setattr(sys, "argv", ["script.py", TINY, *ELSEWHERE, "--config.eval.modes=", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run(start, "doc")
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert str(tmp_path / name) in err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_real_process_ends_without_a_traceback():
+    done = python(TINY, "--config.train.betta=1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: config.train.betta is not a key; did you mean config.train.beta")
+    assert done.stderr.count("\n") == 1
+    assert python(TINY, "--config.train.beta=0.25").stdout == "0.25\n"
+
+
+def stopping(error: Exception):
+    def main(config: ConfigDict) -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(("error", "code"), [(ConfigError("bad\n input."), 2), (TrainingStopped("bad\n input."), 1)])
+@pytest.mark.parametrize(("rank", "message"), [("0", "error: bad input.\n"), ("1", "")])
+def test_only_the_first_process_speaks_and_all_have_the_exit_code(error, code, rank, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py", TINY])
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as stopped:
+        run(stopping(error), "doc")
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == message
+
+
+def test_an_unforeseen_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py", TINY])
+    with pytest.raises(ZeroDivisionError):
+        run(stopping(ZeroDivisionError()), "doc")

@@ -1,0 +1,113 @@
+"""scripts/train/fetch_prompts.py, on local files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.prompts import FETCH_COMMAND, PromptDataset
+from scripts.train.fetch_prompts import distinct, divide, main, parse_arguments, write_lines
+
+ROOT = Path(__file__).parents[1]
+CAPTIONS = [f"prompt\t{i % 30}  of\nmany " for i in range(90)] + ["", "  ", None]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+
+def write_dataset(folder: Path, suffix: str) -> str:
+    path = folder / f"data{suffix}"
+    table = pandas.DataFrame({"caption": CAPTIONS, "number": range(len(CAPTIONS))})
+    if suffix == ".csv":
+        table.to_csv(path, index=False)
+    elif suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps({"caption": text}) + "\n" for text in CAPTIONS))
+    return str(path)
+
+
+def fetch(dataset: str, out: Path, *arguments: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    main(["--dataset", dataset, "--out", str(out), *arguments])
+    return PromptDataset.load(str(out / "train.txt")).prompts, PromptDataset.load(str(out / "test.txt")).prompts
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_the_files_are_distinct_disjoint_and_complete(tmp_path, suffix):
+    train, test = fetch(write_dataset(tmp_path, suffix), tmp_path / "out", "--num-test", "8")
+    assert (len(train), len(test)) == (22, 8)
+    assert set(train) | set(test) == {f"prompt {i} of many" for i in range(30)}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test.txt", "train.txt"]
+
+
+def test_the_same_seed_gives_the_same_files_and_another_others(tmp_path):
+    data = write_dataset(tmp_path, ".jsonl")
+    arguments = ("--num-test", "5", "--num-train", "10")
+    first = fetch(data, tmp_path / "a", *arguments)
+    assert [len(part) for part in first] == [10, 5]
+    assert fetch(data, tmp_path / "b", *arguments) == first
+    assert fetch(data, tmp_path / "c", *arguments, "--seed", "1") != first
+
+
+def test_the_number_of_training_prompts_does_not_change_the_test_prompts():
+    prompts = [str(i) for i in range(100)]
+    assert divide(prompts, 10, 20, seed=0)[1] == divide(prompts, 0, 20, seed=0)[1]
+    assert set(divide(prompts, 0, 20, seed=0)[0]).isdisjoint(divide(prompts, 0, 20, seed=0)[1])
+
+
+def test_white_space_and_repetitions_are_removed_in_order():
+    assert distinct(["b ", " a\n\ta", None, "b", "", " "]) == ["b", "a a"]
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "p.txt"
+    write_lines(path, ["old"])
+
+    def interrupted():
+        yield "new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_lines(path, interrupted())  # type: ignore[arg-type]
+    assert path.read_text() == "old\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.txt"]
+
+
+MISTAKES = [
+    (("--column", "text"), "--column text is not in .*; there are caption"),
+    (("--column", "number"), "--column number of .* is not text"),
+    (("--num-test", "40"), "need 41 distinct prompts, but the dataset has 30"),
+    (("--num-test", "-1"), "take whole numbers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_a_mistake_is_refused_and_writes_nothing(tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        fetch(write_dataset(tmp_path, ".csv"), tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_ends_the_process_with_one_sentence(tmp_path):
+    command = ["scripts/train/fetch_prompts.py", "--dataset", str(tmp_path / "no.csv"), "--out", str(tmp_path)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: --dataset {tmp_path / 'no.csv'} does not exist; give a file or a hub id.\n"
+
+
+def test_the_command_that_missing_prompts_name_is_understood():
+    program, script, *arguments = FETCH_COMMAND.split()
+    assert (program, script) == ("python", "scripts/train/fetch_prompts.py")
+    assert (ROOT / script).is_file()
+    args = parse_arguments(arguments)
+    assert (args.dataset, args.column) == ("yuvalkirstain/pickapic_v1_no_images", "caption")
+    assert args.out == "assets/prompts/pickscore"

@@ -1,0 +1,148 @@
+"""flow_grpo/prompts.py: prompt files, and the K-repeat sampler."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.prompts import PromptDataset, epoch_prompts
+from flow_grpo.randomness import keyed_generator
+from flow_grpo.settings import plan_batches
+from flow_grpo.types import PromptBatch
+
+SEED = 3
+
+
+def dataset(size: int) -> PromptDataset:
+    return PromptDataset(tuple(f"prompt {i}" for i in range(size)), tuple({"row": i} for i in range(size)))
+
+
+def all_ranks(data: PromptDataset, groups: int, size: int, processes: int, epoch: int = 0) -> list[PromptBatch]:
+    plan = plan_batches(groups, size, updates=1, num_processes=processes)
+    return [epoch_prompts(data, plan, SEED, epoch, rank) for rank in range(processes)]
+
+
+def joined(batches: list[PromptBatch]) -> tuple[list[str], list[dict], list[int], list[int]]:
+    return (
+        [prompt for batch in batches for prompt in batch.prompts],
+        [dict(entry) for batch in batches for entry in batch.metadata],
+        torch.cat([batch.sample_ids for batch in batches]).tolist(),
+        torch.cat([batch.group_ids for batch in batches]).tolist(),
+    )
+
+
+# --- the sampler ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_groups_are_complete_disjoint_and_hold_one_prompt_each(processes):
+    groups, size = 6, 7  # 42 images: with 2 or 3 processes and any batch, groups are cut
+    prompts, metadata, sample_ids, group_ids = joined(all_ranks(dataset(50), groups, size, processes))
+    assert sample_ids == list(range(groups * size))
+    assert Counter(group_ids) == dict.fromkeys(range(groups), size)
+    for group in range(groups):
+        assert len({prompt for prompt, of in zip(prompts, group_ids, strict=True) if of == group}) == 1
+    assert [f"prompt {entry['row']}" for entry in metadata] == prompts
+
+
+def test_groups_may_be_cut_by_processes_and_by_batches():
+    first, second = all_ranks(dataset(50), 3, 6, 2)
+    assert set(first.group_ids.tolist()) & set(second.group_ids.tolist()) == {1}
+    chunks = first.group_ids.split(4)  # sample.batch_size = 4
+    assert set(chunks[0].tolist()) & set(chunks[1].tolist()) == {0}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("epoch", [0, 1, 9])
+def test_processes_together_make_what_one_process_makes(processes, epoch):
+    data = dataset(11)
+    assert joined(all_ranks(data, 6, 7, processes, epoch)) == joined(all_ranks(data, 6, 7, 1, epoch))
+
+
+def test_a_sampler_keyed_by_process_would_cut_groups_into_other_prompts():
+    """The broken twin: each process draws for itself."""
+
+    def drawn(rank: int) -> list[int]:
+        return torch.randperm(50, generator=keyed_generator(SEED, "prompts", rank)).tolist()[:3]
+
+    assert drawn(0) != drawn(1)
+
+
+@pytest.mark.parametrize(("size", "groups"), [(10, 10), (10, 4), (7, 3), (5, 12), (1, 3)])
+def test_every_prompt_is_used_once_before_any_is_used_again(size, groups):
+    data = dataset(size)
+    plan = plan_batches(groups, group_size=2, updates=1, num_processes=1)
+    stream = [p for epoch in range(3 * size) for p in epoch_prompts(data, plan, SEED, epoch, 0).prompts[::2]]
+    for start in range(0, len(stream) - size + 1, size):
+        assert sorted(stream[start : start + size]) == sorted(data.prompts)
+
+
+def test_the_order_changes_from_pass_to_pass_and_with_the_seed():
+    data, plan = dataset(20), plan_batches(20, 1, 1, 1)
+    first = epoch_prompts(data, plan, SEED, 0, 0).prompts
+    assert first != epoch_prompts(data, plan, SEED, 1, 0).prompts
+    assert first != epoch_prompts(data, plan, SEED + 1, 0, 0).prompts
+    assert first != data.prompts
+
+
+def test_a_resumed_epoch_is_drawn_as_if_the_earlier_ones_had_been():
+    data, plan = dataset(7), plan_batches(3, 4, 2, 2)
+    unbroken = [epoch_prompts(data, plan, SEED, epoch, 1) for epoch in range(6)]
+    resumed = epoch_prompts(data, plan, SEED, 5, 1)
+    assert resumed.prompts == unbroken[5].prompts
+    assert torch.equal(resumed.sample_ids, unbroken[5].sample_ids)
+
+
+def test_sampling_does_not_touch_the_global_random_state():
+    state = torch.get_rng_state()
+    all_ranks(dataset(7), 6, 2, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, name: str, content: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def test_text_files_have_a_prompt_a_line_and_may_have_blank_lines(tmp_path):
+    data = PromptDataset.load(write(tmp_path, "p.txt", "\ufeffa cat \r\n\n  \nein grüner Hund\n"))
+    assert data.prompts == ("a cat", "ein grüner Hund")
+    assert data.metadata == ({}, {})
+
+
+def test_json_lines_keep_what_else_they_say(tmp_path):
+    data = PromptDataset.load(write(tmp_path, "p.jsonl", '{"prompt": "two cats", "count": 2}\n\n{"prompt": "a"}\n'))
+    assert data.prompts == ("two cats", "a")
+    assert data.metadata == ({"count": 2}, {})
+
+
+BAD_FILES = [
+    ("p.txt", "", "p.txt is empty"),
+    ("p.txt", "\n  \n", "p.txt is empty"),
+    ("p.txt", b"fine\nstill fine\n\xff\xfe\n", "line 3 of .*p.txt is not UTF-8"),
+    ("p.csv", "a", r"only \.txt and \.jsonl"),
+    ("p.jsonl", '{"prompt": "a"}\n\nnot json\n', "line 3 of .*p.jsonl is not JSON"),
+    ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', 'line 2 of .*p.jsonl must be an object whose "prompt"'),
+    ("p.jsonl", '{"prompt": " "}\n', "line 1 of"),
+    ("p.jsonl", '{"prompt": 3}\n', "line 1 of"),
+    ("p.jsonl", '["a"]\n', "line 1 of"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES)
+def test_a_bad_file_is_refused_with_the_line_at_fault(tmp_path, name, content, message):
+    with pytest.raises(ConfigError, match=message):
+        PromptDataset.load(write(tmp_path, name, content))
+
+
+def test_a_missing_file_is_refused_and_a_fetched_one_names_the_command(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist\.$"):
+        PromptDataset.load(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(ConfigError, match=r"does not exist; fetch it with `python scripts/train/fetch_prompts\.py"):
+        PromptDataset.load("assets/prompts/pickscore/none.txt")

@@ -1,0 +1,251 @@
+"""The report says what the run folders hold, and says so when it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic_runs import write_demo_pair, write_run
+
+from flow_grpo.errors import ConfigError
+from scripts.study.figures import COLOURS, states
+from scripts.study.records import compare, crossing, first_crossing, load_runs
+from scripts.study.report import build_report, main, notes
+
+FIGURES = (
+    "reward_vs_seconds",
+    "reward_vs_network_evaluations",
+    "judge_accuracy",
+    "modes",
+    "diversity_vs_reward",
+    "samples",
+)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Rewards by hand: DRTune 0.5, 0.6, 0.9 at 0, 10, 20 s; GRPO 0.5, 0.65, 0.75 at 0, 50, 100 s."""
+    drtune = write_run(tmp_path / "drtune", [0.5, 0.6, 0.9], [0, 10, 20], gradient=True, forwards_per_second=100)
+    grpo = write_run(tmp_path / "grpo", [0.5, 0.65, 0.75], [0, 50, 100], gradient=False, forwards_per_second=200)
+    return drtune, grpo
+
+
+# --- crossings ------------------------------------------------------------------------------------------
+
+
+def test_the_crossing_is_interpolated_linearly_between_evaluations(pair: tuple[Path, Path]) -> None:
+    drtune, grpo = load_runs(pair)
+    found = crossing(drtune, grpo)
+    assert found.seconds == pytest.approx(15.0, abs=1e-12)  # half way from 0.6 at 10 s to 0.9 at 20 s
+    assert found.network_evaluations == pytest.approx(1500.0, abs=1e-9)
+    assert found.fraction("seconds") == pytest.approx(0.15, abs=1e-12)
+    assert found.fraction("network_evaluations") == pytest.approx(0.075, abs=1e-12)
+    evaluation = found.evaluation
+    assert evaluation is not None and evaluation.seconds == 20
+    assert found.sentence() == (
+        "DRTune reached GRPO's final reward (0.7500) after 15.0 s of training, 15.0% of GRPO's 100 s, "
+        "and after 1,500 network evaluations, 7.5% of GRPO's 20,000."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rewards", "level", "expected"),
+    [
+        ([0.0, 1.0, 0.0, 1.0], 0.5, 5.0),  # the first of several
+        ([0.0, 0.5, 0.5], 0.5, 10.0),  # at an evaluation exactly
+        ([0.7, 0.8, 0.9], 0.5, 0.0),  # above it from the start
+        ([0.0, 0.4, 0.2], 0.5, None),
+    ],
+)
+def test_the_first_crossing_is_taken(rewards: list[float], level: float, expected: float | None) -> None:
+    assert first_crossing(10.0 * np.arange(len(rewards)), np.array(rewards), level) == expected
+
+
+def test_a_reward_that_is_never_reached_is_reported_as_such(tmp_path: Path) -> None:
+    drtune = write_run(tmp_path / "drtune", [0.5, 0.58, 0.55], [0, 10, 20], gradient=True)
+    grpo = write_run(tmp_path / "grpo", [0.5, 0.65], [0, 100], gradient=False)
+    report = build_report([drtune, grpo], tmp_path / "out")
+    text = report.path.read_text()
+    assert "DRTune did not reach GRPO&#39;s final reward (0.6500) in 20 s: its best was 0.5800." in text
+    assert "DRTune reached" not in text
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["crossings"][0]["seconds"] is None and summary["crossings"][0]["fraction_of_seconds"] is None
+
+
+def test_a_run_that_did_not_rise_is_no_target(tmp_path: Path) -> None:
+    drtune = write_run(tmp_path / "drtune", [0.5, 0.6], [0, 10], gradient=True)
+    grpo = write_run(tmp_path / "grpo", [0.5, 0.45], [0, 100], gradient=False)
+    found = crossing(*load_runs([drtune, grpo]))
+    assert not found.reached
+    assert found.sentence() == (
+        "GRPO ended at 0.4500, not above the base model's 0.5000: there is nothing for DRTune to reach."
+    )
+
+
+# --- the report -----------------------------------------------------------------------------------------
+
+
+class References(HTMLParser):
+    """Every address that an HTML page makes a browser open, and the text of its cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        if tag in ("link", "script", "iframe", "object"):
+            self.found.append(tag)
+
+
+def test_the_report_is_one_file_that_needs_no_other(tmp_path: Path) -> None:
+    report = build_report(write_demo_pair(tmp_path), tmp_path / "out")
+    html = report.path.read_text()
+    references = References()
+    references.feed(html)
+    assert len(references.found) == len(FIGURES)
+    assert all(reference.startswith("data:image/png;base64,") for reference in references.found)
+    assert "http" not in html and "url(" not in html and "@import" not in html
+    twin = References()
+    twin.feed('<img src="modes.png"><link href="style.css">')
+    assert twin.found == ["modes.png", "style.css", "link"]
+
+
+def test_every_figure_is_there_as_a_png_of_legible_size(tmp_path: Path) -> None:
+    build_report(write_demo_pair(tmp_path), tmp_path / "out")
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == set(FIGURES)
+    for name in FIGURES:
+        assert min(Image.open(tmp_path / f"out/{name}.png").size) >= 600
+
+
+def test_the_table_holds_the_final_figures(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    build_report(pair, tmp_path / "out")
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["base"]["reward/total"] == 0.5
+    assert {name: run["reward/total"] for name, run in summary["runs"].items()} == {"DRTune": 0.9, "GRPO": 0.75}
+    html = (tmp_path / "out/report.html").read_text()
+    row = re.search(r"<th>reward \(what is trained on\)</th>(.*?)</tr>", html)
+    assert row is not None and re.findall(r"<td>(.*?)</td>", row[1]) == ["0.5000", "0.9000", "0.7500"]
+
+
+def test_the_same_folders_give_the_same_report_wherever_they_are(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    first = build_report(pair, tmp_path / "one").path.read_text()
+    assert build_report(pair, tmp_path / "two").path.read_text() == first
+    moved = [Path(shutil.copytree(folder, tmp_path / "moved" / folder.name)) for folder in pair]
+    again = build_report(moved, tmp_path / "three").path.read_text()
+    assert again.replace(str(tmp_path / "moved"), str(tmp_path)) == first
+
+
+def test_it_says_how_the_runs_differ_and_what_they_ran_on(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    html = build_report(pair, tmp_path / "out").path.read_text()
+    differing = html[html.index("Settings in which") : html.index("All other settings")]
+    assert "use_reward_gradient" in differing and "learning_rate" not in differing
+    assert "learning_rate" in html and "cpu (synthetic)" in html and "2.15.0" in html
+
+
+def test_equal_reward_is_shown_beside_equal_time(tmp_path: Path) -> None:
+    runs = load_runs(write_demo_pair(tmp_path))
+    shown = states(runs, compare(runs))
+    assert [state.label for state in shown] == ["base", "DRTune at GRPO's reward, 18 s", "DRTune, 180 s", "GRPO, 181 s"]
+    assert shown[1].evaluation.reward == pytest.approx(runs[1].final.reward, abs=0.005)
+    assert len(set(COLOURS.values())) == 2
+
+
+def test_one_run_alone_and_three_runs_have_a_report(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    alone = build_report(pair[:1], tmp_path / "alone")
+    assert alone.crossings == () and alone.path.is_file()
+    third = write_run(tmp_path / "grpo_again", [0.5, 0.7], [0, 100], gradient=False)
+    report = build_report([*pair, third], tmp_path / "three")
+    assert [run.label for run in report.runs] == ["DRTune", "GRPO grpo", "GRPO grpo_again"]
+
+
+def test_a_run_without_judge_and_modes_has_a_report_without_them(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [0.5, 0.6], [0, 10], gradient=False, overrides={"eval.judge": ""})
+    edit_lines(
+        run, lambda line: {key: value for key, value in line.items() if "judge" not in key and "modes" not in key}
+    )
+    build_report([run], tmp_path / "out")
+    left_out = {"judge_accuracy", "modes", "diversity_vs_reward"}
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == set(FIGURES) - left_out
+
+
+def test_what_weakens_the_comparison_is_said(tmp_path: Path) -> None:
+    drtune = write_run(tmp_path / "drtune", [0.5, None, 0.6], [0, 10, 20], gradient=True)
+    grpo = write_run(tmp_path / "grpo", [0.51, 0.6], [0, 10], gradient=False)
+    edit_lines(grpo, lambda line: line | ({"train/skipped_updates": 0.5} if "train/skipped_updates" in line else {}))
+    assert notes(load_runs([drtune, grpo])) == [
+        "The runs did not start from the same model: their rewards before training differ (DRTune 0.5000, GRPO 0.5100).",
+        "DRTune: 1 evaluations are left out because their reward was not finite.",
+        "GRPO: updates were skipped in 2 epochs (loss or gradient not finite).",
+    ]
+
+
+# --- bad input ------------------------------------------------------------------------------------------
+
+
+def edit_lines(run: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    path = run / "metrics.jsonl"
+    path.write_text("".join(json.dumps(edit(json.loads(line))) + "\n" for line in path.read_text().splitlines()))
+
+
+def remove(file: str) -> Callable[[Path], None]:
+    return lambda run: (run / file).unlink()
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    return lambda run: edit_lines(run, lambda line: {k: v for k, v in line.items() if k not in names})
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (remove("metrics.jsonl"), r"metrics\.jsonl is missing"),
+        (remove("config.json"), r"config\.json is missing"),
+        (remove("environment.json"), r"environment\.json is missing"),
+        (remove("images/eval_000020.png"), r"eval_000020\.png is missing"),
+        (without("eval/reward/total"), "needs a finite eval/reward/total at step 0"),
+        (without("eval/judge/accuracy"), "eval/judge/accuracy should be in every evaluation"),
+        (without("network_evaluations"), "'network_evaluations' is None, a number is needed"),
+        (lambda run: edit_lines(run, lambda line: line | {"seconds": "ten"}), "'seconds' is 'ten', a number"),
+        (lambda run: edit_lines(run, lambda line: line | {"step": line["step"] + 1}), "at step 0 and at a later step"),
+        (lambda run: (run / "config.json").write_text("{}"), "has no 'use_reward_gradient'"),
+        (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
+    ],
+)
+def test_a_damaged_folder_is_one_sentence_and_exit_code_2(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    sentence: str,
+) -> None:
+    damage(pair[0])
+    assert main([str(pair[0]), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(sentence, error) and error.count("\n") == 1
+
+
+def test_runs_that_were_rewarded_or_evaluated_differently_are_not_compared(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = write_run(tmp_path / "other", [0.5, 0.6], [0, 10], gradient=False, overrides={"eval.num_steps": 40})
+    with pytest.raises(ConfigError, match=r"eval\.num_steps is 10 and 40"):
+        load_runs([pair[0], other])
+    batch = write_run(tmp_path / "batch", [0.5, 0.6], [0, 10], gradient=False, overrides={"eval.batch_size": 1})
+    load_runs([pair[0], batch])  # of no effect on what is measured
+
+
+def test_the_command_prints_where_the_report_is(
+    pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*map(str, pair), "--out", str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("DRTune reached GRPO's") and lines[-1] == f"Report: {tmp_path / 'out/report.html'}"

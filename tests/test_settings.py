@@ -1,0 +1,328 @@
+"""flow_grpo/settings.py: batch arithmetic, and one sentence for every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ml_collections import ConfigDict
+
+from config.base import get_config as base_config
+from flow_grpo.errors import ConfigError
+from flow_grpo.settings import OPEN_GROUPS, RULES, BatchPlan, Settings, find_checkpoint, leaves, plan_batches, resolve
+
+GRID = [
+    (groups, size, updates, processes)
+    for groups in (1, 2, 3, 5, 10, 48)
+    for size in (1, 2, 7, 8, 24)
+    for updates in (1, 2, 3, 5)
+    for processes in (1, 2, 3, 4, 32)
+]
+
+
+def write_model(folder: Path) -> str:
+    """The JSON files of a pipeline with the shape of the tiny SD3."""
+    files = {
+        "model_index.json": {"_class_name": "StableDiffusion3Pipeline"},
+        "transformer/config.json": {"patch_size": 2, "pos_embed_max_size": 16},
+        "vae/config.json": {"block_out_channels": [16, 32, 64]},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ConfigDict:
+    """A configuration without a mistake, whose files are stubs."""
+    config = base_config()
+    config.pretrained.model = write_model(tmp_path / "model")
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    config.reward_model.pickscore = config.reward_model.clipscore = config.eval.judge = str(clip)
+    config.reward_fn.pickscore = 1.0
+    for name in ("train", "test"):
+        path = tmp_path / f"{name}.txt"
+        path.write_text("a sneaker\na bag\na coat\n")
+        config.prompts[name] = str(path)
+    modes = tmp_path / "modes.json"
+    modes.write_text("{}")
+    config.eval.modes = str(modes)
+    return config
+
+
+def resolved(config: ConfigDict, changes: dict | None = None, processes: int = 1, cuda: bool = False) -> Settings:
+    config.update_from_flattened_dict(changes or {})
+    return resolve(config, processes, cuda)
+
+
+def sentence(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    """The message, which is one sentence."""
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.endswith((".", "?"))
+    return text
+
+
+# --- batch arithmetic -----------------------------------------------------------------------------------
+
+
+def pieces(plan: BatchPlan, processes: int) -> list[list[list[int]]]:
+    """Sample ids by process and update."""
+    ids = list(range(plan.images))
+    return [
+        [
+            [ids[plan.process_slice(rank)][i] for i in plan.update_indices(update).tolist()]
+            for update in range(plan.updates)
+        ]
+        for rank in range(processes)
+    ]
+
+
+@pytest.mark.parametrize(("groups", "size", "updates", "processes"), GRID)
+def test_a_plan_covers_every_image_exactly_once_or_names_values_that_work(groups, size, updates, processes):
+    try:
+        plan = plan_batches(groups, size, updates, processes)
+    except ConfigError as error:
+        assert groups * size % (processes * updates) != 0
+        text = str(error)
+        works = re.search(r"groups_per_epoch = (\d+)(?: or (\d+))? would work", text)
+        assert works is not None
+        for number in filter(None, works.groups()):
+            plan_batches(int(number), size, updates, processes)
+        fewer = re.search(r"and so would config.train.updates_per_epoch = (\d+)", text)
+        assert (fewer is not None) == (groups * size % processes == 0)
+        if fewer:
+            plan_batches(groups, size, int(fewer[1]), processes)
+        return
+    parts = pieces(plan, processes)
+    assert all(len(part) == plan.images_per_update for process in parts for part in process)
+    assert sorted(i for process in parts for part in process for i in part) == list(range(groups * size))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_an_update_trains_the_same_images_on_any_number_of_processes(processes):
+    alone, shared = plan_batches(6, 8, 2, 1), plan_batches(6, 8, 2, processes)
+    for update in range(2):
+        together = [i for process in pieces(shared, processes) for i in process[update]]
+        assert sorted(together) == sorted(pieces(alone, 1)[0][update])
+
+
+def test_contiguous_updates_would_train_other_images_on_two_processes():
+    """The broken twin of the test above: halves of each process's slice instead of every second image."""
+    halves_alone = set(range(0, 24))
+    halves_of_two = set(range(0, 12)) | set(range(24, 36))
+    assert halves_alone != halves_of_two
+
+
+def test_every_update_has_its_share_of_every_group():
+    plan = plan_batches(groups=6, group_size=8, updates=2, num_processes=1)
+    for update in range(2):
+        counts = torch.bincount(plan.update_indices(update) // plan.group_size)
+        assert counts.tolist() == [4] * 6
+
+
+def test_the_sentence_about_an_impossible_epoch_names_the_keys_and_numbers(config):
+    with pytest.raises(ConfigError) as error:
+        resolved(config, processes=3)
+    text = sentence(error)
+    for part in ("groups_per_epoch = 10", "80 images", "updates_per_epoch = 2", "3 processes", "9 or 12 would work"):
+        assert part in text
+
+
+# --- resolve --------------------------------------------------------------------------------------------
+
+
+def test_a_correct_configuration_resolves_to_its_plan_and_cannot_be_changed(config):
+    settings = resolved(config, processes=2)
+    assert settings.num_processes == 2
+    assert settings.plan == BatchPlan(
+        groups=10, group_size=8, images=80, images_per_process=40, images_per_update=20, updates=2
+    )
+    assert settings.config.to_dict() == config.to_dict()
+    with pytest.raises(AttributeError):
+        settings.config.seed = 1
+
+
+def test_there_is_a_rule_for_every_declared_key_and_for_no_other():
+    declared = {key for key, _ in leaves(base_config()) if key.split(".")[0] not in OPEN_GROUPS}
+    assert declared == set(RULES)
+
+
+def test_resolving_leaves_the_given_configuration_alone_and_expands_the_home_folder(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = resolved(config, {"pretrained.model": "~/model"})
+    assert settings.config.pretrained.model == str(tmp_path / "model")
+    assert config.pretrained.model == "~/model"
+
+
+def test_importing_settings_loads_no_torch():
+    code = "import sys, flow_grpo.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+BAD_VALUES = [
+    ("seed", -1),
+    ("max_seconds", float("nan")),
+    ("trackers", ("mlflow",)),
+    ("resolution", 0),
+    ("max_sequence_length", 513),
+    ("mixed_precision", "fp8"),
+    ("lora.rank", 0),
+    ("lora.target_modules", ()),
+    ("sample.num_steps", 0),
+    ("sample.guidance_scale", -1.0),
+    ("sample.sde_type", "sdf"),
+    ("sample.noise_level", -0.1),
+    ("sample.sde_window_range", (0, 1, 2)),
+    ("sample.sde_window_range", (0.5, 1)),
+    ("sample.groups_per_epoch", 0),
+    ("sample.num_image_per_prompt", 0),
+    ("sample.batch_size", 0),
+    ("train.batch_size", 0),
+    ("train.updates_per_epoch", 0),
+    ("train.learning_rate", 0.0),
+    ("train.adam_beta1", 1.0),
+    ("train.max_grad_norm", 0.0),
+    ("train.beta", -0.01),
+    ("train.ema_decay", 1.0),
+    ("train.clip_range", 0.0),
+    ("train.clip_range", 1.0),
+    ("train.adv_clip_max", 0.0),
+    ("train.advantage_mode", "both"),
+    ("train.timestep_fraction", 0.0),
+    ("train.timestep_fraction", 1.01),
+    ("train.kl_space", "latent"),
+    ("train.learning_rate", float("inf")),
+    ("drtune.num_train_steps", 0),
+    ("drtune.early_stop", -1),
+    ("eval.num_prompts", -1),
+    ("eval.rewards", ("",)),
+    ("reward_fn.pickscore", float("nan")),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES)
+def test_a_value_out_of_range_is_refused_by_key_and_value(config, key, value):
+    with pytest.raises(ConfigError) as error:
+        resolved(config, {key: value})
+    assert sentence(error).startswith(f"config.{key} = {value!r} is not allowed; it takes ")
+
+
+COMBINATIONS = [
+    ({"mixed_precision": "fp16"}, ["mixed_precision", "fp16", "GPU", "bf16"]),
+    ({"num_processes": 2}, ["num_processes = 2", "but 1 started", "torchrun"]),
+    ({"sample.sde_type": "ode"}, ['sde_type = "ode"', "log-probability", '"sde"']),
+    ({"sample.noise_level": 0.0}, ["noise_level = 0.0", "above 0"]),
+    ({"sample.noise_level": 1.1, "sample.sde_type": "cps"}, ["noise_level = 1.1", "cps", "0 to 1"]),
+    ({"sample.num_image_per_prompt": 1}, ["num_image_per_prompt = 1", "at least 2"]),
+    ({"sample.sde_window_size": 11}, ["sde_window_size = 11", "num_steps = 10"]),
+    ({"sample.sde_window_range": (0, 5)}, ["sde_window_range = (0, 5)", "sde_window_size", "(0, 0)"]),
+    ({"sample.sde_window_size": 3, "sample.sde_window_range": (4, 6)}, ["(4, 6)", "window of 3", "(0, 10)"]),
+    ({"sample.sde_window_size": 3, "sample.sde_window_range": (8, 11)}, ["(8, 11)", "step 10"]),
+    ({"sample.sde_window_size": 1, "sample.sde_type": "cps"}, ["sde_window_size = 1", "cps", "at least 2"]),
+    ({"train.ratio_normalization": True, "sample.sde_type": "cps"}, ["ratio_normalization", "cps", '"dance"']),
+    ({"use_reward_gradient": True, "drtune.num_train_steps": 11}, ["num_train_steps = 11", "1 to 10"]),
+    (
+        {"use_reward_gradient": True, "drtune.num_train_steps": 8, "drtune.early_stop": 4},
+        ["num_train_steps = 8", "early_stop = 4", "1 to 7"],
+    ),
+    ({"use_reward_gradient": True, "drtune.early_stop": 11}, ["early_stop = 11", "0 to 10"]),
+    (
+        {"use_reward_gradient": True, "reward_fn.jpeg_compressibility": 1.0},
+        ["jpeg_compressibility", "no gradient", "pickscore"],
+    ),
+    ({"reward_fn.pickscore": 0.0}, ["reward_fn", "pickscore"]),
+    ({"eval.rewards": ("clipscor",)}, ["eval.rewards", "clipscore"]),
+    ({"resolution": 36}, ["resolution = 36", "multiple of 8", "at most 128"]),
+    ({"resolution": 136}, ["resolution = 136", "at most 128"]),
+    ({"resolution": 24 * 11, "pretrained.model": "org/name"}, ["resolution = 264", "multiple of 16"]),
+    ({"eval.num_prompts": 4}, ["eval.num_prompts = 4", "3 prompts", "1 to 3"]),
+    ({"eval.modes": "nowhere.json"}, ["eval.modes", "nowhere.json"]),
+    ({"pretrained.model": "assets/nowhere"}, ["pretrained.model", "assets/nowhere", "directory"]),
+    ({"pretrained.model": "./nowhere"}, ["pretrained.model", "./nowhere", "directory"]),
+    ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
+    ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fetch_prompts.py --dataset", "--out"]),
+    ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), COMBINATIONS)
+def test_values_that_contradict_each_other_or_the_disk_are_refused(config, changes, parts):
+    with pytest.raises(ConfigError) as error:
+        resolved(config, changes)
+    text = sentence(error)
+    assert [part for part in parts if part not in text] == []
+
+
+POSSIBLE = [
+    {"mixed_precision": "bf16"},
+    {"sample.sde_type": "cps"},
+    {"sample.sde_type": "dance", "sample.noise_level": 1.5},
+    {"sample.sde_window_size": 2},
+    {"sample.sde_window_size": 3, "sample.sde_window_range": (4, 7)},
+    {"sample.sde_window_size": 1, "sample.sde_window_range": (0, 9), "sample.sde_type": "cps"},
+    {"use_reward_gradient": True, "sample.num_image_per_prompt": 1},
+    {"use_reward_gradient": True, "sample.sde_type": "ode"},
+    {"use_reward_gradient": True, "drtune.num_train_steps": 7, "drtune.early_stop": 4},
+    {"reward_fn.jpeg_compressibility": 0.5},
+    {"resolution": 128},
+    {"resolution": 256, "pretrained.model": "org/name"},
+    {"eval.modes": "", "eval.judge": "", "eval.num_prompts": 3, "trackers": ()},
+    {"use_lora": False, "train.beta": 0.1, "train.kl_space": "velocity"},
+]
+
+
+@pytest.mark.parametrize("changes", POSSIBLE)
+def test_what_can_work_is_accepted(config, changes):
+    settings = resolved(config, changes)
+    values = dict(leaves(ConfigDict(settings.config.to_dict())))
+    assert {key: values[key] for key in changes} == changes
+
+
+def test_fp16_is_accepted_on_a_gpu(config):
+    assert resolved(config, {"mixed_precision": "fp16"}, cuda=True).config.mixed_precision == "fp16"
+
+
+def test_the_number_of_processes_that_was_asked_for_is_accepted(config):
+    assert resolved(config, {"num_processes": 2}, processes=2).num_processes == 2
+
+
+def test_a_folder_without_a_pipeline_or_with_another_one_is_refused(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"has no model_index\.json"):
+        resolved(config, {"pretrained.model": str(tmp_path / "empty")})
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(ConfigError, match="is a FluxPipeline"):
+        resolved(config, {"pretrained.model": str(tmp_path / "model")})
+
+
+def test_a_key_that_is_missing_or_not_declared_is_refused(config):
+    unlocked = ConfigDict(config.to_dict())
+    unlocked.train.lerning_rate = 1.0
+    with pytest.raises(ConfigError, match=r"config\.train\.lerning_rate = 1\.0 is not a key"):
+        resolve(unlocked, 1, False)
+    del unlocked.train.lerning_rate
+    del unlocked.train.beta
+    with pytest.raises(ConfigError, match=r"config\.train\.beta is missing"):
+        resolve(unlocked, 1, False)
+
+
+# --- resuming -------------------------------------------------------------------------------------------
+
+
+def test_the_latest_finished_checkpoint_is_found_from_the_run_its_folder_or_itself(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("checkpoint-000002", "checkpoint-000010", "checkpoint-000012", "checkpoint-tmp", "best"):
+        (checkpoints / name).mkdir(parents=True)
+    for name in ("checkpoint-000002", "checkpoint-000010", "checkpoint-tmp"):  # 12 was not finished
+        (checkpoints / name / "state.json").write_text("{}")
+    assert find_checkpoint(str(tmp_path / "run")) == checkpoints / "checkpoint-000010"
+    assert find_checkpoint(str(checkpoints)) == checkpoints / "checkpoint-000010"
+    assert find_checkpoint(str(checkpoints / "checkpoint-000002")) == checkpoints / "checkpoint-000002"
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        find_checkpoint(str(checkpoints / "checkpoint-000012"))

@@ -1,0 +1,366 @@
+"""A run's folder: nothing doubled, nothing lost, strict JSON, one writer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from ml_collections import FrozenConfigDict
+from PIL import Image
+
+from config.base import get_config
+from flow_grpo.errors import ConfigError
+from flow_grpo.tracking import Counters, Run, _git_state, fresh_folder, read_history, wandb_mode
+
+NewRun = Callable[..., Run]
+
+
+@dataclass(frozen=True)
+class Plan:
+    images: int = 80
+
+
+def make_settings(logdir: Path, **overrides: Any) -> Any:
+    config = get_config()
+    config.update({"logdir": str(logdir), "run_name": "run", "trackers": (), **overrides})
+    return SimpleNamespace(config=FrozenConfigDict(config), plan=Plan(), num_processes=1)
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> NewRun:
+    """Make a run in tmp_path, as a process that has just started would."""
+    return lambda **overrides: Run(make_settings(tmp_path, **overrides), Accelerator(cpu=True))
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- history --------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_strict_json_with_nan_and_infinities_as_null(new_run: NewRun) -> None:
+    run = new_run()
+    run.log({"train/loss": float("nan"), "train/kl": float("inf"), "train/reward": np.float32(0.5)}, step=3)
+    text = (run.folder / "metrics.jsonl").read_text()
+    record = json.loads(text, parse_constant=lambda token: pytest.fail(f"{token} is not JSON"))
+    assert record["train/loss"] is None and record["train/kl"] is None and record["train/reward"] == 0.5
+    with pytest.raises(pytest.fail.Exception):  # the twin: what json writes when it is not told to be strict
+        json.loads(json.dumps({"x": float("nan")}), parse_constant=lambda token: pytest.fail(token))
+
+
+def test_every_line_carries_the_counters_and_is_there_at_once(new_run: NewRun) -> None:
+    run = new_run()
+    run.counters.images, run.counters.network_evaluations, run.counters.seconds = 80, 1600, 2.5
+    run.log({"train/reward": 0.6}, step=1)
+    run.counters.images += 80
+    run.log({"eval/reward/pickscore": 0.7}, step=2)
+    first, second = lines(run)
+    assert first == {
+        "step": 1,
+        "seconds": 2.5,
+        "network_evaluations": 1600,
+        "images": 80,
+        "updates": 0,
+        "nonfinite_updates": 0,
+        "train/reward": 0.6,
+    }
+    assert second["step"] == 2 and second["images"] == 160
+
+
+def test_truncation_leaves_exactly_what_a_resumed_run_will_not_repeat(new_run: NewRun) -> None:
+    run = new_run()
+    run.log({"eval/reward/pickscore": 0.5}, step=0)
+    for step in (1, 2, 3):
+        run.log({"train/reward": step / 10}, step=step)
+        run.log({"eval_ema/reward/pickscore": step / 10}, step=step)
+    run.truncate_history(2, evaluation_redone=False)
+    assert [line["step"] for line in lines(run)] == [0, 1, 1, 2, 2]
+    run.truncate_history(2)  # the evaluation at 2 will be done again
+    kept = lines(run)
+    assert [line["step"] for line in kept] == [0, 1, 1, 2] and "train/reward" in kept[-1]
+    assert not list(run.folder.glob("*.tmp"))
+
+
+def test_truncation_removes_a_line_torn_by_a_crash_so_that_appending_is_safe(new_run: NewRun) -> None:
+    run = new_run()
+    run.log({"train/reward": 0.1}, step=1)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "train/rew')
+    run.truncate_history(2)
+    run.log({"train/reward": 0.2}, step=2)
+    assert [line["train/reward"] for line in read_history(run.folder / "metrics.jsonl")] == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("bad", ["{torn", "[1]", '{"seconds": 1}'])
+def test_a_broken_line_inside_a_history_is_one_sentence_naming_it(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 2}}\n')
+    with pytest.raises(ConfigError, match="line 2"):
+        read_history(path)
+
+
+# --- counters and time ----------------------------------------------------------------------------------
+
+
+def test_counters_survive_a_checkpoint_in_place() -> None:
+    counters = Counters(epoch=3, seconds=1.5, network_evaluations=10, images=20, updates=6, nonfinite_updates=1)
+    restored = Counters()
+    restored.load_state_dict(json.loads(json.dumps(counters.state_dict())))
+    assert restored == counters
+    with pytest.raises(KeyError):
+        restored.load_state_dict({"epoch": 1})
+
+
+def test_the_timer_counts_the_block_and_nothing_outside_it(new_run: NewRun) -> None:
+    run = new_run()
+    start = time.perf_counter()
+    with run.timer():
+        time.sleep(0.05)
+    time.sleep(0.1)
+    with run.timer():
+        time.sleep(0.05)
+    assert 0.1 <= run.counters.seconds <= time.perf_counter() - start - 0.1
+
+
+def test_progress_iterates_over_a_total_or_an_iterable(new_run: NewRun) -> None:
+    run = new_run()
+    assert list(run.progress(3, "total")) == [0, 1, 2]
+    assert list(run.progress("ab", "iterable")) == ["a", "b"]
+
+
+# --- images ---------------------------------------------------------------------------------------------
+
+
+def test_images_are_written_as_png_pixel_for_pixel(new_run: NewRun) -> None:
+    run = new_run(trackers=("tensorboard",))
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    for name, image in {"bytes": pixels, "floats": pixels / 255, "pil": Image.fromarray(pixels)}.items():
+        run.log_image(name, image, step=7)
+        assert np.array_equal(np.asarray(Image.open(run.folder / f"images/{name}_000007.png")), pixels)
+    run.finish()
+
+
+# --- folders --------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(new_run: NewRun) -> None:
+    run = new_run()
+    run.log({"train/reward": 0.1}, step=1)
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"run_name='run'.*already holds a run"):
+        new_run(seed=7)
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_failed_before_its_first_result_does_not_block_its_name(new_run: NewRun) -> None:
+    new_run()
+    assert json.loads((new_run(seed=7).folder / "config.json").read_text())["seed"] == 7
+
+
+@pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/checkpoint-000010"])
+def test_resuming_appends_to_the_run_folder_and_keeps_its_records(new_run: NewRun, inside: str) -> None:
+    first = new_run()
+    first.log({"train/reward": 0.1}, step=1)
+    (first.folder / "checkpoints/checkpoint-000010").mkdir(parents=True)
+    second = new_run(run_name="", resume_from=str(first.folder / inside), num_epochs=7)
+    second.log({"train/reward": 0.2}, step=2)
+    assert second.folder.resolve() == first.folder.resolve() and second.resumed and not first.resumed
+    assert [line["step"] for line in lines(first)] == [1, 2]
+    environment = json.loads((first.folder / "environment.json").read_text())
+    assert environment["config_changes"]["num_epochs"] == [100, 7]
+    assert [session["run_id"] for session in environment["earlier_sessions"]] == [environment["run_id"]]
+
+
+def test_resuming_under_another_name_branches_off_into_a_new_folder(new_run: NewRun) -> None:
+    first = new_run()
+    first.log({"train/reward": 0.1}, step=1)
+    branch = new_run(run_name="branch", resume_from=str(first.folder))
+    branch.truncate_history(1)
+    assert branch.folder != first.folder and not (branch.folder / "metrics.jsonl").exists() and not branch.resumed
+
+
+def test_an_empty_name_becomes_recipe_and_time_and_never_collides(new_run: NewRun) -> None:
+    runs = [new_run(run_name="", recipe="tiny_sd3") for _ in range(3)]
+    assert len({run.folder for run in runs}) == 3
+    assert all(run.name.startswith("tiny_sd3-20") for run in runs)
+    assert json.loads((runs[0].folder / "config.json").read_text())["run_name"] == runs[0].name
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside"])
+def test_a_name_that_leaves_the_log_folder_is_refused(new_run: NewRun, name: str) -> None:
+    with pytest.raises(ConfigError, match="run_name"):
+        new_run(run_name=name)
+
+
+def test_fresh_folder_counts_up(tmp_path: Path) -> None:
+    assert [fresh_folder(tmp_path / "demo").name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
+
+
+# --- records --------------------------------------------------------------------------------------------
+
+
+def test_the_records_hold_the_whole_config_and_what_it_ran_on(new_run: NewRun) -> None:
+    run = new_run()
+    config = json.loads((run.folder / "config.json").read_text())
+    assert set(config) == set(get_config()) and config["sample"]["num_steps"] == 10
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["packages"]["accelerate"] and environment["processes"] == 1 and environment["threads"] >= 1
+    assert environment["command"].startswith("python ") and environment["device"].startswith("cpu")
+    assert environment["batch_plan"] == {"images": 80}
+    assert not any(os.environ.get(secret, "\0") in json.dumps(environment) for secret in ("WANDB_API_KEY", "HF_TOKEN"))
+
+
+def test_the_git_state_is_none_where_the_code_is_not_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    code = tmp_path / "tracking.py"
+    code.write_text("x = 1\n")
+    monkeypatch.setattr("flow_grpo.tracking.__file__", str(code))
+    git("init")
+    assert _git_state() is None  # inside a checkout that does not track it, such as a virtual environment's
+    git("add", ".")
+    git("commit", "-m", "one")
+    state = _git_state()
+    assert state is not None and len(state["revision"]) == 40 and state["dirty"] is False
+    code.write_text("x = 2\n")
+    assert (_git_state() or {})["dirty"] is True
+
+
+# --- trackers -------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_receives_what_is_logged(new_run: NewRun) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = new_run(trackers=("tensorboard",))
+    run.log({"train/reward": 0.25}, step=4)
+    run.log_image("eval", np.zeros((4, 4, 3)), step=4)
+    run.finish()
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/reward")] == [(4, 0.25)]
+    assert events.Images("eval")[0].step == 4
+
+
+@pytest.fixture
+def no_wandb_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_wandb_is_online_only_with_a_key(tmp_path: Path, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine example.org login user password secret\n")
+    assert wandb_mode() == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert wandb_mode() == "online"
+    (tmp_path / "netrc").write_text("not a netrc file\n")
+    assert wandb_mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_mode() == "disabled"
+
+
+def test_wandb_without_a_key_runs_offline_and_asks_nothing(
+    new_run: NewRun, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("wandb asked"))
+    run = new_run(trackers=("wandb",))
+    run.log({"train/reward": 0.25}, step=1)
+    run.log_image("eval", np.zeros((4, 4, 3)), step=1)
+    run.finish()
+    (record,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
+    assert record.stat().st_size > 0 and lines(run)[0]["train/reward"] == 0.25
+
+
+def test_wandb_that_cannot_be_reached_leaves_the_run_offline(
+    new_run: NewRun, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    started = wandb.init
+
+    def init(mode: str, **options: Any) -> Any:
+        if mode == "online":
+            raise wandb.errors.CommError("no route to host")
+        return started(mode=mode, **options)
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.warns(UserWarning, match=r"no route to host.*offline"):
+        run = new_run(trackers=("wandb", "tensorboard"))
+    run.log({"train/reward": 0.25}, step=1)
+    assert [tracker.name for tracker in run.accelerator.trackers] == ["wandb", "tensorboard"]
+    run.finish()
+    assert list((run.folder / "wandb").glob("offline-run-*"))
+
+
+def test_a_tracker_that_is_not_installed_is_left_out(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="'tensorboard' is not installed"):
+        run = new_run(trackers=("tensorboard",))
+    run.log({"train/reward": 0.25}, step=1)
+    assert len(lines(run)) == 1
+
+
+# --- processes ------------------------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import json, sys, time
+from pathlib import Path
+from accelerate import Accelerator
+from flow_grpo.errors import ConfigError
+from flow_grpo.tracking import Run
+from test_tracking import make_settings
+
+logdir = Path(sys.argv[1])
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+run = Run(make_settings(logdir, run_name="", recipe="two", trackers=("tensorboard",)), accelerator)
+with run.timer():
+    time.sleep(0.05 + 2 * rank)
+bar = run.progress(2, "bar")
+run.log({"train/reward": rank}, step=1)
+run.log_image("eval", __import__("numpy").zeros((2, 2, 3)), step=1)
+accelerator.wait_for_everyone()
+try:
+    Run(make_settings(logdir, run_name=run.name), accelerator)
+    refused = False
+except ConfigError:
+    refused = True
+report = [rank, run.name, run.is_main, run.counters.seconds, bar.disable, len(accelerator.trackers), refused]
+Path(f"{logdir}/report-{rank}.json").write_text(json.dumps(report))
+run.finish()
+"""
+
+
+def test_two_processes_share_one_folder_and_only_the_main_one_writes(tmp_path: Path) -> None:
+    script, tests = tmp_path / "script.py", Path(__file__).parent
+    script.write_text(TWO_PROCESSES)
+    paths = os.pathsep.join([str(tests), str(tests.parent)])
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    main, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
+    assert main[1] == other[1] and len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    assert (main[2], other[2]) == (True, False)
+    assert main[3] == other[3] < 2  # the main process's time, on both
+    assert (main[4:], other[4:]) == ([False, 1, True], [True, 0, True])
+    history = read_history(tmp_path / main[1] / "metrics.jsonl")
+    assert [line["train/reward"] for line in history] == [0]
