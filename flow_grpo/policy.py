@@ -104,11 +104,17 @@ class Policy:
             lora_alpha=lora.alpha,
             init_lora_weights="gaussian",
             target_modules=list(lora.target_modules),
+            exclude_modules=self._modules_without_effect(),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.settings.config.seed, "lora").initial_seed())
             self.transformer.add_adapter(adapter)
         cast_training_params(self.transformer, torch.float32)
+
+    def _modules_without_effect(self) -> list[str]:
+        """The prompt's queries in blocks that drop the prompt's stream (SD3's last): no gradient ever reaches them."""
+        blocks = enumerate(self.transformer.transformer_blocks)
+        return [f"transformer_blocks.{i}.attn.add_q_proj" for i, block in blocks if block.context_pre_only]
 
     def _train_everything(self, keep_reference: bool) -> None:
         """Full fine-tuning; the KL divergence then needs a frozen copy."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from ml_collections import ConfigDict
 
 from config.base import get_config
@@ -96,6 +97,7 @@ def build():
 
     def build_parts(config: ConfigDict) -> Parts:
         settings = resolve(config, num_processes=1, cuda=False)
+        AcceleratorState._reset_state(reset_partial_state=True)  # it is one per process, with one precision
         accelerator = Accelerator(mixed_precision=settings.config.mixed_precision, cpu=True)
         return Parts(
             settings=settings,

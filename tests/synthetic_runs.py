@@ -40,7 +40,8 @@ def write_run(
 ) -> Path:
     """A run evaluated at `seconds`; `collapse` 0: all colours equally often, 1: only one of them."""
     config = get_config()
-    config.update({"use_reward_gradient": gradient, "run_name": folder.name, **(overrides or {})})
+    config.update({"use_reward_gradient": gradient, "run_name": folder.name})
+    config.update_from_flattened_dict(dict(overrides or {}))
     (folder / "images").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
@@ -48,7 +49,7 @@ def write_run(
     for index, (reward, spent) in enumerate(zip(rewards, seconds, strict=True)):
         step, lost = index * evals_every, (collapse or [0.0] * len(rewards))[index]
         shares = np.full(8, (1 - lost) / 8) + lost * np.eye(8)[2 if gradient else 5]
-        line = {"step": step, "seconds": spent, "network_evaluations": int(spent * forwards_per_second)}
+        line: dict[str, Any] = {"step": step, "seconds": spent, "network_evaluations": int(spent * forwards_per_second)}
         line |= {"images": step * 80, "updates": step * 2, "nonfinite_updates": 0}
         lines.append(line | {"train/reward": 0.5, "train/skipped_updates": 0.0})
         line |= {"eval/reward/total": reward, "eval/reward/pickscore": reward}

@@ -1,6 +1,7 @@
 """The embedded models: how they are made, and that the committed ones are as good as their cards say."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,22 @@ def test_no_caption_is_cut_and_no_two_share_their_tokens():
         ids = tokenizer(captions).input_ids
         assert max(map(len, ids)) <= tiny_models.PROMPT_LENGTH
         assert len(set(map(tuple, ids))) == len(captions)
+
+
+def test_every_build_of_a_tokenizer_is_the_same():
+    captions = tiny_data.all_captions()
+    first, second = (tiny_models.build_clip_tokenizer(captions) for _ in range(2))
+    assert first.get_vocab() == second.get_vocab()
+    assert [first.tokenize(word) for word in ("sneaker", "QUIRKY")] == [
+        ["sneaker</w>"],
+        ["q", "u", "i", "r", "k", "y</w>"],
+    ]
+
+
+def test_merges_of_a_corpus_worked_by_hand():
+    """ "ab" occurs 3 times and "bc" once; of the ties that follow the last in the alphabet goes first."""
+    merges = tiny_models.learn_merges(Counter({"abx": 2, "abc": 1}))
+    assert merges == [("a", "b"), ("ab", "x</w>"), ("ab", "c</w>")]
 
 
 def test_the_seed_alone_decides_the_random_weights():

@@ -8,9 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,20 +19,16 @@ from PIL import Image
 
 from config.base import get_config
 from flow_grpo.errors import ConfigError
+from flow_grpo.settings import Settings, plan_batches
 from flow_grpo.tracking import Counters, Run, _git_state, fresh_folder, read_history, wandb_mode
 
 NewRun = Callable[..., Run]
 
 
-@dataclass(frozen=True)
-class Plan:
-    images: int = 80
-
-
-def make_settings(logdir: Path, **overrides: Any) -> Any:
+def make_settings(logdir: Path, **overrides: Any) -> Settings:
     config = get_config()
     config.update({"logdir": str(logdir), "run_name": "run", "trackers": (), **overrides})
-    return SimpleNamespace(config=FrozenConfigDict(config), plan=Plan(), num_processes=1)
+    return Settings(FrozenConfigDict(config), plan_batches(groups=10, group_size=8, updates=2, num_processes=1), 1)
 
 
 @pytest.fixture
@@ -55,7 +49,9 @@ def test_metrics_are_strict_json_with_nan_and_infinities_as_null(new_run: NewRun
     run.log({"train/loss": float("nan"), "train/kl": float("inf"), "train/reward": np.float32(0.5)}, step=3)
     text = (run.folder / "metrics.jsonl").read_text()
     record = json.loads(text, parse_constant=lambda token: pytest.fail(f"{token} is not JSON"))
-    assert record["train/loss"] is None and record["train/kl"] is None and record["train/reward"] == 0.5
+    assert record["train/loss"] is None
+    assert record["train/kl"] is None
+    assert record["train/reward"] == 0.5
     with pytest.raises(pytest.fail.Exception):  # the twin: what json writes when it is not told to be strict
         json.loads(json.dumps({"x": float("nan")}), parse_constant=lambda token: pytest.fail(token))
 
@@ -76,7 +72,8 @@ def test_every_line_carries_the_counters_and_is_there_at_once(new_run: NewRun) -
         "nonfinite_updates": 0,
         "train/reward": 0.6,
     }
-    assert second["step"] == 2 and second["images"] == 160
+    assert second["step"] == 2
+    assert second["images"] == 160
 
 
 def test_truncation_leaves_exactly_what_a_resumed_run_will_not_repeat(new_run: NewRun) -> None:
@@ -89,7 +86,8 @@ def test_truncation_leaves_exactly_what_a_resumed_run_will_not_repeat(new_run: N
     assert [line["step"] for line in lines(run)] == [0, 1, 1, 2, 2]
     run.truncate_history(2)  # the evaluation at 2 will be done again
     kept = lines(run)
-    assert [line["step"] for line in kept] == [0, 1, 1, 2] and "train/reward" in kept[-1]
+    assert [line["step"] for line in kept] == [0, 1, 1, 2]
+    assert "train/reward" in kept[-1]
     assert not list(run.folder.glob("*.tmp"))
 
 
@@ -146,7 +144,8 @@ def test_progress_iterates_over_a_total_or_an_iterable(new_run: NewRun) -> None:
 def test_images_are_written_as_png_pixel_for_pixel(new_run: NewRun) -> None:
     run = new_run(trackers=("tensorboard",))
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    for name, image in {"bytes": pixels, "floats": pixels / 255, "pil": Image.fromarray(pixels)}.items():
+    images: dict[str, Any] = {"bytes": pixels, "floats": pixels / 255, "pil": Image.fromarray(pixels)}
+    for name, image in images.items():
         run.log_image(name, image, step=7)
         assert np.array_equal(np.asarray(Image.open(run.folder / f"images/{name}_000007.png")), pixels)
     run.finish()
@@ -176,7 +175,9 @@ def test_resuming_appends_to_the_run_folder_and_keeps_its_records(new_run: NewRu
     (first.folder / "checkpoints/checkpoint-000010").mkdir(parents=True)
     second = new_run(run_name="", resume_from=str(first.folder / inside), num_epochs=7)
     second.log({"train/reward": 0.2}, step=2)
-    assert second.folder.resolve() == first.folder.resolve() and second.resumed and not first.resumed
+    assert second.folder.resolve() == first.folder.resolve()
+    assert second.resumed
+    assert not first.resumed
     assert [line["step"] for line in lines(first)] == [1, 2]
     environment = json.loads((first.folder / "environment.json").read_text())
     assert environment["config_changes"]["num_epochs"] == [100, 7]
@@ -188,7 +189,9 @@ def test_resuming_under_another_name_branches_off_into_a_new_folder(new_run: New
     first.log({"train/reward": 0.1}, step=1)
     branch = new_run(run_name="branch", resume_from=str(first.folder))
     branch.truncate_history(1)
-    assert branch.folder != first.folder and not (branch.folder / "metrics.jsonl").exists() and not branch.resumed
+    assert branch.folder != first.folder
+    assert not (branch.folder / "metrics.jsonl").exists()
+    assert not branch.resumed
 
 
 def test_an_empty_name_becomes_recipe_and_time_and_never_collides(new_run: NewRun) -> None:
@@ -214,11 +217,15 @@ def test_fresh_folder_counts_up(tmp_path: Path) -> None:
 def test_the_records_hold_the_whole_config_and_what_it_ran_on(new_run: NewRun) -> None:
     run = new_run()
     config = json.loads((run.folder / "config.json").read_text())
-    assert set(config) == set(get_config()) and config["sample"]["num_steps"] == 10
+    assert set(config) == set(get_config())
+    assert config["sample"]["num_steps"] == 10
     environment = json.loads((run.folder / "environment.json").read_text())
-    assert environment["packages"]["accelerate"] and environment["processes"] == 1 and environment["threads"] >= 1
-    assert environment["command"].startswith("python ") and environment["device"].startswith("cpu")
-    assert environment["batch_plan"] == {"images": 80}
+    assert environment["packages"]["accelerate"]
+    assert environment["processes"] == 1
+    assert environment["threads"] >= 1
+    assert environment["command"].startswith("python ")
+    assert environment["device"].startswith("cpu")
+    assert environment["batch_plan"]["images"] == 80
     assert not any(os.environ.get(secret, "\0") in json.dumps(environment) for secret in ("WANDB_API_KEY", "HF_TOKEN"))
 
 
@@ -235,7 +242,9 @@ def test_the_git_state_is_none_where_the_code_is_not_tracked(tmp_path: Path, mon
     git("add", ".")
     git("commit", "-m", "one")
     state = _git_state()
-    assert state is not None and len(state["revision"]) == 40 and state["dirty"] is False
+    assert state is not None
+    assert len(state["revision"]) == 40
+    assert state["dirty"] is False
     code.write_text("x = 2\n")
     assert (_git_state() or {})["dirty"] is True
 
@@ -285,7 +294,8 @@ def test_wandb_without_a_key_runs_offline_and_asks_nothing(
     run.log_image("eval", np.zeros((4, 4, 3)), step=1)
     run.finish()
     (record,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
-    assert record.stat().st_size > 0 and lines(run)[0]["train/reward"] == 0.25
+    assert record.stat().st_size > 0
+    assert lines(run)[0]["train/reward"] == 0.25
 
 
 def test_wandb_that_cannot_be_reached_leaves_the_run_offline(
@@ -295,7 +305,7 @@ def test_wandb_that_cannot_be_reached_leaves_the_run_offline(
 
     started = wandb.init
 
-    def init(mode: str, **options: Any) -> Any:
+    def init(mode: Any, **options: Any) -> Any:
         if mode == "online":
             raise wandb.errors.CommError("no route to host")
         return started(mode=mode, **options)
@@ -325,8 +335,9 @@ import json, sys, time
 from pathlib import Path
 from accelerate import Accelerator
 from flow_grpo.errors import ConfigError
+from flow_grpo.settings import Settings, plan_batches
 from flow_grpo.tracking import Run
-from test_tracking import make_settings
+from tests.test_tracking import make_settings
 
 logdir = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)
@@ -350,15 +361,15 @@ run.finish()
 
 
 def test_two_processes_share_one_folder_and_only_the_main_one_writes(tmp_path: Path) -> None:
-    script, tests = tmp_path / "script.py", Path(__file__).parent
+    script, root = tmp_path / "script.py", Path(__file__).parents[1]
     script.write_text(TWO_PROCESSES)
-    paths = os.pathsep.join([str(tests), str(tests.parent)])
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     main, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
-    assert main[1] == other[1] and len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    assert main[1] == other[1]
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
     assert (main[2], other[2]) == (True, False)
     assert main[3] == other[3] < 2  # the main process's time, on both
     assert (main[4:], other[4:]) == ([False, 1, True], [True, 0, True])

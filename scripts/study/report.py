@@ -106,12 +106,13 @@ def _pictures(
     from scripts.study.records import ACCURACY, QUANTITIES
 
     mark = " The star is where one run reaches the other's final reward." if len(runs) > 1 else ""
+    counted = {"seconds": "", "network_evaluations": " Forward passes are counted, backward passes are not."}
     drawn = [
         (
             f"reward_vs_{quantity}",
             f"Reward against {quantity.replace('_', ' ')}",
-            "The model's weights are evaluated on prompts and noise that are the same every time and never trained on; "
-            f"what that costs is not counted.{mark}",
+            "Evaluated on fixed prompts and on noise that is never trained on; what that costs is not counted."
+            f"{counted[quantity]}{mark}",
             figures.reward_figure(runs, crossings, quantity),
         )
         for quantity in QUANTITIES
@@ -139,8 +140,8 @@ def _pictures(
             (
                 "modes",
                 "Modes before and after",
-                "A prompt leaves the mode (here: the colour) open. The share of images in each, over all prompts, "
-                "according to the judge.",
+                "Modes are what a prompt leaves open, such as the colour. The share of images in each, over all "
+                "prompts, according to the judge.",
                 figures.modes_figure(shown),
             )
         )

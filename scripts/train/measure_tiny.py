@@ -23,11 +23,15 @@ from typing import TYPE_CHECKING, Any
 from flow_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+    from typing import TypeAlias
+
     from torch import Tensor
 
     from flow_grpo.rewards.clip import ClipScorer
     from scripts.train.tiny_data import Photographs
+
+    AutoencoderKL: TypeAlias = Any  # type checkers do not see the methods of diffusers' classes
+    StableDiffusion3Pipeline: TypeAlias = Any
 
 SAMPLES = 1000  # images of each kind
 STEPS = 20

@@ -29,12 +29,16 @@ from typing import TYPE_CHECKING, Any
 from flow_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import torch
-    from diffusers import AutoencoderKL, StableDiffusion3Pipeline
     from torch import Tensor, nn
     from transformers import CLIPModel
 
     from scripts.train.tiny_data import Photographs
+
+    AutoencoderKL: TypeAlias = Any  # type checkers do not see the methods of diffusers' classes
+    StableDiffusion3Pipeline: TypeAlias = Any
 
 STAGES = ("vae", "sd3", "pickscore", "features", "measure")
 VAE_KL_WEIGHT = 5e-4  # of the KL divergence per latent number
@@ -195,7 +199,7 @@ def train_vae(photographs: Photographs, recipe: Recipe, seed: int, work: Path, s
     from scripts.train import tiny_models
 
     torch.manual_seed(seed)
-    vae = tiny_models.build_vae()
+    vae: AutoencoderKL = tiny_models.build_vae()
 
     def loss(generator: torch.Generator) -> Tensor:
         images, _ = draw(photographs, recipe.batch, generator)
@@ -260,7 +264,7 @@ def train_sd3(
 
     from scripts.train import tiny_data, tiny_models
 
-    pipeline = tiny_models.build_pipeline(seed)
+    pipeline: StableDiffusion3Pipeline = tiny_models.build_pipeline(seed)
     pipeline.register_modules(vae=vae)
     latents = encode_latents(photographs, vae, seed)
     captions = tiny_data.all_captions()

@@ -3,16 +3,16 @@
 `build_pipeline` is a whole `StableDiffusion3Pipeline` and `build_clip` a `CLIPModel` with its `CLIPProcessor`, both
 with random weights. `scripts/train/pretrain_tiny.py` trains them; the tests use them as they are.
 
-The tokenizers are fitted to the captions of `tiny_data` and can spell anything else. The ids of a fitted BPE may differ
-between versions of the `tokenizers` library, so a trained model must keep the tokenizer files saved beside it.
+The tokenizers are fitted to the captions of `tiny_data` and can spell anything else. Token ids depend on the captions,
+so a trained model must be used with the tokenizer files saved beside it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -34,48 +34,72 @@ from transformers import (
     PreTrainedTokenizerBase,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from scripts.train import tiny_data
 
 PROMPT_LENGTH = 8  # tokens, all three encoders
+END = "</w>"  # marks the last letter of a word in CLIP's BPE
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------
 
 
-def build_clip_tokenizer(corpus: Sequence[str], vocab_size: int = 800, length: int = PROMPT_LENGTH) -> CLIPTokenizer:
-    """CLIP's byte-level BPE, its merges learnt from `corpus`; every byte is in it, so nothing is unknown."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+def build_clip_tokenizer(corpus: Sequence[str], length: int = PROMPT_LENGTH) -> CLIPTokenizer:
+    """CLIP's byte-level BPE, merged until each word of `corpus` is one token; every byte is known, so any text is."""
     backend = CLIPTokenizer().backend_tokenizer
-    bpe.normalizer, bpe.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    bpe.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    fitted = json.loads(bpe.to_str())["model"]
-    vocab: dict[str, int] = dict(fitted["vocab"])
-    for token in (*(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"):
-        vocab.setdefault(token, len(vocab))
-    merges = [tuple(merge) for merge in fitted["merges"]]
+    words: Counter[str] = Counter()
+    for line in corpus:
+        pieces = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(line))
+        words.update(piece for piece, _ in pieces)
+    merges: list[Any] = learn_merges(words)  # pairs, where the library's annotation says strings
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + END for letter in letters), *map("".join, merges)]
+    vocab = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
-def build_t5_tokenizer(corpus: Sequence[str], length: int = PROMPT_LENGTH) -> T5TokenizerFast:
+def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (arXiv 1508.07909) to its end: merge the commonest pair until each word is one token.
+
+    Ties go to the alphabet, so that every build is the same; those of the `tokenizers` library are not.
+    """
+    spellings = {word: [*word[:-1], word[-1] + END] for word in words}
+    merges: list[tuple[str, str]] = []
+    while True:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, tokens in spellings.items():
+            for pair in pairwise(tokens):
+                pairs[pair] += words[word]
+        if not pairs:
+            return merges
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        spellings = {word: merge(tokens, merges[-1]) for word, tokens in spellings.items()}
+
+
+def merge(tokens: list[str], pair: tuple[str, str]) -> list[str]:
+    """Join every occurrence of `pair`, from left to right."""
+    joined: list[str] = []
+    for token in tokens:
+        if joined and (joined[-1], token) == pair:
+            joined[-1] += token
+        else:
+            joined.append(token)
+    return joined
+
+
+def build_t5_tokenizer(corpus: Sequence[str], length: int = PROMPT_LENGTH) -> T5Tokenizer:
     """T5's unigram model: each word of `corpus` is one piece with its frequency, ASCII letters are the fallback."""
     counts = Counter("\u2581" + word for line in corpus for word in line.split())
     pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0}
     pieces |= {word: math.log(count / counts.total()) for word, count in counts.most_common()}
     for letter in ["\u2581", *map(chr, range(33, 127))]:
         pieces.setdefault(letter, -12.0)
-    return T5TokenizerFast(vocab=list(pieces.items()), extra_ids=0, model_max_length=length)
+    return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=length)
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The ids a CLIP text configuration needs; it pools at the end-of-text token."""
     return {
         "vocab_size": len(tokenizer),
@@ -125,7 +149,7 @@ def build_text_encoder(
     )
 
 
-def build_t5_encoder(tokenizer: T5TokenizerFast, width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
+def build_t5_encoder(tokenizer: T5Tokenizer, width: int = 128, layers: int = 2, heads: int = 4) -> T5EncoderModel:
     """The T5 encoder, as wide as the two CLIP encoders together."""
     return T5EncoderModel(
         T5Config(
@@ -141,7 +165,6 @@ def build_t5_encoder(tokenizer: T5TokenizerFast, width: int = 128, layers: int =
             relative_attention_num_buckets=8,
             relative_attention_max_distance=16,
             dropout_rate=0.0,
-            tie_word_embeddings=False,
         )
     )
 

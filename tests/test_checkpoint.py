@@ -1,0 +1,186 @@
+"""Checkpoints: exact continuation, retention, and the exported weights in the libraries that load them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import PeftModel
+
+from flow_grpo import checkpoint, drtune, grpo
+from flow_grpo.errors import ConfigError
+from flow_grpo.evaluation import draw_samples
+from flow_grpo.settings import find_checkpoint
+from flow_grpo.tracking import read_history
+from flow_grpo.trainer import fit
+
+METHODS = {"grpo": grpo, "drtune": drtune}
+
+
+def train(config, build, method):
+    """scripts/train/train_sd3.py without evaluators: fit, and give the parts back."""
+    parts = build(config)
+    checkpoint.resume(parts.policy, parts.run, parts.settings)
+    fit(parts.policy, method.train_epoch, parts.prompts, parts.prompts, parts.reward, (), parts.settings, parts.run)
+    return parts
+
+
+def weights(parts):
+    return [p.detach().clone() for p in parts.policy.trainable]
+
+
+def deterministic(path):
+    """A history without its wall-clock times."""
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_history(path / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_resumed_equals_unbroken_bit_for_bit(config, build, method):
+    config.use_reward_gradient = method == "drtune"
+    config.train.updates_per_epoch, config.train.beta, config.save_freq = 2, 0.05, 1
+    config.run_name, config.num_epochs = "unbroken", 4
+    unbroken = train(config, build, METHODS[method])
+    config.run_name, config.num_epochs = "broken", 2
+    broken = train(config, build, METHODS[method])
+    config.resume_from, config.num_epochs = str(broken.run.folder), 4
+    resumed = train(config, build, METHODS[method])
+    assert resumed.run.folder == broken.run.folder
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(unbroken), strict=True))
+    pairs = zip(resumed.policy.ema.shadow_params, unbroken.policy.ema.shadow_params, strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert deterministic(resumed.run.folder) == deterministic(unbroken.run.folder)
+
+
+def test_without_the_optimizers_state_resuming_is_not_exact(config, build, monkeypatch):
+    config.save_freq, config.num_epochs, config.run_name = 1, 3, "unbroken"
+    unbroken = train(config, build, grpo)
+    config.run_name, config.num_epochs = "broken", 2
+    broken = train(config, build, grpo)
+    config.resume_from, config.num_epochs = str(broken.run.folder), 3
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
+    assert not all(torch.equal(a, b) for a, b in zip(weights(train(config, build, grpo)), weights(unbroken), strict=True))
+
+
+def test_resuming_from_an_earlier_checkpoint_forgets_what_came_after(config, build):
+    config.save_freq, config.num_epochs = 1, 3
+    first = train(config, build, grpo)
+    before = deterministic(first.run.folder)
+    config.resume_from = str(first.run.folder / "checkpoints" / "checkpoint-000001")
+    again = train(config, build, grpo)
+    assert deterministic(again.run.folder) == before
+
+
+@pytest.fixture
+def trained(config, build):
+    """One DRTune run whose weights are well away from the pretrained ones."""
+    config.use_reward_gradient, config.train.learning_rate = True, 2e-2
+    config.eval.guidance_scale = 3.0
+    parts = build(config)
+    for _ in range(3):
+        parts.train(drtune)
+    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    return parts, find_checkpoint(str(parts.run.folder))
+
+
+@pytest.mark.parametrize("suffix", ["", "_ema"])
+def test_stock_diffusers_reproduces_our_evaluation_images(trained, random_models, suffix):
+    parts, folder = trained
+    if suffix:
+        with parts.policy.ema_weights():
+            ours = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
+    else:
+        ours = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
+    stock = StableDiffusion3Pipeline.from_pretrained(random_models / "sd3", torch_dtype=torch.float32)
+    generators = [checkpoint_noise(p, s) for p in range(4) for s in range(2)]
+    arguments = {
+        "prompt": list(ours.prompts), "latents": parts.policy.noise(generators), "num_inference_steps": 4,
+        "guidance_scale": 3.0, "height": 32, "width": 32, "max_sequence_length": 8, "output_type": "pt",
+    }  # fmt: skip
+    base = stock(**arguments).images
+    stock.load_lora_weights(folder / f"lora{suffix}")
+    theirs = stock(**arguments).images
+    assert (ours.images - theirs).abs().max() < 1e-4
+    assert (base - theirs).abs().max() > 1e-2
+
+
+def checkpoint_noise(prompt, sample):
+    from flow_grpo.randomness import keyed_generator
+
+    return keyed_generator(0, "eval", prompt, sample)
+
+
+def test_peft_loads_the_adapter(trained, random_models):
+    parts, folder = trained
+    base = SD3Transformer2DModel.from_pretrained(random_models / "sd3" / "transformer", torch_dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder / "lora")
+    embeds = parts.policy.encode(["a bag"])
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = model(x, embeds.prompt_embeds, embeds.pooled_prompt_embeds, torch.tensor([300.0]), return_dict=False)[0]
+    torch.testing.assert_close(theirs, parts.policy.velocity(embeds, 1.0)(x, 0.3), rtol=1e-4, atol=1e-5)
+
+
+def test_full_fine_tuning_exports_a_transformer_and_resumes(config, build):
+    config.use_lora, config.save_freq = False, 1
+    parts = train(config, build, grpo)
+    folder = find_checkpoint(str(parts.run.folder))
+    exported = SD3Transformer2DModel.from_pretrained(folder / "transformer")
+    current = dict(parts.policy.transformer.named_parameters())
+    assert all(torch.equal(p, current[name]) for name, p in exported.named_parameters())
+    config.resume_from, config.num_epochs = str(folder), 2
+    resumed = build(config)
+    checkpoint.resume(resumed.policy, resumed.run, resumed.settings)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(parts), strict=True))
+
+
+def names(parts):
+    return sorted(p.name for p in (parts.run.folder / "checkpoints").iterdir())
+
+
+def test_the_latest_and_the_best_are_kept(config, build):
+    config.num_checkpoint_limit = 2
+    parts = build(config)
+    for epoch, score in enumerate([0.1, 0.9, 0.3, None, 0.2], start=1):
+        parts.run.counters.epoch = epoch
+        checkpoint.save(parts.policy, parts.run, parts.settings, score)
+    assert names(parts) == ["checkpoint-000002", "checkpoint-000004", "checkpoint-000005"]
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole(config, build, monkeypatch):
+    parts = build(config)
+    parts.run.counters.epoch = 1
+    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    state = (parts.run.folder / "checkpoints" / "checkpoint-000001" / "state.json").read_text()
+
+    def full_disk(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(checkpoint, "export", full_disk)
+    for epoch in (1, 2):
+        parts.run.counters.epoch = epoch
+        with pytest.raises(OSError, match="no space"):
+            checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    latest = find_checkpoint(str(parts.run.folder))
+    assert latest.name == "checkpoint-000001"
+    assert (latest / "state.json").read_text() == state
+    checkpoint.load(parts.policy, parts.run, latest)
+
+
+def test_a_checkpoint_of_other_weights_is_refused(config, build):
+    parts = build(config)
+    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    folder = find_checkpoint(str(parts.run.folder))
+    config.run_name, config.lora.rank = "other", 2
+    other = build(config)
+    with pytest.raises(ConfigError, match="another lora"):
+        checkpoint.load(other.policy, other.run, folder)
+
+
+def test_the_state_says_what_was_spent(config, build):
+    config.save_freq = 1
+    parts = train(config, build, grpo)
+    state = json.loads((find_checkpoint(str(parts.run.folder)) / "state.json").read_text())
+    assert state["counters"]["epoch"] == 2
+    assert state["counters"]["images"] == 16
+    assert state["counters"]["network_evaluations"] == 2 * 8 * 4 * 2  # 8 images, 4 steps, sampled and trained

@@ -1,0 +1,128 @@
+"""Loading, freezing, prompts, decoding, averaged weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.randomness import keyed_generator
+
+
+@pytest.fixture
+def policy(config, build):
+    return build(config).policy
+
+
+def draw(n, seed=0):
+    return [keyed_generator(seed, "test", i) for i in range(n)]
+
+
+def test_only_lora_is_trainable_and_it_is_float32(config, build):
+    config.mixed_precision = "bf16"
+    policy = build(config).policy
+    names = [name for name, p in policy.transformer.named_parameters() if p.requires_grad]
+    assert names
+    assert all(".lora_A." in name or ".lora_B." in name for name in names)
+    assert all(p.dtype == torch.float32 for p in policy.trainable)
+    assert policy.transformer.proj_out.weight.dtype == torch.bfloat16
+    assert next(policy.vae.parameters()).dtype == torch.float32
+    for module in (policy.vae, policy.pipeline.text_encoder, policy.pipeline.text_encoder_3):
+        assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_before_training_lora_changes_nothing(policy, random_models):
+    stock = StableDiffusion3Pipeline.from_pretrained(random_models / "sd3", torch_dtype=torch.float32)
+    embeds, x = policy.encode(["a bag", "a boot"]), policy.noise(draw(2))
+    theirs = stock.transformer(
+        x, embeds.prompt_embeds, embeds.pooled_prompt_embeds, torch.full((2,), 300.0), return_dict=False
+    )
+    torch.testing.assert_close(policy.velocity(embeds, 1.0)(x, 0.3), theirs[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_lora_start_depends_on_the_seed_alone(config, build):
+    starts = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        config.run_name, config.seed = name, seed
+        torch.manual_seed(len(starts))
+        starts.append([p.detach().clone() for p in build(config).policy.trainable])
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
+
+
+def test_embeddings_equal_stock_diffusers(policy):
+    prompts = ["a bag", "a red coat", "a bag"]
+    embeds = policy.encode(prompts)
+    expected, _, pooled, _ = policy.pipeline.encode_prompt(
+        prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=8
+    )
+    torch.testing.assert_close(embeds.prompt_embeds, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embeds.pooled_prompt_embeds, pooled, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prompt_is_encoded_once(policy):
+    calls = []
+    original = policy.pipeline.encode_prompt
+    policy.pipeline.encode_prompt = lambda *args, **kwargs: calls.append(args[0]) or original(*args, **kwargs)
+    policy.encode(["a bag", "a boot", "a bag"])
+    policy.encode(["a boot"])
+    assert calls == ["a bag", "a boot"]
+
+
+def test_our_samples_equal_stock_diffusers(config, build, random_models):
+    """The ODE sampler, guidance, scheduler and decoder, against the library's own pipeline."""
+    config.eval.guidance_scale, config.eval.num_steps = 4.5, 6
+    policy = build(config).policy
+    prompts, x = ["a bag", "a red coat"], policy.noise(draw(2))
+    with torch.no_grad():
+        ours = policy.decode(policy.sample_ode(prompts, draw(2)).final_latents)
+    stock = StableDiffusion3Pipeline.from_pretrained(random_models / "sd3", torch_dtype=torch.float32)
+    theirs = stock(
+        prompts, latents=x, num_inference_steps=6, guidance_scale=4.5, height=32, width=32,
+        max_sequence_length=8, output_type="pt",
+    ).images  # fmt: skip
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_decode_is_differentiable_and_in_range(policy):
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    images = policy.decode(latents)
+    assert images.shape == (2, 3, 32, 32)
+    assert 0 <= images.min() <= images.max() <= 1
+    images.sum().backward()
+    assert (latents.grad != 0).all()
+
+
+def test_network_evaluations_count_both_halves_of_a_guided_forward(policy):
+    embeds, x = policy.encode(["a bag"] * 3), policy.noise(draw(3))
+    policy.velocity(embeds, 1.0)(x, 0.5)
+    policy.velocity(embeds, 4.5)(x, 0.5)
+    policy.reference_velocity(embeds, 1.0)(x, 0.5)
+    assert policy.network_evaluations == 3 + 6 + 3
+
+
+def test_averaged_weights_are_used_inside_the_block_only(policy):
+    current = [p.detach().clone() for p in policy.trainable]
+    for shadow in policy.ema.shadow_params:
+        shadow.fill_(0.125)
+    with policy.ema_weights():
+        assert all((p == 0.125).all() for p in policy.trainable)
+    assert all(torch.equal(a, b) for a, b in zip(policy.trainable, current, strict=True))
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(config, build):
+    gradients = []
+    for checkpointing in (False, True):
+        config.gradient_checkpointing, config.run_name = checkpointing, f"run-{checkpointing}"
+        policy = build(config).policy
+        policy.velocity(policy.encode(["a bag"]), 1.0)(policy.noise(draw(1)), 0.5).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+    assert gradients[0].norm() > 0
+
+
+def test_a_folder_that_is_no_sd3_pipeline_is_one_sentence(config, build, random_models):
+    config.pretrained.model = str(random_models / "clip")
+    with pytest.raises(ConfigError, match=r"pretrained\.model"):
+        build(config)
