@@ -1,0 +1,1 @@
+"""Recipes: base.py declares every key, grpo.py changes what a recipe changes."""

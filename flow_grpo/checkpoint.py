@@ -35,7 +35,7 @@ def save(policy: Policy, run: Run, settings: Settings, score: float | None) -> N
     """Write the checkpoint of the epochs completed so far, whole or not at all; then drop those no longer kept.
 
     Args:
-        score: the evaluation's `reward/total` at this epoch, by which the best checkpoint is known; None: not evaluated.
+        score: the evaluation's `reward/total` at this epoch, which decides the best; None: not evaluated.
     """
     if run.is_main:
         folder = run.folder / "checkpoints" / f"checkpoint-{run.counters.epoch:06d}"
@@ -105,7 +105,9 @@ def export(policy: Policy, folder: Path, suffix: str) -> None:
     adapter = policy.transformer.peft_config["default"]
     weights = {name: value.detach().cpu() for name, value in get_peft_model_state_dict(policy.transformer).items()}
     adapter.save_pretrained(target)
-    save_file({f"base_model.model.{name}": value for name, value in weights.items()}, target / "adapter_model.safetensors")
+    save_file(
+        {f"base_model.model.{name}": value for name, value in weights.items()}, target / "adapter_model.safetensors"
+    )
     # The diffusers file has no place for alpha that every version reads: the factor alpha / r goes into B.
     scale = adapter.lora_alpha / adapter.r
     folded = {name: value * scale if ".lora_B." in name else value for name, value in weights.items()}
@@ -126,7 +128,9 @@ def _check_same_weights(saved: dict[str, Any], current: dict[str, Any], folder: 
     for key, what in (("model", "pretrained.model"), ("ema", "train.ema"), ("shapes", "lora or use_lora")):
         if saved[key] != current[key]:
             detail = "" if key == "shapes" else f" ({saved[key]!r}, now {current[key]!r})"
-            raise ConfigError(f"the checkpoint {folder} was made with another {what}{detail}; resume with the same setting")
+            raise ConfigError(
+                f"the checkpoint {folder} was made with another {what}{detail}; resume with the same setting"
+            )
 
 
 def _replace(partial: Path, folder: Path) -> None:

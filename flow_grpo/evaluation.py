@@ -64,7 +64,7 @@ def draw_samples(policy: Policy, prompts: PromptDataset, settings: Settings, run
     chosen, metadata = prompts.prompts[:num_prompts], prompts.metadata[:num_prompts]
     ids = [(p, s) for p in range(len(chosen)) for s in range(config.num_image_per_prompt)]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
-    found = []
+    found: list[tuple[int, Tensor, Tensor]] = []  # (position, image, latents)
     batches = [share[i : i + config.batch_size] for i in range(0, len(share), config.batch_size)]
     for batch in run.progress(batches, "evaluation samples"):
         generators = [keyed_generator(config.seed, "eval", *ids[i]) for i in batch]

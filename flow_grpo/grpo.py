@@ -43,7 +43,7 @@ class Experience:
 def train_epoch(
     policy: Policy, prompts: PromptDataset, reward: WeightedReward, settings: Settings, run: Run
 ) -> dict[str, float]:
-    """One epoch: sample the groups, then `num_inner_epochs` passes of `plan.updates` updates. Returns what is logged."""
+    """One epoch: sample the groups, then `num_inner_epochs` passes of `plan.updates` updates."""
     config, plan = settings.config, settings.plan
     batch = epoch_prompts(prompts, plan, config.seed, run.counters.epoch, policy.accelerator.process_index)
     metrics = MeanMetrics()
@@ -64,7 +64,7 @@ def collect(
     """Sample this process's images, score them, and normalise the rewards within groups over all processes."""
     config, epoch = settings.config, run.counters.epoch
     window = sde_window(settings, epoch)
-    trajectories, rewards = [], []
+    trajectories, totals = [], []
     chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     for chunk in run.progress(chunks, "sampling"):
         prompts = [batch.prompts[i] for i in chunk.tolist()]
@@ -82,9 +82,9 @@ def collect(
             images = policy.decode(trajectory.final_latents)
             scores = reward(images, prompts, [batch.metadata[i] for i in chunk.tolist()])
         trajectories.append(trajectory)
-        rewards.append(scores.total)
+        totals.append(scores.total)
         metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
-    rewards = torch.cat(rewards)
+    rewards = torch.cat(totals)
     advantages = _advantages(policy, batch, rewards, settings, metrics)
     return Experience(batch.prompts, Trajectory.cat(trajectories), rewards, advantages)
 
@@ -170,7 +170,10 @@ def _trained_slots(trajectory: Trajectory, settings: Settings, epoch: int, inner
 
 def _minibatch(policy: Policy, experience: Experience, chunk: Tensor, config: FrozenConfigDict) -> Minibatch:
     """The images at positions `chunk` of this process's epoch."""
-    embeds, guidance_scale = policy.encode([experience.prompts[i] for i in chunk.tolist()]), config.sample.guidance_scale
+    embeds, guidance_scale = (
+        policy.encode([experience.prompts[i] for i in chunk.tolist()]),
+        config.sample.guidance_scale,
+    )
     reference = policy.reference_velocity(embeds, guidance_scale) if config.train.beta > 0 else None
     index = chunk.to(policy.device)
     return Minibatch(
@@ -237,7 +240,7 @@ def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
     error = policy.accelerator.gather(ratio_error.reshape(1)).max().item()
     if error > bound:
         raise TrainingStopped(
-            f"the probability ratio of unchanged weights is off by {error:.3g}, more than train.max_ratio_error = {bound}: "
+            f"the ratio of unchanged weights is off by {error:.3g}, more than config.train.max_ratio_error = {bound}: "
             f"sampling and training compute different velocities, as they do when their guidance, precision or "
             f"sampler settings differ; nothing that was saved is touched"
         )

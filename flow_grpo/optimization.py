@@ -64,6 +64,6 @@ def _count_nonfinite(policy: Policy, run: Run, loss: float, grad_norm: float) ->
     if policy.skipped_in_a_row >= policy.settings.config.train.max_nonfinite_updates:
         raise TrainingStopped(
             f"{policy.skipped_in_a_row} updates in a row were skipped for a non-finite loss or gradient (last: loss "
-            f"{loss}, gradient norm {grad_norm}); stopped after {run.counters.epoch} epochs, what {run.folder} holds is "
-            f"intact"
+            f"{loss}, gradient norm {grad_norm}); stopped after {run.counters.epoch} epochs, what is in "
+            f"{run.folder} is intact"
         )

@@ -42,7 +42,9 @@ def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
             )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"pretrained.model {pretrained.model!r} cannot be loaded as an SD3 pipeline: {reason}") from error
+        raise ConfigError(
+            f"pretrained.model {pretrained.model!r} cannot be loaded as an SD3 pipeline: {reason}"
+        ) from error
 
 
 class Policy:

@@ -62,7 +62,7 @@ class Counters:
     network_evaluations: int = 0  # transformer forwards x images
     images: int = 0  # images sampled
     updates: int = 0  # optimizer steps taken
-    nonfinite_updates: int = 0  # optimizer steps skipped since the last one taken
+    nonfinite_updates: int = 0  # updates skipped for a non-finite loss or gradient
 
     def state_dict(self) -> dict[str, int | float]:
         """The counters by name, for a checkpoint."""

@@ -36,9 +36,12 @@ def fit(
     if counters.epoch == 0 and config.eval_freq > 0:
         evaluate_weights(policy, test_prompts, evaluators, settings, run)
     epochs = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
+    limit = ""
+    if config.max_seconds > 0:  # the clock, not the number of epochs, says how far the run is
+        epochs.total, limit = None, f"/{config.max_seconds:.0f}"
     for _ in epochs:
         metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
-        epochs.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}")
+        epochs.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
         last = counters.epoch == config.num_epochs or 0 < config.max_seconds <= counters.seconds
         score = None
         if _due(config.eval_freq, counters.epoch, last):

@@ -54,9 +54,7 @@ class Trajectory:
 
     def __getitem__(self, index: Any) -> Trajectory:
         """Select images by slice, list or index tensor."""
-        return replace(
-            self, latents=self.latents[index], means=self.means[index], log_probs=self.log_probs[index]
-        )
+        return replace(self, latents=self.latents[index], means=self.means[index], log_probs=self.log_probs[index])
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:

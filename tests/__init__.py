@@ -1,0 +1,1 @@
+"""The tests; conftest.py makes the random tiny models they share."""

@@ -22,7 +22,10 @@ def test_advantages_equal_numpy_group_by_group(global_std):
 def test_advantages_do_not_depend_on_the_order_of_images():
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        group_advantages(REWARDS[order], GROUPS[order]), group_advantages(REWARDS, GROUPS)[order], rtol=1e-12, atol=1e-12
+        group_advantages(REWARDS[order], GROUPS[order]),
+        group_advantages(REWARDS, GROUPS)[order],
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 

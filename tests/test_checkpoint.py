@@ -60,7 +60,9 @@ def test_without_the_optimizers_state_resuming_is_not_exact(config, build, monke
     broken = train(config, build, grpo)
     config.resume_from, config.num_epochs = str(broken.run.folder), 3
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", lambda self, state: None)
-    assert not all(torch.equal(a, b) for a, b in zip(weights(train(config, build, grpo)), weights(unbroken), strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(weights(train(config, build, grpo)), weights(unbroken), strict=True)
+    )
 
 
 def test_resuming_from_an_earlier_checkpoint_forgets_what_came_after(config, build):

@@ -154,7 +154,9 @@ def test_advantages_are_those_of_the_rewards_within_prompts(config, build):
     expected = group_advantages(experience.rewards, batch.group_ids).float()
     torch.testing.assert_close(experience.advantages, expected)
     for group in range(4):
-        assert len({prompt for prompt, g in zip(batch.prompts, batch.group_ids.tolist(), strict=True) if g == group}) == 1
+        assert (
+            len({prompt for prompt, g in zip(batch.prompts, batch.group_ids.tolist(), strict=True) if g == group}) == 1
+        )
 
 
 def test_an_epoch_changes_every_lora_parameter_and_no_frozen_one(config, build):

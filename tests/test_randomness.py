@@ -19,7 +19,14 @@ def test_the_same_key_draws_the_same_numbers_whatever_was_drawn_before():
 
 
 def test_every_part_of_the_key_matters():
-    keys = [(3, "noise", 1, 2), (4, "noise", 1, 2), (3, "eval", 1, 2), (3, "noise", 2, 1), (3, "noise", 12), (3, "noise")]
+    keys = [
+        (3, "noise", 1, 2),
+        (4, "noise", 1, 2),
+        (3, "eval", 1, 2),
+        (3, "noise", 2, 1),
+        (3, "noise", 12),
+        (3, "noise"),
+    ]
     draws = [first(keyed_generator(*key)) for key in keys]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(draws, 2))
 

@@ -1,5 +1,6 @@
 """MATH 1: the step coefficients, against independent formulas and by what they do to a distribution."""
 
+import itertools
 import math
 
 import numpy as np
@@ -43,7 +44,7 @@ def test_without_noise_every_kind_is_exactly_the_euler_step(kind, sigma, sigma_n
 
 
 def test_cps_preserves_the_coefficients():
-    """With x = (1 - sigma) x_0 + sigma e and the true v = e - x_0, x' = (1 - sigma') x_0 + q e + s z, q^2 + s^2 = sigma'^2."""
+    """With x = (1 - sigma) x_0 + sigma e and v = e - x_0, x' = (1 - sigma') x_0 + q e + s z, q^2 + s^2 = sigma'^2."""
     for sigma, sigma_next in LEVELS:
         step = step_coefficients("cps", sigma, sigma_next, 0.6)
         signal, noise = step.a * (1 - sigma) - step.b, step.a * sigma + step.b
@@ -61,7 +62,7 @@ def covariance_error(coefficients, kind: str, eta: float, num_steps: int) -> flo
     target_mean, target = rng.standard_normal(4), root @ root.T + 0.2 * np.eye(4)
     sigmas = np.linspace(1.0, 0.0, num_steps + 1)
     mean, cov, eye = np.zeros(4), np.eye(4), np.eye(4)
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         mixed = (1 - sigma) ** 2 * target + sigma**2 * eye
         slope = (sigma * eye - (1 - sigma) * target) @ np.linalg.inv(mixed)
         step = coefficients(kind, sigma, sigma_next, eta)

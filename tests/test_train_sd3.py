@@ -84,9 +84,7 @@ def test_one_and_two_processes_write_the_same_history(random_models, tmp_path):
     one = execute(sys.executable, SCRIPT, *recipe, *overrides(random_models, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    two = execute(
-        *torchrun, SCRIPT, *recipe, *overrides(random_models, tmp_path / "two"), "--config.num_processes=2"
-    )
+    two = execute(*torchrun, SCRIPT, *recipe, *overrides(random_models, tmp_path / "two"), "--config.num_processes=2")
     assert two.returncode == 0, two.stderr
     for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys()
@@ -97,7 +95,13 @@ def test_one_and_two_processes_write_the_same_history(random_models, tmp_path):
 
 
 def test_accelerate_launch_runs_drtune_and_resumes_it(random_models, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "scripts/accelerate_configs/cpu.yaml"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "scripts/accelerate_configs/cpu.yaml",
+    ]
     recipe = [SCRIPT, "--config", "config/grpo.py:tiny_sd3_use_gradient", *overrides(random_models, tmp_path)]
     first = execute(*launch, *recipe)
     assert first.returncode == 0, first.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,10 @@ from flow_grpo.types import Trajectory
 
 def stochastic_steps(sigmas: Sequence[float], sde_type: str, noise_level: float) -> tuple[int, ...]:
     """Indices of the steps that draw noise (s > 0): none for `ode`, all but the last for `cps`."""
-    pairs = zip(sigmas[:-1], sigmas[1:], strict=True)
-    return tuple(i for i, (now, after) in enumerate(pairs) if step_coefficients(sde_type, now, after, noise_level).s > 0)
+    pairs = itertools.pairwise(sigmas)
+    return tuple(
+        i for i, (now, after) in enumerate(pairs) if step_coefficients(sde_type, now, after, noise_level).s > 0
+    )
 
 
 def pipeline_with_logprob(
@@ -51,7 +54,7 @@ def pipeline_with_logprob(
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     states, means, log_probs = [x], [], []
     with torch.set_grad_enabled(enable_grad):
-        for i, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
             v = velocity(x, sigma)
             if i in noisy:
                 z = randn_tensor(x.shape, generator=generators, device=x.device, dtype=x.dtype)

@@ -74,6 +74,7 @@ def sde_step_with_logprob(
         raise ValueError("give exactly one of noise and next_latents")
     step = step_coefficients(sde_type, sigma, sigma_next, noise_level)
     mean = step_mean(latents, velocity, step)
-    if next_latents is None:
+    if noise is not None:
         next_latents = mean + step.s * noise
+    assert next_latents is not None
     return StepResult(next_latents, mean, step_log_prob(next_latents, mean, step.s, sde_type), step.s)

@@ -64,7 +64,12 @@ def _euler_maruyama(sigma: float, sigma_next: float, g: float) -> StepCoefficien
     return StepCoefficients(a=1 + correction * dt, b=(1 + correction * (1 - sigma)) * dt, s=g * math.sqrt(-dt))
 
 
-STEPS: dict[str, Callable[[float, float, float], StepCoefficients]] = {"ode": ode, "sde": sde, "dance": dance, "cps": cps}
+STEPS: dict[str, Callable[[float, float, float], StepCoefficients]] = {
+    "ode": ode,
+    "sde": sde,
+    "dance": dance,
+    "cps": cps,
+}
 
 
 def step_coefficients(sde_type: str, sigma: float, sigma_next: float, eta: float) -> StepCoefficients:

@@ -2,7 +2,8 @@
 
     python scripts/train/measure_tiny.py [--data DIR] [--out assets] [--seed 0]
 
-For each model it writes `metrics.json`, and `README.md`, the card, whose every figure is read from that file.
+For each model it writes `metrics.json`, and `README.md`, the card, whose every figure is read from that file; the
+recipe comes from the `training.json` that the training left.
 
 The judge of the pictures is `tiny_features`, a CLIP that neither the pipeline nor the reward has seen. "Class right":
 of the ten plain captions the judge finds the image's own most similar; "colour right": of the eight captions that name
@@ -16,6 +17,7 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,7 @@ SAMPLES = 1000  # images of each kind
 STEPS = 20
 GUIDANCE = 3.0  # the quality is measured at this guidance, the diversity at 1
 BATCH = 250
-COMMAND = "python scripts/train/measure_tiny.py"
+COMMAND = "python scripts/train/measure_tiny.py --seed {seed}"
 
 
 # --- figures ------------------------------------------------------------------------------------------------
@@ -170,24 +172,19 @@ def measure_quality(pipeline: StableDiffusion3Pipeline, judge: ClipScorer, seed:
     }
 
 
-def measure_diversity(
-    pipeline: StableDiffusion3Pipeline, judge: ClipScorer, real: Tensor, real_labels: Tensor, seed: int
-) -> dict[str, Any]:
-    """Without guidance: the colours of plain prompts, and the Vendi score beside that of real test images."""
+def measure_diversity(images: Tensor, judge: ClipScorer, real: Tensor, real_labels: Tensor) -> dict[str, Any]:
+    """Colours of unguided pictures of the plain prompts in turn, and their Vendi score beside that of real ones."""
     import torch
 
     from scripts.train import tiny_data
 
-    plain = tiny_data.plain_captions()
-    labels = torch.arange(SAMPLES) % len(plain)
-    images = generate(pipeline, [plain[i] for i in labels], 1.0, seed + 2)
-    save_grid(images[:80].view(8, 10, 3, 32, 32).transpose(0, 1), Path(pipeline.config._name_or_path) / "samples.png")
-    image, count = features(judge, images), SAMPLES // len(plain)
-    shares = nearest_colours(judge, image, labels).bincount(minlength=len(tiny_data.COLOURS)) / SAMPLES
+    labels = torch.arange(len(images)) % len(tiny_data.CLASSES)
+    image, count = features(judge, images), len(images) // len(tiny_data.CLASSES)
+    shares = nearest_colours(judge, image, labels).bincount(minlength=len(tiny_data.COLOURS)) / len(images)
     vendi_samples = within_prompt_vendi(image, labels, count)
     vendi_real = within_prompt_vendi(features(judge, real), real_labels, count)
     return {
-        "images": SAMPLES,
+        "images": len(images),
         "steps": STEPS,
         "guidance": 1.0,
         "plain_class_accuracy": class_right(judge, image, labels),
@@ -234,10 +231,10 @@ are ten garments and eight colours; prompts have at most eight tokens. Weights a
 {data}
 ## Recipe
 
-`python scripts/train/pretrain_tiny.py --seed {seed}`. The autoencoder first ({vae[steps]:,} steps of {vae[batch]}),
-then transformer and text encoders together, from random weights, by conditional flow matching ({sd3[steps]:,} steps of
-{sd3[batch]}, logit-normal times, AdamW {sd3[learning_rate]:g}, EMA {sd3[ema_decay]:g}); 10 % of the captions empty,
-40 % plain, 50 % coloured. The script's docstring lists the departures from SD3.
+`python scripts/train/pretrain_tiny.py --seed {training[seed]}`. First the autoencoder, {vae[steps]:,} steps of
+{vae[batch]} photographs; then transformer and text encoders together, from random weights, by conditional flow matching
+({sd3[steps]:,} steps of {sd3[batch]}, logit-normal times, AdamW {sd3[learning_rate]:g}, EMA {sd3[ema_decay]:g}); 10 %
+of the captions empty, 40 % plain, 50 % coloured. The script's docstring lists the departures from SD3.
 
 ## Measured
 
@@ -271,9 +268,9 @@ Weights are float16: load them with a dtype.
 {data}
 ## Recipe
 
-`python scripts/train/pretrain_tiny.py --stage {stage} --seed {seed}`: {recipe[steps]:,} steps of {recipe[batch]}
-augmented photographs (shift, brightness, tone, noise), 60 % of the captions with the colour, symmetric contrastive loss
-in which equal captions are all positives, AdamW {recipe[learning_rate]:g}, logit scale at most exp(4).
+`python scripts/train/pretrain_tiny.py --stage {stage} --seed {training[seed]}`: {recipe[steps]:,} steps of
+{recipe[batch]} augmented photographs (shift, brightness, tone, noise), 60 % of the captions with the colour, symmetric
+contrastive loss in which equal captions are all positives, AdamW {recipe[learning_rate]:g}, logit scale at most exp(4).
 
 ## Measured
 
@@ -301,10 +298,12 @@ def write_card(folder: Path, metrics: dict[str, Any]) -> None:
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if folder.name == "tiny_sd3":
         shares = metrics["diversity"]["colour_shares"].values()
-        card = SD3_CARD.format(data=DATA, rarest=min(shares), commonest=max(shares), **metrics)
+        recipes = {name: metrics["training"][name] for name in ("vae", "sd3")}
+        card = SD3_CARD.format(data=DATA, rarest=min(shares), commonest=max(shares), **recipes, **metrics)
     else:
         stage = folder.name.removeprefix("tiny_")
-        card = CLIP_CARD.format(data=DATA, title=folder.name, stage=stage, purpose=PURPOSES[folder.name], **metrics)
+        names = {"title": folder.name, "stage": stage, "purpose": PURPOSES[folder.name]}
+        card = CLIP_CARD.format(data=DATA, recipe=metrics["training"][stage], **names, **metrics)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -314,37 +313,56 @@ def write_card(folder: Path, metrics: dict[str, Any]) -> None:
 def measure(out: Path, data: Path, seed: int) -> None:
     """Measure the models under `out` with the test images of `data`; ConfigError if one is missing."""
     import torch
-    from diffusers import StableDiffusion3Pipeline
 
     from flow_grpo.randomness import keyed_generator
-    from flow_grpo.rewards.clip import ClipScorer
     from scripts.train import tiny_data
-    from scripts.train.pretrain_tiny import RECIPES
 
-    folders = [out / name for name in ("tiny_pickscore", "tiny_features", "tiny_sd3")]
-    for folder in folders:
-        if not folder.is_dir():
-            raise ConfigError(f"--out: {folder} does not exist; make it with scripts/train/pretrain_tiny.py.")
+    reward, judge, sd3 = (out / name for name in ("tiny_pickscore", "tiny_features", "tiny_sd3"))
+    for folder in (reward, judge, sd3):
+        if not (folder / "training.json").is_file():
+            raise ConfigError(f"--out: {folder} is not complete; make it with scripts/train/pretrain_tiny.py.")
     photographs = tiny_data.load("test", data)
     generator = keyed_generator(seed, "test colours")
     colours = torch.randint(len(tiny_data.COLOURS), (len(photographs),), generator=generator)
     images = tiny_data.tint(photographs.grey, colours)
-    for folder in folders[:2]:
-        test = measure_clip(folder, photographs, images, colours)
-        recipe = vars(RECIPES[folder.name.removeprefix("tiny_")])
-        write_card(folder, {"command": COMMAND, "seed": seed, **count(folder), "recipe": recipe, "test": test})
-        logging.info("%s %s", folder, test)
-    folder = folders[2]
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder).to(torch.float32)
-    judge = ClipScorer(str(folders[1]))
-    measured = {
-        "autoencoder": measure_vae(pipeline.vae, images),
+    for folder in (reward, judge):
+        finish(folder, seed, {"test": measure_clip(folder, photographs, images, colours)})
+    finish(sd3, seed, measure_pipeline(sd3, judge, images, photographs.labels, seed))
+
+
+def measure_pipeline(folder: Path, judge_folder: Path, real: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    """All figures of the pipeline, and its picture samples.png: ten plain prompts, eight images each."""
+    from flow_grpo.rewards.clip import ClipScorer
+    from scripts.train import tiny_data
+
+    pipeline, judge = load_pipeline(folder), ClipScorer(str(judge_folder))
+    prompts = tiny_data.plain_captions() * (SAMPLES // len(tiny_data.CLASSES))
+    unguided = generate(pipeline, prompts, 1.0, seed + 2)
+    save_grid(unguided[:80].unflatten(0, (8, 10)).transpose(0, 1), folder / "samples.png")
+    return {
+        "autoencoder": measure_vae(pipeline.vae, real),
         "quality": measure_quality(pipeline, judge, seed),
-        "diversity": measure_diversity(pipeline, judge, images, photographs.labels, seed),
+        "diversity": measure_diversity(unguided, judge, real, labels),
     }
-    recipes = {name: vars(RECIPES[name]) for name in ("vae", "sd3")}
-    write_card(folder, {"command": COMMAND, "seed": seed, **count(folder), **recipes, **measured})
-    logging.info("%s %s", folder, measured)
+
+
+def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
+    """The pipeline in float32."""
+    import torch
+    from diffusers import StableDiffusion3Pipeline
+
+    with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+        return StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def finish(folder: Path, seed: int, figures: dict[str, Any]) -> None:
+    """Add to the figures how they and the model came about, and write them and the card."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    logging.info("%s %s", folder, figures)
+    write_card(
+        folder, {"command": COMMAND.format(seed=seed), "seed": seed, **count(folder), "training": training, **figures}
+    )
 
 
 def count(folder: Path) -> dict[str, int]:

@@ -18,6 +18,7 @@ Departures from the textbook:
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -372,33 +373,50 @@ def train_clip(
 
 
 def run_stage(stage: str, args: argparse.Namespace) -> None:
-    """Train one stage and write what it makes under args.out."""
+    """Train one stage and write what it makes under args.out, or measure what is there."""
+    from scripts.train import measure_tiny, tiny_data
+
+    out, work, data = Path(args.out), Path(args.work), Path(args.data)
+    if stage == "measure":
+        return measure_tiny.measure(out, data, args.seed)
+    photographs = tiny_data.load("train", data)
+    if stage == "vae":
+        return train_vae(photographs, RECIPES["vae"], args.seed, work, args.save_every).save_pretrained(work / "vae")
+    if stage == "sd3":
+        return make_sd3(photographs, out, work, args)
+    return make_clip(stage, photographs, out, work, args)
+
+
+def make_sd3(photographs: Photographs, out: Path, work: Path, args: argparse.Namespace) -> None:
+    """Train the pipeline around the autoencoder of the work folder; write it and the prompts."""
     import torch
     from diffusers import AutoencoderKL
 
     from scripts.train import tiny_data
 
-    recipe = RECIPES.get(stage)
-    out, work = Path(args.out), Path(args.work)
-    if stage == "measure" or recipe is None:
-        from scripts.train import measure_tiny
+    if not (work / "vae").is_dir():
+        raise ConfigError(f"--stage sd3: {work / 'vae'} does not exist; run --stage vae first.")
+    vae: Any = AutoencoderKL.from_pretrained(work / "vae").eval()
+    vae.register_to_config(_name_or_path="")  # the work folder is nobody's business
+    pipeline = train_sd3(photographs, vae, RECIPES["sd3"], args.seed, work, args.save_every)
+    pipeline.to(torch.float16).save_pretrained(out / "tiny_sd3")
+    record(out / "tiny_sd3", args.seed, "vae", "sd3")
+    tiny_data.write_prompts(out / "prompts" / "tiny")
 
-        return measure_tiny.measure(out, Path(args.data), args.seed)
-    photographs = tiny_data.load("train", Path(args.data))
-    if stage == "vae":
-        vae = train_vae(photographs, recipe, args.seed, work, args.save_every)
-        return vae.save_pretrained(work / "vae")
-    if stage == "sd3":
-        if not (work / "vae").is_dir():
-            raise ConfigError(f"--stage sd3: {work / 'vae'} does not exist; run --stage vae first.")
-        vae = AutoencoderKL.from_pretrained(work / "vae").eval()
-        pipeline = train_sd3(photographs, vae, recipe, args.seed, work, args.save_every)
-        tiny_data.write_prompts(out / "prompts" / "tiny")
-        return pipeline.to(torch.float16).save_pretrained(out / "tiny_sd3")
-    seed = args.seed + 1 + list(CLIP_SIZES).index(stage)
-    model, processor = train_clip(stage, photographs, recipe, seed, work, args.save_every)
-    model.half().save_pretrained(out / f"tiny_{stage}")
-    return processor.save_pretrained(out / f"tiny_{stage}")
+
+def make_clip(stage: str, photographs: Photographs, out: Path, work: Path, args: argparse.Namespace) -> None:
+    """Train and write the reward or the judge, each from its own seed."""
+    folder, seed = out / f"tiny_{stage}", args.seed + 1 + list(CLIP_SIZES).index(stage)
+    model, processor = train_clip(stage, photographs, RECIPES[stage], seed, work, args.save_every)
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    record(folder, args.seed, stage)
+
+
+def record(folder: Path, seed: int, *stages: str) -> None:
+    """Write training.json, the seed of the command and the recipes, beside a model: its card is made from it."""
+    training = {"seed": seed, **{stage: asdict(RECIPES[stage]) for stage in stages}}
+    (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
