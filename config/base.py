@@ -108,7 +108,7 @@ def get_config() -> ConfigDict:
     config.train.timestep_fraction = 1.0  # train on this fraction of the stochastic steps, drawn per update
     config.train.kl_space = "gaussian"  # "gaussian": KL of the step's Gaussians; "velocity": squared difference
     config.train.ratio_normalization = False  # GRPO-Guard's normalised ratio
-    config.train.max_ratio_error = 1e-2  # |ratio - 1| allowed before the first update of an epoch
+    config.train.max_ratio_error = 1.0  # |ratio - 1| allowed before an epoch's first update, in units of clip_range
 
     # --- DRTune only -----------------------------------------------------------------------------------
     config.drtune = ConfigDict()

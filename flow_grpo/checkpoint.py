@@ -60,20 +60,45 @@ def load(policy: Policy, run: Run, folder: Path) -> None:
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, saved["trainable"], strict=True):
             parameter.copy_(value)
-    policy.optimizer.load_state_dict(saved["optimizer"])
+    _load_optimizer(policy, saved["optimizer"])
     if policy.ema is not None:
-        policy.ema.load_state_dict(saved["ema"])
+        policy.ema.load_state_dict(saved["ema"] | {"decay": policy.ema.decay})
     if policy.accelerator.scaler is not None:
         policy.accelerator.scaler.load_state_dict(saved["scaler"])
     run.counters.load_state_dict(state["counters"])
 
 
+def _load_optimizer(policy: Policy, saved: dict[str, Any]) -> None:
+    """Load the optimizer's moments; learning rate and the like stay those of the present configuration."""
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in policy.optimizer.param_groups]
+    policy.optimizer.load_state_dict(saved)
+    for group, values in zip(policy.optimizer.param_groups, configured, strict=True):
+        group.update(values)
+
+
+def _set_aside_later(run: Run) -> None:
+    """Move checkpoints of later epochs than the run's out of the way."""
+    if not run.is_main:
+        return
+    for folder in _list(run.folder / "checkpoints"):
+        if int(folder.name.removeprefix("checkpoint-")) > run.counters.epoch:
+            target = folder.parent / "abandoned" / folder.name
+            target.parent.mkdir(exist_ok=True)
+            _replace(folder, target)
+
+
 def resume(policy: Policy, run: Run, settings: Settings) -> None:
-    """Continue from `config.resume_from`, if it is given; what the run logged after that checkpoint is forgotten."""
+    """Continue from `config.resume_from`, if it is given.
+
+    In the same run folder, what was logged after that checkpoint is forgotten, and later checkpoints are set aside in
+    checkpoints/abandoned/: they belong to a history that is now written anew.
+    """
     if not settings.config.resume_from:
         return
     load(policy, run, find_checkpoint(settings.config.resume_from))
-    run.truncate_history(run.counters.epoch, evaluation_redone=False)
+    if run.resumed:
+        run.truncate_history(run.counters.epoch, evaluation_redone=False)
+        _set_aside_later(run)
 
 
 # --- writing -------------------------------------------------------------------------------------------
@@ -118,14 +143,20 @@ def _weights_record(policy: Policy) -> dict[str, Any]:
     """What decides whether trained weights fit: the base model, and each trained tensor's name and shape."""
     names = {id(parameter): name for name, parameter in policy.transformer.named_parameters()}
     return {
-        "model": policy.settings.config.pretrained.model,
+        "model": Path(policy.settings.config.pretrained.model).name,  # the folder may have moved
+        "precision": policy.settings.config.mixed_precision,
         "ema": policy.ema is not None,
         "shapes": {names[id(parameter)]: list(parameter.shape) for parameter in policy.trainable},
     }
 
 
 def _check_same_weights(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    for key, what in (("model", "pretrained.model"), ("ema", "train.ema"), ("shapes", "lora or use_lora")):
+    for key, what in (
+        ("model", "pretrained.model"),
+        ("precision", "mixed_precision"),
+        ("ema", "train.ema"),
+        ("shapes", "lora or use_lora"),
+    ):
         if saved[key] != current[key]:
             detail = "" if key == "shapes" else f" ({saved[key]!r}, now {current[key]!r})"
             raise ConfigError(

@@ -168,12 +168,16 @@ def train_epoch(
     metrics = MeanMetrics()
     for update in run.progress(range(plan.updates), "DRTune updates"):
         chain = _epoch_chain(policy, settings, epoch, update)
-        loss = torch.zeros((), device=policy.device)
+        loss, rewards = torch.zeros((), device=policy.device), []
         for chunk in plan.update_indices(update).split(config.train.batch_size):
             weight = len(chunk) / plan.images_per_update
-            terms = _train_microbatch(policy, batch, chunk, chain, reward, settings, epoch, weight)
-            loss += weight * terms.pop("loss")
-            metrics.add(terms, weight=len(chunk))
+            value, scores = _train_microbatch(policy, batch, chunk, chain, reward, settings, epoch, weight)
+            loss += weight * (value.loss + value.penalty)
+            rewards.append(scores.total)
+            metrics.add({"kl_penalty": value.penalty}, weight=len(chunk))
+            metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
+        all_rewards = policy.accelerator.gather(torch.cat(rewards))
+        metrics.add({"reward": all_rewards.mean(), "reward_std": all_rewards.std(correction=0)})
         run.counters.images += plan.images_per_update * settings.num_processes
         metrics.add(apply_update(policy, loss, run))
     return metrics.result(policy.accelerator)
@@ -201,8 +205,8 @@ def _train_microbatch(
     settings: Settings,
     epoch: int,
     weight: float,
-) -> dict[str, Tensor]:
-    """Accumulate the gradient of the images at positions `chunk` of the epoch, times `weight`."""
+) -> tuple[ObjectiveValue, RewardBatch]:
+    """Accumulate the gradient of the images at positions `chunk` of the epoch, times `weight`; what it was made of."""
     config = settings.config
     prompts = [batch.prompts[i] for i in chunk.tolist()]
     metadata = [batch.metadata[i] for i in chunk.tolist()]
@@ -227,7 +231,5 @@ def _train_microbatch(
     )
     gradient = two_pass if config.drtune.two_pass else one_pass
     value = gradient(objective, policy.noise(generators), chain, generators)
-    total = scores[-1].total.detach()
-    terms = {"loss": value.loss + value.penalty, "kl_penalty": value.penalty, "reward": total.mean()}
-    terms["reward_std"] = total.std(correction=0)
-    return terms | {f"reward/{name}": score.detach().mean() for name, score in scores[-1].terms.items()}
+    terms = {name: score.detach() for name, score in scores[-1].terms.items()}
+    return value, RewardBatch(scores[-1].total.detach(), terms)

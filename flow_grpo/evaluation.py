@@ -64,22 +64,28 @@ def draw_samples(policy: Policy, prompts: PromptDataset, settings: Settings, run
     chosen, metadata = prompts.prompts[:num_prompts], prompts.metadata[:num_prompts]
     ids = [(p, s) for p in range(len(chosen)) for s in range(config.num_image_per_prompt)]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
-    found: list[tuple[int, Tensor, Tensor]] = []  # (position, image, latents)
+    images, latents = [], []
     batches = [share[i : i + config.batch_size] for i in range(0, len(share), config.batch_size)]
     for batch in run.progress(batches, "evaluation samples"):
         generators = [keyed_generator(config.seed, "eval", *ids[i]) for i in batch]
         with torch.no_grad():
-            latents = policy.sample_ode([chosen[ids[i][0]] for i in batch], generators).final_latents
-            images = policy.decode(latents)
-        found += zip(batch, images.float().cpu(), latents.cpu(), strict=True)
-    gathered = sorted(gather_object(found), key=lambda item: item[0])
+            x_0 = policy.sample_ode([chosen[ids[i][0]] for i in batch], generators).final_latents
+            images.append(policy.decode(x_0).float().cpu())
+            latents.append(x_0.cpu())
     return Samples(
-        images=torch.stack([image for _, image, _ in gathered]),
-        latents=torch.stack([latents for _, _, latents in gathered]),
+        images=_gather_in_order(images, share),
+        latents=_gather_in_order(latents, share),
         prompts=tuple(chosen[p] for p, _ in ids),
         metadata=tuple(metadata[p] for p, _ in ids),
         prompt_ids=torch.tensor([p for p, _ in ids]),
     )
+
+
+def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
+    """Join the processes' batches, of any sizes, in the order of the positions: (N, ...) on every process."""
+    shares = gather_object([(positions, torch.cat(parts) if parts else None)])
+    found = {position: rows[k] for held, rows in shares for k, position in enumerate(held)}
+    return torch.stack([found[position] for position in sorted(found)])
 
 
 def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:

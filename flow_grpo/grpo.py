@@ -156,7 +156,9 @@ def _train_update(
             ratio_error = torch.maximum(ratio_error, terms.pop("ratio_error"))
             metrics.add(terms, weight=len(chunk))
     if inner == update == 0:
-        metrics.add({"ratio_error": check_ratio(policy, ratio_error, config.train.max_ratio_error)})
+        metrics.add(
+            {"ratio_error": check_ratio(policy, ratio_error, config.train.max_ratio_error * config.train.clip_range)}
+        )
     metrics.add(apply_update(policy, loss, run))
 
 
@@ -240,7 +242,7 @@ def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
     error = policy.accelerator.gather(ratio_error.reshape(1)).max().item()
     if error > bound:
         raise TrainingStopped(
-            f"the ratio of unchanged weights is off by {error:.3g}, more than config.train.max_ratio_error = {bound}: "
+            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
             f"sampling and training compute different velocities, as they do when their guidance, precision or "
             f"sampler settings differ; nothing that was saved is touched"
         )

@@ -18,7 +18,7 @@ class PolicyLoss:
     loss: Tensor
     ratio_mean: Tensor
     clip_fraction: Tensor  # share of ratios outside [1 - c, 1 + c]
-    approx_kl: Tensor  # of old and new step, nats per dimension: mean of (log r)^2 / 2
+    approx_kl: Tensor  # mean of (log r)^2 / 2
 
 
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> PolicyLoss:

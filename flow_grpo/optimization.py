@@ -28,27 +28,38 @@ def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
     mean_loss = _average_over_processes(policy, loss.detach())
     grad_norm = policy.accelerator.clip_grad_norm_(policy.trainable, policy.settings.config.train.max_grad_norm)
     finite = bool(torch.isfinite(mean_loss) and torch.isfinite(grad_norm))
-    if finite or policy.accelerator.scaler is not None:  # a gradient scaler skips by itself, and lowers its scale
-        policy.optimizer.step()
-    policy.optimizer.zero_grad()
     if finite:
+        policy.optimizer.step()
         _count_finite(policy, run)
-    else:
+    policy.optimizer.zero_grad()
+    if not finite and not _scale_lowered(policy, mean_loss):
         _count_nonfinite(policy, run, mean_loss.item(), grad_norm.item())
     return {"loss": mean_loss.item(), "grad_norm": grad_norm.item(), "skipped_updates": float(not finite)}
 
 
 def _average_over_processes(policy: Policy, loss: Tensor) -> Tensor:
     """Replace the gradients by their mean over processes, in one reduction; return the mean loss."""
+    for parameter in policy.trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if policy.accelerator.num_processes == 1:
         return loss
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.trainable]
+    grads = [parameter.grad for parameter in policy.trainable]
     flat = torch.cat([loss.reshape(1).to(grads[0].dtype), *(g.flatten() for g in grads)])
     flat = policy.accelerator.reduce(flat, reduction="mean")
     torch.nn.utils.vector_to_parameters(flat[1:], grads)
     for parameter, grad in zip(policy.trainable, grads, strict=True):
         parameter.grad = grad
     return flat[0]
+
+
+def _scale_lowered(policy: Policy, loss: Tensor) -> bool:
+    """In fp16, answer an overflow by a lower loss scale; False once the scale is not the cause any more."""
+    scaler = policy.accelerator.scaler
+    if scaler is None:
+        return False
+    scaler.update()
+    return bool(torch.isfinite(loss)) and scaler.get_scale() >= 1
 
 
 def _count_finite(policy: Policy, run: Run) -> None:

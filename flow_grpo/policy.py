@@ -87,7 +87,7 @@ class Policy:
     @classmethod
     def load(cls, settings: Settings, accelerator: Accelerator) -> Policy:
         """Load the pretrained pipeline and make its policy."""
-        torch.backends.cuda.matmul.allow_tf32 = settings.config.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.config.allow_tf32
         return cls(load_pipeline(settings), settings, accelerator)
 
     # --- construction --------------------------------------------------------------------------------
@@ -110,7 +110,10 @@ class Policy:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.settings.config.seed, "lora").initial_seed())
-            self.transformer.add_adapter(adapter)
+            try:
+                self.transformer.add_adapter(adapter)
+            except ValueError as error:  # peft's word for names that match no module
+                raise ConfigError(f"config.lora.target_modules = {tuple(lora.target_modules)}: {error}") from error
         cast_training_params(self.transformer, torch.float32)
 
     def _modules_without_effect(self) -> list[str]:
@@ -120,9 +123,10 @@ class Policy:
 
     def _train_everything(self, keep_reference: bool) -> None:
         """Full fine-tuning; the KL divergence then needs a frozen copy."""
+        self.transformer.to(torch.float32)
         if keep_reference:
             self._reference = copy.deepcopy(self.transformer)
-        self.transformer.to(torch.float32).requires_grad_(True)
+        self.transformer.requires_grad_(True)
 
     def _adamw(self) -> torch.optim.AdamW:
         train = self.settings.config.train

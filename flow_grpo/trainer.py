@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from ml_collections import FrozenConfigDict
+
 from flow_grpo import checkpoint
-from flow_grpo.errors import TrainingStopped
+from flow_grpo.errors import ConfigError, TrainingStopped
 from flow_grpo.evaluation import Evaluator, evaluate
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.settings import Settings
-from flow_grpo.tracking import Run
+from flow_grpo.tracking import Counters, Run
 
 TrainEpoch = Callable[[Policy, PromptDataset, WeightedReward, Settings, Run], dict[str, float]]
 
@@ -30,9 +32,16 @@ def fit(
     """Train until `num_epochs` or `max_seconds`, from wherever `run.counters` stand.
 
     Raises:
+        ConfigError: what is resumed has already come to the configured end.
         TrainingStopped: as `train_epoch` does; the history then ends with `train/stopped`.
     """
     config, counters = settings.config, run.counters
+    if _finished(config, counters):
+        raise ConfigError(
+            f"the checkpoint of config.resume_from = {config.resume_from!r} has {counters.epoch} epochs and "
+            f"{counters.seconds:.0f} s of training behind it: raise config.num_epochs = {config.num_epochs} or "
+            f"config.max_seconds = {config.max_seconds} to go on"
+        )
     if counters.epoch == 0 and config.eval_freq > 0:
         evaluate_weights(policy, test_prompts, evaluators, settings, run)
     epochs = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
@@ -42,11 +51,11 @@ def fit(
     for _ in epochs:
         metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
         epochs.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
-        last = counters.epoch == config.num_epochs or 0 < config.max_seconds <= counters.seconds
+        last = _finished(config, counters)
         score = None
         if _due(config.eval_freq, counters.epoch, last):
             score = evaluate_weights(policy, test_prompts, evaluators, settings, run)
-        if _due(config.save_freq, counters.epoch, last):
+        if _due(config.save_freq, counters.epoch, last) and policy.skipped_in_a_row == 0:  # not of broken weights
             checkpoint.save(policy, run, settings, score)
         if last:
             break
@@ -94,6 +103,11 @@ def evaluate_weights(
     run.log(metrics, run.counters.epoch)
     score = metrics["eval_ema/reward/total" if averaged else "eval/reward/total"]
     return score if math.isfinite(score) else None
+
+
+def _finished(config: FrozenConfigDict, counters: Counters) -> bool:
+    """Whether the configured epochs, or seconds, are over."""
+    return counters.epoch >= config.num_epochs or 0 < config.max_seconds <= counters.seconds
 
 
 def _due(every: int, epoch: int, last: bool) -> bool:

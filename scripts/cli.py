@@ -38,11 +38,11 @@ def run(main: Callable[[ConfigDict], None], doc: str) -> None:
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn ConfigError into exit code 2 and TrainingStopped into 1; the first process says why, on stderr."""
+    """Turn ConfigError into exit code 2 and TrainingStopped into 1; each machine's first process says why."""
     try:
         yield
     except (ConfigError, TrainingStopped) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 

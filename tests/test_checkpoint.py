@@ -69,9 +69,31 @@ def test_resuming_from_an_earlier_checkpoint_forgets_what_came_after(config, bui
     config.save_freq, config.num_epochs = 1, 3
     first = train(config, build, grpo)
     before = deterministic(first.run.folder)
-    config.resume_from = str(first.run.folder / "checkpoints" / "checkpoint-000001")
+    config.resume_from, config.num_epochs = str(first.run.folder / "checkpoints" / "checkpoint-000001"), 2
     again = train(config, build, grpo)
-    assert deterministic(again.run.folder) == before
+    assert deterministic(again.run.folder) == before[:2]
+    assert find_checkpoint(str(again.run.folder)).name == "checkpoint-000002"
+    assert names(again) == ["abandoned", "checkpoint-000001", "checkpoint-000002"]
+    kept = again.run.folder / "checkpoints" / "abandoned"
+    assert sorted(p.name for p in kept.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_resumed_run_takes_the_present_configurations_learning_rate(config, build):
+    config.save_freq, config.num_epochs = 1, 1
+    first = train(config, build, grpo)
+    config.resume_from, config.train.learning_rate, config.train.ema_decay = str(first.run.folder), 1e-6, 0.5
+    parts = build(config)
+    checkpoint.resume(parts.policy, parts.run, parts.settings)
+    assert [group["lr"] for group in parts.policy.optimizer.param_groups] == [1e-6]
+    assert parts.policy.ema.decay == 0.5
+    assert parts.policy.ema.optimization_step == 1
+
+
+def test_a_run_that_is_already_over_says_so(config, build):
+    config.save_freq, config.num_epochs = 1, 1
+    config.resume_from = str(train(config, build, grpo).run.folder)
+    with pytest.raises(ConfigError, match=r"raise config\.num_epochs = 1"):
+        train(config, build, grpo)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ SCRIPT = "from scripts.cli import run\nrun(lambda config: print(config.train.bet
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 def parse(*arguments: str) -> ConfigDict:
@@ -198,7 +198,7 @@ def stopping(error: Exception):
 @pytest.mark.parametrize(("rank", "message"), [("0", "error: bad input.\n"), ("1", "")])
 def test_only_the_first_process_speaks_and_all_have_the_exit_code(error, code, rank, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["script.py", TINY])
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", rank)
     with pytest.raises(SystemExit) as stopped:
         run(stopping(error), "doc")
     assert stopped.value.code == code

@@ -68,6 +68,30 @@ def test_an_update_in_between_starts_the_count_anew(config, build):
     assert parts.run.counters.nonfinite_updates == 2
 
 
+def test_in_fp16_an_overflow_lowers_the_loss_scale_and_is_not_a_failure_until_that_is_no_help(config, build):
+    config.train.max_nonfinite_updates = 1
+    parts = build(config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    parts.policy.accelerator.scaler = scaler
+    before = [p.detach().clone() for p in parts.policy.trainable]
+    for scale in (2.0, 1.0):
+        _overflow(parts, scaler)
+        assert apply_update(parts.policy, torch.tensor(0.0), parts.run)["skipped_updates"] == 1.0
+        assert scaler.get_scale() == scale
+    _overflow(parts, scaler)
+    with pytest.raises(TrainingStopped):
+        apply_update(parts.policy, torch.tensor(0.0), parts.run)
+    assert all(torch.equal(a, b) for a, b in zip(parts.policy.trainable, before, strict=True))
+
+
+def _overflow(parts, scaler):
+    """Leave infinite gradients behind, seen by the scaler as by accelerate's clip_grad_norm_."""
+    for parameter in parts.policy.trainable:
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    scaler.scale(torch.tensor(0.0))
+    scaler.unscale_(parts.policy.optimizer.optimizer)
+
+
 def test_gradients_are_clipped_and_their_norm_before_that_is_reported(config, build):
     config.train.max_grad_norm = 0.5
     parts = build(config)

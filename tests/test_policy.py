@@ -122,6 +122,12 @@ def test_gradient_checkpointing_gives_the_same_gradient(config, build):
     assert gradients[0].norm() > 0
 
 
+def test_lora_on_modules_that_do_not_exist_is_one_sentence(config, build):
+    config.lora.target_modules = ("attn.nope",)
+    with pytest.raises(ConfigError, match=r"lora\.target_modules"):
+        build(config)
+
+
 def test_a_folder_that_is_no_sd3_pipeline_is_one_sentence(config, build, random_models):
     config.pretrained.model = str(random_models / "clip")
     with pytest.raises(ConfigError, match=r"pretrained\.model"):

@@ -279,6 +279,13 @@ def test_psnr_of_a_known_error():
     assert measure_tiny.psnr(images, images + 0.1) == pytest.approx(20, abs=1e-4)
 
 
+def test_measuring_what_is_not_there_is_one_sentence(tmp_path, capsys):
+    assert measure_tiny.main(["--out", str(tmp_path)]) == 2
+    sentence = capsys.readouterr().err
+    assert sentence.count("\n") == 1
+    assert "pretrain_tiny.py" in sentence
+
+
 # --- the committed models -----------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ def run_worker(processes: int, method: str, models: Path, out: Path) -> dict[str
 
 @pytest.mark.parametrize("method", ["grpo", "drtune"])
 def test_one_and_two_processes_give_the_same_gradient_and_samples(random_models, tmp_path, method):
-    """8 images, groups of 4, microbatches of 4 or 3; 7 evaluation images, which two do not divide."""
+    """3 groups of 4, of which two processes share one; 7 evaluation images, which two do not divide."""
     one = run_worker(1, method, random_models, tmp_path / "one.pt")
     two = run_worker(2, method, random_models, tmp_path / "two.pt")
     assert one["gradient"].norm() > 0

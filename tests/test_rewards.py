@@ -477,3 +477,9 @@ def test_other_ranges_and_counts_are_refused_with_their_numbers(scorer: ClipScor
 def test_the_registry_loads_no_heavy_library() -> None:
     code = "import sys, flow_grpo.rewards; sys.exit(bool({'torch', 'transformers', 'PIL'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_folder_that_holds_no_clip_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="cannot be loaded as a CLIP"):
+        ClipScorer(str(tmp_path))

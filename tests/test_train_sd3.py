@@ -26,7 +26,7 @@ def shrink(config: ConfigDict, models: Path, logdir: Path) -> None:
     """Keep a recipe's method and sampler; take the random tiny models, few images and small batches."""
     config.logdir, config.run_name, config.trackers = str(logdir), "run", ()
     config.pretrained.model, config.resolution, config.max_sequence_length = str(models / "sd3"), 32, 8
-    config.mixed_precision, config.num_processes = "no", 0
+    config.num_processes = 0
     config.prompts.train = config.prompts.test = str(models / "prompts.txt")
     config.reward_model.pickscore = config.reward_model.clipscore = str(models / "clip")
     config.eval.judge = str(models / "judge")
@@ -125,16 +125,21 @@ def test_more_processes_asked_for_than_launched_is_refused_before_anything_loads
 
 
 def test_a_run_that_cannot_go_on_ends_with_one_sentence_and_keeps_its_checkpoint(random_models, tmp_path):
-    """An absurd learning rate makes every weight, then every velocity, non-finite."""
+    """A first epoch goes well; then an absurd learning rate makes every weight, and so every velocity, non-finite."""
     arguments = [
         SCRIPT, "--config", "config/grpo.py:tiny_sd3_use_gradient", *overrides(random_models, tmp_path),
-        "--config.train.learning_rate=1e30", "--config.num_epochs=30", "--config.train.max_nonfinite_updates=3",
-        "--config.eval_freq=0",
+        "--config.eval_freq=0", "--config.train.max_nonfinite_updates=3",
     ]  # fmt: skip
-    result = execute(sys.executable, *arguments)
+    assert execute(sys.executable, *arguments, "--config.num_epochs=1").returncode == 0
+    absurd = ["--config.train.learning_rate=1e30", "--config.num_epochs=30", f"--config.resume_from={tmp_path / 'run'}"]
+    result = execute(sys.executable, *arguments, *absurd)
     assert result.returncode == 1
     assert "3 updates in a row" in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
     assert history(tmp_path)[-1]["train/stopped"] == 1.0
-    state = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/state.json")).read_text())
-    assert state["counters"]["updates"] >= 1
+    good = tmp_path / "run" / "checkpoints" / "checkpoint-000001"
+    assert json.loads((good / "state.json").read_text())["counters"]["updates"] == 1
+    weights = torch.load(good / "training_state.pt", weights_only=True)["trainable"]
+    assert all(w.isfinite().all() and w.abs().max() < 10 for w in weights)
+    saved = sorted(p.name for p in good.parent.iterdir())
+    assert saved[-1] <= "checkpoint-000002"  # nothing was saved once updates were skipped

@@ -22,8 +22,8 @@ def main(method: str, models: str, out: str) -> None:
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
     config.reward_model.pickscore, config.eval.judge, config.eval.modes = f"{models}/clip", f"{models}/judge", ""
     config.eval.num_prompts, config.eval.num_image_per_prompt, config.eval.batch_size = 1, 7, 3
-    config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 2, 4
-    config.sample.batch_size = config.train.batch_size = 4 if method == "grpo" else 3
+    config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
+    config.sample.batch_size = config.train.batch_size = 3
     config.sample.num_steps, config.train.updates_per_epoch, config.train.beta = 5, 1, 0.1
     settings, accelerator = launch(config)
     policy = Policy.load(settings, accelerator)

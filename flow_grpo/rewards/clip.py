@@ -36,9 +36,15 @@ class ClipScorer:
         """Load a directory or hub id. Raises ConfigError if it is not a whole CLIP, or has an unknown image path."""
         self.device = torch.device(device)
         source = PROCESSORS.get(model, os.path.expanduser(model))
-        self.image_path = ImagePath.load(source)
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.model: Any = _load_frozen(os.path.expanduser(model), self.device)  # a CLIPModel
+        try:
+            self.image_path = ImagePath.load(source)
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
+            self.model: Any = _load_frozen(os.path.expanduser(model), self.device)  # a CLIPModel
+        except (OSError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{model!r} cannot be loaded as a CLIP with its processor: {reason}") from error
         self._text_feature = lru_cache(maxsize=TEXT_CACHE_SIZE)(self._encode_text)
 
     @property

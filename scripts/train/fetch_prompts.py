@@ -61,14 +61,16 @@ def read_captions(dataset: str, column: str, split: str) -> Iterator[str | None]
             rows = load_dataset(kind, data_files=dataset, split="train", streaming=True)
         else:
             rows = load_dataset(dataset, split=split, streaming=True)
+        for row in tqdm(rows, desc="reading", unit=" rows"):  # streamed: most reading happens here
+            if column not in row:
+                raise ConfigError(f"--column {column} is not in {dataset}; there are {', '.join(sorted(row))}.")
+            if not isinstance(row[column], str | None):
+                raise ConfigError(f"--column {column} of {dataset} is not text but {row[column]!r}.")
+            yield row[column]
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"--dataset {dataset} (split {split}) cannot be read: {error}") from None
-    for row in tqdm(rows, desc="reading", unit=" rows"):
-        if column not in row:
-            raise ConfigError(f"--column {column} is not in {dataset}; there are {', '.join(sorted(row))}.")
-        if not isinstance(row[column], str | None):
-            raise ConfigError(f"--column {column} of {dataset} is not text but {row[column]!r}.")
-        yield row[column]
 
 
 def distinct(captions: Iterable[str | None]) -> list[str]:
