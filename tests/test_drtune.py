@@ -188,7 +188,7 @@ def test_early_stop_decodes_x0_hat(kind):
     chain = next(c for c in (chain_of(kind, 1, 3, seed) for seed in range(50)) if len(c.steps) == 4)
     net, draws = TinyNet(), generators()
     x = noise()
-    for sigma, after in itertools.pairwise(SIGMAS):
+    for sigma, after in itertools.pairwise(SIGMAS[:4]):
         step = step_coefficients(kind, sigma, after, 0.7)
         x = step.a * x + step.b * net(x, sigma)
         if step.s > 0:
