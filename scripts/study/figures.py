@@ -159,8 +159,8 @@ def modes_figure(shown: Sequence[State]) -> Figure:
 def samples_figure(shown: Sequence[State]) -> Figure:
     """The sample grids side by side: the same prompts and the same noise in each."""
     grids = [_scaled(Image.open(state.image).convert("RGB")) for state in shown]
-    height = 3.2 * grids[0].height / grids[0].width + 0.45
-    figure = Figure(figsize=(3.2 * len(shown), height), layout="constrained")
+    height = 3.2 * grids[0].height / grids[0].width + 0.55
+    figure = Figure(figsize=(3.2 * len(shown), height), layout="compressed")  # made for axes of a fixed shape
     for index, (state, grid) in enumerate(zip(shown, grids, strict=True)):
         axes = figure.add_subplot(1, len(shown), index + 1)
         axes.imshow(np.asarray(grid))

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "assets/figures/demo"
 README = ROOT / "README.md"
-SHOWN = ("samples.png", "reward_vs_seconds.png", "reward_vs_network_evaluations.png", "modes.png")
+SHOWN = ("samples.png", "reward_vs_seconds.png", "judge_accuracy.png", "modes.png")
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
 
 
