@@ -1,0 +1,484 @@
+"""The log-density of a flow model's samples, or of given data, and its differential entropy.
+
+x_sigma follows dx/dsigma = v(x, sigma) from noise x_1 ~ N(0, I) to data x_0. Along it d log p / dsigma = -div v
+(arXiv 1806.07366, eq. 8), so
+
+    log p_0(x_0) = log N(x_1; 0, I) + integral over sigma from 0 to 1 of div v(x_sigma, sigma).
+
+The density is that of the push-forward of N(0, I) by the given velocity field: for a guided model, by the *guided*
+ODE, over the VAE-scaled latents, given the prompt. It is neither the law of a stochastic sampler nor a density of
+pixels, and it is a density: its logarithm may be positive, and its exponential is no probability.
+
+div v = tr J, J = dv/dx, is computed exactly (D products with J) or estimated by E[z^T J z] over random probes z
+(Hutchinson; arXiv 1810.01367). B samples in a batch, D dimensions each, n probes, T solver steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flow_grpo.diffusers_patch.velocity import VelocityFn
+
+DISTRIBUTIONS = ("rademacher", "gaussian", "orthogonal")
+PRODUCTS = ("vjp", "jvp", "difference")
+LOG_2PI = math.log(2 * math.pi)
+
+# generators of the probes of one velocity evaluation, one per sample; the argument counts evaluations from 0
+ProbeGenerators = Callable[[int], list[torch.Generator]]
+
+
+@dataclass(frozen=True)
+class DivergenceEstimator:
+    """How div v is found.
+
+    Attributes:
+        exact: all D products with the unit vectors; the other fields but `product` and `chunk` are not read.
+        num_probes: n, averaged.
+        distribution: "rademacher" (+-1: the lowest variance of independent probes), "gaussian", or "orthogonal" (n <= D
+            orthogonal directions of length sqrt(D), uniformly rotated; at n = D the exact trace).
+        product: how J meets a probe. "vjp": reverse mode, exact, works with fused attention; shares its forward with v.
+            "jvp": forward mode, exact, needs attention that has one. "difference": (v(x + h z) - v(x - h z)) / 2h.
+        step: h of "difference", for float32 or better: in half precision the rounding of v swamps it.
+        hold: one draw of probes for the whole path. It is unbiased too, but its errors add up along the path.
+        chunk: products with J evaluated at once; 0: one after the other, in the least memory.
+    """
+
+    exact: bool = False
+    num_probes: int = 1
+    distribution: str = "rademacher"
+    product: str = "vjp"
+    step: float = 1e-3
+    hold: bool = False
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_probes < 1:
+            raise ValueError(f"num_probes is {self.num_probes}; it must be at least 1")
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution is {self.distribution!r}; it must be one of {DISTRIBUTIONS}")
+        if self.product not in PRODUCTS:
+            raise ValueError(f"product is {self.product!r}; it must be one of {PRODUCTS}")
+        if not self.step > 0:
+            raise ValueError(f"step is {self.step}; it must be positive")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """div v at one point of a batch."""
+
+    velocity: Tensor  # (B, ...): v(x, sigma), from the same forward where the product allows it
+    per_probe: Tensor  # (n, B): z^T J z of each probe; (1, B) if exact
+    squared: Tensor | None = None  # (n, B): z^T J J z of each probe, whose mean is tr(J^2)
+
+    @property
+    def mean(self) -> Tensor:
+        """The estimate, (B,)."""
+        return self.per_probe.mean(0)
+
+
+# --- div v at one point --------------------------------------------------------------------------------
+
+
+def draw_probes(like: Tensor, estimator: DivergenceEstimator, generators: Sequence[torch.Generator]) -> Tensor:
+    """The n probes of each sample, with E[z z^T] = I: (n, B, ...), drawn on the CPU from each sample's own generator.
+
+    Raises:
+        ValueError: more orthogonal probes than dimensions; another number of generators than samples.
+    """
+    if len(generators) != len(like):
+        raise ValueError(f"{len(like)} samples need as many probe generators, not {len(generators)}")
+    n, shape = estimator.num_probes, like.shape[1:]
+    if estimator.distribution == "orthogonal":
+        draws = [_orthogonal(n, shape.numel(), generator).view(n, *shape) for generator in generators]
+    elif estimator.distribution == "gaussian":
+        draws = [torch.randn(n, *shape, generator=generator) for generator in generators]
+    else:
+        draws = [2.0 * torch.randint(2, (n, *shape), generator=generator) - 1 for generator in generators]
+    return torch.stack(draws, 1).to(like)
+
+
+def _orthogonal(n: int, dims: int, generator: torch.Generator) -> Tensor:
+    """n orthogonal vectors of length sqrt(D), their directions uniform on the sphere: (n, D)."""
+    if n > dims:
+        raise ValueError(f"num_probes is {n}, but only {dims} directions are orthogonal in {dims} dimensions")
+    q, r = torch.linalg.qr(torch.randn(dims, n, generator=generator))
+    return math.sqrt(dims) * (q * r.diagonal().sign()).T
+
+
+def divergence(
+    velocity: VelocityFn,
+    x: Tensor,
+    sigma: float,
+    estimator: DivergenceEstimator,
+    probes: Tensor | None = None,
+    *,
+    squared: bool = False,
+    enable_grad: bool = False,
+) -> Divergence:
+    """v and div v at x.
+
+    Args:
+        x: (B, ...), float32 or float64.
+        probes: (n, B, ...), as `draw_probes` gives; not read if exact.
+        squared: estimate tr(J^2) too, with as many products again.
+        enable_grad: keep the graph, so that the result can be differentiated in x and in the weights behind v.
+
+    Raises:
+        ValueError: v has another shape than x, or is not finite.
+        MemoryError: exact, and the Jacobians of the batch would exceed 4 GiB.
+        NotImplementedError: "jvp" through an operation without forward mode.
+    """
+    if estimator.exact:
+        _check_memory(x)
+        units = torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)  # (D, D)
+        probes = units.view(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
+    assert probes is not None
+    v, multiply = _jacobian_products(velocity, x, sigma, estimator, enable_grad)
+    with torch.set_grad_enabled(enable_grad):
+        products = multiply(probes)  # (n, B, ...): J^T z, or J z
+        per_probe = _dot(probes, products)
+        if estimator.exact:
+            jacobian = products.flatten(2)  # (D, B, D)
+            square = torch.einsum("ibj,jbi->b", jacobian, jacobian)[None] if squared else None
+            return Divergence(v, per_probe.sum(0, keepdim=True), square)
+        return Divergence(v, per_probe, _dot(probes, multiply(products)) if squared else None)
+
+
+MAX_JACOBIAN_BYTES = 4 * 2**30
+
+
+def _check_memory(x: Tensor) -> None:
+    dims = x[0].numel()
+    needed = len(x) * dims**2 * x.element_size()
+    if needed > MAX_JACOBIAN_BYTES:
+        raise MemoryError(
+            f"the exact divergence of {len(x)} samples of {dims} dimensions needs {needed / 2**30:.1f} GiB for their "
+            f"Jacobians, more than {MAX_JACOBIAN_BYTES / 2**30:.0f} GiB: use smaller batches, or random probes"
+        )
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over the dimensions of each sample, accumulated in float64: (n, B, ...), (n, B, ...) -> (n, B)."""
+    return (a.double() * b.double()).flatten(2).sum(2)
+
+
+Products = Callable[[Tensor], Tensor]  # (n, B, ...) -> (n, B, ...)
+
+
+def _jacobian_products(
+    velocity: VelocityFn, x: Tensor, sigma: float, estimator: DivergenceEstimator, enable_grad: bool
+) -> tuple[Tensor, Products]:
+    """v, and the function that multiplies J (or its transpose: the traces are the same) with probes."""
+    if estimator.product == "vjp" or estimator.exact:
+        return _reverse_mode(velocity, x, sigma, estimator, enable_grad)
+    with torch.set_grad_enabled(enable_grad):
+        v = _checked(velocity(x, sigma), x, sigma)
+    if estimator.product == "jvp":
+        return v, lambda probes: torch.stack([_forward_mode(velocity, x, sigma, z) for z in probes])
+    h = estimator.step
+    return v, lambda probes: torch.stack(
+        [(velocity(x + h * z, sigma) - velocity(x - h * z, sigma)) / (2 * h) for z in probes]
+    )
+
+
+def _reverse_mode(
+    velocity: VelocityFn, x: Tensor, sigma: float, estimator: DivergenceEstimator, enable_grad: bool
+) -> tuple[Tensor, Products]:
+    """J^T z by backpropagation; one forward serves v and every product."""
+    with torch.enable_grad():
+        x = x if enable_grad and x.requires_grad else x.detach().requires_grad_()
+        v = _checked(velocity(x, sigma), x, sigma)
+
+    def multiply(probes: Tensor) -> Tensor:
+        if not v.requires_grad:  # a velocity that does not depend on x
+            return torch.zeros_like(probes)
+        options = {"retain_graph": True, "create_graph": enable_grad, "materialize_grads": True}
+        if estimator.chunk == 0:
+            return torch.stack([torch.autograd.grad(v, x, z.to(v.dtype), **options)[0] for z in probes])
+        parts = [
+            torch.autograd.grad(v, x, part.to(v.dtype).contiguous(), is_grads_batched=True, **options)[0]
+            for part in probes.split(estimator.chunk)
+        ]
+        return torch.cat(parts)
+
+    return (v if enable_grad else v.detach()), multiply
+
+
+def _forward_mode(velocity: VelocityFn, x: Tensor, sigma: float, z: Tensor) -> Tensor:
+    """J z by forward-mode differentiation: (B, ...)."""
+    try:
+        return torch.func.jvp(lambda y: velocity(y, sigma), (x.contiguous(),), (z.contiguous(),))[1]
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            "this velocity has an operation without forward mode, as fused attention is: use product='vjp', or run "
+            "inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        ) from error
+
+
+def _checked(v: Tensor, x: Tensor, sigma: float) -> Tensor:
+    if v.shape != x.shape:
+        raise ValueError(f"the velocity has shape {tuple(v.shape)}; it must be that of x, {tuple(x.shape)}")
+    if not torch.isfinite(v).all():
+        raise ValueError(f"the velocity is not finite at sigma = {sigma}")
+    return v
+
+
+# --- along the path ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solver:
+    """An explicit Runge-Kutta method by its Butcher tableau; `order` is that of its global error."""
+
+    order: int
+    nodes: tuple[float, ...]  # where in the step each stage is, from 0 to 1
+    matrix: tuple[tuple[float, ...], ...]  # how much of the earlier stages' slopes leads there
+    weights: tuple[float, ...]  # of the stages' slopes in the step
+
+
+SOLVERS = {
+    "euler": Solver(1, (0.0,), ((),), (1.0,)),
+    "heun": Solver(2, (0.0, 1.0), ((), (1.0,)), (1 / 2, 1 / 2)),
+    "rk4": Solver(
+        4, (0.0, 1 / 2, 1 / 2, 1.0), ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class OdeLogDensity:
+    """log p_0 of a batch under the guided ODE, and what it was made of; nats, unless a name says otherwise."""
+
+    x_0: Tensor  # (B, ...): the data
+    x_1: Tensor  # (B, ...): its noise
+    prior: Tensor  # (B,) float64: log N(x_1; 0, I)
+    step_integrals: Tensor  # (B, T) float64: integral of div v over sigma of each step, in the order of the path
+    probe_variance: Tensor  # (B,) float64: of log_prob over the draw of probes; 0 if exact, nan with one probe
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log p_0(x_0), a sum over the D dimensions: (B,) float64."""
+        return self.prior + self.step_integrals.sum(1)
+
+    @property
+    def dims(self) -> int:
+        """D."""
+        return self.x_0[0].numel()
+
+    @property
+    def nats_per_dim(self) -> Tensor:
+        """log_prob / D, (B,)."""
+        return self.log_prob / self.dims
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """-log2 p_0(x_0) / D, (B,)."""
+        return -self.nats_per_dim / math.log(2)
+
+    @property
+    def probe_standard_error(self) -> Tensor:
+        """Of log_prob, over the draw of probes: (B,)."""
+        return self.probe_variance.sqrt()
+
+
+def ode_log_density(
+    velocity: VelocityFn,
+    x: Tensor,
+    sigmas: Tensor,
+    estimator: DivergenceEstimator,
+    probe_generators: ProbeGenerators | None = None,
+    *,
+    solver: str = "euler",
+    second_order: bool = False,
+    enable_grad: bool = False,
+) -> OdeLogDensity:
+    """Integrate state and log-density together, from noise to data or from data to noise.
+
+    The memory does not depend on the number of steps, unless `enable_grad` keeps the graph.
+
+    Args:
+        velocity: v(x, sigma), already guided and bound to the prompts.
+        x: (B, ...): x_1, if `sigmas` fall from 1; x_0, if they rise to 1.
+        sigmas: (T + 1,), monotonic; one end is 1, the other 0 or next to it.
+        probe_generators: evaluation index -> one generator per sample; not read if exact.
+        solver: "euler" (the sampler's own steps), "heun" or "rk4".
+        second_order: with "euler", add the second term of log|det(I + dt J)| = dt tr J - dt^2 / 2 tr J^2 + ...: nearer
+            to the density of what the discrete sampler really draws.
+        enable_grad: keep the graph: log_prob can then be differentiated, prior and transport of the path included.
+
+    Raises:
+        ValueError: unknown solver; sigmas that do not begin or end at 1; probes without generators; `second_order` with
+            another solver than Euler; and see `divergence`, with the step's number.
+    """
+    falling = _check_path(sigmas, solver, second_order, estimator, probe_generators)
+    source = _ProbeSource(estimator, probe_generators)
+    levels, steps = sigmas.tolist(), []
+    x_start = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x_start
+    with torch.set_grad_enabled(enable_grad):
+        for i in range(len(levels) - 1):
+            try:
+                x, log_det = _step(
+                    velocity, x, levels[i], levels[i + 1], SOLVERS[solver], estimator, source, second_order, enable_grad
+                )
+            except ValueError as error:
+                raise ValueError(f"step {i} of {len(levels) - 1}: {error}") from error
+            steps.append(-log_det if falling else log_det)  # (n, B)
+        per_probe = torch.stack(steps)  # (T, n, B)
+        x_0, x_1 = (x, x_start) if falling else (x_start, x)
+        prior = -0.5 * (x_1.double().square().flatten(1).sum(1) + x_1[0].numel() * LOG_2PI)
+        return OdeLogDensity(x_0, x_1, prior, per_probe.mean(1).T, _probe_variance(per_probe.detach(), estimator))
+
+
+def _step(
+    velocity: VelocityFn,
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    solver: Solver,
+    estimator: DivergenceEstimator,
+    source: _ProbeSource,
+    second_order: bool,
+    enable_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """One step of x and of the log-determinant of its map: (B, ...), (n, B)."""
+    dt = sigma_next - sigma
+    slopes: list[Tensor] = []
+    log_det = torch.zeros((), dtype=torch.float64, device=x.device)
+    for node, row, weight in zip(solver.nodes, solver.matrix, solver.weights, strict=True):
+        stage = x + dt * sum(a * v for a, v in zip(row, slopes, strict=True)) if any(row) else x
+        found = divergence(
+            velocity, stage, sigma + node * dt, estimator, source.draw(stage),
+            squared=second_order, enable_grad=enable_grad,
+        )  # fmt: skip
+        slopes.append(found.velocity)
+        log_det = log_det + weight * dt * found.per_probe
+        if found.squared is not None:
+            log_det = log_det - 0.5 * dt**2 * found.squared
+    return x + dt * sum(b * v for b, v in zip(solver.weights, slopes, strict=True)), log_det
+
+
+class _ProbeSource:
+    """Fresh probes at every evaluation, or one draw for the whole path."""
+
+    def __init__(self, estimator: DivergenceEstimator, generators: ProbeGenerators | None) -> None:
+        self.estimator, self.generators = estimator, generators
+        self.evaluations = 0
+        self.held: Tensor | None = None
+
+    def draw(self, like: Tensor) -> Tensor | None:
+        """(n, B, ...); None if the divergence is exact."""
+        if self.estimator.exact or self.generators is None:
+            return None
+        if self.held is not None:
+            return self.held
+        probes = draw_probes(like, self.estimator, self.generators(self.evaluations))
+        self.evaluations += 1
+        if self.estimator.hold:
+            self.held = probes
+        return probes
+
+
+def _check_path(
+    sigmas: Tensor, solver: str, second_order: bool, estimator: DivergenceEstimator, generators: ProbeGenerators | None
+) -> bool:
+    """Whether sigma falls; ValueError for a path that is none."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; it must be one of {tuple(SOLVERS)}")
+    if second_order and solver != "euler":
+        raise ValueError(f"second_order belongs to the discrete map of solver 'euler', not to {solver!r}")
+    if not estimator.exact and generators is None:
+        raise ValueError("random probes need probe_generators")
+    differences = sigmas.diff()
+    falling = bool((differences < 0).all())
+    if len(sigmas) < 2 or not (falling or bool((differences > 0).all())):
+        raise ValueError(f"sigmas must fall or rise all along, in at least one step; got {sigmas.tolist()}")
+    if not math.isclose(sigmas.max().item(), 1.0, abs_tol=1e-6) or sigmas.min().item() < 0:
+        raise ValueError(f"sigmas must run between 1 and 0; got {sigmas[0].item()} to {sigmas[-1].item()}")
+    return falling
+
+
+def _probe_variance(per_probe: Tensor, estimator: DivergenceEstimator) -> Tensor:
+    """Variance of the path's integral over the draw of probes, from the spread among the n: (T, n, B) -> (B,).
+
+    Fresh probes make the steps independent: their variances add. Held ones do not: the variance is that of the whole
+    path's integral. For orthogonal probes, which are drawn to cancel each other's errors, it is an upper bound.
+    """
+    n = per_probe.shape[1]
+    if estimator.exact:
+        return per_probe.new_zeros(per_probe.shape[2])
+    if n == 1:
+        return per_probe.new_full((per_probe.shape[2],), torch.nan)
+    if estimator.hold:
+        return per_probe.sum(0).var(0) / n
+    return (per_probe.var(1) / n).sum(0)
+
+
+# --- entropy -------------------------------------------------------------------------------------------
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class EntropyEstimate:
+    """H = -E[log p_0] from independent samples, with its error; nats, unless a name says otherwise."""
+
+    entropy: float
+    standard_error: float  # of the entropy: sqrt(sample_part^2 + probe_part^2)
+    sample_part: float  # from drawing other samples; nan if the probes' variance is not known
+    probe_part: float  # from drawing other probes; nan with one probe
+    num_samples: int
+    dims: int
+    log_prob_std: float  # standard deviation of log p_0 over the samples ("ode_log_prob_std"), as observed
+    log_prob_std_corrected: float  # the same without what the probes add; nan if their variance is not known
+    minimum: float  # of log p_0
+    maximum: float
+    quantiles: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def nats_per_dim(self) -> float:
+        """entropy / D."""
+        return self.entropy / self.dims
+
+    @property
+    def bits_per_dim(self) -> float:
+        """entropy / (D log 2)."""
+        return self.nats_per_dim / math.log(2)
+
+
+def differential_entropy(log_prob: Tensor, probe_variance: Tensor, dims: int) -> EntropyEstimate:
+    """The entropy of one distribution from the log-densities of samples of it.
+
+    Args:
+        log_prob: (N,), of N >= 2 independent samples.
+        probe_variance: (N,), of each log_prob over its own probes; zeros if exact, nan if not known.
+        dims: D.
+
+    Raises:
+        ValueError: fewer than 2 samples.
+    """
+    n = len(log_prob)
+    if n < 2:
+        raise ValueError(f"an entropy with its error needs at least 2 samples, got {n}")
+    values = log_prob.double()
+    observed, probes = values.var().item(), probe_variance.double().mean().item()
+    between = math.nan if math.isnan(probes) else max(observed - probes, 0.0)
+    return EntropyEstimate(
+        entropy=-values.mean().item(),
+        standard_error=math.sqrt(observed / n),
+        sample_part=math.sqrt(between / n),
+        probe_part=math.sqrt(probes / n),
+        num_samples=n,
+        dims=dims,
+        log_prob_std=math.sqrt(observed),
+        log_prob_std_corrected=math.sqrt(between),
+        minimum=values.min().item(),
+        maximum=values.max().item(),
+        quantiles={q: values.quantile(q).item() for q in QUANTILES},
+    )
