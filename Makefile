@@ -14,7 +14,7 @@ test: .venv/installed  ## the whole suite
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-pretrain: .venv/installed  ## make assets/ again from Fashion-MNIST: about an hour
+pretrain: .venv/installed  ## make assets/ again from Debian's dataset-fashion-mnist: about an hour
 	$(BIN)/python scripts/train/pretrain_tiny.py
 
 .venv/installed: pyproject.toml constraints.txt

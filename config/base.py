@@ -25,6 +25,10 @@ def get_config() -> ConfigDict:
 
     # --- how often, in epochs; 0: never --------------------------------------------------------------
     config.eval_freq = 10  # evaluate before the first epoch, every so many, and after the last
+    config.eval_ode_log_prob = False  # measure log-densities and the differential entropy of the samples ...
+    config.eval_ode_log_prob_freq = 10  # ... every so many epochs
+    config.visualize_steps = False  # draw film strips with log-density and divergence of every sampler step ...
+    config.visualize_steps_freq = 10  # ... every so many epochs
     config.save_freq = 10  # write a checkpoint every so many epochs, and after the last
     config.num_checkpoint_limit = 5  # keep so many latest checkpoints, plus the best; 0: keep all
 
@@ -42,8 +46,8 @@ def get_config() -> ConfigDict:
     config.use_lora = True  # False: fine-tune every weight of the transformer
     config.lora = ConfigDict()
     config.lora.rank = 16
-    config.lora.alpha = 32
-    config.lora.target_modules = (
+    config.lora.alpha = 32  # the update is scaled by alpha / rank
+    config.lora.target_modules = (  # ends of module names; modules without effect on the output are left out
         "attn.add_k_proj",
         "attn.add_q_proj",
         "attn.add_v_proj",
@@ -57,14 +61,14 @@ def get_config() -> ConfigDict:
     # --- prompts -------------------------------------------------------------------------------------
     config.prompts = ConfigDict()
     config.prompts.train = "assets/prompts/tiny/train.txt"  # .txt: one prompt a line; .jsonl: {"prompt": ..., ...}
-    config.prompts.test = "assets/prompts/tiny/test.txt"
+    config.prompts.test = "assets/prompts/tiny/test.txt"  # evaluated
 
     # --- rewards: the training reward is the sum of weight * reward over the non-zero weights -----------
     config.reward_fn = ConfigDict()
-    config.reward_fn.pickscore = 0.0
-    config.reward_fn.clipscore = 0.0
-    config.reward_fn.jpeg_compressibility = 0.0
-    config.reward_fn.jpeg_incompressibility = 0.0
+    config.reward_fn.pickscore = 0.0  # exp(logit_scale) cos(image, prompt) / 26
+    config.reward_fn.clipscore = 0.0  # exp(logit_scale) cos(image, prompt) / 30
+    config.reward_fn.jpeg_compressibility = 0.0  # -kilobytes of the JPEG; no gradient
+    config.reward_fn.jpeg_incompressibility = 0.0  # kilobytes of the JPEG; no gradient
     config.reward_model = ConfigDict()  # checkpoints of the rewards that have one: directory or hub id
     config.reward_model.pickscore = "assets/tiny_pickscore"
     config.reward_model.clipscore = "assets/tiny_pickscore"
@@ -78,25 +82,25 @@ def get_config() -> ConfigDict:
     config.sample.guidance_scale = 1.0  # classifier-free guidance; 1: one forward, no guidance
     config.sample.sde_type = "sde"  # "ode", "sde", "dance" or "cps": flow_grpo/diffusers_patch/step.py
     config.sample.noise_level = 0.7  # eta of the stochastic samplers
-    config.sample.sde_window_size = 0  # so many consecutive stochastic (trained) steps, the rest ODE; 0: all
-    config.sample.sde_window_range = (0, 0)  # first and one-past-last step the window may cover; (0, 0): all
+    config.sample.sde_window_size = 0  # GRPO: so many consecutive stochastic (trained) steps, the rest ODE; 0: all
+    config.sample.sde_window_range = (0, 0)  # GRPO: first and one-past-last step the window may cover; (0, 0): all
     config.sample.groups_per_epoch = 10  # prompts drawn per epoch, over all processes
     config.sample.num_image_per_prompt = 8  # group size: images per drawn prompt
-    config.sample.batch_size = 80  # images per forward, per process
+    config.sample.batch_size = 80  # GRPO: images per forward, per process; below float32, take train.batch_size's
 
     # --- training, both loops -----------------------------------------------------------------------
     config.train = ConfigDict()
     config.train.batch_size = 40  # images per forward and backward, per process
     config.train.updates_per_epoch = 2  # optimizer steps into which an epoch's images are divided
     config.train.learning_rate = 1e-3  # AdamW
-    config.train.adam_beta1 = 0.9
-    config.train.adam_beta2 = 0.999
-    config.train.adam_weight_decay = 1e-4
-    config.train.adam_epsilon = 1e-8
+    config.train.adam_beta1 = 0.9  # decay of the gradient's average ...
+    config.train.adam_beta2 = 0.999  # ... and of its square's
+    config.train.adam_weight_decay = 1e-4  # decoupled
+    config.train.adam_epsilon = 1e-8  # added to the root of the average square
     config.train.max_grad_norm = 1.0  # gradients are clipped to this norm
     config.train.beta = 0.0  # weight of the KL divergence to the reference model
     config.train.ema = True  # keep an exponential moving average of the trained weights
-    config.train.ema_decay = 0.9
+    config.train.ema_decay = 0.9  # reached from below: update t decays by min((1 + t) / (10 + t), this)
     config.train.max_nonfinite_updates = 5  # so many skipped updates in a row stop the run
 
     # --- GRPO only -------------------------------------------------------------------------------------
@@ -120,16 +124,26 @@ def get_config() -> ConfigDict:
     # --- evaluation: ODE sampler, fixed prompts, fixed noise ----------------------------------------------
     config.eval = ConfigDict()
     config.eval.seed = 0  # keys the noise: the same images are asked of every run, whatever its seed
-    config.eval.num_steps = 10
-    config.eval.guidance_scale = 1.0
+    config.eval.num_steps = 10  # ODE steps
+    config.eval.guidance_scale = 1.0  # as sample.guidance_scale
     config.eval.num_prompts = 0  # the first so many test prompts; 0: all
-    config.eval.num_image_per_prompt = 16
-    config.eval.batch_size = 80
+    config.eval.num_image_per_prompt = 16  # images of each
+    config.eval.batch_size = 80  # images per forward, per process
     config.eval.ema = True  # evaluate the averaged weights as well as the current ones
     config.eval.rewards = ()  # rewards measured besides those of reward_fn
     config.eval.judge = "assets/tiny_features"  # a CLIP not used as reward, for prompt accuracy; empty: none
     config.eval.modes = "assets/prompts/tiny/modes.json"  # known modes of each prompt, counted; empty: none
     config.eval.num_grid_prompts = 10  # rows of the image grid
     config.eval.num_grid_images = 8  # columns of the image grid
+
+    # --- entropy: along the evaluation's sampler and on its noise ------------------------------------------
+    config.entropy = ConfigDict()
+    config.entropy.num_prompts = 4  # the first so many evaluated prompts
+    config.entropy.num_image_per_prompt = 16  # at least 2: the entropy's error comes from their spread
+    config.entropy.num_probes = 4  # random probes of the divergence at each step; their error is reported from 2 on
+    config.entropy.distribution = "rademacher"  # "rademacher", "gaussian" or "orthogonal"
+    config.entropy.solver = "euler"  # "euler": the sampler's own steps; "heun"; "rk4"
+    config.entropy.batch_size = 64  # images per forward and backward, per process
+    config.entropy.num_strip_prompts = 4  # rows of the film strip
 
     return config.lock()

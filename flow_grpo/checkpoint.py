@@ -23,12 +23,9 @@ from diffusers import StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from flow_grpo.errors import ConfigError
 from flow_grpo.policy import Policy
-from flow_grpo.settings import CHECKPOINT_STATE, Settings, find_checkpoint
+from flow_grpo.settings import CHECKPOINT_STATE, TRAINING_STATE, Settings, find_checkpoint, weights_record
 from flow_grpo.tracking import Run
-
-TRAINING_STATE = "training_state.pt"
 
 
 def save(policy: Policy, run: Run, settings: Settings, score: float | None) -> None:
@@ -49,13 +46,8 @@ def save(policy: Policy, run: Run, settings: Settings, score: float | None) -> N
 
 
 def load(policy: Policy, run: Run, folder: Path) -> None:
-    """Set the policy and the run's counters to a checkpoint.
-
-    Raises:
-        ConfigError: it was written by a run with other trained weights.
-    """
+    """Set the policy and the run's counters to a checkpoint, which `settings.resolve` has found to fit."""
     state = json.loads((folder / CHECKPOINT_STATE).read_text())
-    _check_same_weights(state["weights"], _weights_record(policy), folder)
     saved = torch.load(folder / TRAINING_STATE, map_location=policy.device, weights_only=True)
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, saved["trainable"], strict=True):
@@ -117,7 +109,7 @@ def _write(policy: Policy, run: Run, settings: Settings, score: float | None, fo
     if policy.ema is not None:
         with policy.ema_weights():
             export(policy, folder, "_ema")
-    state = {"counters": run.counters.state_dict(), "score": score, "weights": _weights_record(policy)}
+    state = {"counters": run.counters.state_dict(), "score": score, "weights": weights_record(settings.config)}
     (folder / CHECKPOINT_STATE).write_text(json.dumps(state, indent=2))
 
 
@@ -137,31 +129,6 @@ def export(policy: Policy, folder: Path, suffix: str) -> None:
     scale = adapter.lora_alpha / adapter.r
     folded = {name: value * scale if ".lora_B." in name else value for name, value in weights.items()}
     StableDiffusion3Pipeline.save_lora_weights(target, transformer_lora_layers=folded)
-
-
-def _weights_record(policy: Policy) -> dict[str, Any]:
-    """What decides whether trained weights fit: the base model, and each trained tensor's name and shape."""
-    names = {id(parameter): name for name, parameter in policy.transformer.named_parameters()}
-    return {
-        "model": Path(policy.settings.config.pretrained.model).name,  # the folder may have moved
-        "precision": policy.settings.config.mixed_precision,
-        "ema": policy.ema is not None,
-        "shapes": {names[id(parameter)]: list(parameter.shape) for parameter in policy.trainable},
-    }
-
-
-def _check_same_weights(saved: dict[str, Any], current: dict[str, Any], folder: Path) -> None:
-    for key, what in (
-        ("model", "pretrained.model"),
-        ("precision", "mixed_precision"),
-        ("ema", "train.ema"),
-        ("shapes", "lora or use_lora"),
-    ):
-        if saved[key] != current[key]:
-            detail = "" if key == "shapes" else f" ({saved[key]!r}, now {current[key]!r})"
-            raise ConfigError(
-                f"the checkpoint {folder} was made with another {what}{detail}; resume with the same setting"
-            )
 
 
 def _replace(partial: Path, folder: Path) -> None:

@@ -16,12 +16,14 @@ from scipy.stats import entropy
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from flow_grpo.ode_log_prob import OdeLogProbEvaluator
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.settings import Settings
+from flow_grpo.step_visualizer import StepVisualizer
 from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
 
@@ -30,9 +32,11 @@ class Evaluator(Protocol):
     """Measures the samples of one evaluation."""
 
     name: str
+    freq: int  # epochs from one evaluation to the next; 0: never
+    collective: bool  # whether `evaluate` is called on every process, or on the main one only
 
     def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Metrics, without a prefix; called on the main process only."""
+        """Metrics, without a prefix."""
 
 
 def evaluate(
@@ -44,11 +48,12 @@ def evaluate(
         `prefix/<metric>` of every evaluator, on the main process; nothing on the others.
     """
     samples = draw_samples(policy, prompts, settings, run)
-    if not run.is_main:
-        return {}
     metrics: dict[str, float] = {}
     for evaluator in run.progress(evaluators, "evaluating"):
-        metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(samples).items()}
+        if run.is_main or evaluator.collective:
+            metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(samples).items()}
+    if not run.is_main:
+        return {}
     run.log_image(prefix, image_grid(samples, settings.config), run.counters.epoch)
     return metrics
 
@@ -104,10 +109,10 @@ def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
 class RewardEvaluator:
     """`reward/total`, the weighted sum that is trained on, and `reward/<name>` of every reward in use."""
 
-    name = "reward"
+    name, collective = "reward", False
 
-    def __init__(self, reward: WeightedReward, batch_size: int, device: torch.device) -> None:
-        self.reward, self.batch_size, self.device = reward, batch_size, device
+    def __init__(self, reward: WeightedReward, batch_size: int, device: torch.device, freq: int = 1) -> None:
+        self.reward, self.batch_size, self.device, self.freq = reward, batch_size, device, freq
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> dict[str, float]:
@@ -127,10 +132,10 @@ class JudgeEvaluator:
     `judge/accuracy`: share of images whose best-matching prompt is their own. `judge/similarity`: mean cosine with it.
     """
 
-    name = "judge"
+    name, collective = "judge", False
 
-    def __init__(self, scorer: ClipScorer, batch_size: int) -> None:
-        self.scorer, self.batch_size = scorer, batch_size
+    def __init__(self, scorer: ClipScorer, batch_size: int, freq: int = 1) -> None:
+        self.scorer, self.batch_size, self.freq = scorer, batch_size, freq
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> dict[str, float]:
@@ -150,16 +155,18 @@ class ModeEvaluator:
     `modes/<mode>`: share of the images. `modes/entropy`: of these shares, in nats; log of the number of modes at most.
     """
 
-    name = "modes"
+    name, collective = "modes", False
 
-    def __init__(self, scorer: ClipScorer, modes: Mapping[str, Mapping[str, str]], batch_size: int) -> None:
+    def __init__(
+        self, scorer: ClipScorer, modes: Mapping[str, Mapping[str, str]], batch_size: int, freq: int = 1
+    ) -> None:
         """`modes`: prompt -> mode -> the caption that describes it."""
-        self.scorer, self.modes, self.batch_size = scorer, modes, batch_size
+        self.scorer, self.modes, self.batch_size, self.freq = scorer, modes, batch_size, freq
 
     @classmethod
-    def load(cls, scorer: ClipScorer, path: str, batch_size: int) -> ModeEvaluator:
+    def load(cls, scorer: ClipScorer, path: str, batch_size: int, freq: int = 1) -> ModeEvaluator:
         """Read the modes from a JSON file."""
-        return cls(scorer, json.loads(Path(path).read_text()), batch_size)
+        return cls(scorer, json.loads(Path(path).read_text()), batch_size, freq)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> dict[str, float]:
@@ -187,15 +194,25 @@ def similarities(scorer: ClipScorer, images: Tensor, texts: Sequence[str], batch
     return torch.cat(parts).cpu()
 
 
-def build_evaluators(reward: WeightedReward, settings: Settings, device: torch.device) -> list[Evaluator]:
-    """Those that the configuration asks for."""
-    config = settings.config.eval
-    evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device)]
+def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.device) -> list[Evaluator]:
+    """Those that look at the samples alone: rewards, and judge and modes if they are configured."""
+    config, freq = settings.config.eval, settings.config.eval_freq
+    evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device, freq)]
     if config.judge:
         scorer = ClipScorer(config.judge, device)
-        evaluators.append(JudgeEvaluator(scorer, config.batch_size))
+        evaluators.append(JudgeEvaluator(scorer, config.batch_size, freq))
         if config.modes:
-            evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size))
+            evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size, freq))
+    return evaluators
+
+
+def build_evaluators(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) -> list[Evaluator]:
+    """All that the configuration asks for."""
+    config, evaluators = settings.config, sample_evaluators(reward, settings, policy.device)
+    if config.eval_ode_log_prob:
+        evaluators.append(OdeLogProbEvaluator(policy, settings, run))
+    if config.visualize_steps:
+        evaluators.append(StepVisualizer(policy, settings, run))
     return evaluators
 
 

@@ -244,6 +244,6 @@ def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
         raise TrainingStopped(
             f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
             f"sampling and training compute different velocities, as they do when their guidance, precision or "
-            f"sampler settings differ; nothing that was saved is touched"
+            f"sampler differ, and in bf16 when sample.batch_size and train.batch_size do; what was saved is intact"
         )
     return error

@@ -9,9 +9,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.rewards import REWARDS, reward_names
 from flow_grpo.settings import Settings, resolve
 
 
@@ -19,7 +21,8 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
     """Resolve the configuration for the processes that were launched, and make their accelerator.
 
     Raises:
-        ConfigError: see `settings.resolve`; or a launcher, FSDP or DeepSpeed plugin that is not supported.
+        ConfigError: see `settings.resolve`; or a model that is neither here nor on the hub; or a launcher, FSDP or
+            DeepSpeed plugin that is not supported.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and by accelerate launch
     cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
@@ -28,9 +31,31 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
         torch.set_num_threads(settings.config.num_threads)
     diffusers.utils.logging.disable_progress_bar()  # our own bars tell what is worth telling
     transformers.utils.logging.disable_progress_bar()
+    _check_hub(settings)
     accelerator = Accelerator(mixed_precision=settings.config.mixed_precision, cpu=not cuda)
     _check_launcher(accelerator, num_processes)
     return settings, accelerator
+
+
+def _check_hub(settings: Settings) -> None:
+    """What is no folder must be on the hub, or in its cache: fetch the one small file that proves it."""
+    config = settings.config
+    wanted = {"pretrained.model": (config.pretrained.model, "model_index.json", config.pretrained.revision or None)}
+    models = {
+        f"reward_model.{name}": config.reward_model[name] for name in reward_names(config) if REWARDS[name].scorer
+    }
+    models |= {"eval.judge": config.eval.judge} if config.eval.judge else {}
+    wanted |= {key: (model, "config.json", None) for key, model in models.items()}
+    for key, (model, file, revision) in wanted.items():
+        if os.path.isdir(os.path.expanduser(model)):
+            continue
+        try:
+            hf_hub_download(model, file, revision=revision)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"config.{key} = {model!r} is no folder here, and cannot be fetched from the hub: {reason}"
+            ) from error
 
 
 def _check_launcher(accelerator: Accelerator, num_processes: int) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHECKPOINT_STATE = "state.json"  # the file that makes a folder a finished checkpoint
+TRAINING_STATE = "training_state.pt"  # the tensors beside it
 HUB_PIXELS_PER_TOKEN = 16  # SD3's VAE shrinks an image by 8, its transformer takes patches of 2
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
 
@@ -90,7 +91,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.eval.modes:
         _read_json("eval.modes", Path(config.eval.modes))
     if config.resume_from:
-        find_checkpoint(config.resume_from)
+        _check_resume(config, find_checkpoint(config.resume_from))
     return Settings(FrozenConfigDict(config), plan, num_processes)
 
 
@@ -186,7 +187,7 @@ RULES: Mapping[str, Rule] = {
     "project": _FILLED,
     "trackers": _each(_choice("wandb", "tensorboard"), 'a tuple of "wandb" and "tensorboard", or ()'),
     "seed": _whole(0),
-    "num_epochs": _whole(0),
+    "num_epochs": _whole(1),
     "max_seconds": _NOT_NEGATIVE,
     "num_processes": _whole(0),
     "num_threads": _whole(0),
@@ -243,6 +244,17 @@ RULES: Mapping[str, Rule] = {
     "drtune.early_stop": _whole(0),
     "drtune.two_pass": _YES_OR_NO,
     "drtune.hinge": _NOT_NEGATIVE,
+    "eval_ode_log_prob": _YES_OR_NO,
+    "eval_ode_log_prob_freq": _whole(0),
+    "visualize_steps": _YES_OR_NO,
+    "visualize_steps_freq": _whole(0),
+    "entropy.num_prompts": _whole(1),
+    "entropy.num_image_per_prompt": _whole(2),
+    "entropy.num_probes": _whole(1),
+    "entropy.distribution": _choice("rademacher", "gaussian", "orthogonal"),
+    "entropy.solver": _choice("euler", "heun", "rk4"),
+    "entropy.batch_size": _whole(1),
+    "entropy.num_strip_prompts": _whole(1),
     "eval.seed": _whole(0),
     "eval.num_steps": _whole(1),
     "eval.guidance_scale": _NOT_NEGATIVE,
@@ -386,6 +398,11 @@ def _check_drtune(config: ConfigDict) -> None:
             f"config.drtune.early_stop = {early_stop} is more than config.sample.num_steps = {steps}; it takes 0 to "
             f"{steps}."
         )
+    if config.sample.sde_window_size:
+        raise ConfigError(
+            f"config.sample.sde_window_size = {config.sample.sde_window_size} is for GRPO; with "
+            "config.use_reward_gradient = True it takes 0."
+        )
     certain = steps - max(early_stop - 1, 0)
     if trained > certain:
         raise ConfigError(
@@ -469,3 +486,36 @@ def find_checkpoint(resume_from: str) -> Path:
             f"or one checkpoint-XXXXXX folder with a {CHECKPOINT_STATE}."
         )
     return max(finished, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+
+
+def weights_record(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
+    """The keys that decide whether a checkpoint's weights fit a run, with their values; plain data for state.json."""
+    record: dict[str, Any] = {
+        "pretrained.model": Path(config.pretrained.model).name,  # the folder may have moved
+        "mixed_precision": config.mixed_precision,
+        "train.ema": config.train.ema,
+        "use_lora": config.use_lora,
+    }
+    if config.use_lora:
+        record |= {"lora.rank": config.lora.rank, "lora.alpha": config.lora.alpha}
+        record["lora.target_modules"] = list(config.lora.target_modules)
+    return record
+
+
+def _check_resume(config: ConfigDict, checkpoint: Path) -> None:
+    """The checkpoint is whole, of the same weights, and not yet at the configured end."""
+    state = _read_json("resume_from", checkpoint / CHECKPOINT_STATE)
+    if not {"weights", "counters"} <= state.keys() or not (checkpoint / TRAINING_STATE).is_file():
+        raise ConfigError(f"config.resume_from: the checkpoint {checkpoint} is damaged; it takes a whole one.")
+    for key, value in weights_record(config).items():
+        if state["weights"].get(key) != value:
+            raise ConfigError(
+                f"config.{key} = {value!r}, but the checkpoint {checkpoint} of config.resume_from was made with "
+                f"{state['weights'].get(key)!r}; resume with the same."
+            )
+    epochs, seconds = state["counters"]["epoch"], state["counters"]["seconds"]
+    if epochs >= config.num_epochs or 0 < config.max_seconds <= seconds:
+        raise ConfigError(
+            f"config.resume_from: {checkpoint} has {epochs} epochs and {seconds:.0f} s of training behind it; to go "
+            f"on, raise config.num_epochs = {config.num_epochs} or config.max_seconds = {config.max_seconds}."
+        )

@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -268,7 +268,7 @@ def _choose_folder(config: Any) -> tuple[Path, bool]:
     if resumed is not None and (not name or resumed.resolve() == (logdir / name).resolve()):
         return resumed, True
     if not name:
-        now = datetime.now(timezone.utc)
+        now = datetime.now(UTC)
         return fresh_folder(logdir / f"{config.recipe or 'run'}-{now:%Y%m%d-%H%M%S}"), False
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"run_name={name!r} must name a folder under logdir={config.logdir!r}.")
@@ -412,7 +412,7 @@ def describe_environment(settings: Settings, accelerator: Accelerator) -> dict[s
     """What a run ran on and with: enough to repeat it."""
     return {
         "run_id": uuid.uuid4().hex[:8],
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "git": _git_state(),
         "device": _device_name(accelerator.device),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import FrozenConfigDict
 
 from flow_grpo import checkpoint
-from flow_grpo.errors import ConfigError, TrainingStopped
+from flow_grpo.errors import TrainingStopped
 from flow_grpo.evaluation import Evaluator, evaluate
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -32,18 +32,11 @@ def fit(
     """Train until `num_epochs` or `max_seconds`, from wherever `run.counters` stand.
 
     Raises:
-        ConfigError: what is resumed has already come to the configured end.
         TrainingStopped: as `train_epoch` does; the history then ends with `train/stopped`.
     """
     config, counters = settings.config, run.counters
-    if _finished(config, counters):
-        raise ConfigError(
-            f"the checkpoint of config.resume_from = {config.resume_from!r} has {counters.epoch} epochs and "
-            f"{counters.seconds:.0f} s of training behind it: raise config.num_epochs = {config.num_epochs} or "
-            f"config.max_seconds = {config.max_seconds} to go on"
-        )
-    if counters.epoch == 0 and config.eval_freq > 0:
-        evaluate_weights(policy, test_prompts, evaluators, settings, run)
+    if counters.epoch == 0:
+        evaluate_weights(policy, test_prompts, [e for e in evaluators if e.freq > 0], settings, run)
     epochs = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
     limit = ""
     if config.max_seconds > 0:  # the clock, not the number of epochs, says how far the run is
@@ -52,12 +45,11 @@ def fit(
         metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
         epochs.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
         last = _finished(config, counters)
-        score = None
-        if _due(config.eval_freq, counters.epoch, last):
-            score = evaluate_weights(policy, test_prompts, evaluators, settings, run)
+        due = [e for e in evaluators if _due(e.freq, counters.epoch, last)]
+        score = evaluate_weights(policy, test_prompts, due, settings, run)
         if _due(config.save_freq, counters.epoch, last) and policy.skipped_in_a_row == 0:  # not of broken weights
             checkpoint.save(policy, run, settings, score)
-        if last:
+        if last and counters.epoch < config.num_epochs:  # the clock has stopped the run
             break
     epochs.close()
 
@@ -91,8 +83,10 @@ def evaluate_weights(
 
     Returns:
         On the main process `reward/total` of the averaged weights, or of the current ones without an average; None on
-        other processes, or if it is not finite.
+        other processes, if it was not measured, or if it is not finite.
     """
+    if not evaluators:
+        return None
     metrics = evaluate(policy, prompts, evaluators, settings, run, "eval")
     averaged = policy.ema is not None and settings.config.eval.ema
     if averaged:
@@ -101,8 +95,8 @@ def evaluate_weights(
     if not run.is_main:
         return None
     run.log(metrics, run.counters.epoch)
-    score = metrics["eval_ema/reward/total" if averaged else "eval/reward/total"]
-    return score if math.isfinite(score) else None
+    score = metrics.get("eval_ema/reward/total" if averaged else "eval/reward/total")
+    return score if score is not None and math.isfinite(score) else None
 
 
 def _finished(config: FrozenConfigDict, counters: Counters) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from config.base import get_config as base_config
-from config.grpo import get_config
+from config.grpo import INTENDED_PROCESSES, get_config
 from flow_grpo.settings import resolve
 from scripts.cli import parse_config
 from scripts.study import demo
@@ -118,4 +118,5 @@ def test_the_next_step_names_a_recipe_and_a_launch_file_that_exist() -> None:
     words = demo.NEXT.split()
     get_config(words[words.index("--config") + 1].partition(":")[2])
     assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    assert int(words[words.index("--num_processes") + 1]) == INTENDED_PROCESSES["pickscore_sd3_4gpu"]
     assert demo.train_command(METHODS[0], Path("x"), 1, 1)[0] == sys.executable

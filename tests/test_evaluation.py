@@ -12,9 +12,9 @@ from flow_grpo.evaluation import (
     JudgeEvaluator,
     ModeEvaluator,
     RewardEvaluator,
-    build_evaluators,
     draw_samples,
     image_grid,
+    sample_evaluators,
 )
 from flow_grpo.types import Samples
 from tests.conftest import PROMPTS
@@ -104,9 +104,9 @@ def test_the_grid_has_a_row_for_each_prompt(config, build):
 
 def test_evaluators_are_those_configured(config, build):
     parts = build(config)
-    assert [e.name for e in build_evaluators(parts.reward, parts.settings, torch.device("cpu"))] == [
+    assert [e.name for e in sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))] == [
         "reward", "judge", "modes",
     ]  # fmt: skip
     config.eval.judge, config.eval.modes, config.run_name = "", "", "other"
     parts = build(config)
-    assert [e.name for e in build_evaluators(parts.reward, parts.settings, torch.device("cpu"))] == ["reward"]
+    assert [e.name for e in sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))] == ["reward"]

@@ -1,6 +1,8 @@
 """scripts/train/fetch_prompts.py, on local files."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +79,15 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         write_lines(path, interrupted())  # type: ignore[arg-type]
     assert path.read_text() == "old\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["p.txt"]
+
+
+def test_the_files_are_as_readable_as_the_umask_lets_them_be(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_lines(tmp_path / "p.txt", ["a prompt"])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "p.txt").stat().st_mode) == 0o644
 
 
 MISTAKES = [

@@ -1,8 +1,9 @@
 """The embedded models: how they are made, and that the committed ones are as good as their cards say."""
 
+import hashlib
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,8 @@ def test_tint_shows_the_colour_and_leaves_the_background_white(photographs):
     means = torch.stack([image[:, mask].mean(1) for image, mask in zip(images, garment, strict=True)])  # (12, 3)
     hues = F.normalize(means, dim=1) @ F.normalize(tiny_data.PALETTE, dim=1).T
     assert torch.equal(hues.argmax(1), colours)
-    assert not torch.equal(hues.argmax(1), (colours + 1) % 8)
+    shade = 0.35 + 0.75 * 120 / 255  # of the first photograph, whose garment is 120 throughout
+    torch.testing.assert_close(means[0], torch.tensor([220.0, 40.0, 40.0]) / 255 * shade)
 
 
 def test_tint_keeps_the_order_of_grey_values(photographs):
@@ -231,8 +233,37 @@ def test_noise_from_the_global_generator_would_break_resuming(tmp_path):
 def test_a_state_of_another_recipe_is_refused(tmp_path):
     model = torch.nn.Linear(3, 1)
     pretrain_tiny.Fit("linear", [model], SMALL, 0, tmp_path).save()
-    with pytest.raises(ConfigError, match="another recipe or seed"):
+    with pytest.raises(ConfigError, match="another recipe"):
         pretrain_tiny.Fit("linear", [model], replace(SMALL, batch=5), 0, tmp_path).restore()
+
+
+def test_an_sd3_state_is_not_continued_around_another_autoencoder(tmp_path, photographs):
+    vae = tiny_models.build_vae().eval()
+    recipe = replace(SMALL, steps=1)
+    pretrain_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
+    pretrain_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] += 1e-3
+    with pytest.raises(ConfigError, match="ingredient"):
+        pretrain_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
+
+
+def test_a_state_made_with_another_constant_is_refused(tmp_path, monkeypatch, photographs):
+    recipe = replace(SMALL, steps=1)
+
+    def train() -> None:
+        pretrain_tiny.train_vae(photographs, recipe, 0, tmp_path, save_every=1)
+
+    def train_judge() -> None:
+        pretrain_tiny.train_clip("features", photographs, recipe, 0, tmp_path, save_every=1)
+
+    train()
+    train_judge()
+    monkeypatch.setattr(pretrain_tiny, "VAE_KL_WEIGHT", 1e-3)
+    monkeypatch.setitem(pretrain_tiny.CLIP_SIZES, "features", {})
+    for again in (train, train_judge):
+        with pytest.raises(ConfigError, match="ingredient"):
+            again()
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
@@ -315,7 +346,29 @@ def test_all_committed_weights_take_at_most_12_megabytes():
     assert sum(sizes) <= 12e6
 
 
-@pytest.mark.parametrize("name", ["tiny_sd3", "tiny_pickscore", "tiny_features"])
+STAGES = {"tiny_sd3": ("vae", "sd3"), "tiny_pickscore": ("pickscore",), "tiny_features": ("features",)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_committed_model_was_made_with_the_recipe_of_today(name):
+    training = json.loads((ASSETS / name / "training.json").read_text())
+    assert training == {"seed": 0, **{stage: asdict(pretrain_tiny.RECIPES[stage]) for stage in STAGES[name]}}
+    assert metrics(name)["training"] == training
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_figures_are_those_of_the_committed_weights(name):
+    figures = metrics(name)
+    sha256 = {
+        path.relative_to(ASSETS / name).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (ASSETS / name).rglob("*.safetensors")
+    }
+    assert figures["sha256"] == sha256
+    for key, value in measure_tiny.weights(ASSETS / name).items():
+        assert figures[key] == value
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_every_card_is_made_from_its_figures(name, tmp_path):
     (tmp_path / name).mkdir()
     measure_tiny.write_card(tmp_path / name, metrics(name))

@@ -404,26 +404,26 @@ def set_values(**values: object) -> Callable[[ConfigDict], None]:
             set_values(reward_model__pickscore="assets/none"),
             (
                 "config.reward_model.pickscore = 'assets/none' is not a directory; "
-                "it takes the directory or hub id of a checkpoint."
+                "it takes the directory or hub id (org/name) of a checkpoint."
             ),
         ),
         (
             set_values(reward_model__pickscore="tests/none"),
             (
                 "config.reward_model.pickscore = 'tests/none' is not a directory; "
-                "it takes the directory or hub id of a checkpoint."
+                "it takes the directory or hub id (org/name) of a checkpoint."
             ),
         ),
         (
             set_values(eval__judge="~/no such folder"),
             (
                 "config.eval.judge = '~/no such folder' is not a directory; "
-                "it takes the directory or hub id of a checkpoint."
+                "it takes the directory or hub id (org/name) of a checkpoint."
             ),
         ),
         (
             set_values(reward_model__pickscore=""),
-            "config.reward_model.pickscore is empty; it takes the directory or hub id of a checkpoint.",
+            "config.reward_model.pickscore is empty; it takes the directory or hub id (org/name) of a checkpoint.",
         ),
     ],
 )

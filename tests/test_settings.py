@@ -112,13 +112,6 @@ def test_an_update_trains_the_same_images_on_any_number_of_processes(processes):
         assert sorted(together) == sorted(pieces(alone, 1)[0][update])
 
 
-def test_contiguous_updates_would_train_other_images_on_two_processes():
-    """The broken twin of the test above: halves of each process's slice instead of every second image."""
-    halves_alone = set(range(0, 24))
-    halves_of_two = set(range(0, 12)) | set(range(24, 36))
-    assert halves_alone != halves_of_two
-
-
 def test_every_update_has_its_share_of_every_group():
     plan = plan_batches(groups=6, group_size=8, updates=2, num_processes=1)
     for update in range(2):

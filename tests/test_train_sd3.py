@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from config.grpo import RECIPES, get_config
 from flow_grpo import drtune, grpo
-from flow_grpo.evaluation import build_evaluators, evaluate
+from flow_grpo.evaluation import evaluate, sample_evaluators
 from flow_grpo.tracking import read_history
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def test_every_sd3_5_recipe_trains_and_evaluates_on_a_random_tiny_sd3(name, rand
     assert metrics["grad_norm"] > 0
     if not config.use_reward_gradient:
         assert metrics["ratio_error"] < 1e-4
-    evaluators = build_evaluators(parts.reward, parts.settings, torch.device("cpu"))
+    evaluators = sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))
     results = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval")
     assert {"eval/reward/total", "eval/judge/accuracy"} <= set(results)
 
@@ -141,5 +141,6 @@ def test_a_run_that_cannot_go_on_ends_with_one_sentence_and_keeps_its_checkpoint
     assert json.loads((good / "state.json").read_text())["counters"]["updates"] == 1
     weights = torch.load(good / "training_state.pt", weights_only=True)["trainable"]
     assert all(w.isfinite().all() and w.abs().max() < 10 for w in weights)
+    epochs = [line["step"] for line in history(tmp_path) if line.get("train/skipped_updates") == 0.0]
     saved = sorted(p.name for p in good.parent.iterdir())
-    assert saved[-1] <= "checkpoint-000002"  # nothing was saved once updates were skipped
+    assert saved == [f"checkpoint-{epoch:06d}" for epoch in epochs]  # none once updates were skipped

@@ -141,17 +141,18 @@ def validate_rewards(config: Any) -> None:
 
 
 def check_checkpoint(key: str, checkpoint: str) -> None:
-    """Raise ConfigError unless `checkpoint` is a directory or may be a hub id.
+    """Raise ConfigError unless `checkpoint` is a directory or may be a hub id, which has the form "org/name".
 
-    It is taken for a directory if it starts with ".", "/" or "~", or if its first component is "assets" or exists.
+    It is taken for a directory if it has another form, or if its first component is "assets" or exists.
     """
     if not checkpoint:
-        raise ConfigError(f"{key} is empty; it takes the directory or hub id of a checkpoint.")
+        raise ConfigError(f"{key} is empty; it takes the directory or hub id (org/name) of a checkpoint.")
     first = checkpoint.split("/")[0]
-    local = checkpoint.startswith((".", "/", "~")) or first == "assets" or os.path.exists(first)
+    local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1
+    local = local or first == "assets" or os.path.exists(first)
     if local and not os.path.isdir(os.path.expanduser(checkpoint)):
         raise ConfigError(
-            f"{key} = {checkpoint!r} is not a directory; it takes the directory or hub id of a checkpoint."
+            f"{key} = {checkpoint!r} is not a directory; it takes the directory or hub id (org/name) of a checkpoint."
         )
 
 

@@ -27,7 +27,7 @@ RECIPES = ROOT / "config/grpo.py"
 NO_LIMIT = 1_000_000  # epochs: the clock stops the run
 NEXT = """\
 Next, on GPUs (README.md, "On GPUs"): GRPO on SD3.5-medium, rewarded by PickScore:
-  accelerate launch --config_file scripts/accelerate_configs/multi_gpu.yaml \\
+  accelerate launch --config_file scripts/accelerate_configs/multi_gpu.yaml --num_processes 4 \\
     scripts/train/train_sd3.py --config config/grpo.py:pickscore_sd3_4gpu"""
 
 

@@ -22,13 +22,15 @@ BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
 
 def demo_section(summary: dict[str, Any]) -> str:
     """The README's paragraph, table and pictures of a demo, from its summary.json."""
+    crossing = next(c for c in summary["crossings"] if c["runner"] == "DRTune" and c["target"] == "GRPO")
     states = {"base model": summary["base"], **summary["runs"]}
+    if crossing["evaluation"] is not None:
+        states["DRTune at GRPO's reward"] = crossing["evaluation"]
     rows = [
         f"| {name} | {state['seconds']:.0f} | {state['network_evaluations']:,} | {state['reward/total']:.4f} "
         f"| {state['judge/accuracy']:.1%} | {state['modes/entropy']:.2f} |"
         for name, state in states.items()
     ]
-    crossing = next(c for c in summary["crossings"] if c["runner"] == "DRTune" and c["target"] == "GRPO")
     images = "\n".join(
         f"![{name.removesuffix('.png').replace('_', ' ')}](assets/figures/demo/{name})" for name in SHOWN
     )
@@ -36,13 +38,16 @@ def demo_section(summary: dict[str, Any]) -> str:
         [
             BEGIN,
             "One demo, seed 42, as committed in `assets/figures/demo`. Rewards are measured on noise that is never",
-            "trained on; the judge is a CLIP trained apart from it; eight equal shares have an entropy of 2.08:",
+            "trained on; the judge is a CLIP trained apart from it; eight equal shares have an entropy of 2.08;",
+            "forward passes are counted, backward passes are not.",
             "",
             "| | training seconds | network evaluations | reward | judge accuracy | colour entropy (nats) |",
             "|---|---|---|---|---|---|",
             *rows,
             "",
             _crossing_sentence(crossing),
+            "This is one seed. Compare diversity at equal reward, the last row with GRPO's; and mind the judge: where",
+            "its accuracy falls while the reward rises, the reward is exploited.",
             "",
             images,
             END,
@@ -51,7 +56,9 @@ def demo_section(summary: dict[str, Any]) -> str:
 
 
 def _crossing_sentence(crossing: dict[str, Any]) -> str:
-    if crossing["seconds"] is None or not crossing["meaningful"]:
+    if not crossing["meaningful"]:
+        return "GRPO's reward did not rise in this demo."
+    if crossing["seconds"] is None:
         return "DRTune did not reach GRPO's final reward in this demo."
     return (
         f"DRTune reached GRPO's final reward ({crossing['level']:.4f}) in {crossing['seconds']:.1f} s of training, "

@@ -75,6 +75,7 @@ def summarise(runs: Sequence[RunRecord], crossings: Sequence[Crossing]) -> dict[
                 "target": crossing.target.label,
                 "level": crossing.level,
                 "meaningful": crossing.meaningful,
+                "evaluation": _plain(crossing.evaluation) if crossing.reached and crossing.evaluation else None,
                 "seconds": crossing.seconds,
                 "network_evaluations": crossing.network_evaluations,
                 "fraction_of_seconds": crossing.fraction("seconds"),

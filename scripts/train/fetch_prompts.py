@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -98,13 +97,13 @@ def divide(prompts: Sequence[str], num_train: int, num_test: int, seed: int) -> 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """Write a text file all at once or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ kernel of the judge's image features, over equally many images for samples and f
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -283,11 +284,12 @@ By `{command}`, on the {test[images]:,} held-out test photographs, each in a ran
 
 ## Limits
 
-It knows ten garments and eight colours, and can be fooled by optimisation, which is what it is for.
+It knows ten garments and eight colours, nothing else.
 """
 
 PURPOSES = {
-    "tiny_pickscore": "It is the default reward: `exp(logit_scale) cos / 26`, as PickScore is used.",
+    "tiny_pickscore": "It is the default reward: `exp(logit_scale) cos / 26`, as PickScore is used;\nit can be "
+    "fooled by optimisation, which is what it is for.",
     "tiny_features": "It is the independent judge, and the feature space of the\ndiversity measures; it differs from "
     "the reward `tiny_pickscore` in its seed and in its shape, and is never optimised against.",
 }
@@ -361,20 +363,26 @@ def finish(folder: Path, seed: int, figures: dict[str, Any]) -> None:
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     logging.info("%s %s", folder, figures)
     write_card(
-        folder, {"command": COMMAND.format(seed=seed), "seed": seed, **count(folder), "training": training, **figures}
+        folder, {"command": COMMAND.format(seed=seed), "seed": seed, **weights(folder), "training": training, **figures}
     )
 
 
-def count(folder: Path) -> dict[str, int]:
-    """Parameters and bytes of the safetensors files under a folder."""
+def weights(folder: Path) -> dict[str, Any]:
+    """Parameters, bytes and SHA-256 (by relative path) of the safetensors files under a folder."""
     from safetensors import safe_open
 
     files = sorted(folder.rglob("*.safetensors"))
     parameters = 0
     for path in files:
-        with safe_open(path, framework="pt") as weights:
-            parameters += sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118 - a handle, not a dict
-    return {"parameters": parameters, "bytes": sum(path.stat().st_size for path in files)}
+        with safe_open(path, framework="pt") as tensors:
+            parameters += sum(tensors.get_tensor(key).numel() for key in tensors.keys())  # noqa: SIM118 - a handle, not a dict
+    return {
+        "parameters": parameters,
+        "bytes": sum(path.stat().st_size for path in files),
+        "sha256": {
+            path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+        },
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,11 @@
 
 Stages, in the order of `all`: `vae`, `sd3` (needs vae), `pickscore`, `features`, `measure`. Each saves its state every
 --save-every steps: a killed run, started again, continues and ends with the same weights as an unbroken one, since the
-random numbers of a step depend on (seed, stage, step) only. Two stages may run at once, with one thread each.
+random numbers of a step depend on (seed, stage, step) only. Two stages may run at once, with one thread each; another
+number of threads gives other rounding, and so slightly other weights.
+
+The photographs are Fashion-MNIST: install the Debian package `dataset-fashion-mnist`, or name with --data a folder that
+holds its four `*-ubyte.gz` files.
 
 Departures from the textbook:
 - SD3: the text encoders are trained with the transformer, from random weights. A caption is the plain one, the coloured
@@ -18,6 +22,7 @@ Departures from the textbook:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -83,13 +88,18 @@ RECIPES = {
 
 
 class Fit:
-    """One model being trained: its optimizer, schedule, average, and the file it continues from."""
+    """One model being trained: its optimizer, schedule, average, and the file it continues from.
 
-    def __init__(self, name: str, modules: Sequence[nn.Module], recipe: Recipe, seed: int, work: Path) -> None:
+    `ingredients`: whatever else decides the result (plain values); a state made with others is not continued.
+    """
+
+    def __init__(
+        self, name: str, modules: Sequence[nn.Module], recipe: Recipe, seed: int, work: Path, **ingredients: Any
+    ) -> None:
         import torch
         from diffusers.training_utils import EMAModel
 
-        self.name, self.recipe, self.seed, self.step = name, recipe, seed, 0
+        self.name, self.recipe, self.seed, self.ingredients, self.step = name, recipe, seed, ingredients, 0
         self.modules = torch.nn.ModuleList(modules)
         self.parameters = [parameter for parameter in self.modules.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -153,7 +163,7 @@ class Fit:
         os.replace(temporary, self.path)
 
     def restore(self) -> None:
-        """Load the saved state if there is one; ConfigError if another recipe or seed made it."""
+        """Load the saved state if there is one; ConfigError if another recipe, seed or ingredient made it."""
         import torch
 
         if not self.path.is_file():
@@ -161,7 +171,7 @@ class Fit:
         state = torch.load(self.path, weights_only=True)
         if state["key"] != self.key():
             raise ConfigError(
-                f"--work: {self.path} was made with another recipe or seed ({state['key']}); "
+                f"--work: {self.path} was made with another recipe, seed or ingredient ({state['key']}); "
                 f"name another folder, remove the file, or ask for the same as before."
             )
         self.step = state["step"]
@@ -173,7 +183,16 @@ class Fit:
 
     def key(self) -> dict[str, Any]:
         """What must be the same for a state to be continued."""
-        return {"seed": self.seed, **asdict(self.recipe)}
+        return {"seed": self.seed, **asdict(self.recipe), **self.ingredients}
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of the names and values of a module's weights (any dtype of numpy's)."""
+    sha = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def draw(photographs: Photographs, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -212,7 +231,7 @@ def train_vae(photographs: Photographs, recipe: Recipe, seed: int, work: Path, s
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.square().mean() + 0.5 * error.abs().mean() + VAE_KL_WEIGHT * kl
 
-    Fit("vae", [vae], recipe, seed, work).run(loss, save_every)
+    Fit("vae", [vae], recipe, seed, work, kl_weight=VAE_KL_WEIGHT).run(loss, save_every)
     images, _ = draw(photographs, min(2000, len(photographs)), keyed_generator(seed, "latent statistics"))
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(250)])
@@ -290,7 +309,7 @@ def train_sd3(
         return (velocity.float() - (x_1 - x_0)).square().mean()
 
     with sdpa_kernel(SDPBackend.MATH):
-        Fit("sd3", parts, recipe, seed, work).run(loss, save_every)
+        Fit("sd3", parts, recipe, seed, work, vae=digest(vae)).run(loss, save_every)
     return pipeline
 
 
@@ -363,7 +382,8 @@ def train_clip(
         scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE)
         return contrastive_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), ids, scale)
 
-    Fit(name, [model], recipe, seed, work).run(loss, save_every)
+    ingredients = {"sizes": CLIP_SIZES[name], "max_logit_scale": MAX_LOGIT_SCALE}
+    Fit(name, [model], recipe, seed, work, **ingredients).run(loss, save_every)
     model.set_attn_implementation(attention)
     model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
     return model, processor

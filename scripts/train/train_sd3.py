@@ -29,8 +29,8 @@ def main(config) -> None:
     run = Run(settings, accelerator)
     try:
         reward = build_reward(config, accelerator.device)
-        evaluators = build_evaluators(reward, settings, accelerator.device)
         policy = Policy.load(settings, accelerator)
+        evaluators = build_evaluators(policy, reward, settings, run)
         checkpoint.resume(policy, run, settings)
         fit(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run)
     finally:

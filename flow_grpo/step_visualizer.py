@@ -1,0 +1,157 @@
+"""The denoising film strip of fixed prompts, with log-density and divergence at every step, along the training.
+
+    steps/eval_000010.json                 the numbers of one evaluation
+    images/eval_strip_000010.png           a row for each prompt: x0_hat decoded at every step
+    images/eval_curves_000010.png          divergence and log-density against sigma, this and all earlier evaluations
+    images/eval_training_000010.png        the same, each step's value against training
+
+Everything overlaid is read back from the run folder, so a resumed run goes on with the whole history.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from flow_grpo.entropy import divergence, draw_probes
+from flow_grpo.ode_log_prob import estimator_of, probe_generators
+from flow_grpo.policy import Policy
+from flow_grpo.randomness import keyed_generator
+from flow_grpo.settings import Settings
+from flow_grpo.tracking import Run
+from flow_grpo.types import Samples
+
+MAX_CURVES = 8  # steps drawn against training
+
+
+@dataclass(frozen=True)
+class FilmStrip:
+    """One image of each of P prompts, step by step (T steps)."""
+
+    images: Tensor  # (P, T, 3, H, W): x0_hat decoded, in [0, 1]
+    sigmas: list[float]  # (T + 1,)
+    divergence: Tensor  # (P, T): div v, 1 / sigma
+    log_density: Tensor  # (P, T + 1): log p_sigma(x_sigma), nats
+
+
+def film_strip(policy: Policy, prompts: tuple[str, ...]) -> FilmStrip:
+    """Follow the evaluation's ODE from the first noise of each prompt, by Euler's steps."""
+    config, ids = policy.settings.config, [(p, 0) for p in range(len(prompts))]
+    velocity = policy.velocity(policy.encode(prompts), config.eval.guidance_scale)
+    estimator, generators = estimator_of(config), probe_generators(config.eval.seed, ids)
+    x = policy.noise([keyed_generator(config.eval.seed, "eval", *image) for image in ids])
+    sigmas = policy.sigmas(config.eval.num_steps).tolist()
+    log_density = [-0.5 * (x.double().square() + np.log(2 * np.pi)).flatten(1).sum(1)]
+    images, divergences = [], []
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+        found = divergence(velocity, x, sigma, estimator, draw_probes(x, estimator, generators(step)))
+        with torch.no_grad():
+            images.append(policy.decode(x - sigma * found.velocity).cpu())
+        divergences.append(found.mean)
+        log_density.append(log_density[-1] - (sigma_next - sigma) * found.mean)
+        x = x + (sigma_next - sigma) * found.velocity
+    return FilmStrip(
+        torch.stack(images, 1), sigmas, torch.stack(divergences, 1).cpu(), torch.stack(log_density, 1).cpu()
+    )
+
+
+class StepVisualizer:
+    """Writes the strip and the curves of the first `config.entropy.num_strip_prompts` prompts; logs no metric.
+
+    Only the main process calls it: the strip is a handful of images, and nothing in it waits for other processes.
+    """
+
+    name, collective = "steps", False
+
+    def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
+        self.policy, self.run = policy, run
+        self.freq, self.num_prompts = settings.config.visualize_steps_freq, settings.config.entropy.num_strip_prompts
+
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Draw the weights that the policy has now; the averaged ones, evaluated second, replace the current."""
+        step, prompts = self.run.counters.epoch, tuple(dict.fromkeys(samples.prompts))[: self.num_prompts]
+        strip = film_strip(self.policy, prompts)
+        self._write(step, prompts, strip)
+        history = self._read(step)
+        self.run.log_image("eval_strip", strip_image(strip), step)
+        self.run.log_image("eval_curves", curves_figure(history), step)
+        self.run.log_image("eval_training", training_figure(history), step)
+        return {}
+
+    def _write(self, step: int, prompts: tuple[str, ...], strip: FilmStrip) -> None:
+        folder = self.run.folder / "steps"
+        folder.mkdir(exist_ok=True)
+        record = {
+            "step": step,
+            "prompts": prompts,
+            "sigmas": strip.sigmas,
+            "divergence": strip.divergence.tolist(),
+            "log_density": strip.log_density.tolist(),
+        }
+        (folder / f"eval_{step:06d}.json").write_text(json.dumps(record))
+
+    def _read(self, step: int) -> list[dict[str, Any]]:
+        """Evaluations up to `step`, in order; later ones belong to a history that a resumed run writes anew."""
+        paths = sorted((self.run.folder / "steps").glob("eval_*.json"))
+        records = [json.loads(path.read_text()) for path in paths]
+        return [record for record in records if record["step"] <= step]
+
+
+# --- pictures ------------------------------------------------------------------------------------------
+
+
+def strip_image(strip: FilmStrip) -> Image.Image:
+    """Rows are prompts, columns steps from noise to image."""
+    grid = make_grid(strip.images.flatten(0, 1), nrow=strip.images.shape[1], padding=1, pad_value=1.0)
+    return Image.fromarray((grid.permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8))
+
+
+def curves_figure(history: list[dict[str, Any]]) -> Image.Image:
+    """Means over prompts against sigma: a curve for each evaluation, from dark (first) to bright (last)."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for record, colour in zip(history, colormaps["viridis"](np.linspace(0, 0.9, len(history))), strict=True):
+        label = f"epoch {record['step']}" if record in (history[0], history[-1]) else None
+        left.plot(record["sigmas"][:-1], np.mean(record["divergence"], 0), color=colour, label=label)
+        right.plot(record["sigmas"], np.mean(record["log_density"], 0), color=colour, label=label)
+    for axes, name in ((left, "div v (1 / sigma)"), (right, "log p(x) at sigma (nats)")):
+        axes.set_xlabel("sigma, from noise (1) to image (0)")
+        axes.set_ylabel(f"{name}, mean over prompts")
+        axes.invert_xaxis()
+        axes.legend(frameon=False)
+    return _render(figure)
+
+
+def training_figure(history: list[dict[str, Any]]) -> Image.Image:
+    """Each step's mean over prompts against training, for at most eight steps."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [record["step"] for record in history]
+    for axes, name, unit in zip(
+        figure.subplots(1, 2), ("divergence", "log_density"), ("1 / sigma", "nats"), strict=True
+    ):
+        values = np.array([np.mean(record[name], 0) for record in history])  # (evaluations, T or T + 1)
+        chosen = np.unique(np.linspace(0, values.shape[1] - 1, MAX_CURVES).round().astype(int))
+        for i, colour in zip(chosen, colormaps["viridis"](np.linspace(0, 0.9, len(chosen))), strict=True):
+            sigma = history[-1]["sigmas"][i]
+            axes.plot(epochs, values[:, i], color=colour, marker="o", markersize=3, label=f"{sigma:.2f}")
+        axes.set_xlabel("epochs")
+        axes.set_ylabel(f"{name.replace('_', ' ')} ({unit}), mean over prompts")
+        axes.legend(title="sigma", frameon=False, fontsize="small")
+    return _render(figure)
+
+
+def _render(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
