@@ -144,10 +144,10 @@ def training_figure(history: list[dict[str, Any]]) -> Image.Image:
         chosen = np.unique(np.linspace(0, values.shape[1] - 1, MAX_CURVES).round().astype(int))
         for i, colour in zip(chosen, colormaps["viridis"](np.linspace(0, 0.9, len(chosen))), strict=True):
             sigma = history[-1]["sigmas"][i]
-            axes.plot(epochs, values[:, i], color=colour, marker="o", markersize=3, label=f"{sigma:.2f}")
+            axes.plot(epochs, values[:, i], color=colour, marker="o", markersize=3, label=f"{sigma:.3g}")
         axes.set_xlabel("epochs")
         axes.set_ylabel(f"{name.replace('_', ' ')} ({unit}), mean over prompts")
-        axes.legend(title="sigma", frameon=False, fontsize="small")
+        axes.legend(title="sigma", frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return _render(figure)
 
 

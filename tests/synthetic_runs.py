@@ -37,6 +37,7 @@ def write_run(
     forwards_per_second: int = 700,
     evals_every: int = 10,
     overrides: Mapping[str, Any] | None = None,
+    density: bool = False,
 ) -> Path:
     """A run evaluated at `seconds`; `collapse` 0: all colours equally often, 1: only one of them."""
     config = get_config()
@@ -55,6 +56,9 @@ def write_run(
         line |= {"eval/reward/total": reward, "eval/reward/pickscore": reward}
         line |= {"eval/judge/accuracy": (accuracy or [0.78] * len(rewards))[index], "eval/judge/similarity": 0.6}
         line |= {f"eval/modes/{colour}": float(share) for colour, share in zip(COLOURS, shares, strict=True)}
+        if density:
+            line |= {"eval/entropy/nats": -20.0 - 50 * lost, "eval/entropy/standard_error": 4.0}
+            line |= {"eval/ode_log_prob/std": 36.0 - 10 * lost}
         lines.append(line | {"eval/modes/entropy": float(-(shares * np.log(shares + 1e-12)).sum())})
         write_grid(folder / f"images/eval_{step:06d}.png", shares)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

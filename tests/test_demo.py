@@ -64,6 +64,7 @@ def test_the_commands_are_the_recipes_with_the_clock_and_nothing_else(
     config = parse_config(train_command(method, tmp_path, seconds=180, seed=7)[1:], "")
     resolve(config, num_processes=1, cuda=False)
     changed = {"logdir", "run_name", "seed", "max_seconds", "num_epochs", "eval_freq", "save_freq", "eval"}
+    changed |= {"eval_ode_log_prob", "eval_ode_log_prob_freq"}
     recipe = get_config(method.recipe)
     assert {key for key in recipe if config[key] != recipe[key]} <= changed
     assert (config.logdir, config.run_name, config.seed, config.max_seconds) == (

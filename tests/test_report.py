@@ -145,6 +145,27 @@ def test_the_table_holds_the_final_figures(pair: tuple[Path, Path], tmp_path: Pa
     assert re.findall(r"<td>(.*?)</td>", row[1]) == ["0.5000", "0.9000", "0.7500"]
 
 
+def test_entropy_is_shown_where_it_was_measured(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, [0.5, 0.6, 0.7], [0, 10, 20], gradient, collapse=[0, 0.5, 1], density=True)
+        for name, gradient in (("drtune", True), ("grpo", False))
+    ]
+    density = ("eval/entropy/", "eval/ode_log_prob/")
+    edit_lines(runs[0], lambda x: {k: v for k, v in x.items() if x["step"] != 10 or not k.startswith(density)})
+    build_report(runs, tmp_path / "out")
+    assert (tmp_path / "out/entropy.png").is_file()
+    row = re.search(r"<th>differential entropy.*?</th>(.*?)</tr>", (tmp_path / "out/report.html").read_text())
+    assert row is not None
+    assert re.findall(r"<td>(.*?)</td>", row[1]) == ["-20.0 ± 4.0", "-70.0 ± 4.0", "-70.0 ± 4.0"]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["runs"]["GRPO"]["entropy/nats"] == -70.0
+
+
+def test_without_it_there_is_no_entropy_figure(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    build_report(pair, tmp_path / "out")
+    assert not (tmp_path / "out/entropy.png").exists()
+
+
 def test_the_same_folders_give_the_same_report_wherever_they_are(pair: tuple[Path, Path], tmp_path: Path) -> None:
     first = build_report(pair, tmp_path / "one").path.read_text()
     moved = [Path(shutil.copytree(folder, tmp_path / "moved" / folder.name)) for folder in pair]

@@ -39,12 +39,13 @@ class Method:
     run_name: str
     recipe: str
     eval_freq: int  # epochs
+    entropy_freq: int  # epochs; a multiple of eval_freq
 
 
 # An epoch takes about 0.5 s for DRTune and 1.6 s for GRPO: DRTune is evaluated every 3 s to see when it overtakes.
 METHODS = (
-    Method("DRTune", "drtune", "tiny_sd3_use_gradient", eval_freq=6),
-    Method("GRPO", "grpo", "tiny_sd3", eval_freq=10),
+    Method("DRTune", "drtune", "tiny_sd3_use_gradient", eval_freq=6, entropy_freq=24),
+    Method("GRPO", "grpo", "tiny_sd3", eval_freq=10, entropy_freq=20),
 )
 
 
@@ -57,6 +58,8 @@ def train_command(method: Method, out: Path, seconds: float, seed: int, train_sc
         "max_seconds": float(seconds),
         "num_epochs": NO_LIMIT,
         "eval_freq": method.eval_freq,
+        "eval_ode_log_prob": "true",
+        "eval_ode_log_prob_freq": method.entropy_freq,
         "eval.ema": "false",
         "save_freq": NO_LIMIT,  # only after the last epoch
     }

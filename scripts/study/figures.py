@@ -102,6 +102,39 @@ def accuracy_figure(runs: Sequence[RunRecord]) -> Figure:
     return figure
 
 
+def entropy_figure(runs: Sequence[RunRecord]) -> Figure:
+    """Differential entropy, with its 95 % interval, and the spread of the ODE log-density, against seconds."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    style = styles(runs)
+    panels = (
+        ("entropy/nats", "differential entropy of an image,\ngiven its prompt (nats)"),
+        ("ode_log_prob/std", "standard deviation of the ODE log-density\nwithin a prompt (nats)"),
+    )
+    for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for run in runs:
+            measured = [evaluation for evaluation in run.evaluations if evaluation.density]
+            seconds = [evaluation.seconds for evaluation in measured]
+            values = [evaluation.density[metric] for evaluation in measured]
+            errors = [1.96 * evaluation.density["entropy/standard_error"] for evaluation in measured]
+            axes.errorbar(
+                seconds,
+                values,
+                yerr=errors if metric == "entropy/nats" else None,
+                color=style[run.label].colour,
+                marker=style[run.label].marker,
+                ms=4.5,
+                lw=1.8,
+                capsize=2,
+                label=run.label,
+            )
+        axes.set_xlabel(AXIS_LABELS["seconds"])
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.legend(frameon=False)
+    return figure
+
+
 def diversity_figure(runs: Sequence[RunRecord]) -> Figure:
     """Entropy of the mode shares against reward: diversity compared at equal reward."""
     figure, axes = _new_figure(REWARD_LABEL, "entropy of the mode shares (nats)")

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from flow_grpo.tracking import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAG
 
 QUANTITIES = ("seconds", "network_evaluations")  # what training spends
 REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
+DENSITY = ("entropy/", "ode_log_prob/")  # what may be measured less often than the rest
 SAME_START = 1e-4  # runs whose evaluations before training differ by more did not start from the same model
 # settings that decide what an evaluation measures: runs that differ in one cannot be compared
 MEASURE = ("reward_fn.", "reward_model.", "prompts.test", "resolution", "eval.")
@@ -34,6 +35,7 @@ class Evaluation:
     updates: int
     metrics: Mapping[str, float]  # of the current weights, without "eval/"; nan: not finite
     ema_metrics: Mapping[str, float]  # of the averaged weights; {} if they were not evaluated
+    density: Mapping[str, float] = field(default_factory=dict)  # entropy/..., ode_log_prob/...; {}: not measured here
 
     @property
     def reward(self) -> float:
@@ -227,14 +229,16 @@ def _evaluation(line: Mapping[str, Any], path: Path) -> Evaluation:
     for name, value in numbers.items():
         if value is not None and not isinstance(value, (int, float)):
             raise ConfigError(f"{path}, step {line['step']}: {name!r} is {value!r}, a number or null is needed.")
+    metrics = _below("eval/", numbers)
     return Evaluation(
         step=line["step"],
         seconds=numbers["seconds"],
         network_evaluations=numbers["network_evaluations"],
         images=numbers["images"],
         updates=numbers["updates"],
-        metrics=_below("eval/", numbers),
-        ema_metrics=_below("eval_ema/", numbers),
+        metrics={name: value for name, value in metrics.items() if not name.startswith(DENSITY)},
+        ema_metrics={n: v for n, v in _below("eval_ema/", numbers).items() if not n.startswith(DENSITY)},
+        density={name: value for name, value in metrics.items() if name.startswith(DENSITY)},
     )
 
 
