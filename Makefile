@@ -4,7 +4,7 @@ BIN := .venv/bin
 # one thread for each of the two test workers: two busy processes of two threads starve each other
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test lint pretrain
+.PHONY: demo test lint bench pretrain
 demo: .venv/installed  ## fine-tune the tiny SD3 with DRTune and GRPO, and report
 	$(BIN)/python scripts/study/demo.py
 
@@ -13,6 +13,10 @@ test: .venv/installed  ## the whole suite
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .venv/installed  ## the tables of assets/figures/entropy_*: about eight minutes
+	$(BIN)/python scripts/diversity_metrics/validate_entropy.py
+	$(BIN)/python scripts/bench/entropy.py
 
 pretrain: .venv/installed  ## make assets/ again from Debian's dataset-fashion-mnist: about an hour
 	$(BIN)/python scripts/train/pretrain_tiny.py
