@@ -79,8 +79,9 @@ def history(logdir: Path, run: str = "run") -> list[dict]:
 
 
 def test_one_and_two_processes_write_the_same_history(random_models, tmp_path):
-    """GRPO, evaluation and checkpoints, with `python` and with `torchrun`; metrics agree to rounding."""
-    recipe = ["--config", "config/grpo.py:tiny_sd3"]
+    """GRPO, every evaluator and checkpoints, with `python` and with `torchrun`; metrics agree to rounding."""
+    recipe = ["--config", "config/grpo.py:tiny_sd3", "--config.eval_ode_log_prob=True", "--config.visualize_steps=True"]
+    recipe += ["--config.eval_ode_log_prob_freq=2", "--config.entropy.num_image_per_prompt=3"]
     one = execute(sys.executable, SCRIPT, *recipe, *overrides(random_models, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -90,6 +91,8 @@ def test_one_and_two_processes_write_the_same_history(random_models, tmp_path):
         assert a.keys() == b.keys()
         for name in a.keys() - {"train/ratio_error"}:
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-6), name
+    assert "eval_ema/entropy/nats" in history(tmp_path / "two")[-1]
+    assert (tmp_path / "two" / "run" / "images" / "eval_strip_000002.png").is_file()
     checkpoints = sorted(p.name for p in (tmp_path / "two" / "run" / "checkpoints").iterdir())
     assert checkpoints == ["checkpoint-000001", "checkpoint-000002"]
 

@@ -1,0 +1,541 @@
+"""Entropy and log-densities of the base model and of a run's checkpoints, and the log-density of given images.
+
+    python scripts/diversity_metrics/eval_ode_log_prob.py --run logs/RUN
+    python scripts/diversity_metrics/eval_ode_log_prob.py --run logs/RUN --checkpoints base,10,20 --ema
+    python scripts/diversity_metrics/eval_ode_log_prob.py --run logs/RUN --images DIR --prompt "a bag"
+
+The density is that of VAE-scaled latents, given the prompt, under the guided ODE of the run's evaluation (config.eval)
+and in as many steps; no density of pixels, no law of a stochastic sampler, and no probability. The run's config.json
+says everything else; noise and probes are keyed, the same for every model, and for the run's own evaluations.
+
+Images are encoded to the mode of the VAE's posterior and carried from data to noise. Euler's steps are there not those
+of the sampler turned round (and the first is at sigma = 0): give --num-steps or --solver to have both agree.
+
+Written to --out (default: RUN/ode_log_prob, or RUN/ode_log_prob_ema): ode_log_prob.json and ode_log_prob.png. The
+scalars go to the run's tensorboard, if it has one, under checkpoint/ or checkpoint_ema/; wandb, which takes no earlier
+step of a run that went on, gets none. Nothing else of the run is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ml_collections import ConfigDict
+
+from config.base import get_config
+from flow_grpo.errors import ConfigError
+from flow_grpo.settings import CHECKPOINT_STATE, TRAINING_STATE, leaves, weights_record
+from scripts import cli
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from flow_grpo.entropy import EntropyEstimate, ProbeGenerators
+    from flow_grpo.ode_log_prob import PromptLogDensities
+    from flow_grpo.policy import Policy
+    from flow_grpo.tracking import Run
+
+RESULTS, FIGURE = "ode_log_prob.json", "ode_log_prob.png"
+OVERRIDES = {  # command-line option -> configuration key
+    "num_probes": "entropy.num_probes",
+    "num_image_per_prompt": "entropy.num_image_per_prompt",
+    "num_prompts": "entropy.num_prompts",
+    "solver": "entropy.solver",
+    "num_steps": "eval.num_steps",
+}
+MEASURE = ("resolution", "pretrained.", "prompts.test", "entropy.", "eval.seed", "eval.num_steps", "eval.guidance")
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model, or a checkpoint."""
+
+    name: str
+    step: int  # epochs of training; 0: base
+    folder: Path | None  # None: base
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image whose density is asked, under its prompt."""
+
+    path: Path
+    prompt: str
+    pixels: Tensor  # (3, H, W) float32 in [0, 1]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model gave."""
+
+    model: Model
+    densities: PromptLogDensities
+    metrics: dict[str, float]  # of flow_grpo.ode_log_prob.entropy_metrics
+    images: list[dict[str, Any]] = field(default_factory=list)
+
+
+# --- what to measure ----------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path, overrides: Mapping[str, Any]) -> ConfigDict:
+    """The configuration of a run folder, for one process, with some of its keys replaced.
+
+    Raises:
+        ConfigError: config.json is missing, or is not a configuration of this project.
+    """
+    from flow_grpo.tracking import CONFIG_FILE, flatten
+
+    path, config = folder / CONFIG_FILE, get_config()
+    values = flatten(_read_object(path))
+    unknown = sorted(values.keys() - dict(leaves(config)).keys())
+    missing = sorted(dict(leaves(config)).keys() - values.keys())
+    if unknown or "pretrained.model" in missing:  # a key that came later has its default
+        wrong = f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ConfigError(f"{path} {wrong}: it is not a configuration of this project.")
+    values |= {"resume_from": "", "num_processes": 1, **overrides}
+    for key, value in values.items():
+        try:
+            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+        except (TypeError, ValueError):
+            raise ConfigError(f"{path}: config.{key} = {value!r} is of another kind than config/base.py's.") from None
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(f"{path} cannot be read: {path.parent} is not a whole run or checkpoint folder.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object.")
+    return value
+
+
+def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list[Model]:
+    """The models that --checkpoints names, by step: "base", "all", "latest" or epochs, with commas between.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or its weights do not fit the run's configuration.
+    """
+    folders = (state.parent for state in (run / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_STATE}"))
+    named = {folder.name.removeprefix("checkpoint-"): folder for folder in folders}
+    found = {int(epoch): folder for epoch, folder in sorted(named.items()) if epoch.isdecimal()}
+    steps: set[int] = set()
+    for word in (part.strip() for part in chosen.split(",")):
+        steps |= {0} if word == "base" else _steps_of(word, found, run)
+    if ema and not config.train.ema and steps != {0}:
+        raise ConfigError(f"--ema: {run} was trained with config.train.ema = False and has no averaged weights.")
+    models = [
+        Model(found[step].name if step else "base", step, found[step] if step else None) for step in sorted(steps)
+    ]
+    for model in models:
+        _check_weights(model, config)
+    return models
+
+
+def _steps_of(word: str, found: Mapping[int, Path], run: Path) -> set[int]:
+    if word in ("all", "latest") and not found:
+        raise ConfigError(f"--checkpoints {word}: {run} holds no checkpoint; --checkpoints base needs none.")
+    if word in ("all", "latest"):
+        return set(found) if word == "all" else {max(found)}
+    if not word.isdecimal() or int(word) not in found:
+        there = ", ".join(map(str, sorted(found))) or "no epoch"
+        raise ConfigError(
+            f"--checkpoints {word!r} is not allowed; it takes base, all, latest or epochs with a checkpoint "
+            f"in {run} ({there}), with commas between."
+        )
+    return {int(word)}
+
+
+def _check_weights(model: Model, config: ConfigDict) -> None:
+    """The checkpoint is whole, and of the weights that the configuration describes."""
+    if model.folder is None:
+        return
+    state = _read_object(model.folder / CHECKPOINT_STATE)
+    if "weights" not in state or not (model.folder / TRAINING_STATE).is_file():
+        raise ConfigError(f"the checkpoint {model.folder} is damaged; it takes a whole one.")
+    for key, value in weights_record(config).items():
+        if state["weights"].get(key) != value:
+            raise ConfigError(
+                f"config.{key} of the run is {value!r}, but the checkpoint {model.folder} was made with "
+                f"{state['weights'].get(key)!r}."
+            )
+
+
+def evaluated_prompts(config: ConfigDict) -> tuple[str, ...]:
+    """The first `entropy.num_prompts` distinct prompts that the run's evaluation uses."""
+    from flow_grpo.prompts import PromptDataset
+
+    evaluated = PromptDataset.load(config.prompts.test).prompts[: config.eval.num_prompts or None]
+    return tuple(dict.fromkeys(evaluated))[: config.entropy.num_prompts]
+
+
+def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -> list[ImageFile]:
+    """The images of a folder in the order of their names, each with its prompt.
+
+    Raises:
+        ConfigError: a file that is no image, or of another size; no image; not as many prompts as images.
+    """
+    from flow_grpo.prompts import PromptDataset
+
+    if bool(prompt) == bool(prompts_file):
+        raise ConfigError("--images needs either --prompt, one for all, or --prompts, a file with one for each.")
+    if not folder.is_dir():
+        raise ConfigError(f"--images {folder} is not a folder.")
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not paths:
+        raise ConfigError(f"--images {folder} holds no image.")
+    prompts = PromptDataset.load(prompts_file).prompts if prompts_file else (prompt,) * len(paths)
+    if len(prompts) != len(paths):
+        raise ConfigError(f"--prompts {prompts_file} has {len(prompts)} prompts for {len(paths)} images in {folder}.")
+    return [ImageFile(path, text, _pixels(path, resolution)) for path, text in zip(paths, prompts, strict=True)]
+
+
+def _pixels(path: Path, resolution: int) -> Tensor:
+    """(3, H, W) float32 in [0, 1]."""
+    from PIL import Image
+    from torchvision.transforms.functional import to_tensor
+
+    try:
+        with Image.open(path) as image:
+            pixels = to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's word for a broken PNG
+        raise ConfigError(f"--images: {path} cannot be read as an image ({error}).") from None
+    height, width = pixels.shape[1:]
+    if (width, height) != (resolution, resolution):
+        raise ConfigError(
+            f"--images: {path} is {width} x {height} pixels; the run's are {resolution} x {resolution} "
+            "(config.resolution)."
+        )
+    return pixels
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+class Bars:
+    """The one thing that `prompt_log_densities` asks of a run: `progress`."""
+
+    def progress(self, iterable: Iterable[Any], description: str) -> Iterable[Any]:
+        """A progress bar that leaves nothing behind."""
+        from tqdm import tqdm
+
+        return tqdm(iterable, desc=description, leave=False, delay=1.0)
+
+
+def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool) -> None:
+    """Set the trained weights to those of a model; `base` are those of the pretrained one."""
+    import torch
+
+    values = base
+    if model.folder is not None:
+        path = model.folder / TRAINING_STATE
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        values = saved["ema"]["shadow_params"] if ema else saved["trainable"]
+    with torch.no_grad():
+        for parameter, value in zip(policy.trainable, values, strict=True):
+            parameter.copy_(value)
+
+
+def encode_images(policy: Policy, pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w) float32, at the scale of the transformer."""
+    import torch
+
+    with torch.no_grad():
+        posterior = policy.vae.encode(pixels.to(policy.device, policy.vae.dtype) * 2 - 1).latent_dist
+    return (posterior.mode().float() - policy.vae.config.shift_factor) * policy.vae.config.scaling_factor
+
+
+def image_probes(seed: int, indices: Sequence[int]) -> ProbeGenerators:
+    """Generators of the probes of given images, by their place in the order: the same for every model."""
+    from flow_grpo.randomness import keyed_generator
+
+    return lambda evaluation: [keyed_generator(seed, "image probe", i, evaluation) for i in indices]
+
+
+def data_log_densities(policy: Policy, latents: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
+    """log p_0 of latents (N, C, h, w), each given its prompt, from data to noise."""
+    from flow_grpo.entropy import ode_log_density
+    from flow_grpo.ode_log_prob import estimator_of
+
+    config, found = policy.settings.config, []
+    for start in range(0, len(latents), config.entropy.batch_size):
+        part = range(start, min(start + config.entropy.batch_size, len(latents)))
+        density = ode_log_density(
+            policy.velocity(policy.encode([prompts[i] for i in part]), config.eval.guidance_scale),
+            latents[part.start : part.stop],
+            policy.sigmas(config.eval.num_steps).flip(0),
+            estimator_of(config),
+            image_probes(config.eval.seed, part),
+            solver=config.entropy.solver,
+        )
+        columns = (density.log_prob, density.nats_per_dim, density.bits_per_dim, density.probe_standard_error)
+        names = ("log_prob", "nats_per_dim", "bits_per_dim", "probe_standard_error")
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        found += [dict(zip(names, row, strict=True)) for row in rows]
+    return found
+
+
+def measure(
+    policy: Policy, models: Sequence[Model], prompts: Sequence[str], images: Sequence[ImageFile], ema: bool
+) -> list[Measured]:
+    """Every model on the same noise and probes; afterwards the policy has the weights of the last."""
+    import torch
+
+    from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
+
+    base = [parameter.detach().clone() for parameter in policy.trainable]
+    latents = encode_images(policy, torch.stack([image.pixels for image in images])) if images else None
+    bars, texts = Bars(), [image.prompt for image in images]
+    measured = []
+    for model in bars.progress(models, "models"):
+        load_weights(policy, model, base, ema)
+        try:
+            densities = prompt_log_densities(policy, prompts, cast("Run", bars))
+            values = [] if latents is None else data_log_densities(policy, latents, texts)
+        except ValueError as error:  # a velocity that is not finite, more orthogonal probes than dimensions
+            raise ConfigError(f"{model.name} has no log-density: {error}") from error
+        rows = [{"file": i.path.name, "prompt": i.prompt, **v} for i, v in zip(images, values, strict=True)]
+        measured.append(Measured(model, densities, entropy_metrics(densities), rows))
+    return measured
+
+
+def entropy_change(first: PromptLogDensities, other: PromptLogDensities) -> tuple[float, float]:
+    """Entropy of `other` minus that of `first`, mean over prompts, and its standard error; nats.
+
+    Noise and probes are common, so the samples are compared in pairs: the error is that of the difference.
+    """
+    difference = first.log_prob - other.log_prob  # (P, S)
+    count, samples = difference.shape
+    return difference.mean().item(), (difference.var(1).sum() / samples).sqrt().item() / count
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def results(measured: Sequence[Measured], config: Any, run: Path, ema: bool) -> dict[str, Any]:
+    """What ode_log_prob.json holds, nan included."""
+    from flow_grpo.tracking import flatten
+
+    flat = flatten(config.to_dict())
+    return {
+        "run": run.resolve().name,
+        "weights": "averaged" if ema else "current",
+        "density": "of VAE-scaled latents given the prompt, under the guided ODE; nats unless a name says otherwise",
+        "settings": {key: value for key, value in flat.items() if key.startswith(MEASURE)},
+        "dims": measured[0].densities.dims,
+        "models": [_entry(found, measured[0]) for found in measured],
+    }
+
+
+def _entry(found: Measured, first: Measured) -> dict[str, Any]:
+    pairs = zip(found.densities.prompts, found.densities.per_prompt, strict=True)
+    entry = {
+        "name": found.model.name,
+        "step": found.model.step,
+        "metrics": found.metrics,
+        "prompts": [{"prompt": prompt, **_estimate(estimate)} for prompt, estimate in pairs],
+        "images": found.images,
+    }
+    if found is not first:
+        change, error = entropy_change(first.densities, found.densities)
+        entry["entropy_change"] = {"since": first.model.name, "nats": change, "standard_error": error}
+    return entry
+
+
+def _estimate(estimate: EntropyEstimate) -> dict[str, Any]:
+    return {
+        **asdict(estimate),
+        "nats_per_dim": estimate.nats_per_dim,
+        "bits_per_dim": estimate.bits_per_dim,
+        "quantiles": {f"{q:g}": value for q, value in estimate.quantiles.items()},
+    }
+
+
+def strict(value: Any) -> Any:
+    """The same with null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """A line for each model."""
+    heads = [
+        "model",
+        "entropy (nats, 95 %)",
+        f"change since {record['models'][0]['name']}",
+        "bits/dim",
+        "std of log p",
+        "corrected",
+    ]
+    heads += ["images: log p (nats)"] if record["models"][0]["images"] else []
+    lines = [heads]
+    for model in record["models"]:
+        metrics, change = model["metrics"], model.get("entropy_change")
+        line = [
+            model["name"],
+            f"{metrics['entropy/nats']:.2f} ± {NORMAL_95 * metrics['entropy/standard_error']:.2f}",
+            f"{change['nats']:+.2f} ± {NORMAL_95 * change['standard_error']:.2f}" if change else "",
+            f"{metrics['entropy/bits_per_dim']:.4f}",
+            f"{metrics['ode_log_prob/std']:.2f}",
+            f"{metrics['ode_log_prob/std_corrected']:.2f}",
+        ]
+        lines.append(line + ([f"{_mean_log_prob(model):.2f}"] if model["images"] else []))
+    if len(record["models"]) == 1:  # no change to tell
+        lines = [line[:2] + line[3:] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _mean_log_prob(model: Mapping[str, Any]) -> float:
+    return sum(image["log_prob"] for image in model["images"]) / len(model["images"])
+
+
+def figure(record: Mapping[str, Any]) -> Figure:
+    """Entropy, spread of log p_0, and the images' log-densities if there are any, against training."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    models = record["models"]
+    panels = 3 if models[0]["images"] else 2
+    drawn = Figure(figsize=(4.6 * panels, 3.9), layout="constrained")
+    axes = drawn.subplots(1, panels)
+    _draw_entropy(axes[0], models)
+    _draw_spread(axes[1], models)
+    if panels == 3:
+        _draw_images(axes[2], models)
+    for panel in axes:
+        panel.set_xlabel("training (epochs; 0: base model)")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.spines[["top", "right"]].set_visible(False)
+    drawn.suptitle(f"{record['run']}, {record['weights']} weights: log-density of latents under the guided ODE")
+    return drawn
+
+
+def _draw_entropy(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
+    steps, metrics = [model["step"] for model in models], [model["metrics"] for model in models]
+    errors = [NORMAL_95 * found["entropy/standard_error"] for found in metrics]
+    axes.errorbar(steps, [found["entropy/nats"] for found in metrics], errors, color=BLUE, marker="o", capsize=3)
+    axes.set_ylabel("entropy given the prompt (nats)")
+    axes.set_title("Differential entropy, 95 % interval", fontsize="medium")
+
+
+def _draw_spread(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
+    steps = [model["step"] for model in models]
+    series = (("std", "as observed", GREY, "s"), ("std_corrected", "without the probes' share", ORANGE, "o"))
+    for name, label, colour, marker in series:
+        values = [model["metrics"][f"ode_log_prob/{name}"] for model in models]
+        axes.plot(steps, values, color=colour, marker=marker, label=label)
+    axes.set_ylabel("standard deviation of log p (nats)")
+    axes.set_title("ode_log_prob std, within prompts", fontsize="medium")
+    axes.legend(frameon=False)
+
+
+def _draw_images(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
+    steps = [model["step"] for model in models]
+    for i in range(len(models[0]["images"])):
+        values = [model["images"][i]["log_prob"] for model in models]
+        axes.plot(steps, values, color=GREY, linewidth=0.7, marker=".", alpha=0.6, label="each" if i == 0 else None)
+    axes.plot(steps, [_mean_log_prob(model) for model in models], color=BLUE, marker="o", label="mean")
+    axes.set_ylabel("log p of the given image (nats)")
+    axes.set_title("Given images", fontsize="medium")
+    axes.legend(frameon=False)
+
+
+def log_to_tensorboard(record: Mapping[str, Any], run: Path, prefix: str, accelerator: Accelerator) -> None:
+    """Add the scalars of every model to the run's tensorboard, at its step."""
+    from accelerate.tracking import TensorBoardTracker
+
+    accelerator.log_with = [TensorBoardTracker("tensorboard", run)]
+    accelerator.init_trackers(run.name)
+    for model in record["models"]:
+        values = dict(model["metrics"])
+        if model["images"]:
+            values["images/log_prob"] = _mean_log_prob(model)
+        accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=model["step"])
+    accelerator.end_training()
+    accelerator.trackers.clear()
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, write the files and the trackers; what ode_log_prob.json holds."""
+    overrides = {key: getattr(args, name) for name, key in OVERRIDES.items() if getattr(args, name) is not None}
+    if args.num_prompts is not None:
+        overrides["eval.num_prompts"] = 0  # not only those that the training evaluated
+    run = Path(args.run)
+    config = read_config(run, overrides)
+    if not args.images and (args.prompt or args.prompts):
+        raise ConfigError("--prompt and --prompts say what --images shows; give --images too.")
+    models = choose_models(run, args.checkpoints, config, args.ema)
+
+    from flow_grpo.launch import launch
+    from flow_grpo.policy import Policy
+
+    settings, accelerator = launch(config)
+    prompts = evaluated_prompts(config)
+    if args.num_prompts is not None and len(prompts) < args.num_prompts:
+        raise ConfigError(f"--num-prompts {args.num_prompts} is more than the {len(prompts)} of {config.prompts.test}.")
+    images = read_images(Path(args.images), args.prompt, args.prompts, config.resolution) if args.images else []
+    measured = measure(Policy.load(settings, accelerator), models, prompts, images, args.ema)
+    record = results(measured, settings.config, run, args.ema)
+    out = Path(args.out) if args.out else run / ("ode_log_prob_ema" if args.ema else "ode_log_prob")
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(strict(record), indent=1, allow_nan=False, ensure_ascii=False)
+    (out / RESULTS).write_text(text + "\n", encoding="utf-8")
+    figure(record).savefig(out / FIGURE, dpi=130)
+    if "tensorboard" in config.trackers:
+        log_to_tensorboard(record, run, "checkpoint_ema" if args.ema else "checkpoint", accelerator)
+    print(table(record), f"\n\nwritten to {out}", sep="")
+    return record
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, help="the folder of a run")
+    parser.add_argument(
+        "--checkpoints", default="base,all", help='"base", "all", "latest", epochs; commas between (default: base,all)'
+    )
+    parser.add_argument("--ema", action="store_true", help="the averaged weights of the checkpoints")
+    parser.add_argument("--images", default="", help="a folder of images whose log-density to find")
+    parser.add_argument("--prompt", default="", help="the prompt of all images")
+    parser.add_argument("--prompts", default="", help="a file of prompts, one for each image in the order of the names")
+    parser.add_argument("--out", default="", help="folder of the results (default: RUN/ode_log_prob)")
+    for name, key in OVERRIDES.items():
+        kind = str if name == "solver" else int
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"instead of the run's config.{key}")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Evaluate; exit code 2 after one sentence about bad input."""
+    args = parse(arguments)
+    with cli.one_sentence_errors():
+        evaluate(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""scripts/diversity_metrics/eval_ode_log_prob.py: its numbers are those of the weights that were trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+from flow_grpo import checkpoint, drtune
+from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities, sample_log_density
+from scripts.diversity_metrics.eval_ode_log_prob import data_log_densities, encode_images, load_weights, main
+
+PROMPTS = ("a bag", "a boot")
+IDS = [(p, s) for p in range(2) for s in range(2)]
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """What the first test trained, for the others."""
+    return {}
+
+
+@pytest.fixture
+def trained(config, build, kept):
+    """A run of 2 DRTune epochs, a checkpoint of each, and the log-densities of the policy before and after."""
+    if kept:
+        return kept
+    config.use_reward_gradient, config.train.learning_rate, config.eval.guidance_scale = True, 2e-2, 3.0
+    config.entropy.num_prompts, config.entropy.num_image_per_prompt, config.entropy.num_probes = 2, 3, 2
+    config.trackers = ("tensorboard",)
+    parts = build(config)
+
+    def direct():
+        return prompt_log_densities(parts.policy, PROMPTS, parts.run)
+
+    densities = {"base": direct()}
+    for epoch in (1, 2):
+        parts.train(drtune)
+        parts.run.log({}, epoch)
+        checkpoint.save(parts.policy, parts.run, parts.settings, None)
+        densities[f"checkpoint-00000{epoch}"] = direct()
+    with parts.policy.ema_weights():
+        averaged = direct()
+    latents = sample_log_density(parts.policy, PROMPTS, IDS).x_0
+    with torch.no_grad():
+        pictures = parts.policy.decode(latents)
+    parts.run.finish()
+    kept |= {"folder": parts.run.folder, "densities": densities, "averaged": averaged, "pictures": pictures}
+    return kept
+
+
+def evaluate(folder: Path, out: Path, *arguments: str) -> dict:
+    main(["--run", str(folder), "--out", str(out), *arguments])
+    return json.loads((out / "ode_log_prob.json").read_text(), parse_constant=pytest.fail)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+# --- numbers --------------------------------------------------------------------------------------------
+
+
+def test_base_and_checkpoints_have_the_numbers_of_the_policies_that_were_saved(trained, tmp_path, capsys):
+    before = contents(trained["folder"])
+    record = evaluate(trained["folder"], tmp_path)
+    printed = capsys.readouterr().out
+    assert all(model["name"] in printed for model in record["models"])
+    assert [(model["name"], model["step"]) for model in record["models"]] == [
+        (name, step) for step, name in enumerate(trained["densities"])
+    ]
+    for model, densities in zip(record["models"], trained["densities"].values(), strict=True):
+        assert model["metrics"] == pytest.approx(entropy_metrics(densities), rel=1e-9)
+        for row, prompt, estimate in zip(model["prompts"], PROMPTS, densities.per_prompt, strict=True):
+            assert (row["prompt"], row["num_samples"]) == (prompt, 3)
+            assert row["entropy"] == pytest.approx(estimate.entropy, rel=1e-9)
+            assert row["quantiles"]["0.5"] == pytest.approx(estimate.quantiles[0.5], rel=1e-9)
+    assert record["models"][0]["metrics"] != record["models"][2]["metrics"]
+    after = contents(trained["folder"])
+    assert {name: after[name] for name in before} == before  # only tensorboard has grown, by a file
+    assert all(name.startswith("tensorboard") for name in after.keys() - before.keys())
+    logged = dict(scalars(trained["folder"], "checkpoint/entropy/nats"))
+    assert logged == pytest.approx({m["step"]: m["metrics"]["entropy/nats"] for m in record["models"]}, rel=1e-6)
+    assert Image.open(tmp_path / "ode_log_prob.png").size[0] > 500
+
+
+def test_the_change_of_entropy_is_that_of_pairs_with_common_noise(trained, tmp_path):
+    record = evaluate(trained["folder"], tmp_path, "--checkpoints", "2,base")
+    before, after = (trained["densities"][name].log_prob for name in ("base", "checkpoint-000002"))
+    change = record["models"][1]["entropy_change"]
+    assert change["since"] == "base"
+    assert change["nats"] == pytest.approx((before - after).mean().item(), rel=1e-9)
+    entropies = [model["metrics"]["entropy/nats"] for model in record["models"]]
+    assert change["nats"] == pytest.approx(entropies[1] - entropies[0], rel=1e-6)
+    per_prompt = (before - after).std(1) / 3**0.5
+    assert change["standard_error"] == pytest.approx(per_prompt.square().sum().sqrt().item() / 2, rel=1e-9)
+
+
+def test_averaged_weights_are_those_of_the_average(trained, tmp_path):
+    current = evaluate(trained["folder"], tmp_path / "a", "--checkpoints", "latest")["models"][0]["metrics"]
+    averaged = evaluate(trained["folder"], tmp_path / "b", "--checkpoints", "latest", "--ema")["models"][0]["metrics"]
+    assert averaged == pytest.approx(entropy_metrics(trained["averaged"]), rel=1e-9)
+    assert abs(averaged["entropy/nats"] - current["entropy/nats"]) > 1e-3
+    assert scalars(trained["folder"], "checkpoint_ema/entropy/nats")[0][0] == 2
+
+
+def test_the_same_command_gives_the_same_file_and_one_probe_is_null(trained, tmp_path):
+    arguments = ("--checkpoints", "base,1", "--num-probes", "1", "--num-prompts", "3", "--solver", "heun")
+    first = evaluate(trained["folder"], tmp_path / "a", *arguments)
+    evaluate(trained["folder"], tmp_path / "b", *arguments)
+    texts = [(tmp_path / name / "ode_log_prob.json").read_text() for name in "ab"]
+    assert texts[0] == texts[1]
+    assert len(first["models"][0]["prompts"]) == 3
+    assert first["settings"]["entropy.solver"] == "heun"
+    assert first["models"][0]["metrics"]["entropy/probe_part"] is None
+
+
+def test_without_their_weights_all_checkpoints_would_be_the_base(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.diversity_metrics.eval_ode_log_prob.load_weights", lambda *_: None)
+    record = evaluate(trained["folder"], tmp_path)
+    assert record["models"][0]["metrics"] == record["models"][2]["metrics"]
+
+
+def test_the_base_comes_back_after_a_checkpoint(trained, config, build):
+    from scripts.diversity_metrics.eval_ode_log_prob import Model
+
+    config.run_name, config.use_reward_gradient = "other", True
+    policy = build(config).policy
+    base = [p.detach().clone() for p in policy.trainable]
+    load_weights(policy, Model("c", 2, trained["folder"] / "checkpoints" / "checkpoint-000002"), base, False)
+    assert not any(torch.equal(p, b) for p, b in zip(policy.trainable, base, strict=True))
+    load_weights(policy, Model("base", 0, None), base, False)
+    assert all(torch.equal(p, b) for p, b in zip(policy.trainable, base, strict=True))
+
+
+# --- images ---------------------------------------------------------------------------------------------
+
+
+def test_data_to_noise_agrees_with_the_sampling_direction(config, build):
+    """On our own samples, Heun with 25 steps: within 5 standard errors of the two draws of probes, and 0.5 nats."""
+    config.eval.guidance_scale, config.eval.num_steps = 3.0, 25
+    config.entropy.solver, config.entropy.num_probes = "heun", 4
+    policy = build(config).policy
+    sampled = sample_log_density(policy, PROMPTS, IDS)
+    prompts = [PROMPTS[p] for p, _ in IDS]
+
+    def disagreement(latents):
+        found = data_log_densities(policy, latents, prompts)
+        log_prob = torch.tensor([row["log_prob"] for row in found], dtype=torch.float64)
+        error = torch.tensor([row["probe_standard_error"] for row in found], dtype=torch.float64)
+        allowed = 5 * (error.square() + sampled.probe_variance).sqrt() + 0.5
+        return (log_prob - sampled.log_prob).abs() / allowed
+
+    assert (disagreement(sampled.x_0) < 1).all()
+    assert (disagreement(1.3 * sampled.x_0) > 1).any()  # the broken twin: latents at another scale
+
+
+def test_latents_are_scaled_as_the_pipeline_scales_them(config, build):
+    policy = build(config).policy
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = encode_images(policy, pixels)
+    assert (latents.shape, latents.dtype) == (policy.noise([torch.Generator()] * 2).shape, torch.float32)
+    moments = policy.vae.encode(pixels * 2 - 1).latent_dist.mode()
+    back = latents / policy.vae.config.scaling_factor + policy.vae.config.shift_factor
+    torch.testing.assert_close(back, moments, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(latents, moments, atol=1e-2)
+
+
+@pytest.fixture
+def images(trained, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, picture in enumerate(trained["pictures"][:3]):
+        to_pil_image(picture).save(folder / f"{i}.png")
+    return folder
+
+
+def test_images_have_finite_densities_under_every_model(trained, images, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a bag\na bag\na boot\n")
+    arguments = ("--images", str(images), "--prompts", str(tmp_path / "prompts.txt"))
+    record = evaluate(trained["folder"], tmp_path / "out", *arguments)
+    for model in record["models"]:
+        assert [(row["file"], row["prompt"]) for row in model["images"]] == [
+            ("0.png", "a bag"), ("1.png", "a bag"), ("2.png", "a boot"),
+        ]  # fmt: skip
+        for row in model["images"]:
+            assert row["log_prob"] / record["dims"] == pytest.approx(row["nats_per_dim"], rel=1e-9)
+            assert row["probe_standard_error"] > 0
+    first, last = ([row["log_prob"] for row in record["models"][i]["images"]] for i in (0, 2))
+    assert min(abs(a - b) for a, b in zip(first, last, strict=True)) > 1e-3
+    assert "images: log p" in capsys.readouterr().out
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+def test_help_answers_fast():
+    begin = time.perf_counter()
+    code = "import sys; from scripts.diversity_metrics import eval_ode_log_prob; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    assert time.perf_counter() - begin < 3
+
+
+def refusal(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as exit_code:
+        main(list(arguments))
+    assert exit_code.value.code == 2
+    return capsys.readouterr().err
+
+
+def copied(run: Path, target: Path) -> Path:
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("tensorboard"))
+    return target
+
+
+def test_a_folder_that_is_no_run_is_one_sentence(tmp_path, capsys):
+    assert "config.json cannot be read" in refusal(capsys, "--run", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert "it is not a configuration of this project" in refusal(capsys, "--run", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"hidden_size": 3}')
+    assert "has 'hidden_size'" in refusal(capsys, "--run", str(tmp_path))
+
+
+def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(trained, tmp_path, capsys):
+    run = copied(trained["folder"], tmp_path / "run")
+    for chosen in ("7", "best", "base,,1"):
+        assert "(1, 2), with commas between" in refusal(capsys, "--run", str(run), "--checkpoints", chosen)
+    state = run / "checkpoints" / "checkpoint-000001" / "state.json"
+    state.write_text(state.read_text().replace('"use_lora": true', '"use_lora": false'))
+    assert "config.use_lora of the run is True" in refusal(capsys, "--run", str(run))
+    (run / "checkpoints" / "checkpoint-000002" / "training_state.pt").write_bytes(b"torn")
+    assert "is damaged" in refusal(capsys, "--run", str(run), "--checkpoints", "2")
+    shutil.rmtree(run / "checkpoints")
+    assert "holds no checkpoint" in refusal(capsys, "--run", str(run))
+
+
+def test_images_that_cannot_be_used_are_one_sentence(trained, images, tmp_path, capsys):
+    command = ("--run", str(trained["folder"]), "--checkpoints", "base", "--images", str(images))
+    assert "either --prompt" in refusal(capsys, *command)
+    (tmp_path / "two.txt").write_text("a bag\na boot\n")
+    assert "has 2 prompts for 3 images" in refusal(capsys, *command, "--prompts", str(tmp_path / "two.txt"))
+    Image.new("RGB", (48, 32)).save(images / "3.png")
+    message = refusal(capsys, *command, "--prompt", "a bag")
+    assert "3.png is 48 x 32 pixels; the run's are 32 x 32" in message
+    (images / "3.png").write_bytes(b"no image")
+    assert "3.png cannot be read as an image" in refusal(capsys, *command, "--prompt", "a bag")
+
+
+def test_values_out_of_range_are_one_sentence(trained, capsys):
+    run = ("--run", str(trained["folder"]))
+    assert "config.entropy.num_probes = 0 is not allowed" in refusal(capsys, *run, "--num-probes", "0")
+    assert 'it takes "euler" or "heun" or "rk4"' in refusal(capsys, *run, "--solver", "dopri5")
+    assert "--num-prompts 9 is more than the 4" in refusal(capsys, *run, "--num-prompts", "9")
+    assert "give --images too" in refusal(capsys, *run, "--prompt", "a bag")
