@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "assets/figures/demo"
 README = ROOT / "README.md"
-SHOWN = ("samples.png", "reward_vs_seconds.png", "judge_accuracy.png", "modes.png")
+SHOWN = ("samples.png", "reward_vs_seconds.png", "judge_accuracy.png", "modes.png", "entropy.png")
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
 
 
@@ -28,7 +28,7 @@ def demo_section(summary: dict[str, Any]) -> str:
         states["DRTune at GRPO's reward"] = crossing["evaluation"]
     rows = [
         f"| {name} | {state['seconds']:.0f} | {state['network_evaluations']:,} | {state['reward/total']:.4f} "
-        f"| {state['judge/accuracy']:.1%} | {state['modes/entropy']:.2f} |"
+        f"| {state['judge/accuracy']:.1%} | {state['modes/entropy']:.2f} | {_density(state)} |"
         for name, state in states.items()
     ]
     images = "\n".join(
@@ -41,8 +41,9 @@ def demo_section(summary: dict[str, Any]) -> str:
             "trained on; the judge is a CLIP trained apart from it; eight equal shares have an entropy of 2.08;",
             "forward passes are counted, backward passes are not.",
             "",
-            "| | training seconds | network evaluations | reward | judge accuracy | colour entropy (nats) |",
-            "|---|---|---|---|---|---|",
+            "| | training seconds | network evaluations | reward | judge accuracy | colour entropy (nats) "
+            "| differential entropy (nats) | std of log p (nats) |",
+            "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             _crossing_sentence(crossing),
@@ -53,6 +54,14 @@ def demo_section(summary: dict[str, Any]) -> str:
             END,
         ]
     )
+
+
+def _density(state: dict[str, Any]) -> str:
+    """Differential entropy with its standard error, and the spread of the log-density, where they were measured."""
+    if "entropy/nats" not in state:
+        return "not measured | not measured"
+    entropy, error = state["entropy/nats"], state["entropy/standard_error"]
+    return f"{entropy:.1f} ± {error:.1f} | {state['ode_log_prob/std']:.1f}"
 
 
 def _crossing_sentence(crossing: dict[str, Any]) -> str:

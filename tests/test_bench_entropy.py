@@ -1,0 +1,63 @@
+"""The benchmark of the entropy estimators: what it compares with, its reference, and that it runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from flow_grpo.entropy import DivergenceEstimator, ode_log_density
+from flow_grpo.randomness import keyed_generator
+from scripts.bench import entropy as bench
+from scripts.diversity_metrics.toy_flows import GaussianFlow
+
+FLOW = GaussianFlow.random(8)
+
+
+def generators(evaluation: int) -> list[torch.Generator]:
+    return [keyed_generator(0, "probe", evaluation, i) for i in range(3)]
+
+
+@pytest.fixture
+def data() -> torch.Tensor:
+    return FLOW.distribution.sample((3,))
+
+
+def test_the_one_sided_difference_of_a_linear_field_is_its_quadratic_form(data):
+    probes = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v, trace = bench.forward_difference(FLOW.velocity, data, 0.4, probes)
+    expected = torch.einsum("nbi,ij,nbj->nb", probes, FLOW.slope(0.4), probes).mean(0)
+    torch.testing.assert_close(trace, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(v, FLOW.velocity(data, 0.4), rtol=0, atol=0)
+
+
+def test_the_replaced_approach_is_our_euler_with_gaussian_probes_where_differences_are_exact(data):
+    sigmas = torch.linspace(0, 1, 21, dtype=torch.float64)
+    ours = ode_log_density(
+        FLOW.velocity, data, sigmas, DivergenceEstimator(num_probes=4, distribution="gaussian"), generators
+    )
+    replaced = bench.replaced_log_density(FLOW.velocity, data, sigmas, generators, 4)
+    torch.testing.assert_close(replaced, ours.log_prob, rtol=1e-8, atol=1e-8)
+
+
+def test_the_reference_is_the_closed_form_of_a_gaussian(data):
+    exact = DivergenceEstimator(exact=True)
+    found = bench.quadrature(FLOW.velocity, data, 8, 1 / 80, exact, None)
+    torch.testing.assert_close(found, FLOW.distribution.log_prob(data), rtol=0, atol=1e-4)
+    crude = bench.quadrature(FLOW.velocity, data, 1, 1 / 80, exact, None)
+    assert (crude - FLOW.distribution.log_prob(data)).abs().max() > 1e-2
+
+
+def test_the_command_runs(random_models, tmp_path, capsys):
+    sizes = ["--threads=1", "--steps=4", "--samples=2", "--distinct=2", "--nodes=1"]
+    options = [f"--model={random_models / 'sd3'}", f"--prompts={random_models / 'prompts.txt'}", f"--out={tmp_path}"]
+    assert bench.main([*sizes, *options]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["rows"]) == len(bench.methods(4))
+    assert {"table.md", "error_vs_seconds.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_missing_model_is_named(tmp_path, capsys):
+    assert bench.main([f"--model={tmp_path}", f"--out={tmp_path}"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
