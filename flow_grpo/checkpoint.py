@@ -24,7 +24,14 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from flow_grpo.policy import Policy
-from flow_grpo.settings import CHECKPOINT_STATE, TRAINING_STATE, Settings, find_checkpoint, weights_record
+from flow_grpo.settings import (
+    CHECKPOINT_STATE,
+    TRAINING_STATE,
+    Settings,
+    find_checkpoint,
+    finished_checkpoints,
+    weights_record,
+)
 from flow_grpo.tracking import Run
 
 
@@ -72,8 +79,8 @@ def _set_aside_later(run: Run) -> None:
     """Move checkpoints of later epochs than the run's out of the way."""
     if not run.is_main:
         return
-    for folder in _list(run.folder / "checkpoints"):
-        if int(folder.name.removeprefix("checkpoint-")) > run.counters.epoch:
+    for epoch, folder in finished_checkpoints(run.folder / "checkpoints").items():
+        if epoch > run.counters.epoch:
             target = folder.parent / "abandoned" / folder.name
             target.parent.mkdir(exist_ok=True)
             _replace(folder, target)
@@ -143,7 +150,7 @@ def _replace(partial: Path, folder: Path) -> None:
 
 def _drop_old(checkpoints: Path, limit: int) -> None:
     """Keep the `limit` latest and the one with the best score; 0 keeps all."""
-    found = _list(checkpoints)
+    found = list(finished_checkpoints(checkpoints).values())
     if limit == 0 or not found:
         return
     scores = {folder: json.loads((folder / CHECKPOINT_STATE).read_text())["score"] for folder in found}
@@ -152,8 +159,3 @@ def _drop_old(checkpoints: Path, limit: int) -> None:
     for folder in found:
         if folder not in keep:
             shutil.rmtree(folder)
-
-
-def _list(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in checkpoints.glob(f"checkpoint-*/{CHECKPOINT_STATE}"))

@@ -19,7 +19,7 @@ from torchvision.utils import make_grid
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.randomness import keyed_generator
+from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.settings import Settings
@@ -72,7 +72,7 @@ def draw_samples(policy: Policy, prompts: PromptDataset, settings: Settings, run
     images, latents = [], []
     batches = [share[i : i + config.batch_size] for i in range(0, len(share), config.batch_size)]
     for batch in run.progress(batches, "evaluation samples"):
-        generators = [keyed_generator(config.seed, "eval", *ids[i]) for i in batch]
+        generators = evaluation_generators(config.seed, [ids[i] for i in batch])
         with torch.no_grad():
             x_0 = policy.sample_ode([chosen[ids[i][0]] for i in batch], generators).final_latents
             images.append(policy.decode(x_0).float().cpu())

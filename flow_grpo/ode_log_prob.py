@@ -24,7 +24,7 @@ from flow_grpo.entropy import (
     ode_log_density,
 )
 from flow_grpo.policy import Policy
-from flow_grpo.randomness import keyed_generator
+from flow_grpo.randomness import evaluation_generators, keyed_generator
 from flow_grpo.settings import Settings
 from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
@@ -60,7 +60,7 @@ def sample_log_density(policy: Policy, prompts: Sequence[str], ids: Sequence[tup
     """Sample images (prompt index, sample index) of `prompts` by the evaluation's ODE, with their log-densities."""
     config = policy.settings.config
     velocity = policy.velocity(policy.encode([prompts[p] for p, _ in ids]), config.eval.guidance_scale)
-    noise = policy.noise([keyed_generator(config.eval.seed, "eval", *image) for image in ids])
+    noise = policy.noise(evaluation_generators(config.eval.seed, ids))
     return ode_log_density(
         velocity,
         noise,

@@ -6,6 +6,7 @@ One and many processes, and resumed and unbroken runs, therefore draw the same n
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,11 @@ def keyed_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
     key = repr((seed, purpose, *map(int, indices))).encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
+
+
+def evaluation_generators(seed: int, ids: Sequence[tuple[int, int]]) -> list[torch.Generator]:
+    """Of the noise of evaluation images (prompt, sample): the same in every evaluator, at every checkpoint."""
+    return [keyed_generator(seed, "eval", *image) for image in ids]
 
 
 def sample_generators(seed: int, purpose: str, epoch: int, sample_ids: torch.Tensor) -> list[torch.Generator]:

@@ -474,18 +474,25 @@ def find_checkpoint(resume_from: str) -> Path:
     given = Path(resume_from)
     if (given / CHECKPOINT_STATE).is_file():
         return given
-    finished = [
-        state.parent
-        for folder in (given, given / "checkpoints")
-        for state in folder.glob(f"checkpoint-*/{CHECKPOINT_STATE}")
-        if state.parent.name.removeprefix("checkpoint-").isdecimal()
-    ]
+    finished = finished_checkpoints(given) | finished_checkpoints(given / "checkpoints")
     if not finished:
         raise ConfigError(
             f"config.resume_from = {resume_from!r} holds no checkpoint; it takes a run folder, its checkpoints folder, "
             f"or one checkpoint-XXXXXX folder with a {CHECKPOINT_STATE}."
         )
-    return max(finished, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return finished[max(finished)]
+
+
+def finished_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder that were written whole: epoch -> folder, oldest first."""
+    states = folder.glob(f"checkpoint-*/{CHECKPOINT_STATE}")
+    named = ((state.parent.name.removeprefix("checkpoint-"), state.parent) for state in states)
+    return dict(sorted((int(epoch), path) for epoch, path in named if epoch.isdecimal()))
+
+
+def is_over(config: ConfigDict | FrozenConfigDict, epochs: int, seconds: float) -> bool:
+    """Whether a run has come to its configured number of epochs, or of seconds of training."""
+    return epochs >= config.num_epochs or 0 < config.max_seconds <= seconds
 
 
 def weights_record(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
@@ -502,19 +509,36 @@ def weights_record(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
     return record
 
 
+def checkpoint_state(checkpoint: Path, subject: str = "") -> dict[str, Any]:
+    """What a checkpoint's state.json says; ConfigError, beginning with `subject`, unless the checkpoint is whole."""
+    try:
+        state = json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{subject}{checkpoint / CHECKPOINT_STATE} is not JSON ({error}).") from None
+    if not {"weights", "counters"} <= state.keys() or not (checkpoint / TRAINING_STATE).is_file():
+        raise ConfigError(f"{subject}the checkpoint {checkpoint} is damaged; it takes a whole one.")
+    return state
+
+
+def weights_mismatch(config: ConfigDict | FrozenConfigDict, state: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key whose value, and the value that a checkpoint was made with, differ; None: its weights fit."""
+    made_with = state["weights"]
+    differing = ((k, v, made_with.get(k)) for k, v in weights_record(config).items() if made_with.get(k) != v)
+    return next(differing, None)
+
+
 def _check_resume(config: ConfigDict, checkpoint: Path) -> None:
     """The checkpoint is whole, of the same weights, and not yet at the configured end."""
-    state = _read_json("resume_from", checkpoint / CHECKPOINT_STATE)
-    if not {"weights", "counters"} <= state.keys() or not (checkpoint / TRAINING_STATE).is_file():
-        raise ConfigError(f"config.resume_from: the checkpoint {checkpoint} is damaged; it takes a whole one.")
-    for key, value in weights_record(config).items():
-        if state["weights"].get(key) != value:
-            raise ConfigError(
-                f"config.{key} = {value!r}, but the checkpoint {checkpoint} of config.resume_from was made with "
-                f"{state['weights'].get(key)!r}; resume with the same."
-            )
-    epochs, seconds = state["counters"]["epoch"], state["counters"]["seconds"]
-    if epochs >= config.num_epochs or 0 < config.max_seconds <= seconds:
+    state = checkpoint_state(checkpoint, "config.resume_from: ")
+    if mismatch := weights_mismatch(config, state):
+        key, value, made_with = mismatch
+        raise ConfigError(
+            f"config.{key} = {value!r}, but the checkpoint {checkpoint} of config.resume_from was made with "
+            f"{made_with!r}; resume with the same."
+        )
+    counters = state["counters"]
+    epochs, seconds = counters["epoch"], counters["seconds"]
+    if is_over(config, epochs, seconds):
         raise ConfigError(
             f"config.resume_from: {checkpoint} has {epochs} epochs and {seconds:.0f} s of training behind it; to go "
             f"on, raise config.num_epochs = {config.num_epochs} or config.max_seconds = {config.max_seconds}."

@@ -27,7 +27,7 @@ from torchvision.utils import make_grid
 from flow_grpo.entropy import divergence, draw_probes
 from flow_grpo.ode_log_prob import estimator_of, probe_generators
 from flow_grpo.policy import Policy
-from flow_grpo.randomness import keyed_generator
+from flow_grpo.randomness import evaluation_generators
 from flow_grpo.settings import Settings
 from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
@@ -50,7 +50,7 @@ def film_strip(policy: Policy, prompts: tuple[str, ...]) -> FilmStrip:
     config, ids = policy.settings.config, [(p, 0) for p in range(len(prompts))]
     velocity = policy.velocity(policy.encode(prompts), config.eval.guidance_scale)
     estimator, generators = estimator_of(config), probe_generators(config.eval.seed, ids)
-    x = policy.noise([keyed_generator(config.eval.seed, "eval", *image) for image in ids])
+    x = policy.noise(evaluation_generators(config.eval.seed, ids))
     sigmas = policy.sigmas(config.eval.num_steps).tolist()
     log_density = [-0.5 * (x.double().square() + np.log(2 * np.pi)).flatten(1).sum(1)]
     images, divergences = [], []

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from ml_collections import FrozenConfigDict
-
 from flow_grpo import checkpoint
 from flow_grpo.errors import TrainingStopped
 from flow_grpo.evaluation import Evaluator, evaluate
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
-from flow_grpo.settings import Settings
-from flow_grpo.tracking import Counters, Run
+from flow_grpo.settings import Settings, is_over
+from flow_grpo.tracking import Run
 
 TrainEpoch = Callable[[Policy, PromptDataset, WeightedReward, Settings, Run], dict[str, float]]
 
@@ -44,7 +42,7 @@ def fit(
     for _ in epochs:
         metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
         epochs.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
-        last = _finished(config, counters)
+        last = is_over(config, counters.epoch, counters.seconds)
         due = [e for e in evaluators if _due(e.freq, counters.epoch, last)]
         score = evaluate_weights(policy, test_prompts, due, settings, run)
         if _due(config.save_freq, counters.epoch, last) and policy.skipped_in_a_row == 0:  # not of broken weights
@@ -97,11 +95,6 @@ def evaluate_weights(
     run.log(metrics, run.counters.epoch)
     score = metrics.get("eval_ema/reward/total" if averaged else "eval/reward/total")
     return score if score is not None and math.isfinite(score) else None
-
-
-def _finished(config: FrozenConfigDict, counters: Counters) -> bool:
-    """Whether the configured epochs, or seconds, are over."""
-    return counters.epoch >= config.num_epochs or 0 < config.max_seconds <= counters.seconds
 
 
 def _due(every: int, epoch: int, last: bool) -> bool:

@@ -40,9 +40,9 @@ class ClipScorer:
             self.image_path = ImagePath.load(source)
             self.tokenizer = AutoTokenizer.from_pretrained(source)
             self.model: Any = _load_frozen(os.path.expanduser(model), self.device)  # a CLIPModel
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"{model!r} cannot be loaded as a CLIP with its processor: {reason}") from error
         self._text_feature = lru_cache(maxsize=TEXT_CACHE_SIZE)(self._encode_text)

@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from config.base import get_config
 from flow_grpo.errors import ConfigError
-from flow_grpo.settings import CHECKPOINT_STATE, TRAINING_STATE, leaves, weights_record
+from flow_grpo.settings import TRAINING_STATE, checkpoint_state, finished_checkpoints, leaves, weights_mismatch
 from scripts import cli
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list
     Raises:
         ConfigError: there is no such checkpoint, or its weights do not fit the run's configuration.
     """
-    folders = (state.parent for state in (run / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_STATE}"))
-    named = {folder.name.removeprefix("checkpoint-"): folder for folder in folders}
-    found = {int(epoch): folder for epoch, folder in sorted(named.items()) if epoch.isdecimal()}
+    found = finished_checkpoints(run / "checkpoints")
     steps: set[int] = set()
     for word in (part.strip() for part in chosen.split(",")):
         steps |= {0} if word == "base" else _steps_of(word, found, run)
@@ -165,15 +163,11 @@ def _check_weights(model: Model, config: ConfigDict) -> None:
     """The checkpoint is whole, and of the weights that the configuration describes."""
     if model.folder is None:
         return
-    state = _read_object(model.folder / CHECKPOINT_STATE)
-    if "weights" not in state or not (model.folder / TRAINING_STATE).is_file():
-        raise ConfigError(f"the checkpoint {model.folder} is damaged; it takes a whole one.")
-    for key, value in weights_record(config).items():
-        if state["weights"].get(key) != value:
-            raise ConfigError(
-                f"config.{key} of the run is {value!r}, but the checkpoint {model.folder} was made with "
-                f"{state['weights'].get(key)!r}."
-            )
+    if mismatch := weights_mismatch(config, checkpoint_state(model.folder)):
+        key, value, made_with = mismatch
+        raise ConfigError(
+            f"config.{key} of the run is {value!r}, but the checkpoint {model.folder} was made with {made_with!r}."
+        )
 
 
 def evaluated_prompts(config: ConfigDict) -> tuple[str, ...]:
