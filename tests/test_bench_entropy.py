@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from flow_grpo.entropy import DivergenceEstimator, ode_log_density
+from flow_grpo.entropy import DivergenceEstimator, draw_probes, ode_log_density
 from flow_grpo.randomness import keyed_generator
 from scripts.bench import entropy as bench
 from scripts.diversity_metrics.toy_flows import GaussianFlow
@@ -41,16 +41,24 @@ def test_the_replaced_approach_is_our_euler_with_gaussian_probes_where_differenc
     torch.testing.assert_close(replaced, ours.log_prob, rtol=1e-8, atol=1e-8)
 
 
-def test_the_reference_is_the_closed_form_of_a_gaussian(data):
-    exact = DivergenceEstimator(exact=True)
-    found = bench.quadrature(FLOW.velocity, data, 8, 1 / 80, exact, None)
-    torch.testing.assert_close(found, FLOW.distribution.log_prob(data), rtol=0, atol=1e-4)
-    crude = bench.quadrature(FLOW.velocity, data, 1, 1 / 80, exact, None)
-    assert (crude - FLOW.distribution.log_prob(data)).abs().max() > 1e-2
+@pytest.mark.parametrize("refinement", [1, 40])
+def test_refining_the_reference_by_probes_brings_it_to_the_closed_form_of_a_gaussian(data, refinement):
+    orthogonal = DivergenceEstimator(num_probes=8, distribution="orthogonal")  # the exact trace in 8 dimensions
+    found, _ = bench.reference(FLOW.velocity, data, 6, refinement, draw_probes(data, orthogonal, generators(0)))
+    worst = (found - FLOW.distribution.log_prob(data)).abs().max()
+    assert worst < 2e-3 if refinement > 1 else worst > 1e-2, worst
+
+
+def test_the_references_error_is_the_spread_of_the_refinement_between_probes(data):
+    probes = draw_probes(data, DivergenceEstimator(num_probes=2), generators(0))
+    found, error = bench.reference(FLOW.velocity, data, 4, 8, probes)
+    one, other = (bench.reference(FLOW.velocity, data, 4, 8, torch.stack([z, z]))[0] for z in probes)
+    torch.testing.assert_close(error, ((one - other) / 2).square().mean().sqrt().item(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found, (one + other) / 2, rtol=1e-12, atol=1e-12)
 
 
 def test_the_command_runs(random_models, tmp_path, capsys):
-    sizes = ["--threads=1", "--steps=4", "--samples=2", "--distinct=2", "--nodes=1"]
+    sizes = ["--threads=1", "--steps=4", "--samples=2", "--distinct=2", "--nodes=1", "--refinement=2"]
     options = [f"--model={random_models / 'sd3'}", f"--prompts={random_models / 'prompts.txt'}", f"--out={tmp_path}"]
     assert bench.main([*sizes, *options]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

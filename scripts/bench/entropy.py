@@ -7,9 +7,9 @@ have one true value. It writes `results.json`, `table.md` and `error_vs_seconds.
 
 What is measured, and its limits:
 
-- Reference: exact traces (256 products each) at Gauss-Legendre nodes of three panels, denser near the data where the
-  divergence turns fast, on the path of RK4 with steps of at most 1/80. `reference.error` is the root-mean-square change
-  when nodes and path steps double, found with held probes instead of exact traces, which would cost hours.
+- Reference: RK4 in 800 steps. The trapezoid rule over exact traces (256 products each) at every tenth node, plus what
+  all 801 nodes change, found with two held probes: exact traces at all of them would cost hours, and the change hardly
+  depends on the probe. `reference.error` is how much it does.
 - Error: over `--distinct` data, with `--draws` probe draws each (one draw for 16 probes). Bias is the mean error, with
   its standard error; the probe standard error is the spread between draws (nan with one), or the method's own estimate.
 - Seconds: of `--samples` log-densities: the median of three evaluations of velocity and divergence after a warm-up,
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flow_grpo.diffusers_patch.velocity import VelocityFn
-    from flow_grpo.entropy import DivergenceEstimator, ProbeGenerators
+    from flow_grpo.entropy import ProbeGenerators
     from flow_grpo.types import PromptEmbeds
 
 DIFFERENCE_STEP = 1e-3
-PANELS = (0.0, 0.06, 0.25, 1.0)  # of the reference's quadrature
+REFERENCE_PROBES = 2
 COLOURS = {"replaced fp32": "#D55E00", "replaced bf16": "#CC79A7", "euler": "#0072B2", "heun": "#009E73", "rk4": "#000"}
 
 
@@ -188,39 +188,36 @@ def follow(velocity: VelocityFn, x: Tensor, start: float, end: float, step: floa
     return x
 
 
-def quadrature(
-    velocity: VelocityFn, x_0: Tensor, nodes: int, step: float, estimator: DivergenceEstimator, probes: Tensor | None
-) -> Tensor:
-    """log p_0(x_0), with `nodes` Gauss-Legendre nodes on each panel of the path: (B,) float64."""
+def reference(velocity: VelocityFn, x_0: Tensor, nodes: int, refinement: int, probes: Tensor) -> tuple[Tensor, float]:
+    """log p_0(x_0) and the root-mean-square error of it that the probes leave, in nats.
+
+    RK4 follows the path, a step for each of `nodes * refinement` equal intervals. The trapezoid rule takes exact traces
+    at every `refinement`-th level; the probes, held along the path, say what all the levels change.
+
+    Args:
+        probes: (n >= 2, B, ...).
+    """
     import numpy as np
     import torch
     from tqdm import tqdm
 
-    from flow_grpo.entropy import LOG_2PI, divergence
+    from flow_grpo.entropy import LOG_2PI, DivergenceEstimator, divergence
 
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    panels = list(pairwise(PANELS))
-    levels = [float(a + (b - a) * (1 + point) / 2) for a, b in panels for point in points]
-    shares = [float((b - a) * weight / 2) for a, b in panels for weight in weights]
-    x, sigma, integral = x_0, 0.0, torch.zeros(len(x_0), dtype=torch.float64)
-    for level, share in tqdm(list(zip(levels, shares, strict=True)), desc="reference", leave=False):
-        x, sigma = follow(velocity, x, sigma, level, step), level
-        integral += share * divergence(velocity, x, sigma, estimator, probes).mean
-    x = follow(velocity, x, sigma, 1.0, step)
-    return integral - 0.5 * (x.double().square().flatten(1).sum(1) + x[0].numel() * LOG_2PI)
-
-
-def reference(bench: Bench, x_0: Tensor) -> tuple[Tensor, float]:
-    """The exact log p_0, and its discretisation error in nats."""
-    from flow_grpo.entropy import DivergenceEstimator, draw_probes
-
-    ids, nodes, step = range(len(x_0)), bench.args.nodes, 1 / (2 * bench.args.steps)
-    velocity = bench.velocity(ids)
-    held = DivergenceEstimator(num_probes=2)
-    probes = draw_probes(x_0, held, bench.probe_generators(ids)(0))
-    coarse, fine = (quadrature(velocity, x_0, k * nodes, step / k, held, probes) for k in (1, 2))
-    exact = quadrature(velocity, x_0, nodes, step, DivergenceEstimator(exact=True), None)
-    return exact, (fine - coarse).square().mean().sqrt().item()
+    levels, x, exact, held = np.linspace(0, 1, nodes * refinement + 1), x_0, [], []
+    held_estimator, exact_estimator = DivergenceEstimator(num_probes=len(probes)), DivergenceEstimator(exact=True)
+    for i, level in enumerate(tqdm(levels, desc="reference", leave=False)):
+        if i:
+            x = follow(velocity, x, levels[i - 1], level, 1.0)
+        held.append(divergence(velocity, x, float(level), held_estimator, probes).per_probe.numpy())
+        if i % refinement == 0:
+            exact.append(divergence(velocity, x, float(level), exact_estimator).mean.numpy())
+    coarse = np.trapezoid(exact, levels[::refinement], axis=0)  # (B,)
+    change = np.trapezoid(held, levels, axis=0) - np.trapezoid(
+        held[::refinement], levels[::refinement], axis=0
+    )  # (n, B)
+    error = math.sqrt(change.var(0, ddof=1).mean() / len(probes))
+    log_prior = -0.5 * (x.double().square().flatten(1).sum(1) + x[0].numel() * LOG_2PI)
+    return log_prior + torch.from_numpy(coarse + change.mean(0)), error
 
 
 # --- measurements ------------------------------------------------------------------------------------------
@@ -284,7 +281,6 @@ def measure(bench: Bench, method: Method, x_0: Tensor, exact: Tensor) -> tuple[d
         "bias_standard_error": (errors.mean(0).std() / math.sqrt(len(x_0))).item(),
         "probe_standard_error": math.sqrt(between),
         "rmse_nats": errors.square().mean().sqrt().item(),
-        "seconds": seconds_per_evaluation(bench, method) * method.evaluations,
     }
     return row, found
 
@@ -374,7 +370,7 @@ def write_table(results: dict[str, Any], path: Path) -> None:
         "",
         f"{results['distinct']} data with {results['draws']} probe draws each (one with 16 probes); seconds are for "
         f"{results['samples']} samples on {results['threads']} thread(s). Reference: exact traces at {ref['nodes']} "
-        f"nodes, its own error {ref['error']:.2f} nats; mean log p_0 {ref['mean']:.2f} nats.",
+        f"nodes, refined {ref['refinement']} times; its error {ref['error']:.2f} nats; mean log p_0 {ref['mean']:.2f}.",
         "",
         *(
             f"- at the seconds of the replaced approach with {c['probes']} probe(s): our fp32 frontier has "
@@ -428,25 +424,36 @@ def bench_all(bench: Bench) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
+    from flow_grpo.entropy import DivergenceEstimator, draw_probes
+
     args = bench.args
-    x_0 = bench.data(args.distinct)
-    exact, error = reference(bench, x_0)
+    memory = {str(steps): peak_memory(args, steps) for steps in (10, 80)}
     rows, found = [], []
-    for method in tqdm(methods(args.steps), desc="methods"):
+    seconds = [seconds_per_evaluation(bench, method) for method in tqdm(methods(args.steps), desc="seconds")]
+    x_0, ids = bench.data(args.distinct), range(args.distinct)
+    probes = draw_probes(x_0, DivergenceEstimator(num_probes=REFERENCE_PROBES), bench.probe_generators(ids)(0))
+    exact, error = reference(bench.velocity(ids), x_0, args.nodes, args.refinement, probes)
+    for method, cost in zip(tqdm(methods(args.steps), desc="errors"), seconds, strict=True):
         row, values = measure(bench, method, x_0, exact)
+        row["seconds"] = cost * method.evaluations
         rows.append(row)
         found.append(values)
         logging.info("%s", row)
-    nodes = args.nodes * (len(PANELS) - 1)
     named = ("seed", "threads", "samples", "distinct", "draws", "steps", "guidance")
     return {
         **{key: getattr(args, key) for key in named},
         "machine": {"cpu": cpu_model(), "system": platform.system(), "torch": str(torch.__version__)},
-        "reference": {"nodes": nodes, "error": error, "mean": exact.mean().item(), "log_prob": exact.tolist()},
+        "reference": {
+            "nodes": args.nodes,
+            "refinement": args.refinement,
+            "error": error,
+            "mean": exact.mean().item(),
+            "log_prob": exact.tolist(),
+        },
         "rows": rows,
         "equal_time": at_equal_time(rows),
         "bf16": against_fp32(rows, found, exact, x_0[0].numel()),
-        "peak_memory_mib": {str(steps): peak_memory(args, steps) for steps in (10, 80)},
+        "peak_memory_mib": memory,
     }
 
 
@@ -469,9 +476,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--samples", type=int, default=64, help="of the timings (default: %(default)s)")
-    parser.add_argument("--distinct", type=int, default=16, help="data with an exact reference (default: %(default)s)")
+    parser.add_argument("--distinct", type=int, default=64, help="data with an exact reference (default: %(default)s)")
     parser.add_argument("--draws", type=int, default=2, help="probe draws for each (default: %(default)s)")
-    parser.add_argument("--nodes", type=int, default=6, help="of the reference, a panel (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=80, help="exact traces of the reference (default: %(default)s)")
+    parser.add_argument("--refinement", type=int, default=10, help="of the nodes, by probes (default: %(default)s)")
     parser.add_argument("--memory-of", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
