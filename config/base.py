@@ -27,6 +27,9 @@ def get_config() -> ConfigDict:
     config.eval_freq = 10  # evaluate before the first epoch, every so many, and after the last
     config.eval_ode_log_prob = False  # measure log-densities and the differential entropy of the samples ...
     config.eval_ode_log_prob_freq = 10  # ... every so many epochs
+    config.eval_diversity = False  # measure Vendi, RKE and their company on the samples ...
+    config.eval_diversity_freq = 10  # ... every so many epochs
+    config.num_seeds = 32  # images of each diversity prompt; its first ones are those of the other evaluators
     config.visualize_steps = False  # draw film strips with log-density and divergence of every sampler step ...
     config.visualize_steps_freq = 10  # ... every so many epochs
     config.save_freq = 10  # write a checkpoint every so many epochs, and after the last
@@ -62,6 +65,7 @@ def get_config() -> ConfigDict:
     config.prompts = ConfigDict()
     config.prompts.train = "assets/prompts/tiny/train.txt"  # .txt: one prompt a line; .jsonl: {"prompt": ..., ...}
     config.prompts.test = "assets/prompts/tiny/test.txt"  # evaluated
+    config.prompts.eval_diversity = "assets/prompts/tiny/eval_diversity.txt"  # whose images' diversity is measured
 
     # --- rewards: the training reward is the sum of weight * reward over the non-zero weights -----------
     config.reward_fn = ConfigDict()
@@ -145,5 +149,16 @@ def get_config() -> ConfigDict:
     config.entropy.solver = "euler"  # "euler": the sampler's own steps; "heun"; "rk4"
     config.entropy.batch_size = 64  # images per forward and backward, per process
     config.entropy.num_strip_prompts = 4  # rows of the film strip
+
+    # --- diversity: scripts/diversity_metrics, on the evaluation's sampler and noise ------------------------
+    config.diversity = ConfigDict()
+    config.diversity.extractor = "clip"  # "clip" or "dinov2", of transformers, or "open_clip"
+    config.diversity.model = "assets/tiny_features"  # directory or hub id; open_clip: model name or its .json
+    config.diversity.pretrained = ""  # open_clip only: pretrained tag or file of weights
+    config.diversity.num_prompts = 0  # the first so many of prompts.eval_diversity; 0: all
+    config.diversity.order = 1.0  # q of the Vendi score
+    config.diversity.bandwidth = 0.0  # of the Gaussian kernel; 0: chosen once, on the base model, and kept
+    config.diversity.num_draws = 200  # bootstrap draws of the 95 % intervals
+    config.diversity.batch_size = 64  # images per forward of the extractor
 
     return config.lock()

@@ -19,6 +19,7 @@ from flow_grpo.errors import ConfigError
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 CLIP = "openai/clip-vit-large-patch14"
+DINOV2 = "facebook/dinov2-large"
 
 
 def tiny_sd3(config: ConfigDict) -> None:
@@ -160,6 +161,7 @@ def _sd3_5_medium(config: ConfigDict) -> None:
     config.lora.alpha = 64
     config.prompts.train = "assets/prompts/pickscore/train.txt"
     config.prompts.test = "assets/prompts/pickscore/test.txt"
+    config.prompts.eval_diversity = "assets/prompts/pickscore/test.txt"
     config.reward_model.pickscore = PICKSCORE
     config.reward_model.clipscore = CLIP
 
@@ -183,6 +185,11 @@ def _sd3_5_medium(config: ConfigDict) -> None:
     config.eval.num_grid_images = 4
     config.eval.batch_size = 16
     config.eval.modes = ""
+
+    config.num_seeds = 16
+    config.diversity.extractor = "dinov2"
+    config.diversity.model = DINOV2
+    config.diversity.num_prompts = 16
 
 
 RECIPES: dict[str, Callable[[ConfigDict], None]] = {

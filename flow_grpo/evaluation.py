@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,12 +29,21 @@ from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
 
 
+@dataclass(frozen=True)
+class SampleRequest:
+    """Images that an evaluator needs: those of its prompts that are also evaluated otherwise are shared."""
+
+    prompts: tuple[str, ...]
+    num_image_per_prompt: int
+
+
 class Evaluator(Protocol):
     """Measures the samples of one evaluation."""
 
     name: str
     freq: int  # epochs from one evaluation to the next; 0: never
     collective: bool  # whether `evaluate` is called on every process, or on the main one only
+    request: SampleRequest | None  # what it looks at; None: `eval.num_image_per_prompt` images of the test prompts
 
     def evaluate(self, samples: Samples) -> dict[str, float]:
         """Metrics, without a prefix."""
@@ -47,27 +57,47 @@ def evaluate(
     Returns:
         `prefix/<metric>` of every evaluator, on the main process; nothing on the others.
     """
-    samples = draw_samples(policy, prompts, settings, run)
+    requests = [evaluator.request for evaluator in evaluators if evaluator.request]
+    samples = draw_samples(policy, prompts, settings, run, requests, prefix)
+    test_samples = view(samples, test_request(prompts, settings))
     metrics: dict[str, float] = {}
     for evaluator in run.progress(evaluators, "evaluating"):
         if run.is_main or evaluator.collective:
-            metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(samples).items()}
+            seen = view(samples, evaluator.request) if evaluator.request else test_samples
+            metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
     if not run.is_main:
         return {}
-    run.log_image(prefix, image_grid(samples, settings.config), run.counters.epoch)
+    run.log_image(prefix, image_grid(test_samples, settings.config), run.counters.epoch)
     return metrics
 
 
-def draw_samples(policy: Policy, prompts: PromptDataset, settings: Settings, run: Run) -> Samples:
-    """`num_image_per_prompt` images of each of the first `num_prompts` test prompts, no more and no fewer.
+def test_request(prompts: PromptDataset, settings: Settings) -> SampleRequest:
+    """`num_image_per_prompt` images of each of the first `num_prompts` test prompts."""
+    config = settings.config.eval
+    return SampleRequest(prompts.prompts[: config.num_prompts or None], config.num_image_per_prompt)
 
-    Image s of prompt p has noise keyed by (eval.seed, p, s). Processes take every n-th image; the result is complete
-    and in order on every process.
+
+def draw_samples(
+    policy: Policy,
+    prompts: PromptDataset,
+    settings: Settings,
+    run: Run,
+    requests: Sequence[SampleRequest] = (),
+    label: str = "eval",
+) -> Samples:
+    """The images of `test_request` and of further requests: each image once, no more and no fewer.
+
+    Image s of prompt p has noise keyed by (eval.seed, p, s); p is the prompt's place among the different ones of the
+    test file, prompts that it lacks come after. Processes take every n-th image; the result is complete and in order on every process.
     """
     config = settings.config.eval
-    num_prompts = config.num_prompts or len(prompts.prompts)
-    chosen, metadata = prompts.prompts[:num_prompts], prompts.metadata[:num_prompts]
-    ids = [(p, s) for p in range(len(chosen)) for s in range(config.num_image_per_prompt)]
+    chosen = tuple(dict.fromkeys([*prompts.prompts, *(text for request in requests for text in request.prompts)]))
+    counts: dict[str, int] = {}
+    for request in (test_request(prompts, settings), *requests):
+        for text in request.prompts:
+            counts[text] = max(counts.get(text, 0), request.num_image_per_prompt)
+    metadata = dict(zip(prompts.prompts, prompts.metadata, strict=True))
+    ids = [(p, s) for p, text in enumerate(chosen) for s in range(counts.get(text, 0))]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
     images, latents = [], []
     batches = [share[i : i + config.batch_size] for i in range(0, len(share), config.batch_size)]
@@ -81,9 +111,19 @@ def draw_samples(policy: Policy, prompts: PromptDataset, settings: Settings, run
         images=_gather_in_order(images, share),
         latents=_gather_in_order(latents, share),
         prompts=tuple(chosen[p] for p, _ in ids),
-        metadata=tuple(metadata[p] for p, _ in ids),
+        metadata=tuple(metadata.get(chosen[p], {}) for p, _ in ids),
         prompt_ids=torch.tensor([p for p, _ in ids]),
+        sample_ids=torch.tensor([s for _, s in ids]),
+        label=label,
     )
+
+
+def view(samples: Samples, request: SampleRequest) -> Samples:
+    """The images of one request."""
+    wanted, number = set(request.prompts), samples.sample_ids.tolist()
+    return samples[
+        [i for i, text in enumerate(samples.prompts) if text in wanted and number[i] < request.num_image_per_prompt]
+    ]
 
 
 def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
@@ -109,7 +149,7 @@ def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
 class RewardEvaluator:
     """`reward/total`, the weighted sum that is trained on, and `reward/<name>` of every reward in use."""
 
-    name, collective = "reward", False
+    name, collective, request = "reward", False, None
 
     def __init__(self, reward: WeightedReward, batch_size: int, device: torch.device, freq: int = 1) -> None:
         self.reward, self.batch_size, self.device, self.freq = reward, batch_size, device, freq
@@ -132,7 +172,7 @@ class JudgeEvaluator:
     `judge/accuracy`: share of images whose best-matching prompt is their own. `judge/similarity`: mean cosine with it.
     """
 
-    name, collective = "judge", False
+    name, collective, request = "judge", False, None
 
     def __init__(self, scorer: ClipScorer, batch_size: int, freq: int = 1) -> None:
         self.scorer, self.batch_size, self.freq = scorer, batch_size, freq
@@ -155,7 +195,7 @@ class ModeEvaluator:
     `modes/<mode>`: share of the images. `modes/entropy`: of these shares, in nats; log of the number of modes at most.
     """
 
-    name, collective = "modes", False
+    name, collective, request = "modes", False, None
 
     def __init__(
         self, scorer: ClipScorer, modes: Mapping[str, Mapping[str, str]], batch_size: int, freq: int = 1

@@ -124,7 +124,7 @@ def entropy_metrics(densities: PromptLogDensities) -> dict[str, float]:
 class OdeLogProbEvaluator:
     """`entropy/...` and `ode_log_prob/...` of the first `config.entropy.num_prompts` evaluated prompts."""
 
-    name, collective = "ode_log_prob", True
+    name, collective, request = "ode_log_prob", True, None
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
         self.policy, self.run = policy, run

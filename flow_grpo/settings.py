@@ -246,6 +246,18 @@ RULES: Mapping[str, Rule] = {
     "drtune.hinge": _NOT_NEGATIVE,
     "eval_ode_log_prob": _YES_OR_NO,
     "eval_ode_log_prob_freq": _whole(0),
+    "eval_diversity": _YES_OR_NO,
+    "eval_diversity_freq": _whole(0),
+    "num_seeds": _whole(2),
+    "prompts.eval_diversity": _FILLED,
+    "diversity.extractor": _choice("clip", "dinov2", "open_clip"),
+    "diversity.model": _FILLED,
+    "diversity.pretrained": _TEXT,
+    "diversity.num_prompts": _whole(0),
+    "diversity.order": _NOT_NEGATIVE,
+    "diversity.bandwidth": _NOT_NEGATIVE,
+    "diversity.num_draws": _whole(50),
+    "diversity.batch_size": _whole(1),
     "visualize_steps": _YES_OR_NO,
     "visualize_steps_freq": _whole(0),
     "entropy.num_prompts": _whole(1),
@@ -463,6 +475,24 @@ def _check_prompts(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.eval.num_prompts = {config.eval.num_prompts} is more than the {found} prompts of "
             f"{config.prompts.test}; it takes 1 to {found}, or 0 for all."
+        )
+    if config.eval_diversity:
+        _check_diversity(config, len(PromptDataset.load(config.prompts.eval_diversity)))
+
+
+def _check_diversity(config: ConfigDict, found: int) -> None:
+    """Of `found` prompts in the file."""
+    if config.diversity.extractor != "open_clip":  # whose models have other names
+        check_checkpoint("config.diversity.model", config.diversity.model)
+        if config.diversity.pretrained:
+            raise ConfigError(
+                f"config.diversity.pretrained = {config.diversity.pretrained!r} is for config.diversity.extractor = "
+                f'"open_clip"; with {config.diversity.extractor!r} it takes "".'
+            )
+    if config.diversity.num_prompts > found:
+        raise ConfigError(
+            f"config.diversity.num_prompts = {config.diversity.num_prompts} is more than the {found} prompts of "
+            f"{config.prompts.eval_diversity}; it takes 1 to {found}, or 0 for all."
         )
 
 

@@ -72,7 +72,7 @@ class StepVisualizer:
     Only the main process calls it: the strip is a handful of images, and nothing in it waits for other processes.
     """
 
-    name, collective = "steps", False
+    name, collective, request = "steps", False, None
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
         self.policy, self.run = policy, run

@@ -93,7 +93,7 @@ class Run:
         self.folder, self.resumed = self._agree_on_folder()
         if self.is_main:
             environment = self._write_records()
-            self._start_trackers(run_id=environment["run_id"])
+            start_trackers(accelerator, settings.config, self.folder, environment["run_id"])
 
     @property
     def name(self) -> str:
@@ -124,8 +124,7 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
         for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: pixels[None]}, step=step, **layout)
+            _log_image(tracker, name, pixels, step)
 
     def truncate_history(self, step: int, evaluation_redone: bool = True) -> None:
         """Forget what a resumed run will do again: metrics later than `step`, its checkpoint's epoch.
@@ -215,35 +214,86 @@ class Run:
         _write_atomically(earlier_file, _strict_json(environment, indent=2) + "\n")
         return environment
 
-    def _start_trackers(self, run_id: str) -> None:
-        """Start the configured trackers; one that is not installed or not reachable never fails the run."""
-        names = [name for name in TRACKERS if name in self.settings.config.trackers and _is_installed(name)]
-        if "wandb" not in names:
-            return self._init_trackers(names, run_id, mode="")
-        from wandb.errors import Error as WandbError
 
-        try:
-            self._init_trackers(names, run_id, wandb_mode())
-        except WandbError as error:
-            warnings.warn(f"wandb could not start ({error}); this run is kept offline in {self.folder}", stacklevel=2)
-            self.accelerator.trackers.clear()
-            self._init_trackers(names, run_id, mode="offline")
+# --- trackers -------------------------------------------------------------------------------------------
 
-    def _init_trackers(self, names: list[str], run_id: str, mode: str) -> None:
-        config = self.settings.config
-        wandb_options = {"name": self.name, "dir": str(self.folder), "mode": mode}
-        if mode == "online":  # an offline start after a failed online one must not claim the same id
-            wandb_options |= {"id": run_id, "resume": "allow"}
-        trackers: dict[str, GeneralTracker] = {}
-        if "wandb" in names:
-            trackers["wandb"] = WandBTracker(config.project, **wandb_options)
-        if "tensorboard" in names:
-            trackers["tensorboard"] = TensorBoardTracker("tensorboard", self.folder)
-        hyperparameters = {
-            key: value if _is_plain(value) else str(value) for key, value in flatten(config.to_dict()).items()
-        }
-        self.accelerator.log_with = list(trackers.values())
-        self.accelerator.init_trackers(config.project, hyperparameters)
+
+def start_trackers(accelerator: Accelerator, config: Any, folder: Path, run_id: str) -> None:
+    """Start the configured trackers of a run folder; one that is not installed or not reachable never fails the run."""
+    names = [name for name in TRACKERS if name in config.trackers and _is_installed(name)]
+    if "wandb" not in names:
+        return _init_trackers(accelerator, config, folder, names, run_id, mode="")
+    from wandb.errors import Error as WandbError
+
+    try:
+        _init_trackers(accelerator, config, folder, names, run_id, wandb_mode())
+    except WandbError as error:
+        warnings.warn(f"wandb could not start ({error}); this run is kept offline in {folder}", stacklevel=2)
+        accelerator.trackers.clear()
+        _init_trackers(accelerator, config, folder, names, run_id, mode="offline")
+
+
+def _init_trackers(
+    accelerator: Accelerator, config: Any, folder: Path, names: list[str], run_id: str, mode: str
+) -> None:
+    wandb_options = {"name": folder.name, "dir": str(folder), "mode": mode}
+    if mode == "online":  # an offline start after a failed online one must not claim the same id
+        wandb_options |= {"id": run_id, "resume": "allow"}
+    trackers: dict[str, GeneralTracker] = {}
+    if "wandb" in names:
+        trackers["wandb"] = WandBTracker(config.project, **wandb_options)
+    if "tensorboard" in names:
+        trackers["tensorboard"] = TensorBoardTracker("tensorboard", folder)
+    hyperparameters = {
+        key: value if _is_plain(value) else str(value) for key, value in flatten(config.to_dict()).items()
+    }
+    accelerator.log_with = list(trackers.values())
+    accelerator.init_trackers(config.project, hyperparameters)
+
+
+def log_checkpoints(
+    accelerator: Accelerator,
+    config: Any,
+    folder: Path,
+    prefix: str,
+    metrics: Mapping[int, Mapping[str, float]],
+    images: Mapping[str, Image.Image] | None = None,
+) -> None:
+    """Send what was measured of a run's checkpoints, after the run has ended, to the trackers of its folder.
+
+    Args:
+        prefix: metrics and images are named `prefix/<name>`, so that they are told from those of the training.
+        metrics: epoch -> metrics. wandb, which takes no earlier step of a run that went on, gets `prefix/epoch` as
+            their horizontal axis.
+        images: of the last of these epochs.
+
+    Raises:
+        ConfigError: the folder is not that of a run.
+    """
+    try:
+        run_id = json.loads((folder / ENVIRONMENT_FILE).read_text())["run_id"]
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(f"{folder / ENVIRONMENT_FILE} does not name a run: {folder} is no run folder.") from None
+    start_trackers(accelerator, config, folder, run_id)
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.tracker.define_metric(f"{prefix}/*", step_metric=f"{prefix}/epoch")
+        for epoch, values in sorted(metrics.items()):
+            named = {f"{prefix}/{name}": _number(value) for name, value in values.items()}
+            if tracker.name == "wandb":
+                tracker.log(named | {f"{prefix}/epoch": epoch})
+            else:
+                tracker.log(named, step=epoch)
+        for name, image in (images or {}).items():
+            _log_image(tracker, f"{prefix}/{name}", _pixels(image), None if tracker.name == "wandb" else max(metrics))
+    accelerator.end_training()
+    accelerator.trackers.clear()
+
+
+def _log_image(tracker: GeneralTracker, name: str, pixels: np.ndarray, step: int | None) -> None:
+    """One image (H, W, 3) uint8."""
+    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+    tracker.log_images({name: pixels[None]}, step=step, **layout)
 
 
 # --- folders --------------------------------------------------------------------------------------------

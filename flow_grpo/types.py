@@ -90,10 +90,25 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Samples:
-    """The images of one evaluation, shared by every evaluator; exactly those asked for, in order."""
+    """The images of one evaluation, shared by every evaluator; exactly those asked for, in order of (prompt, sample)."""
 
     images: Tensor  # (N, 3, H, W) float32 in [0, 1], on the CPU
     latents: Tensor  # (N, C, h, w) float32, on the CPU
     prompts: tuple[str, ...]  # one per image
     metadata: tuple[Mapping[str, Any], ...]  # one per image
     prompt_ids: Tensor  # (N,) int64: index among the evaluated prompts
+    sample_ids: Tensor  # (N,) int64: index among the images of its prompt
+    label: str = "eval"  # what is measured on them is logged as <label>/<metric>
+
+    def __getitem__(self, index: Sequence[int]) -> Samples:
+        """Select images by a list of positions."""
+        rows = list(index)
+        return replace(
+            self,
+            images=self.images[rows],
+            latents=self.latents[rows],
+            prompts=tuple(self.prompts[i] for i in rows),
+            metadata=tuple(self.metadata[i] for i in rows),
+            prompt_ids=self.prompt_ids[rows],
+            sample_ids=self.sample_ids[rows],
+        )

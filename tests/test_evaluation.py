@@ -38,7 +38,7 @@ def painted(colours, prompts):
     order = list(dict.fromkeys(prompts))
     return Samples(
         images, torch.zeros(len(images), 1, 1, 1), tuple(prompts), ({},) * len(prompts),
-        torch.tensor([order.index(p) for p in prompts]),
+        torch.tensor([order.index(p) for p in prompts]), torch.arange(len(prompts)),
     )  # fmt: skip
 
 

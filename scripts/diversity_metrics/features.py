@@ -1,0 +1,393 @@
+"""Features of images, in which their diversity is measured: CLIP, DINOv2 or open_clip, and images from a folder.
+
+Features of every kind have unit length: the cosine is then their product, and a Gaussian bandwidth means the same for
+all. They are CLIP's image embedding (the projected one), DINOv2's class token after the last normalisation
+(arXiv 2304.07193), and what open_clip's `encode_image` returns.
+
+Images are rounded to 8 bits and resized as each library's own preprocessing does, so an image in memory and the same
+image read from a PNG have the same features.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pickle
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.rewards.registry import check_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DEFAULT_MODEL = "assets/tiny_features"
+DINOV2_TYPES = ("dinov2", "dinov2_with_registers")
+OPEN_CLIP_KEYS = ("embed_dim", "vision_cfg", "text_cfg")  # of a model's configuration
+HUB, DIRECTORY = "hf-hub:", "local-dir:"  # open_clip's words before a model that brings its weights
+REASON_LENGTH = 200  # characters quoted of a library's complaint
+
+Encode = Callable[["Tensor"], "Tensor"]  # images (B, 3, H, W) float32 in [0, 1], on the device -> (B, d)
+
+
+class FeatureExtractor:
+    """A frozen image encoder: float32 and without gradient, whatever surrounds the call."""
+
+    def __init__(self, name: str, encode: Encode, device: torch.device | str, batch_size: int) -> None:
+        """Encode one image to learn `dims`; ConfigError if the batch size is below 1, or that feature not finite."""
+        import torch
+
+        if batch_size < 1:
+            raise ConfigError(f"the batch size of {name} is {batch_size}; it takes a whole number of at least 1.")
+        self.name = name  # all that says which features these are: kind, model, pretrained tag or file
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self._encode = encode
+        self.dims = self(torch.full((1, 3, 64, 64), 0.5)).shape[1]
+
+    def __call__(self, images: Tensor) -> np.ndarray:
+        """Images (B, 3, H, W) float in [0, 1], on any device -> (B, d) float32 of unit length.
+
+        Raises:
+            ValueError: images of another kind, shape or range.
+            ConfigError: a feature that is not finite; it names the first image of those.
+        """
+        import torch
+
+        from flow_grpo.rewards.image_path import check_images
+
+        check_images(images, "a feature extractor")
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            parts = [self._unit_features(part) for part in images.split(self.batch_size)]
+        features = torch.cat(parts).numpy()  # (B, d)
+        finite = np.isfinite(features).all(axis=1)
+        if not finite.all():
+            raise ConfigError(f"the features of {self.name} are not finite, first those of image {finite.argmin()}.")
+        return features
+
+    def _unit_features(self, images: Tensor) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
+        features = self._encode(images.to(self.device, torch.float32))
+        return F.normalize(features.float(), dim=-1).cpu()
+
+
+def load_extractor(
+    kind: str = "clip",
+    model: str = DEFAULT_MODEL,
+    pretrained: str = "",
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+) -> FeatureExtractor:
+    """The features that `kind` (one of EXTRACTORS) computes with `model`.
+
+    "clip" and "dinov2" take a directory or hub id of transformers, and no `pretrained`. "open_clip" takes
+
+    - a model name that it knows, with `pretrained` a tag or a file of weights;
+    - a .json file, that of a model or an open_clip_config.json, with `pretrained` a file of weights;
+    - "hf-hub:org/name" or "local-dir:folder", which bring their weights: no `pretrained`.
+
+    Raises:
+        ConfigError: one sentence on what is unknown, missing, damaged, out of reach, or of another architecture.
+    """
+    if kind not in EXTRACTORS:
+        raise ConfigError(f"the features {kind!r} are unknown; there are {', '.join(EXTRACTORS)}.")
+    encode = _LOADERS[kind](model, pretrained, device)
+    name = ":".join(part for part in (kind, model, pretrained) if part)
+    return FeatureExtractor(name, encode, device, batch_size)
+
+
+# --- transformers ---------------------------------------------------------------------------------------------
+
+
+def _load_clip(model: str, pretrained: str, device: torch.device | str) -> Encode:
+    _check_transformers("clip", model, pretrained)
+    from flow_grpo.rewards.clip import ClipScorer
+
+    with _one_sentence(f"{model!r} cannot be loaded as a CLIP"):
+        scorer = ClipScorer(model, device)
+    scorer.image_path = replace(scorer.image_path, eight_bit=True)
+    return scorer.image_features
+
+
+def _load_dinov2(model: str, pretrained: str, device: torch.device | str) -> Encode:
+    _check_transformers("dinov2", model, pretrained)
+    from transformers import AutoConfig, AutoModel
+
+    from flow_grpo.rewards.image_path import ImagePath
+
+    source = os.path.expanduser(model)
+    with _one_sentence(f"{model!r} cannot be loaded as a DINOv2 with its image processor"):
+        found = AutoConfig.from_pretrained(source).model_type
+        if found not in DINOV2_TYPES:
+            raise ConfigError(f"{model!r} is no DINOv2 but a {found!r}; it takes {' or '.join(DINOV2_TYPES)}.")
+        image_path = replace(ImagePath.load(source), eight_bit=True)
+        loaded: Any = AutoModel.from_pretrained(source, output_loading_info=True)
+    network, info = loaded
+    if info["missing_keys"]:  # the library has filled them with random numbers
+        raise ConfigError(f"{model!r} is not a whole DINOv2; it lacks {', '.join(sorted(info['missing_keys']))}.")
+    network = _frozen(network, device)
+    return lambda images: network(pixel_values=image_path(images)).pooler_output
+
+
+def _check_transformers(kind: str, model: str, pretrained: str) -> None:
+    if pretrained:
+        raise ConfigError(f"pretrained = {pretrained!r} is for open_clip; a {kind} model names its weights itself.")
+    check_checkpoint(f"the {kind} model", model)
+
+
+def _frozen(network: torch.nn.Module, device: torch.device | str) -> Any:
+    return network.float().to(device).eval().requires_grad_(False)
+
+
+# --- open_clip ------------------------------------------------------------------------------------------------
+
+
+def _load_open_clip(model: str, pretrained: str, device: torch.device | str) -> Encode:
+    import open_clip
+
+    from flow_grpo.rewards.image_path import ImagePath
+
+    with _open_clip_source(model, pretrained) as (name, weights):
+        tag = open_clip.get_pretrained_cfg(name, weights)
+        with _one_sentence(f"open_clip cannot load {model!r} with pretrained = {pretrained!r}"):
+            network = open_clip.create_model(
+                name,
+                weights,
+                force_quick_gelu=bool(tag.get("quick_gelu")),  # as the weights were trained; the library only warns
+                require_pretrained=True,
+            )
+    network = _frozen(network, device)
+    image_path = ImagePath.from_open_clip(open_clip.get_model_preprocess_cfg(network), model)
+    image_path = replace(image_path, eight_bit=True)
+    return lambda images: network.encode_image(image_path(images))
+
+
+@contextmanager
+def _open_clip_source(model: str, pretrained: str) -> Iterator[tuple[str, str | None]]:
+    """What open_clip is to be asked for: a name, with a tag or a file of weights where the name does not bring them."""
+    if model.endswith(".json"):
+        config = _read_open_clip_config(Path(model).expanduser())
+        with tempfile.TemporaryDirectory() as folder:
+            _write_directory(Path(folder), config, _weights_file(model, pretrained))
+            yield DIRECTORY + folder, None
+    elif model.startswith((HUB, DIRECTORY)):
+        if pretrained:
+            raise ConfigError(f"pretrained = {pretrained!r} is not for {model!r}, which brings its own weights.")
+        yield model, None
+    else:
+        name = _known_name(model)
+        yield name, _tag_or_file(name, pretrained)
+
+
+def _read_open_clip_config(path: Path) -> dict[str, Any]:
+    """An open_clip_config.json, or the configuration of a model alone -> the former."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the open_clip configuration {path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise ConfigError(f"the open_clip configuration {path} is not JSON: {error}.") from None
+    if isinstance(config, dict) and "model_cfg" not in config:
+        config = {"model_cfg": config}
+    if not isinstance(config, dict) or not set(OPEN_CLIP_KEYS) <= set(config["model_cfg"] or ()):
+        raise ConfigError(f"{path} is no open_clip configuration; it needs {', '.join(OPEN_CLIP_KEYS)}.")
+    return config
+
+
+def _write_directory(folder: Path, config: Mapping[str, Any], weights: Path) -> None:
+    """The folder that open_clip reads as a model of its own: no name to clash with those it knows."""
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    suffix = ".safetensors" if weights.suffix == ".safetensors" else ".bin"  # .bin: whatever torch.load reads
+    (folder / f"open_clip_model{suffix}").symlink_to(weights.resolve())
+
+
+def _weights_file(model: str, pretrained: str) -> Path:
+    path = Path(pretrained).expanduser()
+    if not pretrained or not path.is_file():
+        raise ConfigError(f"pretrained = {pretrained!r} is not a file; {model!r} needs the file of its weights.")
+    return path
+
+
+def _known_name(model: str) -> str:
+    import open_clip
+
+    name, known = model.replace("/", "-"), open_clip.list_models()  # as open_clip spells them
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+        raise ConfigError(
+            f"open_clip knows no model {model!r}; the nearest are {', '.join(nearest)}; it also takes a .json file "
+            f"of a configuration, {HUB}org/name or {DIRECTORY}folder."
+        )
+    return name
+
+
+def _tag_or_file(name: str, pretrained: str) -> str:
+    import open_clip
+
+    if open_clip.is_pretrained_cfg(name, pretrained):
+        return pretrained
+    path = Path(pretrained).expanduser()
+    if not pretrained or not path.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise ConfigError(
+            f"pretrained = {pretrained!r} is neither a file nor a tag of open_clip's {name} (its tags: {tags})."
+        )
+    return str(path)
+
+
+@contextmanager
+def _one_sentence(subject: str) -> Iterator[None]:
+    """Turn what the libraries raise for files that are missing, damaged, or of something else into ConfigError."""
+    from safetensors import SafetensorError
+
+    damaged = (OSError, EOFError, pickle.UnpicklingError, SafetensorError)
+    other = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, StopIteration)
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (*damaged, *other) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        shown = reason if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]} ..."
+        raise ConfigError(f"{subject}: {shown}") from error
+
+
+_LOADERS: dict[str, Callable[[str, str, Any], Encode]] = {
+    "clip": _load_clip,
+    "dinov2": _load_dinov2,
+    "open_clip": _load_open_clip,
+}
+EXTRACTORS = tuple(_LOADERS)
+
+
+# --- images of a folder ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images of one size on disk, at least two in each group; pixels are read when asked for."""
+
+    root: Path
+    groups: Mapping[str, tuple[Path, ...]]  # group (a prompt) -> its images, both in the order of their names
+    size: tuple[int, int]  # width and height in pixels
+    skipped: tuple[Path, ...]  # files left out as unreadable
+
+    def pixels(self, group: str) -> Tensor:
+        """The images of a group: (n, 3, H, W) float32 in [0, 1]."""
+        return _stack(self.groups[group])
+
+    def features(self, extractor: FeatureExtractor) -> dict[str, np.ndarray]:
+        """Each group's features (n, d) float32; one batch of images is in memory at a time."""
+        step, found = extractor.batch_size, {}
+        for group, paths in self.groups.items():
+            batches = (_stack(paths[start : start + step]) for start in range(0, len(paths), step))
+            found[group] = np.concatenate([extractor(batch) for batch in batches])
+        return found
+
+
+def read_images(folder: Path, keep_readable: bool = False) -> ImageFolder:
+    """Find and check the images in `folder`, one group under its name, or in its sub-folders, a group each.
+
+    Every file counts as an image, except those whose name begins with a dot. All are decoded once, so that nothing is
+    found unreadable later; with `keep_readable` the unreadable ones are left out and listed.
+
+    Raises:
+        ConfigError: no image, files beside sub-folders, an unreadable file, two sizes, a group of fewer than 2.
+    """
+    found = _find_groups(folder)
+    sizes: dict[Path, tuple[int, int]] = {}
+    skipped = []
+    for path in (path for paths in found.values() for path in paths):
+        try:
+            height, width = load_pixels(path).shape[1:]
+            sizes[path] = (width, height)
+        except ConfigError:
+            if not keep_readable:
+                raise
+            skipped.append(path)
+    groups = {name: tuple(path for path in paths if path in sizes) for name, paths in found.items()}
+    for name, paths in groups.items():
+        if len(paths) < 2:
+            images = f"{len(paths)} readable image{'s' * (len(paths) != 1)}"
+            raise ConfigError(f"the group {name!r} in {folder} has {images}; diversity needs at least 2.")
+    return ImageFolder(folder, groups, _only_size(sizes), tuple(skipped))
+
+
+def _find_groups(folder: Path) -> dict[str, list[Path]]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder of images.")
+    files, folders = _listing(folder)
+    if files and folders:
+        raise ConfigError(
+            f"{folder} holds both files ({files[0].name}) and folders ({folders[0].name}); it takes images, or a "
+            "folder of images for each prompt."
+        )
+    if not files and not folders:
+        raise ConfigError(f"{folder} holds no image.")
+    if files:
+        return {folder.resolve().name: files}
+    groups = {}
+    for group in folders:
+        groups[group.name], deeper = _listing(group)
+        if deeper:
+            raise ConfigError(f"{group} holds a folder ({deeper[0].name}); the folder of a prompt takes images only.")
+    return groups
+
+
+def _listing(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Files and folders in the order of their names, without hidden ones."""
+    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
+
+
+def _only_size(sizes: Mapping[Path, tuple[int, int]]) -> tuple[int, int]:
+    first = next(iter(sizes))
+    for path, size in sizes.items():
+        if size != sizes[first]:
+            (width, height), (other_width, other_height) = sizes[first], size
+            raise ConfigError(
+                f"the images differ in size: {first} is {width} x {height} pixels, "
+                f"{path} is {other_width} x {other_height}."
+            )
+    return sizes[first]
+
+
+def _stack(paths: tuple[Path, ...]) -> Tensor:
+    import torch
+
+    return torch.stack([load_pixels(path) for path in paths])
+
+
+def load_pixels(path: Path) -> Tensor:
+    """An image file as (3, H, W) float32 in [0, 1]; grey and palette images become RGB, opacity is dropped.
+
+    Raises:
+        ConfigError: no image, a damaged one, or one of more than 8 bits a channel that is not RGB.
+    """
+    import torch
+    from PIL import Image
+
+    # What Pillow raises for a broken file depends on the format; SyntaxError is its word for a broken PNG.
+    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise ConfigError(f"{path} has Pillow's mode {image.mode}; it takes images of 8 bits a channel.")
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3) uint8
+    except ConfigError:
+        raise
+    except broken as error:
+        raise ConfigError(f"{path} cannot be read as an image ({error}).") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
