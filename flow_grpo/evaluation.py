@@ -43,7 +43,10 @@ class Evaluator(Protocol):
     name: str
     freq: int  # epochs from one evaluation to the next; 0: never
     collective: bool  # whether `evaluate` is called on every process, or on the main one only
-    request: SampleRequest | None  # what it looks at; None: `eval.num_image_per_prompt` images of the test prompts
+
+    @property
+    def request(self) -> SampleRequest | None:
+        """What it looks at; None: `eval.num_image_per_prompt` images of each test prompt."""
 
     def evaluate(self, samples: Samples) -> dict[str, float]:
         """Metrics, without a prefix."""
@@ -57,17 +60,17 @@ def evaluate(
     Returns:
         `prefix/<metric>` of every evaluator, on the main process; nothing on the others.
     """
-    requests = [evaluator.request for evaluator in evaluators if evaluator.request]
+    tested = test_request(prompts, settings)
+    requests = [tested, *(evaluator.request for evaluator in evaluators if evaluator.request)]
     samples = draw_samples(policy, prompts, settings, run, requests, prefix)
-    test_samples = view(samples, test_request(prompts, settings))
     metrics: dict[str, float] = {}
     for evaluator in run.progress(evaluators, "evaluating"):
         if run.is_main or evaluator.collective:
-            seen = view(samples, evaluator.request) if evaluator.request else test_samples
+            seen = view(samples, evaluator.request or tested)
             metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
     if not run.is_main:
         return {}
-    run.log_image(prefix, image_grid(test_samples, settings.config), run.counters.epoch)
+    run.log_image(prefix, image_grid(view(samples, tested), settings.config), run.counters.epoch)
     return metrics
 
 
@@ -82,18 +85,18 @@ def draw_samples(
     prompts: PromptDataset,
     settings: Settings,
     run: Run,
-    requests: Sequence[SampleRequest] = (),
+    requests: Sequence[SampleRequest] = (),  # none: that of the test prompts
     label: str = "eval",
 ) -> Samples:
-    """The images of `test_request` and of further requests: each image once, no more and no fewer.
+    """The images of the requests: each image once, no more and no fewer.
 
     Image s of prompt p has noise keyed by (eval.seed, p, s); p is the prompt's place among the different ones of the
     test file, prompts that it lacks come after. Processes take every n-th image; the result is complete and in order on every process.
     """
-    config = settings.config.eval
+    config, requests = settings.config.eval, requests or [test_request(prompts, settings)]
     chosen = tuple(dict.fromkeys([*prompts.prompts, *(text for request in requests for text in request.prompts)]))
     counts: dict[str, int] = {}
-    for request in (test_request(prompts, settings), *requests):
+    for request in requests:
         for text in request.prompts:
             counts[text] = max(counts.get(text, 0), request.num_image_per_prompt)
     metadata = dict(zip(prompts.prompts, prompts.metadata, strict=True))

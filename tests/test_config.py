@@ -17,9 +17,11 @@ LARGE = [name for name in RECIPES if name not in TINY]
 ASKED_FOR = {
     "tiny_sd3",
     "tiny_sd3_use_gradient",
+    "tiny_sd3_nsr",
     "compressibility",
     "pickscore_sd3",
     "pickscore_sd3_4gpu",
+    "pickscore_sd3_4gpu_nsr",
     "pickscore_sd3_1batch_size",
     "pickscore_sd3_1batch_size_use_gradient",
     "pickscore_sd3_fast",
@@ -35,6 +37,7 @@ def with_prompts(config: ConfigDict, folder: Path) -> ConfigDict:
         path = folder / f"{name}.txt"
         path.write_text("".join(f"prompt {i}\n" for i in range(128)))
         config.prompts[name] = str(path)
+    config.prompts.eval_diversity = config.prompts.test
     return config
 
 
@@ -51,7 +54,7 @@ def test_every_sd3_5_recipe_resolves_for_its_number_of_processes(name, tmp_path)
     assert settings.plan.images_per_update * settings.plan.updates * INTENDED_PROCESSES[name] == settings.plan.images
 
 
-@pytest.mark.parametrize("name", [name for name in LARGE if name.endswith("4gpu")])
+@pytest.mark.parametrize("name", [name for name in LARGE if "4gpu" in name])
 def test_a_recipe_for_four_gpus_refuses_to_start_on_one(name, tmp_path):
     with pytest.raises(ConfigError, match="num_processes = 4, but 1 started"):
         resolve(with_prompts(get_config(name), tmp_path), 1, cuda=True)

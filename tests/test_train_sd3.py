@@ -27,7 +27,8 @@ def shrink(config: ConfigDict, models: Path, logdir: Path) -> None:
     config.logdir, config.run_name, config.trackers = str(logdir), "run", ()
     config.pretrained.model, config.resolution, config.max_sequence_length = str(models / "sd3"), 32, 8
     config.num_processes = 0
-    config.prompts.train = config.prompts.test = str(models / "prompts.txt")
+    for file in ("train", "test", "eval_diversity"):
+        config.prompts[file] = str(models / "prompts.txt")
     config.reward_model.pickscore = config.reward_model.clipscore = str(models / "clip")
     config.eval.judge = str(models / "judge")
     config.eval.num_prompts, config.eval.num_image_per_prompt, config.eval.num_steps = 2, 2, 4
@@ -61,7 +62,8 @@ def overrides(models: Path, logdir: Path) -> list[str]:
     values = {
         "logdir": logdir, "run_name": "run", "trackers": (), "num_epochs": 2, "eval_freq": 2, "save_freq": 1,
         "pretrained.model": models / "sd3", "prompts.train": models / "prompts.txt",
-        "prompts.test": models / "prompts.txt", "reward_model.pickscore": models / "clip",
+        "prompts.test": models / "prompts.txt", "prompts.eval_diversity": models / "prompts.txt",
+        "diversity.model": models / "judge", "num_seeds": 3, "reward_model.pickscore": models / "clip",
         "reward_model.clipscore": models / "clip", "eval.judge": models / "judge", "eval.modes": models / "modes.json",
         "eval.num_image_per_prompt": 2, "sample.groups_per_epoch": 4, "sample.num_image_per_prompt": 2,
         "sample.batch_size": 4, "train.batch_size": 4, "train.updates_per_epoch": 1,
