@@ -199,18 +199,19 @@ def _read_open_clip_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the open_clip configuration {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"the open_clip configuration {path} is not JSON: {error}.") from None
-    if isinstance(config, dict) and "model_cfg" not in config:
-        config = {"model_cfg": config}
-    if not isinstance(config, dict) or not set(OPEN_CLIP_KEYS) <= set(config["model_cfg"] or ()):
+    whole = config if isinstance(config, dict) and "model_cfg" in config else {"model_cfg": config}
+    model = whole["model_cfg"]
+    if not isinstance(model, dict) or not set(OPEN_CLIP_KEYS) <= set(model):
         raise ConfigError(f"{path} is no open_clip configuration; it needs {', '.join(OPEN_CLIP_KEYS)}.")
-    return config
+    return whole
 
 
 def _write_directory(folder: Path, config: Mapping[str, Any], weights: Path) -> None:
     """The folder that open_clip reads as a model of its own: no name to clash with those it knows."""
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-    suffix = ".safetensors" if weights.suffix == ".safetensors" else ".bin"  # .bin: whatever torch.load reads
-    (folder / f"open_clip_model{suffix}").symlink_to(weights.resolve())
+    safe = weights.suffix == ".safetensors"
+    name = "open_clip_model.safetensors" if safe else "open_clip_pytorch_model.bin"  # .bin: whatever torch.load reads
+    (folder / name).symlink_to(weights.resolve())
 
 
 def _weights_file(model: str, pretrained: str) -> Path:
@@ -253,12 +254,12 @@ def _one_sentence(subject: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     damaged = (OSError, EOFError, pickle.UnpicklingError, SafetensorError)
-    other = (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, StopIteration)
+    other = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
     try:
         yield
     except ConfigError:
         raise
-    except (*damaged, *other) as error:
+    except (*damaged, *other, StopIteration) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         shown = reason if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]} ..."
         raise ConfigError(f"{subject}: {shown}") from error
