@@ -248,7 +248,7 @@ RULES: Mapping[str, Rule] = {
     "eval_ode_log_prob_freq": _whole(0),
     "eval_diversity": _YES_OR_NO,
     "eval_diversity_freq": _whole(0),
-    "num_seeds": _whole(2),
+    "num_seeds": _whole(4),
     "prompts.eval_diversity": _FILLED,
     "diversity.extractor": _choice("clip", "dinov2", "open_clip"),
     "diversity.model": _FILLED,

@@ -139,7 +139,7 @@ class Run:
         kept = [
             line for line in read_history(path) if line["step"] <= (last_evaluation if _is_evaluation(line) else step)
         ]
-        _write_atomically(path, "".join(_strict_json(line) + "\n" for line in kept))
+        _write_atomically(path, "".join(strict_json(line) + "\n" for line in kept))
 
     # --- progress and time ----------------------------------------------------------------------------
 
@@ -201,7 +201,7 @@ class Run:
 
     def _write_records(self) -> dict[str, Any]:
         """Write config.json and environment.json; a resumed run keeps what the earlier session wrote."""
-        config = json.loads(_strict_json(self.settings.config.to_dict() | {"run_name": self.name}))
+        config = json.loads(strict_json(self.settings.config.to_dict() | {"run_name": self.name}))
         environment = describe_environment(self.settings, self.accelerator)
         earlier_file = self.folder / ENVIRONMENT_FILE
         if self.resumed and earlier_file.exists():
@@ -210,8 +210,8 @@ class Run:
             changes = {key: [before.get(key), new] for key, new in flatten(config).items() if before.get(key) != new}
             sessions = [*earlier.pop("earlier_sessions"), earlier]
             environment |= {"run_id": earlier["run_id"], "config_changes": changes, "earlier_sessions": sessions}
-        _write_atomically(self.folder / CONFIG_FILE, _strict_json(config, indent=2) + "\n")
-        _write_atomically(earlier_file, _strict_json(environment, indent=2) + "\n")
+        _write_atomically(self.folder / CONFIG_FILE, strict_json(config, indent=2) + "\n")
+        _write_atomically(earlier_file, strict_json(environment, indent=2) + "\n")
         return environment
 
 
@@ -371,7 +371,7 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
 
 def _append_line(path: Path, record: Mapping[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(_strict_json(record) + "\n")
+        file.write(strict_json(record) + "\n")
         file.flush()
 
 
@@ -401,7 +401,8 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _strict_json(value: Any, indent: int | None = None) -> str:
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and infinities are null."""
     return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 

@@ -62,7 +62,7 @@ def config(random_models: Path, tmp_path: Path) -> ConfigDict:
     config.pretrained.model = str(random_models / "sd3")
     for name in ("train", "test", "eval_diversity"):
         config.prompts[name] = str(random_models / "prompts.txt")
-    config.diversity.model, config.num_seeds = str(random_models / "judge"), 3
+    config.diversity.model, config.num_seeds = str(random_models / "judge"), 4
     config.reward_fn.pickscore = 1.0
     config.reward_model.pickscore = config.reward_model.clipscore = str(random_models / "clip")
     config.eval.judge, config.eval.modes = str(random_models / "judge"), str(random_models / "modes.json")

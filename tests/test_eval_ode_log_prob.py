@@ -16,7 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo import checkpoint, drtune
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities, sample_log_density
-from scripts.diversity_metrics.eval_ode_log_prob import data_log_densities, encode_images, load_weights, main
+from scripts.diversity_metrics.checkpoints import load_weights
+from scripts.diversity_metrics.eval_ode_log_prob import data_log_densities, encode_images, main
 
 PROMPTS = ("a bag", "a boot")
 IDS = [(p, s) for p in range(2) for s in range(2)]

@@ -63,7 +63,7 @@ def overrides(models: Path, logdir: Path) -> list[str]:
         "logdir": logdir, "run_name": "run", "trackers": (), "num_epochs": 2, "eval_freq": 2, "save_freq": 1,
         "pretrained.model": models / "sd3", "prompts.train": models / "prompts.txt",
         "prompts.test": models / "prompts.txt", "prompts.eval_diversity": models / "prompts.txt",
-        "diversity.model": models / "judge", "num_seeds": 3, "reward_model.pickscore": models / "clip",
+        "diversity.model": models / "judge", "num_seeds": 4, "reward_model.pickscore": models / "clip",
         "reward_model.clipscore": models / "clip", "eval.judge": models / "judge", "eval.modes": models / "modes.json",
         "eval.num_image_per_prompt": 2, "sample.groups_per_epoch": 4, "sample.num_image_per_prompt": 2,
         "sample.batch_size": 4, "train.batch_size": 4, "train.updates_per_epoch": 1,

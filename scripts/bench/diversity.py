@@ -6,10 +6,10 @@ It writes `results.json` and `table.md`. What is measured, and its limits:
 
 - Features: synthetic, float32, unit length: 100 clusters, the i-th drawn with probability proportional to 1 / i; a
   sample is normalise(c + 0.7 z) with the cluster's centre c and z from N(0, I), of --seed. All methods read one file.
-- The bandwidth h of the Gaussian kernel is the median distance within the first 1000 of them.
+- The bandwidth h of the Gaussian kernel is `median_bandwidth` of the first 1000 of them.
 - Each measurement is a fresh process with --threads BLAS threads. Seconds: one call, imports and reading left out.
-- Memory: the peak resident set of that process, in MiB, whole. `loaded` is that of one that imports numpy, scipy and
-  our scores and reads the features, but scores nothing: what is above it is the method's own.
+- Memory: the peak resident set of that process (Linux), in MiB, whole. The rows of processes that score nothing say how
+  much of it are imports and features.
 - A process that runs longer than --limit-seconds, or asks for more than --limit-gib, did not finish.
 - Ours take float32 and work in float64. The package takes the features as they are, in float32; for its Gaussian
   `score_K` we make the kernel matrix in float64, in place, and its time counts.
@@ -31,16 +31,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from flow_grpo.errors import ConfigError
 from scripts.bench.entropy import cpu_model
 
 if TYPE_CHECKING:
     import numpy as np
 
-    Score = Callable[[np.ndarray, argparse.Namespace], dict[str, float]]
-
+COSINE, GAUSSIAN, RKE, ERROR = "cosine Vendi_1", "Gaussian Vendi_1", "RKE", ", standard error"
 CLUSTERS, SPREAD, MEDIAN_ROWS = 100, 0.7, 1000
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -48,95 +47,51 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"
 # --- the methods: features (n, d) to values by name ---------------------------------------------------------
 
 
-def nothing(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """No score, after the imports."""
-    from scripts.diversity_metrics import fkea, rke, vendi  # noqa: F401 - their memory is what is measured
-
-    return {}
-
-
-def our_cosine(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """Exact Vendi_1, the d x d or n x n side."""
-    from scripts.diversity_metrics.vendi import vendi_score
-
-    return {"cosine Vendi_1": vendi_score(x)}
-
-
-def package_dual(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """The package's d x d side."""
+def package() -> ModuleType:
+    """The vendi-score package, imported only by the processes that measure it."""
     from vendi_score import vendi
 
-    return {"cosine Vendi_1": vendi.score_dual(x)}
-
-
-def package_primal(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """The package's n x n side."""
-    from vendi_score import vendi
-
-    return {"cosine Vendi_1": vendi.score_X(x)}
-
-
-def our_rke(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """Exact RKE, by blocks."""
-    from scripts.diversity_metrics.rke import rke_score
-
-    return {"RKE": rke_score(x, args.bandwidth)}
-
-
-def our_gaussian(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """Exact Gaussian Vendi_1: n x n."""
-    from scripts.diversity_metrics.vendi import vendi_score
-
-    return {"Gaussian Vendi_1": vendi_score(x, kernel="gaussian", bandwidth=args.bandwidth)}
-
-
-def random_features(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """Both Gaussian scores, with their standard errors."""
-    from scripts.diversity_metrics.fkea import fkea_scores
-
-    scores = fkea_scores(x, args.bandwidth, (1.0, 2.0), args.frequencies, args.repeats, args.seed)
-    named = {"Gaussian Vendi_1": scores[1.0], "RKE": scores[2.0]}
-    errors = {f"{name}, standard error": score.standard_error for name, score in named.items()}
-    return {**{name: score.value for name, score in named.items()}, **errors}
-
-
-def package_kernel(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """The package's `score_K` of the Gaussian kernel matrix, q = 1."""
-    from vendi_score import vendi
-
-    return {"Gaussian Vendi_1": vendi.score_K(gaussian_kernel(x, args.bandwidth))}
-
-
-def package_kernel_rke(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """The package's `score_K` of the Gaussian kernel matrix, q = 2."""
-    from vendi_score import vendi
-
-    return {"RKE": vendi.score_K(gaussian_kernel(x, args.bandwidth), q=2)}
+    return vendi
 
 
 def gaussian_kernel(x: np.ndarray, bandwidth: float) -> np.ndarray:
-    """exp(-|x - y|^2 / (2 h^2)), one matrix: (n, n) float64."""
+    """exp(-|x - y|^2 / (2 h^2)) of unit rows, one matrix: (n, n) float64."""
     import numpy as np
 
     rows = x.astype(np.float64)
-    half = np.square(rows).sum(1) / 2
     kernel = rows @ rows.T
-    kernel -= half
-    kernel -= half[:, None]
+    kernel -= 1
     kernel /= bandwidth**2
     return np.exp(kernel, out=kernel)
 
 
-METHODS: dict[str, Score] = {
-    "cosine, exact": our_cosine,
-    "cosine, vendi-score `score_dual`": package_dual,
-    "cosine, vendi-score `score_X`": package_primal,
-    "RKE, exact": our_rke,
-    "RKE, vendi-score `score_K`": package_kernel_rke,
-    "Gaussian, exact": our_gaussian,
-    "Gaussian, vendi-score `score_K`": package_kernel,
-    "random features": random_features,
-}
+def methods() -> dict[str, Callable[[np.ndarray, argparse.Namespace], dict[str, float]]]:
+    """Each takes the features and the options; `score_dual` is meant for n > d."""
+    from scripts.diversity_metrics.fkea import fkea_scores
+    from scripts.diversity_metrics.rke import rke_score
+    from scripts.diversity_metrics.vendi import vendi_score
+
+    def random_features(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
+        scores = fkea_scores(x, args.bandwidth, (1.0, 2.0), args.frequencies, args.repeats, args.seed)
+        named = {GAUSSIAN: scores[1.0], RKE: scores[2.0]}
+        errors = {name + ERROR: score.standard_error for name, score in named.items()}
+        return {name: score.value for name, score in named.items()} | errors
+
+    def package_kernel(x: np.ndarray, args: argparse.Namespace, order: float) -> float:
+        return package().score_K(gaussian_kernel(x, args.bandwidth), q=order)
+
+    return {
+        "nothing, our imports": lambda *_: {},
+        "vendi-score, nothing": lambda *_: {},
+        "exact cosine Vendi": lambda x, _: {COSINE: vendi_score(x)},
+        "vendi-score `score_dual`": lambda x, _: {COSINE: package().score_dual(x)},
+        "vendi-score `score_X`": lambda x, _: {COSINE: package().score_X(x)},
+        "exact RKE": lambda x, args: {RKE: rke_score(x, args.bandwidth)},
+        "vendi-score `score_K`, q = 2": lambda x, args: {RKE: package_kernel(x, args, 2)},
+        "exact Gaussian Vendi": lambda x, args: {GAUSSIAN: vendi_score(x, 1.0, "gaussian", args.bandwidth)},
+        "vendi-score `score_K`": lambda x, args: {GAUSSIAN: package_kernel(x, args, 1)},
+        "random features": random_features,
+    }
 
 
 # --- one measurement ----------------------------------------------------------------------------------------
@@ -144,43 +99,31 @@ METHODS: dict[str, Score] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table; nan and a reason for what did not finish."""
+    """One row of the table; no numbers, and a reason, for what did not finish."""
 
     n: int
     method: str
     values: dict[str, float]
-    seconds: float = float("nan")
-    peak_mib: float = float("nan")
+    seconds: float | None = None
+    peak_mib: float | None = None
     failure: str = ""
 
 
-def peak_mib() -> float:
-    """Peak resident set of this process; ru_maxrss, where there is no /proc, may include that of its parent."""
-    path = Path("/proc/self/status")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    kib = found[0] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 1024
-
-
 def run_child(args: argparse.Namespace) -> int:
-    """Score the features of a file once and print values, seconds and memory as JSON."""
+    """Score the features of a file once; print values, seconds and memory as JSON."""
     import numpy as np
-    import scipy.linalg  # noqa: F401 - imported before the clock starts
 
-    x = np.load(args.features)
-    score = METHODS.get(args.measure, nothing)
-    score(x[: min(len(x), 8)], args)  # imports what it needs
+    x, score = np.load(args.features), methods()[args.measure]
+    if args.measure.startswith("vendi-score"):
+        package()  # imported before the clock starts
     limit = int(args.limit_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     start = time.perf_counter()
-    try:
-        values = score(x, args)
-    except MemoryError as error:
-        print(error, file=sys.stderr)
-        return 3
+    values = {name: float(value) for name, value in score(x, args).items()}
     seconds = time.perf_counter() - start
-    print(json.dumps({"values": values, "seconds": seconds, "peak_mib": peak_mib()}))
+    status = Path("/proc/self/status").read_text(encoding="utf-8")  # ru_maxrss would inherit the parent's
+    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    print(json.dumps({"values": values, "seconds": seconds, "peak_mib": peak}))
     return 0
 
 
@@ -190,24 +133,22 @@ def measure(method: str, n: int, features: Path, bandwidth: float, args: argpars
     options = {**named, "measure": method, "features": features, "bandwidth": bandwidth}
     command = [sys.executable, "-m", "scripts.bench.diversity"]
     command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    threads = dict.fromkeys(THREAD_VARIABLES, str(args.threads))
+    env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(args.threads))}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=args.limit_seconds, env={**os.environ, **threads}
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit_seconds, env=env)
     except subprocess.TimeoutExpired:
         return Row(n, method, {}, failure=f"over {args.limit_seconds:g} s")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Row(n, method, {}, failure=f"over {args.limit_gib:g} GiB" if done.returncode == 3 else last)
-    return Row(n, method, **json.loads(done.stdout.splitlines()[-1]))
+    if done.returncode == 0:
+        return Row(n, method, **json.loads(done.stdout.splitlines()[-1]))
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Row(n, method, {}, failure=f"over {args.limit_gib:g} GiB" if "MemoryError" in last else last)
 
 
 def make_features(n: int, dims: int, seed: int) -> np.ndarray:
     """Clustered unit vectors: (n, dims) float32; see the top."""
     import numpy as np
 
-    rng = np.random.default_rng([seed, n])
+    rng = np.random.default_rng(seed)
     centres = rng.standard_normal((CLUSTERS, dims), dtype=np.float32)
     weights = 1 / np.arange(1, CLUSTERS + 1)
     x = rng.standard_normal((n, dims), dtype=np.float32)
@@ -217,8 +158,8 @@ def make_features(n: int, dims: int, seed: int) -> np.ndarray:
     return x
 
 
-def bench_size(n: int, args: argparse.Namespace, folder: Path) -> tuple[dict[str, float], list[Row]]:
-    """n with its bandwidth and the memory of a process that scores nothing, and the rows."""
+def bench_size(n: int, args: argparse.Namespace, folder: Path) -> tuple[float, list[Row]]:
+    """The bandwidth, and the rows of n samples."""
     import numpy as np
 
     from scripts.diversity_metrics.rke import median_bandwidth
@@ -226,42 +167,38 @@ def bench_size(n: int, args: argparse.Namespace, folder: Path) -> tuple[dict[str
     x, path = make_features(n, args.dims, args.seed), folder / f"{n}.npy"
     np.save(path, x)
     bandwidth = median_bandwidth([x[:MEDIAN_ROWS]])
-    loaded = measure("loaded", n, path, bandwidth, argparse.Namespace(**{**vars(args), "limit_seconds": None}))
     rows = []
-    for method in METHODS:
-        if METHODS[method] is package_dual and n <= args.dims:
-            continue  # no smaller side
-        rows.append(measure(method, n, path, bandwidth, args))
-        print(rows[-1], file=sys.stderr)
+    for method in methods():
+        if "score_dual" not in method or n > args.dims:
+            rows.append(measure(method, n, path, bandwidth, args))
+            print(rows[-1], file=sys.stderr)
     path.unlink()
-    return {"n": n, "bandwidth": bandwidth, "loaded_mib": loaded.peak_mib}, rows
+    return bandwidth, rows
 
 
 # --- output -------------------------------------------------------------------------------------------------
+
+
+def values_text(values: dict[str, float]) -> str:
+    """The scores, each with its standard error where it has one."""
+    errors = {name: f" ± {values[name + ERROR]:.2g}" for name in values if name + ERROR in values}
+    return "; ".join(f"{k} = {v:.6g}{errors.get(k, '')}" for k, v in values.items() if not k.endswith(ERROR))
 
 
 def write_table(results: dict[str, Any], path: Path) -> None:
     """A row for each measurement; below it what they share."""
     lines = ["| n | method | values | seconds | peak MiB |", "|---|---|---|---|---|"]
     for r in results["rows"]:
-        values = []
-        for name, value in r["values"].items():
-            error = r["values"].get(f"{name}, standard error")
-            if not name.endswith("error"):
-                values.append(f"{name} = {value:.6g}" + (f" ± {error:.2g}" if error is not None else ""))
-        numbers = f"{r['seconds']:.2f} | {r['peak_mib']:.0f}" if not r["failure"] else "did not finish | "
-        lines.append(f"| {r['n']} | {r['method']} | {'; '.join(values) or r['failure']} | {numbers} |")
+        numbers = (
+            f"did not finish: {r['failure']} | |" if r["failure"] else f"{r['seconds']:.3f} | {r['peak_mib']:.0f} |"
+        )
+        lines.append(f"| {r['n']} | {r['method']} | {values_text(r['values'])} | {numbers}")
     lines += [
         "",
         f"{results['dims']} dimensions, {results['threads']} thread(s), {results['machine']['cpu']}. Random features: "
         f"{results['repeats']} repeats of r = {results['frequencies']} frequencies, ± one standard error. Limits: "
-        f"{results['limit_seconds']:g} s and {results['limit_gib']:g} GiB.",
-        "",
-        *(
-            f"- n = {s['n']}: h = {s['bandwidth']:.4g}; {s['loaded_mib']:.0f} MiB of the peak are the imports and the "
-            "features"
-            for s in results["sizes"]
-        ),
+        f"{results['limit_seconds']:g} s and {results['limit_gib']:g} GiB. Bandwidths: "
+        + ", ".join(f"{h:.4g} at n = {n}" for n, h in results["bandwidths"].items()),
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -284,33 +221,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def sizes_of(text: str) -> list[int]:
-    """The numbers of --sizes."""
-    if not all(part.strip().isdecimal() and int(part) >= 2 for part in text.split(",")):
-        raise ConfigError(f"--sizes = {text!r} must be whole numbers of at least 2, separated by commas")
-    return [int(part) for part in text.split(",")]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; 0, or 2 after one sentence about bad input."""
     args = parse(arguments)
     if args.measure:
         return run_child(args)
-    try:
-        sizes = sizes_of(args.sizes)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
+    if not all(part.isdecimal() and int(part) >= 2 for part in args.sizes.split(",")):
+        print(f"--sizes is {args.sizes!r}; it must be whole numbers of at least 2, with commas.", file=sys.stderr)
         return 2
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        measured = [bench_size(n, args, Path(folder)) for n in sizes]
+        measured = {n: bench_size(n, args, Path(folder)) for n in map(int, args.sizes.split(","))}
     shared = ("dims", "threads", "seed", "frequencies", "repeats", "limit_seconds", "limit_gib")
     results = {
         **{key: getattr(args, key) for key in shared},
         "machine": {"cpu": cpu_model(), "system": platform.system()},
-        "sizes": [size for size, _ in measured],
-        "rows": [asdict(row) for _, rows in measured for row in rows],
+        "bandwidths": {str(n): bandwidth for n, (bandwidth, _) in measured.items()},
+        "rows": [asdict(row) for _, rows in measured.values() for row in rows],
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_table(results, out / "table.md")

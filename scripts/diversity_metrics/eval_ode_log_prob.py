@@ -12,30 +12,25 @@ Images are encoded to the mode of the VAE's posterior and carried from data to n
 of the sampler turned round (and the first is at sigma = 0): give --num-steps or --solver to have both agree.
 
 Written to --out (default: RUN/ode_log_prob, or RUN/ode_log_prob_ema): ode_log_prob.json and ode_log_prob.png. The
-scalars go to the run's tensorboard, if it has one, under checkpoint/ or checkpoint_ema/; wandb, which takes no earlier
-step of a run that went on, gets none. Nothing else of the run is written.
+scalars go to the run's trackers under checkpoint/ or checkpoint_ema/. Nothing else of the run is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ml_collections import ConfigDict
 
-from config.base import get_config
 from flow_grpo.errors import ConfigError
-from flow_grpo.settings import TRAINING_STATE, checkpoint_state, finished_checkpoints, leaves, weights_mismatch
 from scripts import cli
+from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, read_config
+from scripts.diversity_metrics.features import load_pixels
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
@@ -59,15 +54,6 @@ NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
-class Model:
-    """The base model, or a checkpoint."""
-
-    name: str
-    step: int  # epochs of training; 0: base
-    folder: Path | None  # None: base
-
-
-@dataclass(frozen=True)
 class ImageFile:
     """An image whose density is asked, under its prompt."""
 
@@ -87,87 +73,6 @@ class Measured:
 
 
 # --- what to measure ----------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The configuration of a run folder, for one process, with some of its keys replaced.
-
-    Raises:
-        ConfigError: config.json is missing, or is not a configuration of this project.
-    """
-    from flow_grpo.tracking import CONFIG_FILE, flatten
-
-    path, config = folder / CONFIG_FILE, get_config()
-    values = flatten(_read_object(path))
-    unknown = sorted(values.keys() - dict(leaves(config)).keys())
-    missing = sorted(dict(leaves(config)).keys() - values.keys())
-    if unknown or "pretrained.model" in missing:  # a key that came later has its default
-        wrong = f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
-        raise ConfigError(f"{path} {wrong}: it is not a configuration of this project.")
-    values |= {"resume_from": "", "num_processes": 1, **overrides}
-    for key, value in values.items():
-        try:
-            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path}: config.{key} = {value!r} is of another kind than config/base.py's.") from None
-    return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{path} cannot be read: {path.parent} is not a whole run or checkpoint folder.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object.")
-    return value
-
-
-def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list[Model]:
-    """The models that --checkpoints names, by step: "base", "all", "latest" or epochs, with commas between.
-
-    Raises:
-        ConfigError: there is no such checkpoint, or its weights do not fit the run's configuration.
-    """
-    found = finished_checkpoints(run / "checkpoints")
-    steps: set[int] = set()
-    for word in (part.strip() for part in chosen.split(",")):
-        steps |= {0} if word == "base" else _steps_of(word, found, run)
-    if ema and not config.train.ema and steps != {0}:
-        raise ConfigError(f"--ema: {run} was trained with config.train.ema = False and has no averaged weights.")
-    models = [
-        Model(found[step].name if step else "base", step, found[step] if step else None) for step in sorted(steps)
-    ]
-    for model in models:
-        _check_weights(model, config)
-    return models
-
-
-def _steps_of(word: str, found: Mapping[int, Path], run: Path) -> set[int]:
-    if word in ("all", "latest") and not found:
-        raise ConfigError(f"--checkpoints {word}: {run} holds no checkpoint; --checkpoints base needs none.")
-    if word in ("all", "latest"):
-        return set(found) if word == "all" else {max(found)}
-    if not word.isdecimal() or int(word) not in found:
-        there = ", ".join(map(str, sorted(found))) or "no epoch"
-        raise ConfigError(
-            f"--checkpoints {word!r} is not allowed; it takes base, all, latest or epochs with a checkpoint "
-            f"in {run} ({there}), with commas between."
-        )
-    return {int(word)}
-
-
-def _check_weights(model: Model, config: ConfigDict) -> None:
-    """The checkpoint is whole, and of the weights that the configuration describes."""
-    if model.folder is None:
-        return
-    if mismatch := weights_mismatch(config, checkpoint_state(model.folder)):
-        key, value, made_with = mismatch
-        raise ConfigError(
-            f"config.{key} of the run is {value!r}, but the checkpoint {model.folder} was made with {made_with!r}."
-        )
 
 
 def evaluated_prompts(config: ConfigDict) -> tuple[str, ...]:
@@ -196,19 +101,12 @@ def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -
     prompts = PromptDataset.load(prompts_file).prompts if prompts_file else (prompt,) * len(paths)
     if len(prompts) != len(paths):
         raise ConfigError(f"--prompts {prompts_file} has {len(prompts)} prompts for {len(paths)} images in {folder}.")
-    return [ImageFile(path, text, _pixels(path, resolution)) for path, text in zip(paths, prompts, strict=True)]
+    return [ImageFile(path, text, _sized(path, resolution)) for path, text in zip(paths, prompts, strict=True)]
 
 
-def _pixels(path: Path, resolution: int) -> Tensor:
-    """(3, H, W) float32 in [0, 1]."""
-    from PIL import Image
-    from torchvision.transforms.functional import to_tensor
-
-    try:
-        with Image.open(path) as image:
-            pixels = to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's word for a broken PNG
-        raise ConfigError(f"--images: {path} cannot be read as an image ({error}).") from None
+def _sized(path: Path, resolution: int) -> Tensor:
+    """(3, H, W) float32 in [0, 1], of the run's size."""
+    pixels = load_pixels(path)
     height, width = pixels.shape[1:]
     if (width, height) != (resolution, resolution):
         raise ConfigError(
@@ -219,33 +117,6 @@ def _pixels(path: Path, resolution: int) -> Tensor:
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
-
-
-class Bars:
-    """The one thing that `prompt_log_densities` asks of a run: `progress`."""
-
-    def progress(self, iterable: Iterable[Any], description: str) -> Iterable[Any]:
-        """A progress bar that leaves nothing behind."""
-        from tqdm import tqdm
-
-        return tqdm(iterable, desc=description, leave=False, delay=1.0)
-
-
-def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool) -> None:
-    """Set the trained weights to those of a model; `base` are those of the pretrained one."""
-    import torch
-
-    values = base
-    if model.folder is not None:
-        path = model.folder / TRAINING_STATE
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        values = saved["ema"]["shadow_params"] if ema else saved["trainable"]
-    with torch.no_grad():
-        for parameter, value in zip(policy.trainable, values, strict=True):
-            parameter.copy_(value)
 
 
 def encode_images(policy: Policy, pixels: Tensor) -> Tensor:
@@ -363,15 +234,6 @@ def _estimate(estimate: EntropyEstimate) -> dict[str, Any]:
     }
 
 
-def strict(value: Any) -> Any:
-    """The same with null for what is not finite."""
-    if isinstance(value, Mapping):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def table(record: Mapping[str, Any]) -> str:
     """A line for each model."""
     heads = [
@@ -403,6 +265,11 @@ def table(record: Mapping[str, Any]) -> str:
 
 def _mean_log_prob(model: Mapping[str, Any]) -> float:
     return sum(image["log_prob"] for image in model["images"]) / len(model["images"])
+
+
+def _logged(model: Mapping[str, Any]) -> dict[str, float]:
+    """What the trackers are told of one model."""
+    return model["metrics"] | ({"images/log_prob": _mean_log_prob(model)} if model["images"] else {})
 
 
 def figure(record: Mapping[str, Any]) -> Figure:
@@ -456,21 +323,6 @@ def _draw_images(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(frameon=False)
 
 
-def log_to_tensorboard(record: Mapping[str, Any], run: Path, prefix: str, accelerator: Accelerator) -> None:
-    """Add the scalars of every model to the run's tensorboard, at its step."""
-    from accelerate.tracking import TensorBoardTracker
-
-    accelerator.log_with = [TensorBoardTracker("tensorboard", run)]
-    accelerator.init_trackers(run.name)
-    for model in record["models"]:
-        values = dict(model["metrics"])
-        if model["images"]:
-            values["images/log_prob"] = _mean_log_prob(model)
-        accelerator.log({f"{prefix}/{name}": value for name, value in values.items()}, step=model["step"])
-    accelerator.end_training()
-    accelerator.trackers.clear()
-
-
 # --- the command --------------------------------------------------------------------------------------------
 
 
@@ -487,6 +339,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
+    from flow_grpo.tracking import log_checkpoints, strict_json
 
     settings, accelerator = launch(config)
     prompts = evaluated_prompts(config)
@@ -497,11 +350,15 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     record = results(measured, settings.config, run, args.ema)
     out = Path(args.out) if args.out else run / ("ode_log_prob_ema" if args.ema else "ode_log_prob")
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(strict(record), indent=1, allow_nan=False, ensure_ascii=False)
-    (out / RESULTS).write_text(text + "\n", encoding="utf-8")
+    (out / RESULTS).write_text(strict_json(record, indent=1) + "\n", encoding="utf-8")
     figure(record).savefig(out / FIGURE, dpi=130)
-    if "tensorboard" in config.trackers:
-        log_to_tensorboard(record, run, "checkpoint_ema" if args.ema else "checkpoint", accelerator)
+    log_checkpoints(
+        accelerator,
+        config,
+        run,
+        "checkpoint_ema" if args.ema else "checkpoint",
+        {model["step"]: _logged(model) for model in record["models"]},
+    )
     print(table(record), f"\n\nwritten to {out}", sep="")
     return record
 

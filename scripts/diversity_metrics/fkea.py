@@ -17,7 +17,8 @@ entropy is concave). What is reported is corrected, from the same rho:
   r / (r - 1) (|rho|_F^2 - sum_k |B_k|_F^2) is S without bias, at any r. It is averaged over repeats, then inverted.
 - Other q: log Vendi_q from r frequencies and from each half of them, a and b, whose moments are blocks of rho:
   2 L_r - (L_a + L_b) / 2 has no term in 1/r. What remains is O(1/r^2) where the eigenvalues that matter are well above
-  1/r; where value and plug-in differ by much, r is too small for this q.
+  1/r; where value and plug-in differ by much, r is too small for this q. At q = inf the largest eigenvalue must also
+  stand apart: equal ones part by O(1 / sqrt(r)).
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.vendi import check_features, vendi_from_eigenvalues
+from scripts.diversity_metrics.vendi import (
+    BLOCK,
+    centre_of,
+    check_bandwidth,
+    row_blocks,
+    validated,
+    vendi_from_eigenvalues,
+)
 
 Array = NDArray[np.float64]
 
@@ -46,6 +54,11 @@ class FkeaScore:
     r: int  # frequencies of a repeat
     repeats: int
 
+    @property
+    def error(self) -> float:
+        """The standard error; for q other than 2 the size of the correction joins it, a bound while 2r is far above."""
+        return self.standard_error if self.order == 2 else math.hypot(self.standard_error, self.value - self.plug_in)
+
 
 def fkea_scores(
     features: np.ndarray,
@@ -54,7 +67,7 @@ def fkea_scores(
     num_frequencies: int = 1024,
     repeats: int = 5,
     seed: int = 0,
-    block: int = 4096,
+    block: int = BLOCK,
 ) -> dict[float, FkeaScore]:
     """Vendi_q of the Gaussian kernel for each order q, from the same frequencies.
 
@@ -68,25 +81,23 @@ def fkea_scores(
     Raises:
         ConfigError: for features that are no finite matrix, a bandwidth, r, repeats or block out of range.
     """
-    x = check_features(features)
-    _check(bandwidth, num_frequencies, repeats, block)
+    x, h = validated(features), check_bandwidth(bandwidth)
+    _check_counts(num_frequencies, repeats, block)
     draws = []  # (repeats, orders, 2): statistic and plug-in
     for repeat in range(repeats):
-        w = draw_frequencies(x.shape[1], bandwidth, num_frequencies, seed, repeat)
+        w = draw_frequencies(x.shape[1], h, num_frequencies, seed, repeat)
         rho = feature_moment(x, w, block)
         spectra = _spectra(rho) if any(order != 2 for order in orders) else []
         draws.append([_purity(rho) if order == 2 else _log_vendi(spectra, order) for order in orders])
     return {q: _summary(np.array(draws)[:, i], q, num_frequencies, len(x)) for i, q in enumerate(orders)}
 
 
-def _check(bandwidth: float, num_frequencies: int, repeats: int, block: int) -> None:
-    if not (math.isfinite(bandwidth) and bandwidth > 0):
-        raise ConfigError(f"bandwidth = {bandwidth} must be a finite number above 0")
+def _check_counts(num_frequencies: int, repeats: int, block: int) -> None:
     if num_frequencies < 2 or num_frequencies % 2:
-        raise ConfigError(f"num_frequencies = {num_frequencies} must be even and at least 2")
+        raise ConfigError(f"num_frequencies is {num_frequencies}; it must be even and at least 2.")
     for name, value in (("repeats", repeats), ("block", block)):
         if value < 1:
-            raise ConfigError(f"{name} = {value} must be at least 1")
+            raise ConfigError(f"{name} is {value}; it must be at least 1.")
 
 
 def draw_frequencies(dims: int, bandwidth: float, r: int, seed: int, repeat: int) -> Array:
@@ -94,12 +105,12 @@ def draw_frequencies(dims: int, bandwidth: float, r: int, seed: int, repeat: int
     return np.random.default_rng([seed, repeat]).standard_normal((dims, r)) / bandwidth
 
 
-def feature_moment(x: Array, w: Array, block: int = 4096) -> Array:
-    """rho = mean_i phi(x_i) phi(x_i)^T, summed by blocks of rows; cosines come first: (2r, 2r)."""
-    r = w.shape[1]
+def feature_moment(x: np.ndarray, w: Array, block: int = BLOCK) -> Array:
+    """rho = mean_i phi(x_i) phi(x_i)^T, summed by blocks of rows; cosines come first: (2r, 2r) float64."""
+    r, centre = w.shape[1], centre_of(x)  # differences are all that counts, and small angles are exact
     rho = np.zeros((2 * r, 2 * r))
-    for start in range(0, len(x), block):
-        angles = x[start : start + block] @ w  # (b, r)
+    for rows in row_blocks(len(x), block):
+        angles = (x[rows] - centre) @ w  # (b, r)
         phi = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)  # (b, 2r), times sqrt(r)
         rho += phi.T @ phi
     return rho / (len(x) * r)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.vendi import check_features
+from scripts.diversity_metrics.vendi import check_features, row_blocks
 
 Array = NDArray[np.float64]
 BLOCK = 1024  # rows of distances held at once
@@ -47,7 +47,7 @@ def prdc(features: np.ndarray, reference: np.ndarray, k: int = 5, block: int = B
     """
     y, x = check_features(features), check_features(reference, "reference")
     if y.shape[1] != x.shape[1]:
-        raise ConfigError(f"features have {y.shape[1]} columns and reference has {x.shape[1]}: they must have the same")
+        raise ConfigError(f"features have {y.shape[1]} columns and reference has {x.shape[1]}; they must agree.")
     _check_k(k, len(y), len(x))
     centre = x.mean(0)
     x, y = x - centre, y - centre  # keeps the products below small, and with them their rounding
@@ -68,11 +68,9 @@ def mean_pairwise_distance(features: np.ndarray, block: int = BLOCK) -> float:
     The distance of equal rows among different ones comes out as up to 1e-7 of the largest norm, not as 0.
 
     Raises:
-        ConfigError: for features that are no finite matrix, and for fewer than 2 rows.
+        ConfigError: for features that are no finite matrix of at least 2 rows.
     """
     x = check_features(features)
-    if len(x) < 2:
-        raise ConfigError(f"features have {len(x)} row: a distance needs at least 2")
     total = sum(float(np.sqrt(squared).sum()) for _, squared in _squared_distances(x - x.mean(0), None, block))
     return total / (len(x) * (len(x) - 1))
 
@@ -80,7 +78,7 @@ def mean_pairwise_distance(features: np.ndarray, block: int = BLOCK) -> float:
 def _check_k(k: int, judged: int, reference: int) -> None:
     if not 1 <= k < min(judged, reference):
         raise ConfigError(
-            f"k = {k} must be at least 1 and less than the number of rows: {judged} features, {reference} in reference"
+            f"k is {k}; it must be at least 1 and below the rows of each set: {judged} features, {reference} reference."
         )
 
 
@@ -93,16 +91,15 @@ def _squared_radii(points: Array, k: int, block: int) -> Array:
 def _squared_distances(points: Array, others: Array | None, block: int) -> Iterator[tuple[slice, Array]]:
     """|a - b|^2 for a block of points at a time: (b, m). Without others, to the points; then its own distance is 0."""
     if block < 1:
-        raise ConfigError(f"block = {block} must be at least 1")
+        raise ConfigError(f"block is {block}; it must be at least 1.")
     targets = points if others is None else others
     norms, target_norms = np.square(points).sum(1), np.square(targets).sum(1)
-    for start in range(0, len(points), block):
-        rows = slice(start, min(start + block, len(points)))
+    for rows in row_blocks(len(points), block):
         squared = points[rows] @ targets.T  # (b, m)
         squared *= -2
         squared += target_norms
         squared += norms[rows, None]
         np.maximum(squared, 0, out=squared)
         if others is None:
-            squared[np.arange(rows.stop - start), np.arange(start, rows.stop)] = 0
+            squared[np.arange(len(squared)), np.arange(rows.start, rows.stop)] = 0
         yield rows, squared

@@ -1,0 +1,162 @@
+"""The diversity of groups of images, measured in features: within groups, pooled, and against a reference set.
+
+A group is what one prompt gave. The headline is the mean over groups of a score of one group's images; the pooled score
+of all images also counts the differences between prompts. Scores depend on the number of images: compare equal ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scripts.diversity_metrics.bootstrap import Interval, RkeScore, VendiScore, grouped_interval
+from scripts.diversity_metrics.prdc import PRDC, mean_pairwise_distance, prdc
+from scripts.diversity_metrics.rke import relative_rke
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one set of images, or their means over groups."""
+
+    vendi: Interval
+    rke: Interval
+    distance: float  # mean Euclidean distance between unit features, 0 to 2
+
+
+@dataclass(frozen=True)
+class AgainstReference:
+    """All images against all of the reference."""
+
+    relative_rke: float  # nats
+    prdc: PRDC
+    images: int  # in the reference
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """What was measured, and how."""
+
+    within: Scores  # means over groups
+    pooled: Scores  # of all images together
+    groups: Mapping[str, Scores]
+    counts: Mapping[str, int]  # images of each group
+    features: str  # name of the extractor
+    order: float  # q of the Vendi score, with the cosine kernel
+    bandwidth: float  # h of RKE's Gaussian kernel
+    reference: AgainstReference | None = None
+
+
+def measure(
+    features: Mapping[str, np.ndarray], bandwidth: float, order: float, extractor: str, draws: int, seed: int = 0
+) -> Diversity:
+    """Measure groups (name -> (n, d) features), with 95 % intervals from `draws` bootstrap draws.
+
+    The interval of the means holds the prompts fixed and draws their images anew; that of the pooled scores draws
+    images of any prompt. Raises ConfigError for features that cannot be measured, naming what is wrong with them.
+    """
+    vendi, rke = VendiScore(order), RkeScore(bandwidth)
+
+    def scores(groups: Sequence[np.ndarray]) -> Scores:
+        return Scores(
+            grouped_interval(groups, vendi, draws=draws, seed=seed),
+            grouped_interval(groups, rke, draws=draws, seed=seed),
+            float(np.mean([mean_pairwise_distance(group) for group in groups])),
+        )
+
+    return Diversity(
+        within=scores(list(features.values())),
+        pooled=scores([np.concatenate(list(features.values()))]),
+        groups={name: scores([group]) for name, group in features.items()},
+        counts={name: len(group) for name, group in features.items()},
+        features=extractor,
+        order=order,
+        bandwidth=bandwidth,
+    )
+
+
+def against_reference(
+    features: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], bandwidth: float
+) -> AgainstReference:
+    """Compare two sets of groups, pooled; ConfigError if either has too few images."""
+    ours, theirs = (np.concatenate(list(groups.values())) for groups in (features, reference))
+    return AgainstReference(relative_rke(ours, theirs, bandwidth), prdc(ours, theirs, NEIGHBOURS), len(theirs))
+
+
+# --- as metrics, data, table and figure ----------------------------------------------------------------
+
+
+def metrics(found: Diversity) -> dict[str, float]:
+    """What is logged: `diversity/<score>` of the means over prompts with its interval, and `_pooled`."""
+    logged = {"diversity/distance": found.within.distance, "diversity/distance_pooled": found.pooled.distance}
+    for name in ("vendi", "rke"):
+        interval: Interval = getattr(found.within, name)
+        logged |= {
+            f"diversity/{name}": interval.estimate,
+            f"diversity/{name}_low": interval.low,
+            f"diversity/{name}_high": interval.high,
+            f"diversity/{name}_pooled": getattr(found.pooled, name).estimate,
+        }
+    return logged
+
+
+def record(found: Diversity) -> dict[str, Any]:
+    """Plain data, with everything needed to measure the same again."""
+    return {"images": sum(found.counts.values()), "vendi_kernel": "cosine", "rke_kernel": "gaussian"} | asdict(found)
+
+
+def table(found: Diversity) -> str:
+    """A line for the means, for all images together, and for each group."""
+    rows = [("mean over prompts", sum(found.counts.values()), found.within)]
+    rows += [(name, found.counts[name], scores) for name, scores in found.groups.items()]
+    if len(found.groups) > 1:
+        rows.append(("all images together", sum(found.counts.values()), found.pooled))
+    cells = [("", "images", f"Vendi (q = {found.order:g})", f"RKE (h = {found.bandwidth:.4g})", "mean distance")]
+    cells += [(name, str(n), _cell(s.vendi), _cell(s.rke), f"{s.distance:.3f}") for name, n, s in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    if found.reference:
+        scores = found.reference.prdc
+        lines += [
+            "",
+            f"against {found.reference.images} reference images: precision {scores.precision:.3f}, recall "
+            f"{scores.recall:.3f}, density {scores.density:.3f}, coverage {scores.coverage:.3f} (k = {NEIGHBOURS}); "
+            f"relative RKE {found.reference.relative_rke:.3f} nats",
+        ]
+    return "\n".join([*lines, "", f"95 % intervals; features {found.features}"])
+
+
+def _cell(interval: Interval) -> str:
+    return f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+
+
+def figure(found: Diversity) -> Figure:
+    """Vendi and RKE of every group, with intervals; the line is their mean."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(9, 1.4 + 0.32 * len(found.groups)), layout="constrained")
+    names, positions = list(found.groups), np.arange(len(found.groups))[::-1]
+    panels: list[tuple[str, str, Callable[[Scores], Interval]]] = [
+        (f"Vendi score (q = {found.order:g}, cosine)", BLUE, lambda scores: scores.vendi),
+        (f"RKE (Gaussian, h = {found.bandwidth:.4g})", ORANGE, lambda scores: scores.rke),
+    ]
+    for axes, (label, colour, pick) in zip(drawn.subplots(1, 2, sharey=True), panels, strict=True):
+        intervals, mean = [pick(scores) for scores in found.groups.values()], pick(found.within)
+        values = np.array([interval.estimate for interval in intervals])
+        ends = np.array([(interval.low, interval.high) for interval in intervals]).T
+        axes.axvspan(mean.low, mean.high, color=colour, alpha=0.15, lw=0)
+        axes.axvline(mean.estimate, color=colour, lw=1)
+        axes.errorbar(values, positions, xerr=np.abs(ends - values), fmt="o", color=colour, capsize=3)
+        axes.set_xlabel(f"{label}, effective number of images")
+        axes.set_yticks(positions, [f"{name} ({found.counts[name]})" for name in names])
+        axes.spines[["top", "right"]].set_visible(False)
+    drawn.suptitle("Diversity within a prompt, 95 % intervals; line and band: mean over prompts", fontsize=10)
+    return drawn
