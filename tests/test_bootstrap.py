@@ -167,10 +167,12 @@ def test_interactions_are_counted_once():
         total = rows.sum(0)
         return float((total @ total - (rows**2).sum()) / (len(rows) * (len(rows) - 1)))
 
-    sets = rng.choice([-1.0, 1.0], size=(40, n, 12))
-    widths = [(f := grouped_interval([x], quadratic, draws=300, log=False)).high - f.estimate for x in sets]
-    true_sd = math.sqrt(2 * 12 / (n * (n - 1)))
-    assert np.sqrt(np.mean(np.square(widths))) / 1.96 == pytest.approx(true_sd, rel=0.15)
+    sets = rng.choice([-1.0, 1.0], size=(60, n, 12))
+    true_variance = 2 * 12 / (n * (n - 1))
+    spreads = [replicates(x, quadratic, 300, log=False).var() for x in sets]
+    assert np.mean(spreads) == pytest.approx(1.25 * true_variance, rel=0.25)
+    alone = [(n - 1) * np.var([quadratic(np.delete(x, i, axis=0)) for i in range(n)]) for x in sets]
+    assert np.mean(alone) > 1.8 * true_variance  # the broken twin: the jackknife alone
 
 
 def test_the_mean_over_groups_is_the_estimate_and_many_groups_narrow_it():

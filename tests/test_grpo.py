@@ -201,7 +201,7 @@ def test_timestep_fraction_trains_that_share_of_the_steps(config, build):
     config.train.timestep_fraction = 0.5
     parts = build(config)
     _, experience = collect(parts)
-    drawn = [tuple(grpo._trained_slots(experience.trajectory, parts.settings, epoch, 0, 0)) for epoch in range(20)]
+    drawn = [tuple(grpo._trained_slots(experience, parts.settings, 0, update)) for update in range(20)]
     assert {len(slots) for slots in drawn} == {2}
     assert len(set(drawn)) > 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tracemalloc
 
@@ -158,7 +159,7 @@ def test_the_order_of_the_rows_does_not_matter(kernel):
 @pytest.mark.parametrize("kernel", ["cosine", "gaussian"])
 def test_the_score_never_rises_with_q_and_lies_between_1_and_n(kernel):
     scores = [vendi_score(cloud(30, 9), q, kernel, 2.0) for q in [0, 0.1, 0.5, 0.99, 1, 1.01, 2, 10, 1000, math.inf]]
-    assert all(a >= b for a, b in zip(scores, scores[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(scores))
     assert 1 <= scores[-1] <= scores[0] <= 30
 
 

@@ -14,13 +14,14 @@ from scripts import cli
 def main(config) -> None:
     """Wire the parts together and train."""
     from flow_grpo import checkpoint, drtune, grpo
-    from flow_grpo.evaluation import build_evaluators
+    from flow_grpo.evaluation import Evaluator, build_evaluators
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.rewards import build_reward
     from flow_grpo.tracking import Run
     from flow_grpo.trainer import fit
+    from scripts.diversity_metrics.diversity_evaluator import build_diversity_evaluators
 
     settings, accelerator = launch(config)
     config = settings.config
@@ -30,7 +31,8 @@ def main(config) -> None:
     try:
         reward = build_reward(config, accelerator.device)
         policy = Policy.load(settings, accelerator)
-        evaluators = build_evaluators(policy, reward, settings, run)
+        evaluators: list[Evaluator] = build_evaluators(policy, reward, settings, run)
+        evaluators += build_diversity_evaluators(settings, run, accelerator.device)
         checkpoint.resume(policy, run, settings)
         fit(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run)
     finally:

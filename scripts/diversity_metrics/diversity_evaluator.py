@@ -1,0 +1,315 @@
+"""Diversity of a model's images: the evaluator of training runs, and a command for folders and checkpoints.
+
+    python scripts/diversity_metrics/diversity_evaluator.py --images DIR [--reference DIR]
+    python scripts/diversity_metrics/diversity_evaluator.py --checkpoint logs/RUN/checkpoints/checkpoint-000100 [--ema]
+
+Vendi score, RKE and mean distance, within prompts and pooled, with intervals (scripts/diversity_metrics/diversity.py).
+In a folder, each sub-folder is a prompt; images directly in it are one group. A reference is compared as a whole.
+
+RKE needs a bandwidth that never changes. A run chooses it on its base model's samples and keeps it in
+RUN/diversity/bandwidth.json, with the name of the features; --run takes both from there for a folder of images. Without
+a run it is chosen on the reference, or else on the images themselves: RKE then says nothing across folders.
+
+Written to --out: diversity.json and diversity.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from flow_grpo.errors import ConfigError
+from scripts import cli
+from scripts.diversity_metrics import diversity
+from scripts.diversity_metrics.diversity import Diversity
+from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, load_extractor, read_images
+from scripts.diversity_metrics.rke import median_bandwidth
+
+if TYPE_CHECKING:
+    import torch
+    from ml_collections import ConfigDict, FrozenConfigDict
+
+    from flow_grpo.evaluation import SampleRequest
+    from flow_grpo.policy import Policy
+    from flow_grpo.settings import Settings
+    from flow_grpo.tracking import Run
+    from flow_grpo.types import Samples
+    from scripts.diversity_metrics.checkpoints import Model
+
+FOLDER, BANDWIDTH_FILE = "diversity", "bandwidth.json"
+RESULTS, FIGURE = "diversity.json", "diversity.png"
+
+# --- in training ----------------------------------------------------------------------------------------
+
+
+class DiversityEvaluator:
+    """Logs `diversity/...` of `num_seeds` images of each diversity prompt; writes RUN/diversity/<label>_<epoch>.json.
+
+    The first evaluation of a run, which is the base model's, chooses the bandwidth, unless the configuration gives it.
+    """
+
+    name, collective = "diversity", False
+
+    def __init__(self, extractor: FeatureExtractor, bandwidth: float | None, settings: Settings, run: Run) -> None:
+        """`bandwidth`: None if it is still to be chosen."""
+        self.extractor, self.bandwidth, self.run = extractor, bandwidth, run
+        self.config, self.freq = settings.config, settings.config.eval_diversity_freq
+        self.request = diversity_request(settings.config)
+
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Measure; per-prompt figures go to the run folder."""
+        features = features_by_prompt(samples, self.extractor)
+        folder = self.run.folder / FOLDER
+        if self.bandwidth is None:
+            self.bandwidth = choose_bandwidth(features, self.extractor.name, folder)
+        found = measure(features, self.bandwidth, self.extractor.name, self.config)
+        write_json(folder / f"{samples.label}_{self.run.counters.epoch:06d}.json", diversity.record(found))
+        return diversity.metrics(found)
+
+
+def build_diversity_evaluators(settings: Settings, run: Run, device: torch.device) -> list[DiversityEvaluator]:
+    """The evaluator, if the configuration asks for it.
+
+    Raises:
+        ConfigError: the extractor cannot be loaded; a resumed run has no bandwidth, or has it of other features.
+    """
+    from flow_grpo.tracking import run_folder_of
+
+    config = settings.config
+    if not config.eval_diversity:
+        return []
+    extractor = extractor_of(config, device)
+    bandwidth = config.diversity.bandwidth or None
+    if bandwidth is None and config.resume_from:
+        source = run_folder_of(config.resume_from)
+        bandwidth = None if source is None else stored_bandwidth(source / FOLDER, extractor.name)
+        if bandwidth is None:
+            raise ConfigError(
+                f"config.eval_diversity = True, but the run of config.resume_from = {config.resume_from!r} did not "
+                "measure its base model's diversity, where RKE's bandwidth is chosen; give one in "
+                "config.diversity.bandwidth."
+            )
+        if run.is_main:
+            write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
+    return [DiversityEvaluator(extractor, bandwidth, settings, run)]
+
+
+def extractor_of(config: ConfigDict | FrozenConfigDict, device: torch.device) -> FeatureExtractor:
+    """The features that `config.diversity` names."""
+    chosen = config.diversity
+    return load_extractor(chosen.extractor, chosen.model, chosen.pretrained, device, chosen.batch_size)
+
+
+def diversity_request(config: ConfigDict | FrozenConfigDict) -> SampleRequest:
+    """The images that a diversity evaluation needs."""
+    from flow_grpo.evaluation import SampleRequest
+    from flow_grpo.prompts import PromptDataset
+
+    prompts = PromptDataset.load(config.prompts.eval_diversity).prompts
+    return SampleRequest(tuple(dict.fromkeys(prompts))[: config.diversity.num_prompts or None], config.num_seeds)
+
+
+def features_by_prompt(samples: Samples, extractor: FeatureExtractor) -> dict[str, np.ndarray]:
+    """prompt -> (n, d) features of its images."""
+    features = extractor(samples.images)
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(samples.prompts):
+        rows.setdefault(prompt, []).append(i)
+    return {prompt: features[indices] for prompt, indices in rows.items()}
+
+
+def measure(
+    features: Mapping[str, np.ndarray], bandwidth: float, extractor: str, config: ConfigDict | FrozenConfigDict
+) -> Diversity:
+    """With the order and the bootstrap of `config.diversity`."""
+    return diversity.measure(features, bandwidth, config.diversity.order, extractor, config.diversity.num_draws)
+
+
+# --- the bandwidth --------------------------------------------------------------------------------------
+
+
+def choose_bandwidth(features: Mapping[str, np.ndarray], extractor: str, folder: Path) -> float:
+    """Choose the bandwidth on these features, those of the base model, and store it."""
+    bandwidth = median_bandwidth(list(features.values()))
+    write_bandwidth(folder, bandwidth, extractor)
+    return bandwidth
+
+
+def write_bandwidth(folder: Path, bandwidth: float, extractor: str) -> None:
+    """Store it with the features that it is for."""
+    write_json(folder / BANDWIDTH_FILE, {"bandwidth": bandwidth, "features": extractor})
+
+
+def stored_bandwidth(folder: Path, extractor: str) -> float | None:
+    """The bandwidth of a run; None if it has not been chosen. ConfigError if it is of other features, or unreadable."""
+    path = folder / BANDWIDTH_FILE
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        bandwidth, features = float(stored["bandwidth"]), stored["features"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is damaged; it holds a bandwidth and the features that it is for.") from None
+    if features != extractor:
+        raise ConfigError(
+            f"{path} is for the features {features!r}, not {extractor!r}: a bandwidth of other features says nothing."
+        )
+    return bandwidth
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Strict JSON, in a folder made if needed."""
+    from flow_grpo.tracking import strict_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(strict_json(value, indent=1) + "\n", encoding="utf-8")
+
+
+# --- the command ----------------------------------------------------------------------------------------
+
+
+def measure_images(args: argparse.Namespace) -> dict[str, Diversity]:
+    """Of a folder, under its name."""
+    extractor, stored = _extractor_and_bandwidth(args)
+    images = read_images(Path(args.images), args.keep_readable)
+    for path in images.skipped:
+        print(f"left out, unreadable: {path}")
+    features = images.features(extractor)
+    reference = read_images(Path(args.reference), args.keep_readable).features(extractor) if args.reference else None
+    bandwidth = args.bandwidth or stored or median_bandwidth(list((reference or features).values()))
+    found = diversity.measure(features, bandwidth, args.order, extractor.name, args.draws)
+    return {Path(args.images).name: with_reference(found, features, reference)}
+
+
+def _extractor_and_bandwidth(args: argparse.Namespace) -> tuple[FeatureExtractor, float | None]:
+    """Those of --run, or those of the options."""
+    import torch
+
+    from scripts.diversity_metrics.checkpoints import read_config
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not args.run:
+        return load_extractor(args.extractor, args.model, args.pretrained, device), None
+    extractor = extractor_of(read_config(Path(args.run), {}), device)
+    bandwidth = stored_bandwidth(Path(args.run) / FOLDER, extractor.name)
+    if bandwidth is None:
+        raise ConfigError(f"--run {args.run} has no {FOLDER}/{BANDWIDTH_FILE}; it was not run with eval_diversity.")
+    return extractor, bandwidth
+
+
+def with_reference(
+    found: Diversity, features: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray] | None
+) -> Diversity:
+    """The same, compared with a reference if there is one."""
+    from dataclasses import replace
+
+    if reference is None:
+        return found
+    return replace(found, reference=diversity.against_reference(features, reference, found.bandwidth))
+
+
+def measure_checkpoint(args: argparse.Namespace) -> dict[str, Diversity]:
+    """Of the base model and of a checkpoint, on the noise of the run's own evaluations."""
+    from flow_grpo.launch import launch
+    from flow_grpo.policy import Policy
+    from flow_grpo.settings import find_checkpoint
+    from scripts.diversity_metrics.checkpoints import choose_models, read_config
+
+    checkpoint = find_checkpoint(args.checkpoint)
+    run = checkpoint.resolve().parents[1]
+    config = read_config(run, {"eval_diversity": True})
+    models = choose_models(run, f"base,{int(checkpoint.name.removeprefix('checkpoint-'))}", config, args.ema)
+    settings, accelerator = launch(config)
+    extractor = extractor_of(settings.config, accelerator.device)
+    reference = read_images(Path(args.reference), args.keep_readable).features(extractor) if args.reference else None
+    features = sampled_features(Policy.load(settings, accelerator), models, extractor, args.ema)
+    bandwidth = args.bandwidth or run_bandwidth(config, run, extractor, features["base"])
+    measured = {name: measure(groups, bandwidth, extractor.name, config) for name, groups in features.items()}
+    return {name: with_reference(found, features[name], reference) for name, found in measured.items()}
+
+
+def run_bandwidth(config: ConfigDict, run: Path, extractor: FeatureExtractor, base: Mapping[str, np.ndarray]) -> float:
+    """Of a run that has ended: configured, stored, or chosen now on its base model's features and stored."""
+    stored = config.diversity.bandwidth or stored_bandwidth(run / FOLDER, extractor.name)
+    return stored or choose_bandwidth(base, extractor.name, run / FOLDER)
+
+
+def sampled_features(
+    policy: Policy, models: Sequence[Model], extractor: FeatureExtractor, ema: bool
+) -> dict[str, dict[str, np.ndarray]]:
+    """model -> prompt -> (n, d), every model on the same noise; afterwards the policy has the weights of the last."""
+    from flow_grpo.evaluation import draw_samples
+    from flow_grpo.prompts import PromptDataset
+    from flow_grpo.tracking import Run
+    from scripts.diversity_metrics.checkpoints import Bars, load_weights
+
+    settings, base = policy.settings, [parameter.detach().clone() for parameter in policy.trainable]
+    prompts, bars = PromptDataset.load(settings.config.prompts.test), Bars()
+    features = {}
+    for model in bars.progress(models, "models"):
+        load_weights(policy, model, base, ema)
+        samples = draw_samples(policy, prompts, settings, cast(Run, bars), [diversity_request(settings.config)])
+        features[model.name] = features_by_prompt(samples, extractor)
+    return features
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", help="a folder of images, or of a folder of images for each prompt")
+    source.add_argument("--checkpoint", help="a checkpoint of a run, or a run: its latest")
+    parser.add_argument("--reference", default="", help="a folder of images to compare with, e.g. real ones")
+    parser.add_argument("--keep-readable", action="store_true", help="leave out images that cannot be read")
+    parser.add_argument("--ema", action="store_true", help="with --checkpoint: its averaged weights")
+    parser.add_argument("--run", default="", help="with --images: take features and bandwidth of this run")
+    parser.add_argument("--extractor", default="clip", choices=EXTRACTORS, help="with --images (default: clip)")
+    parser.add_argument(
+        "--model", default="assets/tiny_features", help="directory, hub id or open_clip's name or .json"
+    )
+    parser.add_argument("--pretrained", default="", help="open_clip: tag or file of weights")
+    parser.add_argument("--order", type=float, default=1.0, help="q of the Vendi score; inf is allowed (default: 1)")
+    parser.add_argument("--bandwidth", type=float, default=0.0, help="h of RKE (default: see above)")
+    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default: 1000)")
+    parser.add_argument("--out", default="", help="folder (default: logs/diversity, or RUN/diversity/<checkpoint>)")
+    args = parser.parse_args(arguments)
+    if args.checkpoint and args.run:
+        parser.error("--run is for --images; a checkpoint knows its run")
+    return args
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
+    """Measure, write the files, print the tables."""
+    if args.checkpoint:
+        from flow_grpo.settings import find_checkpoint
+
+        checkpoint = find_checkpoint(args.checkpoint)
+        default = checkpoint.parents[1] / FOLDER / (checkpoint.name + ("_ema" if args.ema else ""))
+    else:
+        default = Path("logs") / FOLDER
+    out = Path(args.out or default)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; it takes a folder.")
+    found = measure_checkpoint(args) if args.checkpoint else measure_images(args)
+    write_json(out / RESULTS, {name: diversity.record(measured) for name, measured in found.items()})
+    for name, measured in found.items():
+        print(f"{name}\n{diversity.table(measured)}\n")
+    diversity.figure(list(found.values())[-1]).savefig(out / FIGURE, dpi=130)
+    print(f"written to {out}")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure; exit code 2 after one sentence about bad input."""
+    args = parse(arguments)
+    with cli.one_sentence_errors():
+        evaluate(args)
+
+
+if __name__ == "__main__":
+    main()
