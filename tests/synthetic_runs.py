@@ -38,6 +38,7 @@ def write_run(
     evals_every: int = 10,
     overrides: Mapping[str, Any] | None = None,
     density: bool = False,
+    diversity: bool = False,
 ) -> Path:
     """A run evaluated at `seconds`; `collapse` 0: all colours equally often, 1: only one of them."""
     config = get_config()
@@ -59,6 +60,11 @@ def write_run(
         if density:
             line |= {"eval/entropy/nats": -20.0 - 50 * lost, "eval/entropy/standard_error": 4.0}
             line |= {"eval/ode_log_prob/std": 36.0 - 10 * lost}
+        if diversity:
+            for name, value, width in (("vendi", 3.5, 0.1), ("rke", 4.5, 0.2)):
+                score = 1 + (value - 1) * (1 - lost)
+                ends = {"": score, "_low": score - width, "_high": score + width}
+                line |= {f"eval/diversity/{name}{end}": number for end, number in ends.items()}
         lines.append(line | {"eval/modes/entropy": float(-(shares * np.log(shares + 1e-12)).sum())})
         write_grid(folder / f"images/eval_{step:06d}.png", shares)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

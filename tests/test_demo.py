@@ -27,7 +27,8 @@ from tests.synthetic_runs import write_run
 config = parse_config(sys.argv, "")
 gradient = config.use_reward_gradient
 rewards = [0.5, 0.6, 0.9] if gradient else [0.5, 0.65, 0.75]
-write_run(Path(config.logdir) / config.run_name, rewards, [0, 10, 20] if gradient else [0, 50, 100], gradient)
+write_run(Path(config.logdir) / config.run_name, rewards, [0, 10, 20] if gradient else [0, 50, 100], gradient,
+          diversity=True)
 print("trained", config.recipe, config.max_seconds, config.seed)
 """
 
@@ -64,7 +65,9 @@ def test_the_commands_are_the_recipes_with_the_clock_and_nothing_else(
     config = parse_config(train_command(method, tmp_path, seconds=180, seed=7)[1:], "")
     resolve(config, num_processes=1, cuda=False)
     changed = {"logdir", "run_name", "seed", "max_seconds", "num_epochs", "eval_freq", "save_freq", "eval"}
-    changed |= {"eval_ode_log_prob", "eval_ode_log_prob_freq"}
+    changed |= {"eval_ode_log_prob", "eval_ode_log_prob_freq", "eval_diversity", "eval_diversity_freq", "num_seeds"}
+    changed |= {"num_checkpoint_limit"}
+    assert config.num_seeds == config.eval.num_image_per_prompt  # no image is drawn for the diversity alone
     recipe = get_config(method.recipe)
     assert {key for key in recipe if config[key] != recipe[key]} <= changed
     assert (config.logdir, config.run_name, config.seed, config.max_seconds) == (
@@ -86,9 +89,9 @@ def test_the_demo_ends_with_numbers_report_and_next_step(finished: Demo) -> None
     lines = out.splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("held-out noise"))
     assert [line.split() for line in lines[start + 1 : start + 4]] == [
-        ["base", "0.5000", "78.0%"],
-        ["DRTune", "0.9000", "78.0%"],
-        ["GRPO", "0.7500", "78.0%"],
+        ["base", "0.5000", "78.0%", "3.50", "(3.40", "to", "3.60)", "4.50", "(4.30", "to", "4.70)"],
+        ["DRTune", "0.9000", "78.0%", "3.50", "(3.40", "to", "3.60)", "4.50", "(4.30", "to", "4.70)"],
+        ["GRPO", "0.7500", "78.0%", "3.50", "(3.40", "to", "3.60)", "4.50", "(4.30", "to", "4.70)"],
     ]
     assert lines[start + 4].startswith("DRTune reached GRPO's final reward (0.7500) after 15.0 s of training, 15.0%")
     assert lines[start + 5] == f"Report: {finished.folder / 'report/report.html'}"

@@ -299,12 +299,6 @@ def test_contrastive_loss_keeps_images_of_one_caption_together():
 # --- measures ---------------------------------------------------------------------------------------------
 
 
-def test_vendi_counts_the_distinct_pictures():
-    assert measure_tiny.vendi(torch.eye(5, 8)) == pytest.approx(5, rel=1e-9)
-    assert measure_tiny.vendi(torch.eye(5, 8).repeat(3, 1)) == pytest.approx(5, rel=1e-9)
-    assert measure_tiny.vendi(torch.eye(5, 8)[:1].repeat(7, 1)) == pytest.approx(1, rel=1e-6)
-
-
 def test_psnr_of_a_known_error():
     images = torch.full((2, 3, 4, 4), 0.5)
     assert measure_tiny.psnr(images, images + 0.1) == pytest.approx(20, abs=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,22 +14,32 @@ import torch
 WORKER = Path(__file__).parent / "worker.py"
 
 
-def run_worker(processes: int, method: str, models: Path, out: Path) -> dict[str, torch.Tensor]:
+def run_worker(processes: int, *arguments: str | Path) -> Path:
+    """The last argument is the file that the worker writes."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, str(WORKER), method, str(models), str(out)]
+    command = [sys.executable, *launcher, *map(str, arguments)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=WORKER.parent.parent)
     assert result.returncode == 0, result.stderr
-    return torch.load(out, weights_only=True)
+    return Path(arguments[-1])
 
 
 @pytest.mark.parametrize("method", ["grpo", "drtune"])
 def test_one_and_two_processes_give_the_same_gradient_and_samples(random_models, tmp_path, method):
     """3 groups of 4, of which two processes share one; 7 evaluation images, which two do not divide."""
-    one = run_worker(1, method, random_models, tmp_path / "one.pt")
-    two = run_worker(2, method, random_models, tmp_path / "two.pt")
+    one = torch.load(run_worker(1, WORKER, method, random_models, tmp_path / "one.pt"), weights_only=True)
+    two = torch.load(run_worker(2, WORKER, method, random_models, tmp_path / "two.pt"), weights_only=True)
     assert one["gradient"].norm() > 0
     assert ((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()).item() < 1e-5
     assert len(one["images"]) == len(two["images"]) == 7
     torch.testing.assert_close(two["images"], one["images"], rtol=0, atol=1e-5)
     torch.testing.assert_close(two["latents"], one["latents"], rtol=1e-5, atol=1e-5)
+
+
+def test_one_and_two_processes_measure_the_same_diversity(random_models, tmp_path):
+    """5 images of each of 3 prompts, which two processes do not divide; one image a batch, so that no bit differs."""
+    worker = WORKER.with_name("diversity_worker.py")
+    one, two = (json.loads(run_worker(n, worker, random_models, tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert list(two["counts"].values()) == [5, 5, 5]
+    assert one["metrics"]["eval/diversity/vendi"] > 1
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-12)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from flow_grpo.errors import ConfigError
-from scripts.study.figures import COLOURS, states
+from scripts.study.figures import COLOURS, states, vendi_rke_figure
 from scripts.study.records import compare, crossing, first_crossing, load_runs
 from scripts.study.report import build_report, main, notes
 from tests.synthetic_runs import write_demo_pair, write_run
@@ -159,6 +159,28 @@ def test_entropy_is_shown_where_it_was_measured(tmp_path: Path) -> None:
     assert re.findall(r"<td>(.*?)</td>", row[1]) == ["-20.0 ± 4.0", "-70.0 ± 4.0", "-70.0 ± 4.0"]
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["runs"]["GRPO"]["entropy/nats"] == -70.0
+
+
+def test_diversity_is_shown_with_its_intervals_where_it_was_measured(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, [0.5, 0.6, 0.7], [0, 10, 20], gradient, collapse=[0, 0.5, 1], diversity=True)
+        for name, gradient in (("drtune", True), ("grpo", False))
+    ]
+    edit_lines(runs[0], lambda x: {k: v for k, v in x.items() if x["step"] != 10 or "diversity" not in k})
+    build_report(runs, tmp_path / "out")
+    assert (tmp_path / "out/vendi_rke.png").is_file()
+    html = (tmp_path / "out/report.html").read_text()
+    for name, base, last in (("Vendi score", "3.50 (3.40 to 3.60)", "1.00 (0.90 to 1.10)"), ("RKE", "4.50", "1.00")):
+        row = re.search(rf"<th>{name} within a prompt.*?</th>(.*?)</tr>", html)
+        assert row is not None
+        cells = re.findall(r"<td>(.*?)</td>", row[1])
+        assert [cell.startswith(value) for cell, value in zip(cells, (base, last, last), strict=True)] == [True] * 3
+    drawn = vendi_rke_figure(load_runs(runs))
+    bars, right = drawn.axes[0].containers[0], drawn.axes[1]
+    low, high = bars[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((3.4, 3.6))
+    assert len(bars[0].get_xdata()) == 2  # the evaluation without it is left out
+    assert list(right.containers[0][0].get_xdata()) == [0.5, 0.7]
 
 
 def test_without_it_there_is_no_entropy_figure(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ The density is that of VAE-scaled latents, given the prompt, under the guided OD
 and in as many steps; no density of pixels, no law of a stochastic sampler, and no probability. The run's config.json
 says everything else; noise and probes are keyed, the same for every model, and for the run's own evaluations.
 
+Intervals are Student's, at 95 %, with the degrees of freedom of the samples: n - 1 for one prompt, by Welch and
+Satterthwaite for the mean over several.
+
 Images are encoded to the mode of the VAE's posterior and carried from data to noise. Euler's steps are there not those
 of the sampler turned round (and the first is at sigma = 0): give --num-steps or --solver to have both agree.
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flow_grpo.entropy import EntropyEstimate, ProbeGenerators
-    from flow_grpo.ode_log_prob import PromptLogDensities
+    from flow_grpo.ode_log_prob import MeanOverPrompts, PromptLogDensities
     from flow_grpo.policy import Policy
     from flow_grpo.tracking import Run
 
@@ -49,8 +52,9 @@ OVERRIDES = {  # command-line option -> configuration key
     "num_steps": "eval.num_steps",
 }
 MEASURE = ("resolution", "pretrained.", "prompts.test", "entropy.", "eval.seed", "eval.num_steps", "eval.guidance")
+# of the samples of all prompts together: their spread, and no entropy, which would be that of the mixture
+POOLED = ("num_samples", "log_prob_std", "log_prob_std_corrected", "minimum", "maximum", "quantiles")
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's
-NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def data_log_densities(policy: Policy, latents: Tensor, prompts: Sequence[str]) 
             policy.velocity(policy.encode([prompts[i] for i in part]), config.eval.guidance_scale),
             latents[part.start : part.stop],
             policy.sigmas(config.eval.num_steps).flip(0),
-            estimator_of(config),
+            estimator_of(policy),
             image_probes(config.eval.seed, part),
             solver=config.entropy.solver,
         )
@@ -164,6 +168,7 @@ def measure(
     """Every model on the same noise and probes; afterwards the policy has the weights of the last."""
     import torch
 
+    from flow_grpo.entropy import NonFiniteError
     from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
 
     base = [parameter.detach().clone() for parameter in policy.trainable]
@@ -175,21 +180,21 @@ def measure(
         try:
             densities = prompt_log_densities(policy, prompts, cast("Run", bars))
             values = [] if latents is None else data_log_densities(policy, latents, texts)
-        except ValueError as error:  # a velocity that is not finite, more orthogonal probes than dimensions
+        except NonFiniteError as error:
             raise ConfigError(f"{model.name} has no log-density: {error}") from error
         rows = [{"file": i.path.name, "prompt": i.prompt, **v} for i, v in zip(images, values, strict=True)]
         measured.append(Measured(model, densities, entropy_metrics(densities), rows))
     return measured
 
 
-def entropy_change(first: PromptLogDensities, other: PromptLogDensities) -> tuple[float, float]:
-    """Entropy of `other` minus that of `first`, mean over prompts, and its standard error; nats.
+def entropy_change(first: PromptLogDensities, other: PromptLogDensities) -> MeanOverPrompts:
+    """Entropy of `other` minus that of `first`, mean over prompts; nats.
 
     Noise and probes are common, so the samples are compared in pairs: the error is that of the difference.
     """
-    difference = first.log_prob - other.log_prob  # (P, S)
-    count, samples = difference.shape
-    return difference.mean().item(), (difference.var(1).sum() / samples).sqrt().item() / count
+    from flow_grpo.ode_log_prob import MeanOverPrompts
+
+    return MeanOverPrompts.of(first.log_prob - other.log_prob)
 
 
 # --- results ------------------------------------------------------------------------------------------------
@@ -216,18 +221,20 @@ def _entry(found: Measured, first: Measured) -> dict[str, Any]:
         "name": found.model.name,
         "step": found.model.step,
         "metrics": found.metrics,
+        "pooled": {name: value for name, value in _estimate(found.densities.pooled).items() if name in POOLED},
         "prompts": [{"prompt": prompt, **_estimate(estimate)} for prompt, estimate in pairs],
         "images": found.images,
     }
     if found is not first:
-        change, error = entropy_change(first.densities, found.densities)
-        entry["entropy_change"] = {"since": first.model.name, "nats": change, "standard_error": error}
+        change = asdict(entropy_change(first.densities, found.densities))
+        entry["entropy_change"] = {"since": first.model.name, "nats": change.pop("mean"), **change}
     return entry
 
 
 def _estimate(estimate: EntropyEstimate) -> dict[str, Any]:
     return {
         **asdict(estimate),
+        "half_width_95": estimate.half_width_95,
         "nats_per_dim": estimate.nats_per_dim,
         "bits_per_dim": estimate.bits_per_dim,
         "quantiles": {f"{q:g}": value for q, value in estimate.quantiles.items()},
@@ -250,8 +257,8 @@ def table(record: Mapping[str, Any]) -> str:
         metrics, change = model["metrics"], model.get("entropy_change")
         line = [
             model["name"],
-            f"{metrics['entropy/nats']:.2f} ± {NORMAL_95 * metrics['entropy/standard_error']:.2f}",
-            f"{change['nats']:+.2f} ± {NORMAL_95 * change['standard_error']:.2f}" if change else "",
+            f"{metrics['entropy/nats']:.2f} ± {metrics['entropy/half_width_95']:.2f}",
+            f"{change['nats']:+.2f} ± {change['half_width_95']:.2f}" if change else "",
             f"{metrics['entropy/bits_per_dim']:.4f}",
             f"{metrics['ode_log_prob/std']:.2f}",
             f"{metrics['ode_log_prob/std_corrected']:.2f}",
@@ -295,7 +302,7 @@ def figure(record: Mapping[str, Any]) -> Figure:
 
 def _draw_entropy(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
     steps, metrics = [model["step"] for model in models], [model["metrics"] for model in models]
-    errors = [NORMAL_95 * found["entropy/standard_error"] for found in metrics]
+    errors = [found["entropy/half_width_95"] for found in metrics]
     axes.errorbar(steps, [found["entropy/nats"] for found in metrics], errors, color=BLUE, marker="o", capsize=3)
     axes.set_ylabel("entropy given the prompt (nats)")
     axes.set_title("Differential entropy, 95 % interval", fontsize="medium")
@@ -326,6 +333,15 @@ def _draw_images(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
 # --- the command --------------------------------------------------------------------------------------------
 
 
+def create_folder(path: Path) -> Path:
+    """The folder of the results; ConfigError if it cannot be one."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {path} cannot be a folder: {error.strerror}.") from error
+    return path
+
+
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, write the files and the trackers; what ode_log_prob.json holds."""
     overrides = {key: getattr(args, name) for name, key in OVERRIDES.items() if getattr(args, name) is not None}
@@ -336,6 +352,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if not args.images and (args.prompt or args.prompts):
         raise ConfigError("--prompt and --prompts say what --images shows; give --images too.")
     models = choose_models(run, args.checkpoints, config, args.ema)
+    out = create_folder(Path(args.out) if args.out else run / ("ode_log_prob_ema" if args.ema else "ode_log_prob"))
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
@@ -348,8 +365,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     images = read_images(Path(args.images), args.prompt, args.prompts, config.resolution) if args.images else []
     measured = measure(Policy.load(settings, accelerator), models, prompts, images, args.ema)
     record = results(measured, settings.config, run, args.ema)
-    out = Path(args.out) if args.out else run / ("ode_log_prob_ema" if args.ema else "ode_log_prob")
-    out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(strict_json(record, indent=1) + "\n", encoding="utf-8")
     figure(record).savefig(out / FIGURE, dpi=130)
     log_checkpoints(

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT = ROOT / "scripts/train/train_sd3.py"
 RECIPES = ROOT / "config/grpo.py"
 NO_LIMIT = 1_000_000  # epochs: the clock stops the run
+NUM_SEEDS = 16  # images of a prompt whose diversity is measured: those of the other evaluators
 NEXT = """\
 Next, on GPUs (README.md, "On GPUs"): GRPO on SD3.5-medium, rewarded by PickScore:
   accelerate launch --config_file scripts/accelerate_configs/multi_gpu.yaml --num_processes 4 \\
@@ -40,12 +41,13 @@ class Method:
     recipe: str
     eval_freq: int  # epochs
     entropy_freq: int  # epochs; a multiple of eval_freq
+    save_freq: int  # epochs; of the checkpoints that visualize_from_checkpoints.py can show
 
 
 # An epoch takes about 0.5 s for DRTune and 1.6 s for GRPO: DRTune is evaluated every 3 s to see when it overtakes.
 METHODS = (
-    Method("DRTune", "drtune", "tiny_sd3_use_gradient", eval_freq=6, entropy_freq=24),
-    Method("GRPO", "grpo", "tiny_sd3", eval_freq=10, entropy_freq=20),
+    Method("DRTune", "drtune", "tiny_sd3_use_gradient", eval_freq=6, entropy_freq=24, save_freq=48),
+    Method("GRPO", "grpo", "tiny_sd3", eval_freq=10, entropy_freq=20, save_freq=20),
 )
 
 
@@ -58,10 +60,14 @@ def train_command(method: Method, out: Path, seconds: float, seed: int, train_sc
         "max_seconds": float(seconds),
         "num_epochs": NO_LIMIT,
         "eval_freq": method.eval_freq,
+        "eval_diversity": "true",
+        "eval_diversity_freq": method.eval_freq,
+        "num_seeds": NUM_SEEDS,
         "eval_ode_log_prob": "true",
         "eval_ode_log_prob_freq": method.entropy_freq,
         "eval.ema": "false",
-        "save_freq": NO_LIMIT,  # only after the last epoch
+        "save_freq": method.save_freq,
+        "num_checkpoint_limit": 0,
     }
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     return [sys.executable, str(train_script), f"--config={RECIPES}:{method.recipe}", *flags]
@@ -102,7 +108,7 @@ def outcome(report: Report) -> str:
     runs = {run.label: run for run in report.runs}
     rows = {"base": report.runs[0].base} | {label: run.final for label, run in runs.items()}
     table = [
-        "held-out noise   reward   judge accuracy",
+        "held-out noise   reward   judge accuracy   Vendi, 95 % interval   RKE, 95 % interval",
         *(_row(label, evaluation) for label, evaluation in rows.items()),
     ]
     sentence = next(c.sentence() for c in report.crossings if c.runner.label == METHODS[0].label)
@@ -110,9 +116,11 @@ def outcome(report: Report) -> str:
 
 
 def _row(label: str, evaluation: Evaluation) -> str:
-    from scripts.study.records import ACCURACY
+    from scripts.study.records import ACCURACY, RKE, VENDI
+    from scripts.study.report import with_interval
 
-    return f"{label:<16} {evaluation.reward:>6.4f}   {evaluation.metrics[ACCURACY]:>14.1%}"
+    scores = f"{with_interval(evaluation, VENDI):>20}   {with_interval(evaluation, RKE):>19}"
+    return f"{label:<16} {evaluation.reward:>6.4f}   {evaluation.metrics[ACCURACY]:>14.1%}   {scores}"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

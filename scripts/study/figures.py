@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from PIL import Image
 
-from scripts.study.records import ACCURACY, ENTROPY, REWARD, Crossing, Evaluation, RunRecord
+from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, Crossing, Evaluation, RunRecord
 
 BASE_COLOUR = "#777777"
 COLOURS = {"DRTune": "#D55E00", "GRPO": "#0072B2"}
@@ -112,10 +112,10 @@ def entropy_figure(runs: Sequence[RunRecord]) -> Figure:
     )
     for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for run in runs:
-            measured = [evaluation for evaluation in run.evaluations if evaluation.density]
+            measured = [evaluation for evaluation in run.evaluations if metric in evaluation.occasional]
             seconds = [evaluation.seconds for evaluation in measured]
-            values = [evaluation.density[metric] for evaluation in measured]
-            errors = [1.96 * evaluation.density["entropy/standard_error"] for evaluation in measured]
+            values = [evaluation.occasional[metric] for evaluation in measured]
+            errors = [1.96 * evaluation.occasional["entropy/standard_error"] for evaluation in measured]
             axes.errorbar(
                 seconds,
                 values,
@@ -132,6 +132,34 @@ def entropy_figure(runs: Sequence[RunRecord]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5")
         axes.legend(frameon=False)
+    return figure
+
+
+def vendi_rke_figure(runs: Sequence[RunRecord]) -> Figure:
+    """Vendi score and RKE within a prompt, with 95 % intervals: against seconds, and against reward."""
+    figure = Figure(figsize=(10, 7.5), layout="constrained")
+    style, labels = styles(runs), (AXIS_LABELS["seconds"], REWARD_LABEL)
+    scores = ((VENDI, "Vendi score within a prompt"), (RKE, "RKE within a prompt"))
+    for row, (metric, label) in zip(figure.subplots(2, 2, sharey="row", sharex="col"), scores, strict=True):
+        for run in runs:
+            measured = [evaluation for evaluation in run.evaluations if metric in evaluation.occasional]
+            values, low, high = (
+                np.array([evaluation.occasional[f"{metric}{end}"] for evaluation in measured])
+                for end in ("", "_low", "_high")
+            )
+            look = style[run.label]
+            for axes, x in zip(row, ("seconds", "reward"), strict=True):
+                axes.errorbar(
+                    [getattr(evaluation, x) for evaluation in measured], values, yerr=[values - low, high - values],
+                    color=look.colour, marker=look.marker, ms=4, lw=1.3, elinewidth=0.7, capsize=1.5, label=run.label,
+                )  # fmt: skip
+        row[0].set_ylabel(f"{label}\n(effective number of images)")
+        for axes in row:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="#e5e5e5")
+            axes.legend(frameon=False)
+    for axes, label in zip(row, labels, strict=True):
+        axes.set_xlabel(label)
     return figure
 
 

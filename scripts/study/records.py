@@ -17,11 +17,15 @@ from flow_grpo.tracking import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAG
 
 QUANTITIES = ("seconds", "network_evaluations")  # what training spends
 REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
-DENSITY = ("entropy/", "ode_log_prob/")  # what may be measured less often than the rest
+VENDI, RKE = "diversity/vendi", "diversity/rke"
+OCCASIONAL = ("entropy/", "ode_log_prob/", "diversity/")  # what may be measured less often than the rest
 SAME_START = 1e-4  # runs whose evaluations before training differ by more did not start from the same model
 # settings that decide what an evaluation measures: runs that differ in one cannot be compared
-MEASURE = ("reward_fn.", "reward_model.", "prompts.test", "resolution", "eval.")
-NOT_MEASURE = ("eval.ema", "eval.batch_size", "eval.rewards", "eval.num_grid_prompts", "eval.num_grid_images")
+MEASURE = ("reward_fn.", "reward_model.", "prompts.test", "prompts.eval_diversity", "resolution", "eval.", "diversity.")
+NOT_MEASURE = (
+    "eval.ema", "eval.batch_size", "eval.rewards", "eval.num_grid_prompts", "eval.num_grid_images",
+    "diversity.batch_size", "diversity.num_draws",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Evaluation:
     updates: int
     metrics: Mapping[str, float]  # of the current weights, without "eval/"; nan: not finite
     ema_metrics: Mapping[str, float]  # of the averaged weights; {} if they were not evaluated
-    density: Mapping[str, float] = field(default_factory=dict)  # entropy/..., ode_log_prob/...; {}: not measured here
+    occasional: Mapping[str, float] = field(default_factory=dict)  # names that begin with one of OCCASIONAL
 
     @property
     def reward(self) -> float:
@@ -236,9 +240,9 @@ def _evaluation(line: Mapping[str, Any], path: Path) -> Evaluation:
         network_evaluations=numbers["network_evaluations"],
         images=numbers["images"],
         updates=numbers["updates"],
-        metrics={name: value for name, value in metrics.items() if not name.startswith(DENSITY)},
-        ema_metrics={n: v for n, v in _below("eval_ema/", numbers).items() if not n.startswith(DENSITY)},
-        density={name: value for name, value in metrics.items() if name.startswith(DENSITY)},
+        metrics={name: value for name, value in metrics.items() if not name.startswith(OCCASIONAL)},
+        ema_metrics={n: v for n, v in _below("eval_ema/", numbers).items() if not n.startswith(OCCASIONAL)},
+        occasional={name: value for name, value in metrics.items() if name.startswith(OCCASIONAL)},
     )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE, SUMMARY_FILE, TEMPLATE = "report.html", "summary.json", "report.html.j2"
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flow-matching-entropy")
+ENTROPY_NATS, NOT_MEASURED = "entropy/nats", "not measured"
 NOT_SETTINGS = ("run_name", "recipe", "logdir", "project", "trackers", "resume_from")  # of no effect on the numbers
 
 
@@ -87,7 +88,7 @@ def summarise(runs: Sequence[RunRecord], crossings: Sequence[Crossing]) -> dict[
 
 
 def _plain(evaluation: Evaluation) -> dict[str, Any]:
-    measured = {**evaluation.metrics, **evaluation.density}
+    measured = {**evaluation.metrics, **evaluation.occasional}
     metrics = {name: value if math.isfinite(value) else None for name, value in sorted(measured.items())}
     return {
         "step": evaluation.step,
@@ -105,7 +106,7 @@ def _pictures(
 ) -> list[Picture]:
     """Draw and save every figure that the runs have the data for."""
     from scripts.study import figures
-    from scripts.study.records import ACCURACY, QUANTITIES
+    from scripts.study.records import ACCURACY, QUANTITIES, VENDI
 
     mark = " The star is where one run reaches the other's final reward." if len(runs) > 1 else ""
     counted = {"seconds": "", "network_evaluations": " Forward passes are counted, backward passes are not."}
@@ -156,7 +157,18 @@ def _pictures(
                 figures.diversity_figure(runs),
             )
         )
-    if all(run.base.density for run in runs):
+    if all(VENDI in run.base.occasional for run in runs):
+        drawn.append(
+            (
+                "vendi_rke",
+                "Vendi score and RKE",
+                "Means over prompts of the scores of one prompt's images, with 95 % intervals over the images. "
+                "The features are those of a model that was trained apart from the reward; RKE's bandwidth was chosen "
+                "on the base model. On the right, diversity at equal reward.",
+                figures.vendi_rke_figure(runs),
+            )
+        )
+    if all(ENTROPY_NATS in run.base.occasional for run in runs):
         drawn.append(
             (
                 "entropy",
@@ -209,7 +221,7 @@ def _render(
 
 def _figures(shown: Sequence[State]) -> list[tuple[str, list[str]]]:
     """Rows of the table of final figures, a column for each state."""
-    from scripts.study.records import ENTROPY
+    from scripts.study.records import ENTROPY, RKE, VENDI
 
     evaluations = [state.evaluation for state in shown]
     names = [name for name in evaluations[0].metrics if not name.startswith("modes/")]
@@ -219,9 +231,12 @@ def _figures(shown: Sequence[State]) -> list[tuple[str, list[str]]]:
         entropies = [f"{evaluation.metrics[ENTROPY]:.3f}" for evaluation in evaluations]
         rows.append((f"entropy of the mode shares (nats; at most {most:.3f})", entropies))
         rows.append(("most frequent mode", [_most_frequent(evaluation) for evaluation in evaluations]))
-    if evaluations[0].density:
+    if VENDI in evaluations[0].occasional:
+        for name, title in ((VENDI, "Vendi score"), (RKE, "RKE")):
+            rows.append((f"{title} within a prompt (95 % interval)", [with_interval(e, name) for e in evaluations]))
+    if ENTROPY_NATS in evaluations[0].occasional:
         rows.append(("differential entropy, given the prompt (nats)", [_entropy(e) for e in evaluations]))
-        stds = [_density(evaluation, "ode_log_prob/std") for evaluation in evaluations]
+        stds = [_occasional(evaluation, "ode_log_prob/std") for evaluation in evaluations]
         rows.append(("ode_log_prob std within a prompt (nats)", stds))
     rows.append(("training time (s)", [f"{evaluation.seconds:.1f}" for evaluation in evaluations]))
     for name in ("network_evaluations", "images", "updates", "step"):
@@ -232,12 +247,18 @@ def _figures(shown: Sequence[State]) -> list[tuple[str, list[str]]]:
 
 def _entropy(evaluation: Evaluation) -> str:
     """The entropy with its standard error."""
-    value, error = (_density(evaluation, f"entropy/{name}") for name in ("nats", "standard_error"))
-    return f"{value} ± {error}" if evaluation.density else value
+    value, error = (_occasional(evaluation, f"entropy/{name}") for name in ("nats", "standard_error"))
+    return f"{value} ± {error}" if ENTROPY_NATS in evaluation.occasional else value
 
 
-def _density(evaluation: Evaluation, name: str) -> str:
-    return f"{evaluation.density[name]:.1f}" if evaluation.density else "not measured"
+def with_interval(evaluation: Evaluation, name: str) -> str:
+    """A score with its 95 % interval."""
+    ends = [f"{evaluation.occasional.get(f'{name}{end}', math.nan):.2f}" for end in ("", "_low", "_high")]
+    return f"{ends[0]} ({ends[1]} to {ends[2]})" if name in evaluation.occasional else NOT_MEASURED
+
+
+def _occasional(evaluation: Evaluation, name: str) -> str:
+    return f"{evaluation.occasional[name]:.1f}" if name in evaluation.occasional else NOT_MEASURED
 
 
 def _title(metric: str) -> str:

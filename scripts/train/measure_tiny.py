@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flow_grpo.errors import ConfigError
+from scripts.diversity_metrics.vendi import vendi_score
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -44,15 +45,6 @@ COMMAND = "python scripts/train/measure_tiny.py --seed {seed}"
 
 
 # --- figures ------------------------------------------------------------------------------------------------
-
-
-def vendi(features: Tensor) -> float:
-    """The exponential of the entropy of the eigenvalues of K / n, K the Gram matrix of unit features (n, d)."""
-    import torch
-
-    x = features.double()
-    eigenvalues = torch.linalg.eigvalsh(x.T @ x / len(x)).clamp(min=1e-12)  # those of K / n that are not zero
-    return torch.exp(-(eigenvalues * eigenvalues.log()).sum()).item()
 
 
 def psnr(images: Tensor, others: Tensor) -> float:
@@ -98,7 +90,7 @@ def within_prompt_vendi(image: Tensor, labels: Tensor, count: int) -> float:
     scores = []
     for label in labels.unique():
         sets = image[labels == label].split(count)
-        scores += [vendi(part) for part in sets if len(part) == count]
+        scores += [vendi_score(part.numpy()) for part in sets if len(part) == count]
     return sum(scores) / len(scores)
 
 
