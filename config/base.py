@@ -116,6 +116,8 @@ def get_config() -> ConfigDict:
     config.train.timestep_fraction = 1.0  # train on this fraction of the stochastic steps, drawn per update
     config.train.kl_space = "gaussian"  # "gaussian": KL of the step's Gaussians; "velocity": squared difference
     config.train.ratio_normalization = False  # GRPO-Guard's normalised ratio
+    config.train.ratio = "sde"  # "sde", "ode_step", "ode_path" or "cfm": flow_grpo/likelihood_ratio.py
+    config.train.ratio_probes = 1  # "ode_*": probes of a divergence, 0: the exact trace; "cfm": draws of (noise, time)
     config.train.max_ratio_error = 1.0  # |ratio - 1| allowed before an epoch's first update, in units of clip_range
 
     # --- DRTune only -----------------------------------------------------------------------------------

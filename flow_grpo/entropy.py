@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.velocity import VelocityFn
@@ -32,12 +34,17 @@ LOG_2PI = math.log(2 * math.pi)
 ProbeGenerators = Callable[[int], list[torch.Generator]]
 
 
+class NonFiniteError(ValueError):
+    """A velocity or divergence is infinite or nan: the weights behind it are broken, not the arguments."""
+
+
 @dataclass(frozen=True)
 class DivergenceEstimator:
     """How div v is found.
 
     Attributes:
-        exact: all D products with the unit vectors; the other fields but `product` and `chunk` are not read.
+        exact: all D products with the unit vectors, in reverse mode; of the other fields, only `chunk` and `budget` are
+            read.
         num_probes: n, averaged.
         distribution: "rademacher" (+-1: the lowest variance of independent probes), "gaussian", or "orthogonal" (n <= D
             orthogonal directions of length sqrt(D), uniformly rotated; at n = D the exact trace).
@@ -45,7 +52,12 @@ class DivergenceEstimator:
             "jvp": forward mode, exact, needs attention that has one. "difference": (v(x + h z) - v(x - h z)) / 2h.
         step: h of "difference", for float32 or better: in half precision the rounding of v swamps it.
         hold: one draw of probes for the whole path. It is unbiased too, but its errors add up along the path.
-        chunk: products with J evaluated at once; 0: one after the other, in the least memory.
+        chunk: products of "vjp" (and of `exact`) evaluated at once; 0: one after the other, in the least memory, as
+            those of "jvp" and "difference" always are.
+        budget: bytes, instead of `chunk`: as many products of "vjp" at once as fit, and at least one. What one product
+            adds is estimated as three times x (probe, contiguous copy, product) and, for the gradients inside the
+            network, twice what its forward saves (a gradient in, one out), weights included. Not counted: what does not grow with the chunk (the
+            forward itself, all n probes and products, the Jacobians of `exact`), and scratch memory of the kernels.
     """
 
     exact: bool = False
@@ -55,6 +67,7 @@ class DivergenceEstimator:
     step: float = 1e-3
     hold: bool = False
     chunk: int = 0
+    budget: int = 0
 
     def __post_init__(self) -> None:
         if self.num_probes < 1:
@@ -65,6 +78,11 @@ class DivergenceEstimator:
             raise ValueError(f"product is {self.product!r}; it must be one of {PRODUCTS}")
         if not self.step > 0:
             raise ValueError(f"step is {self.step}; it must be positive")
+        for name in ("chunk", "budget"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.chunk and self.budget:
+            raise ValueError(f"chunk is {self.chunk} and budget is {self.budget}; only one of them can be given")
 
 
 @dataclass(frozen=True)
@@ -129,9 +147,11 @@ def divergence(
         enable_grad: keep the graph, so that the result can be differentiated in x and in the weights behind v.
 
     Raises:
-        ValueError: v has another shape than x, or is not finite.
-        MemoryError: exact, and the Jacobians of the batch would exceed 4 GiB.
-        NotImplementedError: "jvp" through an operation without forward mode.
+        ValueError: v has another shape than x.
+        NonFiniteError: v or its divergence is not finite.
+        MemoryError: exact, and the Jacobians of the batch would take more than 4 GiB.
+        NotImplementedError: "jvp" through an operation without forward mode; `enable_grad` through one that has no
+            second derivative.
     """
     if estimator.exact:
         _check_memory(x)
@@ -141,20 +161,34 @@ def divergence(
     v, multiply = _jacobian_products(velocity, x, sigma, estimator, enable_grad)
     with torch.set_grad_enabled(enable_grad):
         products = multiply(probes)  # (n, B, ...): J^T z, or J z
-        per_probe = _dot(probes, products)
+        if enable_grad:
+            _check_differentiable(products)
         if estimator.exact:
-            jacobian = products.flatten(2)  # (D, B, D)
-            square = torch.einsum("ibj,jbi->b", jacobian, jacobian)[None] if squared else None
-            return Divergence(v, per_probe.sum(0, keepdim=True), square)
-        return Divergence(v, per_probe, _dot(probes, multiply(products)) if squared else None)
+            per_probe, square = _traces(products.flatten(2), squared)
+        else:
+            per_probe = _dot(probes, products)
+            square = _dot(probes, multiply(products)) if squared else None
+    for found in (per_probe, square):
+        if found is not None and not torch.isfinite(found).all():
+            raise NonFiniteError(f"the divergence is not finite at sigma = {sigma}")
+    return Divergence(v, per_probe, square)
+
+
+def _traces(jacobian: Tensor, squared: bool) -> tuple[Tensor, Tensor | None]:
+    """tr J and, if asked, tr(J^2) in float64, without a copy of the Jacobians (D, B, D): (1, B) each."""
+    trace = jacobian.diagonal(dim1=0, dim2=2).double().sum(1)[None]
+    if not squared:
+        return trace, None
+    return trace, torch.stack([_dot(row[None], jacobian[:, :, i].T[None]) for i, row in enumerate(jacobian)]).sum(0)
 
 
 MAX_JACOBIAN_BYTES = 4 * 2**30
 
 
 def _check_memory(x: Tensor) -> None:
+    """The rows of the Jacobians exist twice while they are joined; the unit vectors are one matrix more."""
     dims = x[0].numel()
-    needed = len(x) * dims**2 * x.element_size()
+    needed = (2 * len(x) + 1) * dims**2 * x.element_size()
     if needed > MAX_JACOBIAN_BYTES:
         raise MemoryError(
             f"the exact divergence of {len(x)} samples of {dims} dimensions needs {needed / 2**30:.1f} GiB for their "
@@ -190,23 +224,55 @@ def _reverse_mode(
     velocity: VelocityFn, x: Tensor, sigma: float, estimator: DivergenceEstimator, enable_grad: bool
 ) -> tuple[Tensor, Products]:
     """J^T z by backpropagation; one forward serves v and every product."""
-    with torch.enable_grad():
+    saved = _SavedBytes() if estimator.budget else nullcontext()
+    with torch.enable_grad(), saved:
         x = x if enable_grad and x.requires_grad else x.detach().requires_grad_()
         v = _checked(velocity(x, sigma), x, sigma)
+    chunk = estimator.chunk
+    if isinstance(saved, _SavedBytes):
+        chunk = estimator.budget // (3 * x.nbytes + 2 * saved.count)
+
+    def pull(z: Tensor, batched: bool) -> Tensor:
+        options = {"retain_graph": True, "create_graph": enable_grad, "allow_unused": True}
+        found = torch.autograd.grad(v, x, z.to(v.dtype), is_grads_batched=batched, **options)[0]
+        return torch.zeros_like(z) if found is None else found  # a velocity that depends on weights, but not on x
 
     def multiply(probes: Tensor) -> Tensor:
-        if not v.requires_grad:  # a velocity that does not depend on x
+        if not v.requires_grad:  # a velocity that depends on nothing
             return torch.zeros_like(probes)
-        options = {"retain_graph": True, "create_graph": enable_grad, "materialize_grads": True}
-        if estimator.chunk == 0:
-            return torch.stack([torch.autograd.grad(v, x, z.to(v.dtype), **options)[0] for z in probes])
-        parts = [
-            torch.autograd.grad(v, x, part.to(v.dtype).contiguous(), is_grads_batched=True, **options)[0]
-            for part in probes.split(estimator.chunk)
-        ]
-        return torch.cat(parts)
+        if chunk <= 1:
+            return torch.stack([pull(z, batched=False) for z in probes])
+        return torch.cat([pull(part.contiguous(), batched=True) for part in probes.split(chunk)])
 
     return (v if enable_grad else v.detach()), multiply
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that a forward inside the block saves for its backward."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self.count += tensor.nbytes
+        return tensor
+
+
+def _check_differentiable(products: Tensor) -> None:
+    """Autograd notices a missing second derivative only in the caller's backward: look for its mark in the graph."""
+    waiting, seen = [products.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("NotImplemented"):
+            raise NotImplementedError(
+                "this velocity has an operation without a second derivative, as fused attention is, and enable_grad "
+                "needs it: run inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
 
 
 def _forward_mode(velocity: VelocityFn, x: Tensor, sigma: float, z: Tensor) -> Tensor:
@@ -224,7 +290,7 @@ def _checked(v: Tensor, x: Tensor, sigma: float) -> Tensor:
     if v.shape != x.shape:
         raise ValueError(f"the velocity has shape {tuple(v.shape)}; it must be that of x, {tuple(x.shape)}")
     if not torch.isfinite(v).all():
-        raise ValueError(f"the velocity is not finite at sigma = {sigma}")
+        raise NonFiniteError(f"the velocity is not finite at sigma = {sigma}")
     return v
 
 
@@ -314,6 +380,7 @@ def ode_log_density(
     Raises:
         ValueError: unknown solver; sigmas that do not begin or end at 1; probes without generators; `second_order` with
             another solver than Euler; and see `divergence`, with the step's number.
+        NonFiniteError: see `divergence`, with the step's number.
     """
     falling = _check_path(sigmas, solver, second_order, estimator, probe_generators)
     source = _ProbeSource(estimator, probe_generators)
@@ -327,12 +394,14 @@ def ode_log_density(
                     velocity, x, levels[i], levels[i + 1], SOLVERS[solver], estimator, source, second_order, enable_grad
                 )
             except ValueError as error:
-                raise ValueError(f"step {i} of {len(levels) - 1}: {error}") from error
+                kind = NonFiniteError if isinstance(error, NonFiniteError) else ValueError
+                raise kind(f"step {i} of {len(levels) - 1}: {error}") from error
             steps.append(-log_det if falling else log_det)  # (n, B)
         per_probe = torch.stack(steps)  # (T, n, B)
         x_0, x_1 = (x, x_start) if falling else (x_start, x)
         prior = -0.5 * (x_1.double().square().flatten(1).sum(1) + x_1[0].numel() * LOG_2PI)
-        return OdeLogDensity(x_0, x_1, prior, per_probe.mean(1).T, _probe_variance(per_probe.detach(), estimator))
+        variance = _probe_variance(per_probe.detach(), estimator, x_1[0].numel())
+        return OdeLogDensity(x_0, x_1, prior, per_probe.mean(1).T, variance)
 
 
 def _step(
@@ -403,20 +472,21 @@ def _check_path(
     return falling
 
 
-def _probe_variance(per_probe: Tensor, estimator: DivergenceEstimator) -> Tensor:
+def _probe_variance(per_probe: Tensor, estimator: DivergenceEstimator, dims: int) -> Tensor:
     """Variance of the path's integral over the draw of probes, from the spread among the n: (T, n, B) -> (B,).
 
     Fresh probes make the steps independent: their variances add. Held ones do not: the variance is that of the whole
-    path's integral. For orthogonal probes, which are drawn to cancel each other's errors, it is an upper bound.
+    path's integral. Orthogonal probes are n of the D directions of a random basis, over which z^T J z has the fixed sum
+    D tr J: a sample without replacement, whose mean varies less by 1 - n / D.
     """
     n = per_probe.shape[1]
     if estimator.exact:
         return per_probe.new_zeros(per_probe.shape[2])
     if n == 1:
         return per_probe.new_full((per_probe.shape[2],), torch.nan)
-    if estimator.hold:
-        return per_probe.sum(0).var(0) / n
-    return (per_probe.var(1) / n).sum(0)
+    left = 1 - n / dims if estimator.distribution == "orthogonal" else 1.0
+    variance = per_probe.sum(0).var(0) if estimator.hold else per_probe.var(1).sum(0)
+    return left * variance / n
 
 
 # --- entropy -------------------------------------------------------------------------------------------
@@ -430,9 +500,9 @@ class EntropyEstimate:
     """H = -E[log p_0] from independent samples, with its error; nats, unless a name says otherwise."""
 
     entropy: float
-    standard_error: float  # of the entropy: sqrt(sample_part^2 + probe_part^2)
-    sample_part: float  # from drawing other samples; nan if the probes' variance is not known
-    probe_part: float  # from drawing other probes; nan with one probe
+    standard_error: float  # of the entropy: log_prob_std / sqrt(N), probes included
+    sample_part: float  # from drawing other samples: sqrt(standard_error^2 - probe_part^2), or 0 where that is larger
+    probe_part: float  # from drawing other probes; both parts are nan if the probes' variance is not known
     num_samples: int
     dims: int
     log_prob_std: float  # standard deviation of log p_0 over the samples ("ode_log_prob_std"), as observed
@@ -440,6 +510,11 @@ class EntropyEstimate:
     minimum: float  # of log p_0
     maximum: float
     quantiles: dict[float, float] = field(default_factory=dict)
+
+    @property
+    def half_width_95(self) -> float:
+        """Of the entropy's 95 % interval: `standard_error` times Student's t of N - 1 degrees of freedom."""
+        return float(student_t.ppf(0.975, self.num_samples - 1)) * self.standard_error
 
     @property
     def nats_per_dim(self) -> float:

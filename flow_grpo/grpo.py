@@ -1,12 +1,15 @@
 """GRPO on a stochastic sampler: policy gradient of a black-box reward (Flow-GRPO, arXiv 2505.05470).
 
 Each sampler step is a Gaussian action, so the trajectory has a likelihood ratio r between the current and the sampling
-weights at every stochastic step; the clipped objective weighs it with the image's group-relative advantage.
+weights at every stochastic step; the clipped objective weighs it with the image's group-relative advantage. Other
+likelihoods of the same rollout can take that place (`config.train.ratio`, flow_grpo/likelihood_ratio.py): this loop
+knows only that an image has slots, and a log-probability of each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from ml_collections import FrozenConfigDict
@@ -14,10 +17,11 @@ from torch import Tensor
 
 from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
-from flow_grpo.diffusers_patch.sd3_sde_with_logprob import StepResult, sde_step_with_logprob, step_mean
+from flow_grpo.diffusers_patch.sd3_sde_with_logprob import step_mean
 from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.errors import TrainingStopped
+from flow_grpo.likelihood_ratio import Action, Likelihood, RatioKeys, Score, likelihood_of
 from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.optimization import apply_update
@@ -35,9 +39,12 @@ class Experience:
     """What one process keeps of an epoch's rollouts: N images."""
 
     prompts: tuple[str, ...]  # N
+    sample_ids: Tensor  # (N,) int64: positions in the epoch, over all processes
+    epoch: int
     trajectory: Trajectory  # of the N images
     rewards: Tensor  # (N,) float32
     advantages: Tensor  # (N,) float32, clamped
+    old_log_probs: Tensor  # (N, slots): under the sampling weights, per dimension; nan where no update asks for it
 
 
 def train_epoch(
@@ -52,7 +59,7 @@ def train_epoch(
     updates = [(inner, update) for inner in range(config.train.num_inner_epochs) for update in range(plan.updates)]
     for inner, update in run.progress(updates, "GRPO updates"):
         _train_update(policy, experience, settings, run, metrics, inner, update)
-    return metrics.result(policy.accelerator)
+    return _with_ratio_std(metrics.result(policy.accelerator))
 
 
 # --- sampling ------------------------------------------------------------------------------------------
@@ -61,7 +68,10 @@ def train_epoch(
 def collect(
     policy: Policy, batch: PromptBatch, reward: WeightedReward, settings: Settings, run: Run, metrics: MeanMetrics
 ) -> Experience:
-    """Sample this process's images, score them, and normalise the rewards within groups over all processes."""
+    """Sample this process's images, score them, normalise the rewards within groups over all processes.
+
+    The images' likelihoods under these weights, the old side of the ratio, are kept with them.
+    """
     config, epoch = settings.config, run.counters.epoch
     window = sde_window(settings, epoch)
     trajectories, totals = [], []
@@ -86,7 +96,11 @@ def collect(
         metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
     rewards = torch.cat(totals)
     advantages = _advantages(policy, batch, rewards, settings, metrics)
-    return Experience(batch.prompts, Trajectory.cat(trajectories), rewards, advantages)
+    trajectory = Trajectory.cat(trajectories)
+    experience = Experience(
+        batch.prompts, batch.sample_ids, epoch, trajectory, rewards, advantages, old_log_probs=trajectory.log_probs
+    )
+    return experience if likelihood_of(config).recorded else _with_old_log_probs(policy, experience, settings, run)
 
 
 def sde_window(settings: Settings, epoch: int) -> range:
@@ -119,17 +133,44 @@ def _advantages(
     return advantages[settings.plan.process_slice(policy.accelerator.process_index)].to(rewards.dtype)
 
 
+def _with_old_log_probs(policy: Policy, experience: Experience, settings: Settings, run: Run) -> Experience:
+    """The likelihoods that the rollout does not give, in the very minibatches of training: the ratio is then exactly 1.
+
+    Only of the slots that some pass of the epoch trains.
+    """
+    config, plan = settings.config, settings.plan
+    slots = likelihood_of(config).slots(experience.trajectory)
+    old = experience.advantages.new_full((len(experience.prompts), slots), math.nan, dtype=torch.float64)
+    experience = replace(experience, old_log_probs=old)
+    for update in run.progress(range(plan.updates), "likelihoods"):
+        passes = (_trained_slots(experience, settings, inner, update) for inner in range(config.train.num_inner_epochs))
+        asked_for = sorted(set().union(*passes))
+        for chunk in plan.update_indices(update).split(config.train.batch_size):
+            minibatch = _minibatch(policy, experience, chunk, config)
+            for slot in asked_for:
+                with torch.no_grad():
+                    old[chunk.to(old.device), slot] = minibatch.score(slot).log_prob.to(old.dtype)
+    return experience
+
+
 # --- training ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """B images of an epoch with the velocities that score their steps."""
+    """B images of an epoch with the velocities that score them."""
 
     velocity: VelocityFn
     reference: VelocityFn | None  # None: no KL
+    likelihood: Likelihood
+    keys: RatioKeys
     trajectory: Trajectory
     advantages: Tensor  # (B,)
+    old_log_probs: Tensor  # (B, slots)
+
+    def score(self, slot: int) -> Score:
+        """The likelihood of one slot under the current weights."""
+        return self.likelihood.score(self.velocity, self.trajectory, self.keys, slot)
 
 
 def _train_update(
@@ -141,9 +182,9 @@ def _train_update(
     inner: int,
     update: int,
 ) -> None:
-    """One optimizer step on this update's images and steps; before an epoch's first, the ratio must be 1."""
+    """One optimizer step on this update's images and slots; before an epoch's first, the ratio must be 1."""
     config, plan = settings.config, settings.plan
-    slots = _trained_slots(experience.trajectory, settings, run.counters.epoch, inner, update)
+    slots = _trained_slots(experience, settings, inner, update)
     loss, ratio_error = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
     chunks = plan.update_indices(update).split(config.train.batch_size)
     for chunk in run.progress(chunks, "training"):
@@ -162,75 +203,76 @@ def _train_update(
     metrics.add(apply_update(policy, loss, run))
 
 
-def _trained_slots(trajectory: Trajectory, settings: Settings, epoch: int, inner: int, update: int) -> list[int]:
-    """Which of the W stochastic steps this update trains: `timestep_fraction` of them, the same on every process."""
-    total = len(trajectory.stochastic_steps)
+def _trained_slots(experience: Experience, settings: Settings, inner: int, update: int) -> list[int]:
+    """Which slots this update trains: `timestep_fraction` of them, the same on every process."""
+    total = experience.old_log_probs.shape[1]
     count = max(1, round(settings.config.train.timestep_fraction * total))
-    generator = keyed_generator(settings.config.seed, "timesteps", epoch, inner, update)
+    generator = keyed_generator(settings.config.seed, "timesteps", experience.epoch, inner, update)
     return sorted(torch.randperm(total, generator=generator)[:count].tolist())
 
 
 def _minibatch(policy: Policy, experience: Experience, chunk: Tensor, config: FrozenConfigDict) -> Minibatch:
-    """The images at positions `chunk` of this process's epoch."""
+    """The images at positions `chunk` of this process's epoch, all of one update."""
     embeds, guidance_scale = (
         policy.encode([experience.prompts[i] for i in chunk.tolist()]),
         config.sample.guidance_scale,
     )
-    reference = policy.reference_velocity(embeds, guidance_scale) if config.train.beta > 0 else None
+    sample_ids = tuple(experience.sample_ids[chunk].tolist())
     index = chunk.to(policy.device)
     return Minibatch(
-        policy.velocity(embeds, guidance_scale), reference, experience.trajectory[index], experience.advantages[index]
+        velocity=policy.velocity(embeds, guidance_scale),
+        reference=policy.reference_velocity(embeds, guidance_scale) if config.train.beta > 0 else None,
+        likelihood=likelihood_of(config),
+        keys=RatioKeys(config.seed, experience.epoch, sample_ids[0] % config.train.updates_per_epoch, sample_ids),
+        trajectory=experience.trajectory[index],
+        advantages=experience.advantages[index],
+        old_log_probs=experience.old_log_probs[index],
     )
 
 
 def step_loss(minibatch: Minibatch, slot: int, config: FrozenConfigDict) -> dict[str, Tensor]:
-    """Loss of the `slot`-th stochastic step of a minibatch, and what is logged of it: scalars."""
-    trajectory, train = minibatch.trajectory, config.train
-    i = trajectory.stochastic_steps[slot]
-    sigma, sigma_next = trajectory.sigmas[i].item(), trajectory.sigmas[i + 1].item()
-    velocity = minibatch.velocity(trajectory.latents[:, i], sigma)
-    step = sde_step_with_logprob(
-        trajectory.latents[:, i],
-        velocity,
-        sigma,
-        sigma_next,
-        noise_level=config.sample.noise_level,
-        sde_type=config.sample.sde_type,
-        next_latents=trajectory.latents[:, i + 1],
-    )
-    log_ratio = step.log_prob - trajectory.log_probs[:, slot]
+    """Loss of one slot of a minibatch, of a stochastic step or of the image, and what is logged of it: scalars."""
+    train, score = config.train, minibatch.score(slot)
+    log_ratio = (score.log_prob - minibatch.old_log_probs[:, slot]).to(minibatch.advantages.dtype)
     terms = {"ratio_error": log_ratio.detach().expm1().abs().max()}
     scale = 1.0
     if train.ratio_normalization:
-        log_ratio = normalized_log_ratio(log_ratio, step.mean, trajectory.means[:, slot], step.std)
-        scale = 1 / (sigma - sigma_next)
+        log_ratio, scale = _normalized(log_ratio, minibatch.trajectory.means[:, slot], score.action)
     clipped = policy_loss(log_ratio, minibatch.advantages, train.clip_range)
     terms |= {
         "loss": scale * clipped.loss,
         "ratio_mean": clipped.ratio_mean,
         "clip_fraction": clipped.clip_fraction,
         "approx_kl": clipped.approx_kl,
+        "log_ratio_mean": clipped.log_ratio_mean,
     }
     if minibatch.reference is not None:
-        velocity_ref = minibatch.reference(trajectory.latents[:, i], sigma)
-        kl = _reference_kl(trajectory.latents[:, i], velocity, velocity_ref, (sigma, sigma_next), step, config)
+        kl = _reference_kl(minibatch.reference, score.action, config)
         terms |= {"loss": terms["loss"] + train.beta * kl, "kl": kl.detach()}
     return terms
 
 
-def _reference_kl(
-    latents: Tensor,
-    velocity: Tensor,
-    velocity_ref: Tensor,
-    levels: tuple[float, float],
-    step: StepResult,
-    config: FrozenConfigDict,
-) -> Tensor:
+def _normalized(log_ratio: Tensor, mean_old: Tensor, action: Action | None) -> tuple[Tensor, float]:
+    """GRPO-Guard's normalised log-ratio of a step, (B,), and the scale 1 / -dt of its loss."""
+    assert action is not None, "settings.resolve refuses this option for every other likelihood"
+    sigma, sigma_next = action.levels
+    return normalized_log_ratio(log_ratio, action.step.mean, mean_old, action.step.std), 1 / (sigma - sigma_next)
+
+
+def _reference_kl(reference: VelocityFn, action: Action | None, config: FrozenConfigDict) -> Tensor:
     """KL of a step to the reference model's, in the space that `train.kl_space` names: scalar, per dimension."""
+    assert action is not None, "settings.resolve refuses this option for every other likelihood"
+    velocity_ref = reference(action.latents, action.levels[0])
     if config.train.kl_space == "velocity":
-        return velocity_kl(velocity, velocity_ref)
-    coefficients = step_coefficients(config.sample.sde_type, *levels, config.sample.noise_level)
-    return gaussian_kl(step.mean, step_mean(latents, velocity_ref, coefficients), step.std)
+        return velocity_kl(action.velocity, velocity_ref)
+    coefficients = step_coefficients(config.sample.sde_type, *action.levels, config.sample.noise_level)
+    return gaussian_kl(action.step.mean, step_mean(action.latents, velocity_ref, coefficients), action.step.std)
+
+
+def _with_ratio_std(metrics: dict[str, float]) -> dict[str, float]:
+    """Add `ratio_std`, the standard deviation of log r over the epoch's images and slots, from its moments."""
+    variance = 2 * metrics["approx_kl"] - metrics["log_ratio_mean"] ** 2
+    return metrics | {"ratio_std": math.sqrt(variance) if variance > 0 else 0.0}
 
 
 def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:

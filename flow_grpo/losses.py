@@ -19,6 +19,7 @@ class PolicyLoss:
     ratio_mean: Tensor
     clip_fraction: Tensor  # share of ratios outside [1 - c, 1 + c]
     approx_kl: Tensor  # mean of (log r)^2 / 2
+    log_ratio_mean: Tensor  # mean of log r
 
 
 def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> PolicyLoss:
@@ -38,6 +39,7 @@ def policy_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Pol
             ratio_mean=ratio.mean(),
             clip_fraction=((ratio - 1).abs() > clip_range).to(ratio.dtype).mean(),
             approx_kl=0.5 * log_ratio.square().mean(),
+            log_ratio_mean=log_ratio.mean(),
         )
 
 

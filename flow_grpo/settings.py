@@ -239,6 +239,8 @@ RULES: Mapping[str, Rule] = {
     "train.timestep_fraction": _number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     "train.kl_space": _choice("gaussian", "velocity"),
     "train.ratio_normalization": _YES_OR_NO,
+    "train.ratio": _choice("sde", "ode_step", "ode_path", "cfm"),
+    "train.ratio_probes": _whole(0),
     "train.max_ratio_error": _POSITIVE,
     "drtune.num_train_steps": _whole(1),
     "drtune.early_stop": _whole(0),
@@ -388,6 +390,39 @@ def _check_grpo(config: ConfigDict) -> None:
             "config.train.ratio_normalization = True undoes a variance that the log-probability of "
             'config.sample.sde_type = "cps" leaves out; it takes "sde" or "dance".'
         )
+    if train.ratio != "sde":
+        _check_ratio(config)
+
+
+def _check_ratio(config: ConfigDict) -> None:
+    """What the likelihoods that are no Gaussian step cannot be combined with."""
+    train, form = config.train, f'config.train.ratio = "{config.train.ratio}"'
+    if train.beta > 0:
+        raise ConfigError(
+            f"config.train.beta = {train.beta} weighs a KL divergence of Gaussian steps, which {form} has not; it "
+            "takes 0."
+        )
+    if train.ratio_normalization:
+        raise ConfigError(
+            f"config.train.ratio_normalization = True normalises the ratio of Gaussian steps, which {form} has not; "
+            "it takes False."
+        )
+    if train.ratio == "cfm":
+        if train.ratio_probes == 0:
+            raise ConfigError(
+                f"config.train.ratio_probes = 0 asks for an exact trace, which {form} has not; it takes at least 1 "
+                "draw of noise and time."
+            )
+    elif config.gradient_checkpointing:
+        raise ConfigError(
+            f"config.gradient_checkpointing = True saves nothing with {form}, whose second derivatives keep every "
+            "activation; it takes False, and config.train.batch_size = 1 needs the least memory."
+        )
+    if train.ratio != "ode_step" and train.timestep_fraction != 1:
+        raise ConfigError(
+            f"config.train.timestep_fraction = {train.timestep_fraction} chooses among steps, but {form} has one "
+            "likelihood of the whole image; it takes 1."
+        )
 
 
 def _check_cps_window(config: ConfigDict) -> None:
@@ -404,6 +439,11 @@ def _check_cps_window(config: ConfigDict) -> None:
 
 
 def _check_drtune(config: ConfigDict) -> None:
+    if config.train.ratio != "sde":
+        raise ConfigError(
+            f'config.train.ratio = "{config.train.ratio}" is for GRPO; with config.use_reward_gradient = True it takes '
+            '"sde".'
+        )
     steps, trained, early_stop = config.sample.num_steps, config.drtune.num_train_steps, config.drtune.early_stop
     if early_stop > steps:
         raise ConfigError(

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from config import base, grpo
 from config.grpo import INTENDED_PROCESSES, RECIPES, get_config
 from flow_grpo.errors import ConfigError
-from flow_grpo.settings import resolve
+from flow_grpo.settings import leaves, resolve
 
 ROOT = Path(__file__).parents[1]
 TINY = [name for name in RECIPES if name.startswith("tiny")]
@@ -18,10 +18,14 @@ ASKED_FOR = {
     "tiny_sd3",
     "tiny_sd3_use_gradient",
     "tiny_sd3_nsr",
+    "tiny_sd3_ode_step",
+    "tiny_sd3_ode_path",
+    "tiny_sd3_cfm",
     "compressibility",
     "pickscore_sd3",
     "pickscore_sd3_4gpu",
     "pickscore_sd3_4gpu_nsr",
+    "pickscore_sd3_4gpu_ode_logprob",
     "pickscore_sd3_1batch_size",
     "pickscore_sd3_1batch_size_use_gradient",
     "pickscore_sd3_fast",
@@ -88,13 +92,20 @@ def cost(config: ConfigDict, processes: int) -> str:
         trained = config.drtune.num_train_steps
         sampled = sample.num_steps - (0 if config.drtune.two_pass else trained)
     else:
-        trained = sample.sde_window_size or sample.num_steps
+        trained = trained_evaluations(config)
         sampled = sample.num_steps
     reference = trained if config.train.beta > 0 else 0
+    old = f", {trained * per_step:,} old" if config.train.ratio != "sde" else ""
     return (
         f"Cost of an epoch, on {processes} process{'es' if processes > 1 else ''}: {images:,} images; "
-        f"{sampled * per_step:,} sampling, {trained * per_step:,} training, {reference * per_step:,} reference."
+        f"{sampled * per_step:,} sampling, {trained * per_step:,} training, {reference * per_step:,} reference{old}."
     )
+
+
+def trained_evaluations(config: ConfigDict) -> int:
+    """Of GRPO, for one image: the ODE's path takes every step, whatever the window, and cfm takes none."""
+    every, window = config.sample.num_steps, config.sample.sde_window_size
+    return {"cfm": config.train.ratio_probes, "ode_path": every}.get(config.train.ratio, window or every)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -134,6 +145,22 @@ def test_the_tiny_recipes_have_the_settings_that_were_measured():
     images = gradient.sample.groups_per_epoch * gradient.sample.num_image_per_prompt
     assert images // gradient.train.updates_per_epoch == gradient.train.batch_size == 40
     assert (gradient.drtune.num_train_steps, gradient.sample.num_steps) == (5, 10)
+
+
+def difference(name: str, other: str) -> dict[str, object]:
+    """The keys of two recipes that differ, with the first one's values."""
+    a, b = dict(leaves(get_config(name))), dict(leaves(get_config(other)))
+    return {key: a[key] for key in a if a[key] != b[key] and key != "recipe"}
+
+
+def test_the_recipes_of_the_other_ratios_differ_from_theirs_in_the_ratio_alone():
+    assert difference("tiny_sd3_ode_step", "tiny_sd3") == {"train.ratio": "ode_step"}
+    assert difference("tiny_sd3_ode_path", "tiny_sd3") == {"train.ratio": "ode_path"}
+    assert difference("tiny_sd3_cfm", "tiny_sd3") == {"train.ratio": "cfm", "train.ratio_probes": 10}
+    assert difference("pickscore_sd3_4gpu_ode_logprob", "pickscore_sd3_4gpu") == {
+        "train.ratio": "ode_step", "train.beta": 0.0, "train.batch_size": 1,
+    }  # fmt: skip
+    assert get_config("pickscore_sd3_4gpu_ode_logprob").train.ratio_probes == 1
 
 
 def test_a_recipe_is_locked_and_has_exactly_the_declared_keys():

@@ -6,10 +6,15 @@ import math
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from flow_grpo import entropy
 from flow_grpo.entropy import (
     DivergenceEstimator,
+    NonFiniteError,
     differential_entropy,
     divergence,
     draw_probes,
@@ -40,6 +45,24 @@ def curved(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """A velocity whose Jacobian is full and differs from point to point."""
     weight = torch.sin(torch.arange(x.shape[1] ** 2, dtype=x.dtype)).view(x.shape[1], -1)
     return torch.tanh(x @ weight * (0.5 + sigma)) - 0.3 * x
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes, beyond what was there before, that the tensors made inside the block took together."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.live = {key: kept for key, kept in self.live.items() if not kept[0].expired()}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
 
 
 def exact_trace(velocity, x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -141,6 +164,134 @@ def test_the_squared_products_average_to_the_trace_of_j_squared():
         assert (found.mean() - expected).abs() < 4 * found.std() / math.sqrt(4000)
 
 
+SKEWED = torch.randn(8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def skewed(x, sigma):
+    """J = SKEWED, far from symmetric."""
+    return x @ SKEWED.T
+
+
+@pytest.mark.parametrize("product", ["vjp", "jvp"])
+def test_the_trace_of_j_squared_is_not_that_of_j_transposed_j(product):
+    x, expected = noise(1).expand(4000, 8), (SKEWED @ SKEWED).trace()
+    exact = divergence(skewed, x[:3], 0.4, EXACT, squared=True)
+    torch.testing.assert_close(exact.squared, expected.expand(1, 3), rtol=1e-10, atol=0)
+    estimator = DivergenceEstimator(product=product)
+    found = divergence(skewed, x, 0.4, estimator, draw_probes(x, estimator, generators(4000)(0)), squared=True).squared
+    allowed = 4 * found.std() / math.sqrt(4000)
+    assert (found.mean() - expected).abs() < allowed
+    assert (found.mean() - SKEWED.square().sum()).abs() > 4 * allowed  # the twin
+
+
+@pytest.mark.parametrize("estimator", [EXACT, DivergenceEstimator(num_probes=2)])
+def test_large_terms_that_cancel_in_float32_do_not_swallow_the_small(estimator):
+    x, slope = torch.zeros(1, 3), torch.tensor([1e8, 1.0, -1e8])
+    found = divergence(lambda y, s: y * slope, x, 0.4, estimator, draw_probes(x, estimator, generators(1)(0)))
+    assert found.mean.tolist() == [1.0]
+    assert slope.sum() == 0.0  # the twin
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("enable_grad", [False, True])
+def test_a_velocity_that_does_not_depend_on_x_has_no_divergence(chunk, enable_grad):
+    x, theta = noise(2), torch.ones(2, 8, dtype=torch.float64, requires_grad=True)
+    estimator = DivergenceEstimator(num_probes=3, chunk=chunk)
+    probes = draw_probes(x, estimator, generators(2)(0))
+    for velocity in (lambda y, s: torch.full_like(y, 0.3), lambda y, s: theta * s):
+        found = divergence(velocity, x, 0.4, estimator, probes, enable_grad=enable_grad)
+        assert (found.per_probe == 0).all()
+        assert found.velocity.shape == x.shape
+
+
+def test_the_velocity_carries_a_graph_only_if_asked():
+    x, theta = noise(2), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    kept, dropped = (
+        divergence(lambda y, s: theta * curved(y, s), x, 0.4, EXACT, enable_grad=asked) for asked in (True, False)
+    )
+    assert kept.velocity.requires_grad
+    assert kept.mean.requires_grad
+    assert not dropped.velocity.requires_grad
+    assert not dropped.mean.requires_grad
+
+
+def test_orthogonal_probes_point_everywhere_alike():
+    """Mean 0 and covariance I over 4,000 draws: a plain QR decomposition leaves a sign that LAPACK chose."""
+    like = noise(1, 4).expand(4000, 4)
+    probes = draw_probes(like, DivergenceEstimator(num_probes=2, distribution="orthogonal"), generators(4000)(0))
+    assert probes.mean(1).abs().max() < 5 / math.sqrt(4000)
+    second_moments = torch.einsum("nbi,nbj->nij", probes, probes) / 4000
+    assert (second_moments - torch.eye(4, dtype=torch.float64)).abs().max() < 0.1
+    torch.testing.assert_close((probes[0] * probes[1]).sum(1), torch.zeros(4000).double(), rtol=0, atol=1e-5)
+
+
+# --- memory --------------------------------------------------------------------------------------------
+
+
+class Wide(torch.nn.Module):
+    """A network whose activations are much larger than x."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = torch.nn.Linear(16, 1024), torch.nn.Linear(1024, 16)
+
+    def forward(self, x, sigma):
+        return self.out(torch.tanh(self.into(x)))
+
+
+@pytest.mark.parametrize("squared", [False, True])
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_the_exact_trace_takes_the_memory_that_it_states(squared, chunk, monkeypatch):
+    x, weight = noise(8, 64).float(), noise(64, 64).float()
+    stated = (2 * 8 + 1) * 64**2 * 4
+    with PeakMemory() as memory:
+        divergence(lambda y, s: y @ weight, x, 0.5, DivergenceEstimator(exact=True, chunk=chunk), squared=squared)
+    assert 0.9 < memory.peak / stated < 1.1
+    monkeypatch.setattr(entropy, "MAX_JACOBIAN_BYTES", stated)
+    divergence(lambda y, s: y @ weight, x, 0.5, EXACT)
+    monkeypatch.setattr(entropy, "MAX_JACOBIAN_BYTES", stated - 1)
+    with pytest.raises(MemoryError, match="8 samples of 64 dimensions"):
+        divergence(lambda y, s: y @ weight, x, 0.5, EXACT)
+
+
+def test_chunks_fit_their_budget():
+    """Beyond what one product after the other takes; twice the memory gives larger chunks, and the same numbers."""
+    network, x = Wide(), noise(64, 16).float()
+    probes = draw_probes(x, DivergenceEstimator(num_probes=32), generators(64)(0))
+
+    def run(**options):
+        with PeakMemory() as memory:
+            found = divergence(network, x, 0.5, DivergenceEstimator(num_probes=32, **options), probes)
+        return memory.peak, found.per_probe
+
+    least, expected = run()
+    peaks = []
+    for budget in (2**22, 2**23, 2**24):
+        peak, found = run(budget=budget)
+        assert peak - least < budget
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        peaks.append(peak)
+    assert least < peaks[0] < peaks[1] < peaks[2]
+    assert run(chunk=32)[0] - least > 2**22  # the twin: all at once
+    assert run(budget=1)[0] == least
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+def test_memory_does_not_grow_with_the_number_of_steps(solver):
+    def peak(steps, enable_grad):
+        x, theta = noise(2, 1024), torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+        estimator = DivergenceEstimator(num_probes=2)
+        with PeakMemory() as memory:
+            ode_log_density(
+                lambda y, s: theta * torch.tanh(y), x, path(steps), estimator, generators(2), solver=solver,
+                enable_grad=enable_grad,
+            )  # fmt: skip
+        return memory.peak
+
+    assert peak(80, False) < 1.1 * peak(10, False)
+    assert peak(80, True) > 4 * peak(10, True)  # the twin: every step is kept
+
+
 # --- along the path ------------------------------------------------------------------------------------
 
 
@@ -225,12 +376,28 @@ def test_along_the_path_gaussian_probes_vary_more_than_rademacher_ones():
 
 
 @pytest.mark.parametrize("hold", [False, True])
-def test_the_stated_probe_error_is_the_spread_over_draws(hold):
-    flow = GaussianFlow.random(64)
-    x = noise(1, 64).expand(300, 64)
-    estimator = DivergenceEstimator(num_probes=8, hold=hold)
+@pytest.mark.parametrize(("distribution", "n"), [("rademacher", 2), ("rademacher", 8), ("orthogonal", 12)])
+def test_the_stated_probe_error_is_the_spread_over_draws(hold, distribution, n):
+    """12 orthogonal probes of 16 dimensions: without 1 - n / D the stated error would be twice the spread."""
+    dims = 16 if distribution == "orthogonal" else 64
+    flow, x = GaussianFlow.random(dims), noise(1, dims).expand(300, dims)
+    estimator = DivergenceEstimator(num_probes=n, hold=hold, distribution=distribution)
     result = ode_log_density(flow.velocity, x, path(20), estimator, generators(300))
     assert result.probe_variance.mean().sqrt().item() == pytest.approx(result.log_prob.std().item(), rel=0.15)
+    torch.testing.assert_close(result.probe_standard_error, result.probe_variance.sqrt())
+
+
+def test_as_many_orthogonal_probes_as_dimensions_have_no_error():
+    estimator = DivergenceEstimator(num_probes=8, distribution="orthogonal")
+    result = ode_log_density(curved, noise(3), path(4), estimator, generators(3))
+    assert (result.probe_variance == 0).all()
+
+
+def test_half_precision_noise_is_followed_in_float32():
+    x = noise(3).bfloat16()
+    result = ode_log_density(curved, x, path(10), EXACT)
+    assert result.x_0.dtype == torch.float32
+    assert torch.equal(result.log_prob, ode_log_density(curved, x.float(), path(10), EXACT).log_prob)
 
 
 def test_the_probe_error_is_zero_if_exact_and_unknown_with_one_probe():
@@ -302,8 +469,6 @@ def test_the_interval_covers_the_entropy_in_95_percent_of_repetitions():
 
 def _with_shared_generator(flow, x, estimator, generator):
     """`ode_log_density` with probes drawn for the whole batch at once: one generator per sample is slow for 200,000."""
-    from flow_grpo import entropy
-
     original = entropy.draw_probes
 
     def draw(like, estimator, _):
@@ -331,6 +496,26 @@ def test_the_probes_share_of_the_spread_is_taken_out():
     assert estimate.log_prob_std == pytest.approx(5.0, rel=0.02)
     assert estimate.log_prob_std_corrected == pytest.approx(3.0, rel=0.04)
     assert estimate.standard_error == pytest.approx(math.hypot(estimate.sample_part, estimate.probe_part))
+    assert estimate.probe_part == pytest.approx(4 / math.sqrt(20000))
+    assert estimate.sample_part == pytest.approx(3 / math.sqrt(20000), rel=0.04)
+
+
+def test_probes_that_seem_to_vary_more_than_all_leave_no_share_for_the_samples():
+    values = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    estimate = differential_entropy(values, torch.full((3,), 4.0), dims=2)
+    assert (estimate.sample_part, estimate.log_prob_std_corrected, estimate.log_prob_std) == (0.0, 0.0, 1.0)
+    assert estimate.standard_error == pytest.approx(1 / math.sqrt(3))
+    assert estimate.probe_part == pytest.approx(2 / math.sqrt(3))
+
+
+def test_the_interval_of_five_samples_covers_in_95_percent_of_repetitions():
+    """4,000 repetitions; with the normal distribution's 1.96 instead of Student's t it would be 88 %."""
+    draws = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    estimates = [differential_entropy(row, torch.zeros(5), dims=1) for row in draws]
+    covered = sum(abs(estimate.entropy) < estimate.half_width_95 for estimate in estimates) / 4000
+    normal = sum(abs(estimate.entropy) < 1.96 * estimate.standard_error for estimate in estimates) / 4000
+    assert 0.93 <= covered <= 0.97
+    assert normal < 0.9
 
 
 def test_statistics_are_those_of_the_values():
@@ -340,6 +525,15 @@ def test_statistics_are_those_of_the_values():
     assert estimate.quantiles[0.5] == -0.5
     assert math.isnan(estimate.log_prob_std_corrected)
     assert estimate.log_prob_std == pytest.approx(values.std().item())
+
+
+def test_quantiles_and_units_of_an_entropy():
+    values = torch.linspace(-30, -10, 101, dtype=torch.float64)
+    estimate = differential_entropy(values, torch.zeros(101), dims=4)
+    assert estimate.quantiles == pytest.approx({q: -30 + 20 * q for q in (0.05, 0.25, 0.5, 0.75, 0.95)})
+    assert estimate.entropy == pytest.approx(20.0)
+    assert estimate.nats_per_dim == pytest.approx(5.0)
+    assert estimate.bits_per_dim == pytest.approx(5 / math.log(2))
 
 
 # --- a guided SD3 --------------------------------------------------------------------------------------
@@ -377,6 +571,24 @@ def test_jvp_through_fused_attention_says_what_to_use(guided):
         divergence(velocity, x, 0.6, DivergenceEstimator(product="jvp"), probes)
 
 
+def test_a_gradient_through_fused_attention_says_what_to_use(guided):
+    velocity, x = guided
+    weight = torch.tensor(1.0, requires_grad=True)
+    probes = draw_probes(x, DivergenceEstimator(), generators(2)(0))
+
+    def gradient():
+        found = divergence(
+            lambda y, s: weight * velocity(y, s), x, 0.6, DivergenceEstimator(), probes, enable_grad=True
+        )
+        return torch.autograd.grad(found.mean.sum(), weight)[0]
+
+    with pytest.raises(NotImplementedError, match=r"second derivative.*SDPBackend\.MATH"):
+        gradient()
+    divergence(velocity, x, 0.6, DivergenceEstimator(), probes)  # without a gradient it works
+    with sdpa_kernel(SDPBackend.MATH):
+        assert gradient().item() != 0
+
+
 # --- bad input -----------------------------------------------------------------------------------------
 
 
@@ -387,6 +599,9 @@ def test_jvp_through_fused_attention_says_what_to_use(guided):
         ({"distribution": "uniform"}, "'uniform'"),
         ({"product": "adjoint"}, "'adjoint'"),
         ({"step": 0.0}, r"step is 0\.0"),
+        ({"chunk": -1}, "chunk is -1"),
+        ({"budget": -1}, "budget is -1"),
+        ({"chunk": 2, "budget": 2}, "only one of them"),
     ],
 )
 def test_an_impossible_estimator_is_refused(change, part):
@@ -401,9 +616,9 @@ def test_an_impossible_estimator_is_refused(change, part):
         ({"solver": "rk4", "second_order": True}, "second_order"),
         ({"sigmas": torch.tensor([1.0, 0.5, 0.7])}, "fall or rise"),
         ({"sigmas": torch.tensor([0.9, 0.5, 0.0])}, "between 1 and 0"),
+        ({"sigmas": torch.tensor([1.0, 0.5, -0.1])}, "between 1 and 0"),
         ({"estimator": DivergenceEstimator()}, "probe_generators"),
         ({"velocity": lambda x, s: x[:, :4]}, r"step 0 of 4: the velocity has shape \(3, 4\)"),
-        ({"velocity": lambda x, s: x / (s > 0.6)}, "step 2 of 4: the velocity is not finite at sigma = 0.5"),
     ],
 )
 def test_an_impossible_path_is_refused(arguments, part):
@@ -412,8 +627,34 @@ def test_an_impossible_path_is_refused(arguments, part):
         ode_log_density(**defaults | arguments)
 
 
+def kinked(x, sigma):
+    """A finite velocity whose slope is infinite from sigma = 0.5 on."""
+    return x if sigma > 0.6 else (x - x.detach()).abs().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("velocity", "part"),
+    [
+        (lambda x, s: x / (s > 0.6), r"step 2 of 4: the velocity is not finite at sigma = 0\.5"),
+        (kinked, r"step 2 of 4: the divergence is not finite at sigma = 0\.5"),
+    ],
+)
+@pytest.mark.parametrize("estimator", [EXACT, DivergenceEstimator(num_probes=2)])
+def test_what_is_not_finite_is_told_from_bad_arguments(velocity, part, estimator):
+    with pytest.raises(NonFiniteError, match=part):
+        ode_log_density(velocity, noise(3), path(4), estimator, generators(3))
+    with pytest.raises(ValueError, match="shape") as refusal:
+        ode_log_density(lambda x, s: x[:, :4], noise(3), path(4), estimator, generators(3))
+    assert not isinstance(refusal.value, NonFiniteError)
+
+
+def test_every_sample_needs_a_generator_of_its_own():
+    with pytest.raises(ValueError, match="3 samples need as many probe generators, not 2"):
+        draw_probes(noise(3), DivergenceEstimator(), generators(2)(0))
+
+
 def test_too_many_dimensions_for_the_exact_trace_are_refused_with_the_memory():
-    with pytest.raises(MemoryError, match=r"65536 dimensions needs 32\.0 GiB"):
+    with pytest.raises(MemoryError, match=r"65536 dimensions needs 80\.0 GiB"):
         divergence(curved, torch.zeros(2, 65536), 0.5, EXACT)
 
 

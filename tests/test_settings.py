@@ -190,6 +190,8 @@ BAD_VALUES = [
     ("train.timestep_fraction", 0.0),
     ("train.timestep_fraction", 1.01),
     ("train.kl_space", "latent"),
+    ("train.ratio", "ode"),
+    ("train.ratio_probes", -1),
     ("train.learning_rate", float("inf")),
     ("drtune.num_train_steps", 0),
     ("drtune.early_stop", -1),
@@ -206,6 +208,8 @@ def test_a_value_out_of_range_is_refused_by_key_and_value(config, key, value):
     assert sentence(error).startswith(f"config.{key} = {value!r} is not allowed; it takes ")
 
 
+ODE_FORMS = ("ode_step", "ode_path")
+
 COMBINATIONS = [
     ({"mixed_precision": "fp16"}, ["mixed_precision", "fp16", "GPU", "bf16"]),
     ({"num_processes": 2}, ["num_processes = 2", "but 1 started", "torchrun"]),
@@ -219,6 +223,19 @@ COMBINATIONS = [
     ({"sample.sde_window_size": 3, "sample.sde_window_range": (8, 11)}, ["(8, 11)", "step 10"]),
     ({"sample.sde_window_size": 1, "sample.sde_type": "cps"}, ["sde_window_size = 1", "cps", "at least 2"]),
     ({"train.ratio_normalization": True, "sample.sde_type": "cps"}, ["ratio_normalization", "cps", '"dance"']),
+    *[({"train.ratio": form, "train.beta": 0.1}, ["train.beta = 0.1", f'"{form}"', "takes 0"]) for form in ODE_FORMS],
+    ({"train.ratio": "cfm", "train.beta": 0.1}, ["train.beta = 0.1", '"cfm"', "takes 0"]),
+    ({"train.ratio": "ode_step", "train.ratio_normalization": True}, ["ratio_normalization = True", "takes False"]),
+    ({"train.ratio": "cfm", "train.ratio_probes": 0}, ["ratio_probes = 0", '"cfm"', "at least 1"]),
+    *[
+        ({"train.ratio": form, "gradient_checkpointing": True}, ["gradient_checkpointing = True", f'"{form}"', "False"])
+        for form in ODE_FORMS
+    ],
+    *[
+        ({"train.ratio": form, "train.timestep_fraction": 0.5}, ["timestep_fraction = 0.5", f'"{form}"', "takes 1"])
+        for form in ("ode_path", "cfm")
+    ],
+    ({"train.ratio": "ode_path", "use_reward_gradient": True}, ['ratio = "ode_path"', "use_reward_gradient", '"sde"']),
     ({"use_reward_gradient": True, "drtune.num_train_steps": 11}, ["num_train_steps = 11", "1 to 10"]),
     (
         {"use_reward_gradient": True, "drtune.num_train_steps": 8, "drtune.early_stop": 4},
@@ -267,6 +284,9 @@ POSSIBLE = [
     {"resolution": 256, "pretrained.model": "org/name"},
     {"eval.modes": "", "eval.judge": "", "eval.num_prompts": 3, "trackers": ()},
     {"use_lora": False, "train.beta": 0.1, "train.kl_space": "velocity"},
+    {"train.ratio": "ode_step", "train.ratio_probes": 0, "train.timestep_fraction": 0.5, "sample.sde_type": "cps"},
+    {"train.ratio": "ode_path", "train.ratio_probes": 16, "sample.sde_window_size": 2},
+    {"train.ratio": "cfm", "gradient_checkpointing": True, "mixed_precision": "bf16"},
 ]
 
 
