@@ -56,8 +56,9 @@ class DivergenceEstimator:
             those of "jvp" and "difference" always are.
         budget: bytes, instead of `chunk`: as many products of "vjp" at once as fit, and at least one. What one product
             adds is estimated as three times x (probe, contiguous copy, product) and, for the gradients inside the
-            network, twice what its forward saves (a gradient in, one out), weights included. Not counted: what does not grow with the chunk (the
-            forward itself, all n probes and products, the Jacobians of `exact`), and scratch memory of the kernels.
+            network, twice what its forward saves (a gradient in, one out), weights included. Not counted: what does not
+            grow with the chunk (the forward itself, all n probes and products, the Jacobians of `exact`), and scratch
+            memory of the kernels.
     """
 
     exact: bool = False

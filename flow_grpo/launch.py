@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards import REWARDS, reward_names
 from flow_grpo.settings import Settings, resolve
+
+# The other processes wait in the next collective call while the main one evaluates: however long that takes, they must
+# not give up. A process that dies is noticed all the same, by the launcher, which ends the others.
+PATIENCE = timedelta(days=7)
 
 
 def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
@@ -32,7 +37,11 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
     diffusers.utils.logging.disable_progress_bar()  # our own bars tell what is worth telling
     transformers.utils.logging.disable_progress_bar()
     _check_hub(settings)
-    accelerator = Accelerator(mixed_precision=settings.config.mixed_precision, cpu=not cuda)
+    accelerator = Accelerator(
+        mixed_precision=settings.config.mixed_precision,
+        cpu=not cuda,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     _check_launcher(accelerator, num_processes)
     return settings, accelerator
 

@@ -5,14 +5,18 @@
     images/eval_curves_000010.png          divergence and log-density against sigma, this and all earlier evaluations
     images/eval_training_000010.png        the same, each step's value against training
 
-Everything overlaid is read back from the run folder, so a resumed run goes on with the whole history.
+Those of the averaged weights are called eval_ema_... and have a history of their own. Everything overlaid is read back
+from the run folder, so a resumed run goes on with the whole history; what was measured on other noise levels stays
+there but is not drawn, and neither is a record that cannot be read.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from flow_grpo.entropy import divergence, draw_probes
+from flow_grpo.entropy import NonFiniteError, divergence, draw_probes
 from flow_grpo.ode_log_prob import estimator_of, probe_generators
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.settings import Settings
-from flow_grpo.tracking import Run
+from flow_grpo.tracking import Run, strict_json, write_atomically
 from flow_grpo.types import Samples
 
 MAX_CURVES = 8  # steps drawn against training
@@ -46,10 +50,14 @@ class FilmStrip:
 
 
 def film_strip(policy: Policy, prompts: tuple[str, ...]) -> FilmStrip:
-    """Follow the evaluation's ODE from the first noise of each prompt, by Euler's steps."""
+    """Follow the evaluation's ODE from the first noise of each prompt, by Euler's steps.
+
+    Raises:
+        NonFiniteError: the velocity or its divergence is not finite.
+    """
     config, ids = policy.settings.config, [(p, 0) for p in range(len(prompts))]
     velocity = policy.velocity(policy.encode(prompts), config.eval.guidance_scale)
-    estimator, generators = estimator_of(config), probe_generators(config.eval.seed, ids)
+    estimator, generators = estimator_of(policy), probe_generators(config.eval.seed, ids)
     x = policy.noise(evaluation_generators(config.eval.seed, ids))
     sigmas = policy.sigmas(config.eval.num_steps).tolist()
     log_density = [-0.5 * (x.double().square() + np.log(2 * np.pi)).flatten(1).sum(1)]
@@ -77,21 +85,26 @@ class StepVisualizer:
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
         self.policy, self.run = policy, run
         self.freq, self.num_prompts = settings.config.visualize_steps_freq, settings.config.entropy.num_strip_prompts
+        self.folder = run.folder / "steps"
+        estimator_of(policy)  # refuses what cannot be
 
     def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Draw the weights that the policy has now; the averaged ones, evaluated second, replace the current."""
+        """Draw the weights that the policy has now; nothing where their velocity is not finite."""
         step, prompts = self.run.counters.epoch, tuple(dict.fromkeys(samples.prompts))[: self.num_prompts]
-        strip = film_strip(self.policy, prompts)
-        self._write(step, prompts, strip)
-        history = self._read(step)
-        self.run.log_image("eval_strip", strip_image(strip), step)
-        self.run.log_image("eval_curves", curves_figure(history), step)
-        self.run.log_image("eval_training", training_figure(history), step)
+        try:
+            strip = film_strip(self.policy, prompts)
+        except NonFiniteError as error:
+            warnings.warn(f"no film strip at epoch {step}: {error}", stacklevel=2)
+            return {}
+        self._write(samples.label, step, prompts, strip)
+        history = self._read(samples.label, step)
+        self.run.log_image(f"{samples.label}_strip", strip_image(strip), step)
+        self.run.log_image(f"{samples.label}_curves", rendered(curves_figure(history)), step)
+        self.run.log_image(f"{samples.label}_training", rendered(training_figure(history)), step)
         return {}
 
-    def _write(self, step: int, prompts: tuple[str, ...], strip: FilmStrip) -> None:
-        folder = self.run.folder / "steps"
-        folder.mkdir(exist_ok=True)
+    def _write(self, label: str, step: int, prompts: tuple[str, ...], strip: FilmStrip) -> None:
+        self.folder.mkdir(exist_ok=True)
         record = {
             "step": step,
             "prompts": prompts,
@@ -99,13 +112,23 @@ class StepVisualizer:
             "divergence": strip.divergence.tolist(),
             "log_density": strip.log_density.tolist(),
         }
-        (folder / f"eval_{step:06d}.json").write_text(json.dumps(record))
+        write_atomically(self.folder / f"{label}_{step:06d}.json", strict_json(record))
 
-    def _read(self, step: int) -> list[dict[str, Any]]:
-        """Evaluations up to `step`, in order; later ones belong to a history that a resumed run writes anew."""
-        paths = sorted((self.run.folder / "steps").glob("eval_*.json"))
-        records = [json.loads(path.read_text()) for path in paths]
-        return [record for record in records if record["step"] <= step]
+    def _read(self, label: str, step: int) -> list[dict[str, Any]]:
+        """Evaluations up to `step`, which has one, in order: those on the noise levels of that last one."""
+        found = (_readable(path) for path in self.folder.glob(f"{label}_[0-9]*.json"))
+        records = sorted((r for r in found if r and r["step"] <= step), key=lambda record: record["step"])
+        return [record for record in records if record["sigmas"] == records[-1]["sigmas"]]
+
+
+def _readable(path: Path) -> dict[str, Any] | None:
+    """A record; None for a file that holds none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(record, dict) and {"step", "sigmas", "divergence", "log_density"} <= record.keys()
+    return record if whole else None
 
 
 # --- pictures ------------------------------------------------------------------------------------------
@@ -117,7 +140,7 @@ def strip_image(strip: FilmStrip) -> Image.Image:
     return Image.fromarray((grid.permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8))
 
 
-def curves_figure(history: list[dict[str, Any]]) -> Image.Image:
+def curves_figure(history: list[dict[str, Any]]) -> Figure:
     """Means over prompts against sigma: a curve for each evaluation, from dark (first) to bright (last)."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -130,10 +153,10 @@ def curves_figure(history: list[dict[str, Any]]) -> Image.Image:
         axes.set_ylabel(f"{name}, mean over prompts")
         axes.invert_xaxis()
         axes.legend(frameon=False)
-    return _render(figure)
+    return figure
 
 
-def training_figure(history: list[dict[str, Any]]) -> Image.Image:
+def training_figure(history: list[dict[str, Any]]) -> Figure:
     """Each step's mean over prompts against training, for at most eight steps."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [record["step"] for record in history]
@@ -148,10 +171,11 @@ def training_figure(history: list[dict[str, Any]]) -> Image.Image:
         axes.set_xlabel("epochs")
         axes.set_ylabel(f"{name.replace('_', ' ')} ({unit}), mean over prompts")
         axes.legend(title="sigma", frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    return _render(figure)
+    return figure
 
 
-def _render(figure: Figure) -> Image.Image:
+def rendered(figure: Figure) -> Image.Image:
+    """The figure's pixels."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])

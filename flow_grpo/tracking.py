@@ -4,6 +4,7 @@
                     environment.json   versions, revision, device and command line; one entry per resumption
                     metrics.jsonl      one strict JSON object a line; NaN and infinities are written as null
                     images/            <name>_<step>.png
+                    steps/ diversity/  <label>_<step>.json: what evaluators keep of one evaluation
                     checkpoints/       flow_grpo/checkpoint.py
                     tensorboard/ wandb/
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 TRACKERS = ("wandb", "tensorboard")  # wandb first: the one that may have to be started twice
 CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER = "config.json", "environment.json", "metrics.jsonl", "images"
+RECORD_FOLDERS = ("steps", "diversity")  # of evaluators: <label>_<step>.json
 # what a run writes before it has done anything: a folder that holds no more than this may be used again
 EMPTY_RUN = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, *TRACKERS})
 
@@ -129,17 +131,21 @@ class Run:
     def truncate_history(self, step: int, evaluation_redone: bool = True) -> None:
         """Forget what a resumed run will do again: metrics later than `step`, its checkpoint's epoch.
 
-        The evaluation at `step` itself is forgotten too, unless it is not `evaluation_redone`. The file is
-        replaced in one piece; a last line torn by a crash goes with it.
+        The evaluation at `step` itself is forgotten too, unless it is not `evaluation_redone`; so are the evaluators'
+        own records, files named <label>_<step>.json. The history is replaced in one piece; a last line torn by a crash
+        goes with it.
         """
-        path = self.folder / HISTORY_FILE
-        if not self.is_main or not path.exists():
+        if not self.is_main:
             return
-        last_evaluation = step - 1 if evaluation_redone else step
-        kept = [
-            line for line in read_history(path) if line["step"] <= (last_evaluation if _is_evaluation(line) else step)
-        ]
-        _write_atomically(path, "".join(strict_json(line) + "\n" for line in kept))
+        path, last_evaluation = self.folder / HISTORY_FILE, step - 1 if evaluation_redone else step
+        if path.exists():
+            lines = read_history(path)
+            kept = [line for line in lines if line["step"] <= (last_evaluation if _is_evaluation(line) else step)]
+            write_atomically(path, "".join(strict_json(line) + "\n" for line in kept))
+        for record in (file for folder in RECORD_FOLDERS for file in (self.folder / folder).glob("*_*.json")):
+            number = record.stem.rpartition("_")[2]
+            if number.isdecimal() and int(number) > last_evaluation:
+                record.unlink()
 
     # --- progress and time ----------------------------------------------------------------------------
 
@@ -210,8 +216,8 @@ class Run:
             changes = {key: [before.get(key), new] for key, new in flatten(config).items() if before.get(key) != new}
             sessions = [*earlier.pop("earlier_sessions"), earlier]
             environment |= {"run_id": earlier["run_id"], "config_changes": changes, "earlier_sessions": sessions}
-        _write_atomically(self.folder / CONFIG_FILE, strict_json(config, indent=2) + "\n")
-        _write_atomically(earlier_file, strict_json(environment, indent=2) + "\n")
+        write_atomically(self.folder / CONFIG_FILE, strict_json(config, indent=2) + "\n")
+        write_atomically(earlier_file, strict_json(environment, indent=2) + "\n")
         return environment
 
 
@@ -314,7 +320,7 @@ def fresh_folder(folder: Path) -> Path:
 def _choose_folder(config: Any) -> tuple[Path, bool]:
     """The run's folder, created, and whether it is an earlier run's that goes on."""
     logdir, name = Path(config.logdir), config.run_name
-    resumed = _run_folder_of(config.resume_from)
+    resumed = run_folder_of(config.resume_from)
     if resumed is not None and (not name or resumed.resolve() == (logdir / name).resolve()):
         return resumed, True
     if not name:
@@ -332,7 +338,7 @@ def _choose_folder(config: Any) -> tuple[Path, bool]:
     return folder, False
 
 
-def _run_folder_of(resume_from: str) -> Path | None:
+def run_folder_of(resume_from: str) -> Path | None:
     """The run folder that `resume_from` (itself, its checkpoints or one of them) lies in; None: no run's."""
     if not resume_from:
         return None
@@ -375,7 +381,7 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.flush()
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one piece: a reader, or a crash, sees the old text or the new."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)

@@ -512,6 +512,7 @@ def test_the_interval_of_five_samples_covers_in_95_percent_of_repetitions():
     """4,000 repetitions; with the normal distribution's 1.96 instead of Student's t it would be 88 %."""
     draws = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     estimates = [differential_entropy(row, torch.zeros(5), dims=1) for row in draws]
+    assert estimates[0].half_width_95 == pytest.approx(2.776445 * estimates[0].standard_error, rel=1e-6)  # a table's t
     covered = sum(abs(estimate.entropy) < estimate.half_width_95 for estimate in estimates) / 4000
     normal = sum(abs(estimate.entropy) < 1.96 * estimate.standard_error for estimate in estimates) / 4000
     assert 0.93 <= covered <= 0.97

@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo import checkpoint, drtune
+from flow_grpo.entropy import DivergenceEstimator, ode_log_density
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities, sample_log_density
+from flow_grpo.randomness import keyed_generator
 from scripts.diversity_metrics.checkpoints import load_weights
 from scripts.diversity_metrics.eval_ode_log_prob import data_log_densities, encode_images, main
 
@@ -92,6 +96,14 @@ def test_base_and_checkpoints_have_the_numbers_of_the_policies_that_were_saved(t
             assert (row["prompt"], row["num_samples"]) == (prompt, 3)
             assert row["entropy"] == pytest.approx(estimate.entropy, rel=1e-9)
             assert row["quantiles"]["0.5"] == pytest.approx(estimate.quantiles[0.5], rel=1e-9)
+            assert row["half_width_95"] == pytest.approx(4.302653 * estimate.standard_error, rel=1e-6)  # t, 2 degrees
+        pooled = densities.pooled
+        assert model["pooled"]["num_samples"] == 6
+        assert model["pooled"]["log_prob_std_corrected"] == pytest.approx(pooled.log_prob_std_corrected, rel=1e-9)
+        assert model["pooled"]["quantiles"]["0.95"] == pytest.approx(pooled.quantiles[0.95], rel=1e-9)
+        assert "entropy" not in model["pooled"]
+        metrics = model["metrics"]
+        assert f"{metrics['entropy/nats']:.2f} ± {metrics['entropy/half_width_95']:.2f}" in printed
     assert record["models"][0]["metrics"] != record["models"][2]["metrics"]
     after = contents(trained["folder"])
     assert {name: after[name] for name in before} == before  # only tensorboard has grown, by a file
@@ -183,6 +195,27 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(config, build):
     assert not torch.allclose(latents, moments, atol=1e-2)
 
 
+def test_images_have_the_density_that_the_configuration_describes(config, build):
+    """Three images in batches of two, with the evaluation's guidance, steps and solver, and probes of their own."""
+    config.eval.guidance_scale, config.eval.num_steps, config.eval.seed = 3.0, 3, 5
+    config.entropy.solver, config.entropy.num_probes, config.entropy.batch_size = "heun", 2, 2
+    policy, prompts = build(config).policy, ("a bag", "a boot", "a bag")
+    latents = policy.noise([keyed_generator(0, "latents", i) for i in range(3)])
+    found = data_log_densities(policy, latents, prompts)
+    assert len(found) == 3
+    for i, row in enumerate(found):
+        expected = ode_log_density(
+            policy.velocity(policy.encode([prompts[i]]), 3.0),
+            latents[i : i + 1],
+            policy.sigmas(3).flip(0),
+            DivergenceEstimator(num_probes=2),
+            lambda evaluation, i=i: [keyed_generator(5, "image probe", i, evaluation)],
+            solver="heun",
+        )
+        assert row["log_prob"] == pytest.approx(expected.log_prob.item(), abs=1e-2)
+        assert row["probe_standard_error"] == pytest.approx(expected.probe_standard_error.item(), rel=1e-3)
+
+
 @pytest.fixture
 def images(trained, tmp_path):
     folder = tmp_path / "images"
@@ -206,6 +239,57 @@ def test_images_have_finite_densities_under_every_model(trained, images, tmp_pat
     first, last = ([row["log_prob"] for row in record["models"][i]["images"]] for i in (0, 2))
     assert min(abs(a - b) for a, b in zip(first, last, strict=True)) > 1e-3
     assert "images: log p" in capsys.readouterr().out
+    means = {m["step"]: sum(row["log_prob"] for row in m["images"]) / 3 for m in record["models"]}
+    assert dict(scalars(trained["folder"], "checkpoint/images/log_prob")) == pytest.approx(means, rel=1e-6)
+
+
+class RecordedWandB(GeneralTracker):
+    """What wandb is told."""
+
+    name, requires_logging_directory = "wandb", False
+    told: ClassVar[list] = []
+
+    def __init__(self, project, **options):
+        super().__init__()
+        self.told.append(("start", project, options))
+
+    @property
+    def tracker(self):
+        return self
+
+    def store_init_configuration(self, values):
+        self.told.append(("config", values))
+
+    def define_metric(self, name, step_metric):
+        self.told.append(("define", name, step_metric))
+
+    def log(self, values, step=None, **_):
+        self.told.append(("log", values, step))
+
+
+def test_wandb_is_told_every_checkpoint_on_an_axis_of_its_own(trained, tmp_path, monkeypatch):
+    run, told = copied(trained["folder"], tmp_path / "run"), []
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trackers": ["wandb"]}))
+    monkeypatch.setattr("flow_grpo.tracking.WandBTracker", RecordedWandB)
+    monkeypatch.setattr(RecordedWandB, "told", told)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    record = evaluate(run, tmp_path / "out", "--checkpoints", "base,2")
+    ((_, project, options),) = [entry for entry in told if entry[0] == "start"]
+    assert project == json.loads(path.read_text())["project"]
+    assert options["id"] == json.loads((run / "environment.json").read_text())["run_id"]
+    defined = [i for i, entry in enumerate(told) if entry == ("define", "checkpoint/*", "checkpoint/epoch")]
+    logged = [i for i, entry in enumerate(told) if entry[0] == "log"]
+    assert defined
+    assert defined[0] < logged[0]
+    for i, model in zip(logged, record["models"], strict=True):
+        _, values, step = told[i]
+        assert step is None  # an earlier step than the run's last would be dropped
+        assert values == pytest.approx(
+            {f"checkpoint/{name}": value for name, value in model["metrics"].items()}
+            | {"checkpoint/epoch": model["step"]}
+        )
 
 
 # --- the command line ------------------------------------------------------------------------------------
@@ -249,6 +333,34 @@ def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(trained, 
     assert "is damaged" in refusal(capsys, "--run", str(run), "--checkpoints", "2")
     shutil.rmtree(run / "checkpoints")
     assert "holds no checkpoint" in refusal(capsys, "--run", str(run))
+
+
+def test_averaged_weights_of_a_run_without_them_are_one_sentence(trained, tmp_path, capsys):
+    run = copied(trained["folder"], tmp_path / "run")
+    values = json.loads((run / "config.json").read_text())
+    values["train"]["ema"] = False
+    (run / "config.json").write_text(json.dumps(values))
+    assert "has no averaged weights" in refusal(capsys, "--run", str(run), "--ema")
+
+
+def test_a_velocity_that_is_not_finite_is_one_sentence_that_names_the_model(trained, tmp_path, capsys):
+    run = copied(trained["folder"], tmp_path / "run")
+    path = run / "checkpoints" / "checkpoint-000002" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["trainable"][0].fill_(float("nan"))
+    torch.save(state, path)
+    message = refusal(capsys, "--run", str(run), "--checkpoints", "2")
+    assert "checkpoint-000002 has no log-density: step 0 of 4: the velocity is not finite at sigma = 1.0" in message
+
+
+def test_a_folder_for_the_results_that_cannot_be_is_refused_before_anything_loads(
+    trained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("flow_grpo.launch.launch", lambda *_: pytest.fail("something was loaded"))
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below"):
+        message = refusal(capsys, "--run", str(trained["folder"]), "--out", str(tmp_path / out))
+        assert f"--out {tmp_path / out} cannot be a folder" in message
 
 
 def test_images_that_cannot_be_used_are_one_sentence(trained, images, tmp_path, capsys):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from flow_grpo import drtune
+from flow_grpo import checkpoint, drtune
 from flow_grpo.evaluation import draw_samples
 from flow_grpo.ode_log_prob import sample_log_density
-from flow_grpo.step_visualizer import StepVisualizer, film_strip
+from flow_grpo.step_visualizer import StepVisualizer, curves_figure, film_strip, training_figure
+from flow_grpo.trainer import evaluate_weights
 from tests.conftest import PROMPTS
 
 
@@ -37,15 +41,156 @@ def test_the_last_frame_is_the_sample(parts):
     assert strip.images.shape == (2, 4, 3, 32, 32)
 
 
-def test_the_history_overlays_earlier_evaluations_and_forgets_later_ones(parts):
+@pytest.fixture
+def samples(parts):
+    return draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The steps of the histories that are drawn, one list for each evaluation."""
+    seen = []
+
+    def curves(history):
+        seen.append([record["step"] for record in history])
+        return curves_figure(history)
+
+    monkeypatch.setattr("flow_grpo.step_visualizer.curves_figure", curves)
+    return seen
+
+
+def test_the_history_overlays_earlier_evaluations_and_forgets_later_ones(parts, samples, drawn):
     visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
-    samples = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
     for _ in range(3):
         assert visualizer.evaluate(samples) == {}
         parts.train(drtune)
-    assert [record["step"] for record in visualizer._read(1)] == [0, 1]
+    parts.run.counters.epoch = 1
+    visualizer.evaluate(samples)
+    assert drawn == [[0], [0, 1], [0, 1, 2], [0, 1]]
     values = [json.loads(p.read_text())["log_density"] for p in sorted((parts.run.folder / "steps").iterdir())]
     assert values[0] != values[2]
     names = {p.name for p in (parts.run.folder / "images").iterdir()}
     assert {f"eval_{kind}_00000{i}.png" for kind in ("strip", "curves", "training") for i in range(3)} <= names
     assert Image.open(parts.run.folder / "images/eval_strip_000002.png").size == (4 * 33 + 1, 2 * 33 + 1)
+
+
+def test_the_figures_show_the_whole_history():
+    sigmas = [1.0, 0.5, 0.0]
+    history = [
+        {
+            "step": step,
+            "sigmas": sigmas,
+            "divergence": [[-step - 1.0, -5.0], [-step - 3.0, -7.0]],  # (P, T)
+            "log_density": [[-30.0, step + 1.0, 10.0], [-32.0, step + 3.0, 20.0]],  # (P, T + 1)
+        }
+        for step in (0, 4, 9)
+    ]
+    left, right = curves_figure(history).axes
+    assert [list(line.get_xdata()) for line in left.lines] == [sigmas[:-1]] * 3
+    assert [list(line.get_ydata()) for line in left.lines] == [[-2, -6], [-6, -6], [-11, -6]]
+    assert [list(line.get_xdata()) for line in right.lines] == [sigmas] * 3
+    assert [list(line.get_ydata()) for line in right.lines] == [[-31, 2, 15], [-31, 6, 15], [-31, 11, 15]]
+    assert left.get_ylabel().startswith("div v")
+    assert right.get_ylabel().startswith("log p")
+    left, right = training_figure(history).axes
+    assert all(list(line.get_xdata()) == [0, 4, 9] for line in (*left.lines, *right.lines))
+    assert [list(line.get_ydata()) for line in left.lines] == [[-2, -6, -11], [-6, -6, -6]]
+    assert [list(line.get_ydata()) for line in right.lines] == [[-31] * 3, [2, 6, 11], [15] * 3]
+    assert left.get_ylabel().startswith("divergence")
+    assert right.get_ylabel().startswith("log density")
+
+
+def test_a_resumed_run_goes_on_with_the_history_up_to_its_checkpoint(parts, samples, drawn, config, build):
+    visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
+    for epoch in range(4):
+        visualizer.evaluate(samples)
+        parts.train(drtune)
+        if epoch == 0:
+            checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    parts.run.finish()
+    config.resume_from = str(parts.run.folder)
+    again = build(config)
+    checkpoint.resume(again.policy, again.run, again.settings)
+    assert again.run.counters.epoch == 1
+    assert [path.name for path in sorted((again.run.folder / "steps").iterdir())] == [
+        "eval_000000.json",
+        "eval_000001.json",
+    ]
+    drawn.clear()
+    again.train(drtune)
+    StepVisualizer(again.policy, again.settings, again.run).evaluate(samples)
+    again.run.counters.epoch = 5  # the abandoned evaluation of epoch 3 would be among its curves
+    StepVisualizer(again.policy, again.settings, again.run).evaluate(samples)
+    assert drawn == [[0, 1, 2], [0, 1, 2, 5]]
+
+
+def test_evaluations_of_another_number_of_steps_are_kept_but_not_drawn(parts, samples, drawn, config, build):
+    StepVisualizer(parts.policy, parts.settings, parts.run).evaluate(samples)
+    config.eval.num_steps, config.run_name = 6, "longer"
+    longer = build(config)
+    longer.run.folder, longer.run.counters.epoch = parts.run.folder, 1
+    StepVisualizer(longer.policy, longer.settings, longer.run).evaluate(samples)
+    longer.run.counters.epoch = 2
+    StepVisualizer(longer.policy, longer.settings, longer.run).evaluate(samples)
+    assert drawn == [[0], [1], [1, 2]]
+    assert len(list((parts.run.folder / "steps").iterdir())) == 3
+
+
+@pytest.mark.parametrize("text", ['{"step": 1, "sig', "[]", '{"step": 1}'])
+def test_a_record_that_cannot_be_read_is_left_out(parts, samples, drawn, text):
+    visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
+    visualizer.evaluate(samples)
+    (parts.run.folder / "steps/eval_000001.json").write_text(text)
+    parts.run.counters.epoch = 2
+    visualizer.evaluate(samples)
+    assert drawn == [[0], [0, 2]]
+
+
+def test_a_record_is_replaced_in_one_piece(parts, samples, monkeypatch):
+    visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
+    visualizer.evaluate(samples)
+    record = parts.run.folder / "steps/eval_000000.json"
+    before, write = record.read_text(), Path.write_text
+
+    def torn(path, text, *arguments, **options):
+        write(path, text[: len(text) // 2], *arguments, **options)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(OSError, match="no space left"):
+        visualizer.evaluate(samples)
+    assert record.read_text() == before
+
+
+def test_averaged_weights_have_files_and_a_history_of_their_own(parts, drawn):
+    for _ in range(3):  # the average follows the first update at once
+        parts.train(drtune)
+    visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
+    evaluate_weights(parts.policy, parts.prompts, [visualizer], parts.settings, parts.run)
+    current, averaged = (
+        json.loads((parts.run.folder / f"steps/{label}_000003.json").read_text()) for label in ("eval", "eval_ema")
+    )
+    assert current["log_density"] != averaged["log_density"]
+    assert drawn == [[3], [3]]
+    for kind in ("strip", "curves", "training"):
+        first, second = (
+            Image.open(parts.run.folder / f"images/{label}_{kind}_000003.png") for label in ("eval", "eval_ema")
+        )
+        assert not np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_weights_that_are_not_finite_leave_no_strip_and_the_history_whole(parts, samples, drawn):
+    visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
+    visualizer.evaluate(samples)
+    kept = [p.detach().clone() for p in parts.policy.trainable]
+    with torch.no_grad():
+        parts.policy.trainable[0].fill_(math.nan)
+    parts.run.counters.epoch = 1
+    with pytest.warns(UserWarning, match="no film strip at epoch 1: the velocity is not finite at sigma = 1"):
+        assert visualizer.evaluate(samples) == {}
+    assert not list(parts.run.folder.rglob("*_000001.*"))
+    with torch.no_grad():
+        parts.policy.trainable[0].copy_(kept[0])
+    parts.run.counters.epoch = 2
+    visualizer.evaluate(samples)
+    assert drawn == [[0], [0, 2]]

@@ -91,6 +91,27 @@ def test_truncation_leaves_exactly_what_a_resumed_run_will_not_repeat(new_run: N
     assert not list(run.folder.glob("*.tmp"))
 
 
+def test_truncation_removes_the_evaluators_later_records_and_nothing_else(new_run: NewRun) -> None:
+    run, later, kept = new_run(), [], []
+    for folder, label in (("steps", "eval"), ("steps", "eval_ema"), ("diversity", "eval"), ("images", "eval")):
+        (run.folder / folder).mkdir(exist_ok=True)
+        for step in (0, 9, 10, 1_000_000):
+            path = run.folder / folder / f"{label}_{step:06d}.json"
+            path.write_text("{}")
+            (later if step > 9 and folder != "images" else kept).append(path)
+    kept.append(run.folder / "diversity/bandwidth.json")
+    kept.append(run.folder / "steps/notes_about_10.txt")
+    for path in kept[-2:]:
+        path.write_text("{}")
+    run.is_main = False
+    run.truncate_history(9, evaluation_redone=False)
+    assert all(path.exists() for path in later)  # only the main process writes
+    run.is_main = True
+    run.truncate_history(9, evaluation_redone=False)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in later)
+
+
 def test_truncation_removes_a_line_torn_by_a_crash_so_that_appending_is_safe(new_run: NewRun) -> None:
     run = new_run()
     run.log({"train/reward": 0.1}, step=1)

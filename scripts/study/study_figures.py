@@ -1,0 +1,349 @@
+"""The study's figures, from its committed results. Colours are Okabe and Ito's; no curve is told by colour alone.
+
+Curves have a thin line for each seed, a thick one for their mean and a band from the lowest seed to the highest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+
+from scripts.study.figures import AXIS_LABELS, BASE_COLOUR, COLOURS, REWARD_LABEL, State
+from scripts.study.figures import samples_figure as grids_figure
+from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, Evaluation
+from scripts.study.results import (
+    NATS,
+    SPREAD,
+    Form,
+    Point,
+    RankCorrelation,
+    Sample,
+    Study,
+    StudyRecord,
+    by_form,
+    by_label,
+    frontier,
+    rank_correlation,
+)
+
+METHODS = ("DRTune", "GRPO")
+METHOD_MARKERS = {"DRTune": "o", "GRPO": "s"}
+FORM_COLOURS = {"sde": "#0072B2", "ode_step": "#D55E00", "ode_path": "#009E73", "cfm": "#CC79A7"}
+PROBE_LINES = {1: "-", 4: "--", 16: ":", 0: "-."}  # 0: the exact trace
+PROBE_MARKERS = {1: "o", 4: "s", 16: "^", 0: "D"}
+POINT_MARKERS = "oXDvP*^s<>hp"
+LABELS = {
+    VENDI: "Vendi score within a prompt\n(effective number of images)",
+    RKE: "RKE within a prompt\n(effective number of images)",
+    ENTROPY: "colour entropy\n(nats; 8 equal shares: 2.08)",
+    NATS: "differential entropy of an image,\ngiven its prompt (nats)",
+    SPREAD: "std of the ODE log-density\nwithin a prompt (nats)",
+}
+STEP_LABEL = "epochs"
+SECONDS_LABEL = "training time (s)"
+ACCURACY_LABEL = "images whose prompt the judge recognises (%)"
+DPI = 130
+
+
+def all_figures(
+    study: Study, noise: Sequence[Mapping[str, Any]], scales: Sequence[Mapping[str, Any]]
+) -> dict[str, Figure]:
+    """Name -> figure, of what there are results for."""
+    claims, ratios = study.of("claims"), study.of("ratio")
+    points = frontier(study, scales)
+    drawn: dict[str, Callable[[], Figure]] = {}
+    if claims:
+        drawn |= {
+            "reward": lambda: reward_figure(claims),
+            "diversity_vs_seconds": lambda: diversity_figure(claims, "seconds"),
+            "diversity_vs_reward": lambda: diversity_figure(claims, REWARD),
+            "judge_vs_reward": lambda: judge_figure(claims),
+        }
+    if study.records:
+        drawn["proxies"] = lambda: proxies_figure(study.records)
+    if ratios:
+        drawn |= {
+            "ratios": lambda: ratios_figure(by_form(study)),
+            "ratio_statistics": lambda: ratio_statistics_figure(by_form(study)),
+        }
+    if points:
+        drawn["frontier"] = lambda: frontier_figure(points, (study.records[0].base(REWARD), base_vendi(study)))
+    if noise:
+        drawn["gradient_noise"] = lambda: gradient_noise_figure(noise)
+    return {name: draw() for name, draw in drawn.items()}
+
+
+def base_vendi(study: Study) -> float:
+    """Of the model before training."""
+    return study.records[0].base(VENDI)
+
+
+def save_figures(figures: Mapping[str, Figure], out: Path) -> None:
+    """As PNGs."""
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=DPI, metadata={"Software": None})
+
+
+# --- curves -----------------------------------------------------------------------------------------------
+
+
+def reward_figure(records: Sequence[StudyRecord]) -> Figure:
+    """Reward against seconds and against network evaluations."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, 2, sharey=True), ("seconds", "network_evaluations"), strict=True):
+        axes.axhline(records[0].base(REWARD), color=BASE_COLOUR, linestyle=":", label="base")
+        for label in METHODS:
+            _draw(axes, by_label(records).get(label, []), quantity, REWARD, COLOURS[label], label)
+        axes.set_xlabel(_wrapped(AXIS_LABELS[quantity]))
+        _plain(axes)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    figure.axes[0].set_ylabel(REWARD_LABEL)
+    figure.axes[0].legend(frameon=False, title=_seeds_note(records))
+    return figure
+
+
+def diversity_figure(records: Sequence[StudyRecord], x: str) -> Figure:
+    """Five measures of diversity against "seconds", or against the reward."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    for axes, (metric, label) in zip(panels, LABELS.items(), strict=False):
+        axes.axhline(records[0].base(metric), color=BASE_COLOUR, linestyle=":", label="base")
+        for method in METHODS:
+            _draw(axes, by_label(records).get(method, []), x, metric, COLOURS[method], method)
+        axes.set_ylabel(label)
+        axes.set_xlabel(REWARD_LABEL if x == REWARD else SECONDS_LABEL)
+        _plain(axes)
+    panels[-1].axis("off")
+    note = "a line for each seed" if x == REWARD else _seeds_note(records)
+    panels[-1].legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False, title=note)
+    return figure
+
+
+def judge_figure(records: Sequence[StudyRecord]) -> Figure:
+    """Accuracy of the held-out judge against the reward; the last evaluation of each seed has a black edge."""
+    figure, axes = _single(REWARD_LABEL, ACCURACY_LABEL)
+    for method in METHODS:
+        for index, record in enumerate(by_label(records).get(method, [])):
+            x, y = record.curve(REWARD), record.curve(ACCURACY)
+            colour, marker = COLOURS[method], METHOD_MARKERS[method]
+            label = None if index else method
+            axes.plot(x, y, lw=0.9, ms=3, alpha=0.7, label=label, color=colour, marker=marker)
+            axes.plot(x[-1], y[-1], ms=8, mec="black", ls="", zorder=3, color=colour, marker=marker)
+    first = records[0]
+    axes.plot(
+        first.base(REWARD), first.base(ACCURACY), "h", ms=12, color=BASE_COLOUR, mec="black", label="base", zorder=4
+    )
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.legend(frameon=False, title="a line for each seed; black edge: its end")
+    return figure
+
+
+def _draw(axes: Axes, records: Sequence[StudyRecord], x: str, y: str, colour: str, label: str, line: str = "-") -> None:
+    """Every seed, and, against a quantity that grows, their mean and range; against the reward, the ends."""
+    if not records:
+        return
+    for index, record in enumerate(records):
+        named = label if x == REWARD and index == 0 else None
+        axes.plot(record.curve(x), record.curve(y), color=colour, lw=0.8, alpha=0.55, ls=line, label=named)
+    if x == REWARD:
+        marker = METHOD_MARKERS.get(label, "o")
+        ends = ([record.final(name) for record in records] for name in (x, y))
+        axes.plot(*ends, color=colour, marker=marker, ls="", mec="black", ms=7, label=f"{label}, end of a seed")
+        return
+    grid, curves = on_one_grid(records, x, y)
+    axes.plot(grid, curves.mean(0), color=colour, lw=2.4, ls=line, label=label)
+    axes.fill_between(grid, curves.min(0), curves.max(0), color=colour, alpha=0.15, lw=0)
+
+
+def on_one_grid(records: Sequence[StudyRecord], x: str, y: str, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """x up to where the shortest seed ends, (points,), and y there by linear interpolation, (seeds, points)."""
+    grid = np.linspace(0, min(record.final(x) for record in records), points)
+    curves = []
+    for record in records:
+        known = np.isfinite(record.curve(y))
+        curves.append(np.interp(grid, record.curve(x)[known], record.curve(y)[known]) if known.any() else grid * np.nan)
+    return grid, np.stack(curves)
+
+
+# --- proxies ----------------------------------------------------------------------------------------------
+
+
+def proxies_figure(records: Sequence[StudyRecord]) -> Figure:
+    """Spread of the log-density and differential entropy against Vendi and RKE: every evaluation of every run."""
+    figure = Figure(figsize=(10.5, 8), layout="constrained")
+    panels = figure.subplots(2, 2, sharex="col", sharey="row")
+    for row, diversity in zip(panels, (VENDI, RKE), strict=True):
+        for axes, proxy in zip(row, (SPREAD, NATS), strict=True):
+            for method in METHODS:
+                chosen = [record for record in records if record.method == method]
+                x, y = (
+                    np.concatenate([np.empty(0), *(record.curve(name)[1:] for record in chosen)])
+                    for name in (proxy, diversity)
+                )
+                marker = METHOD_MARKERS[method]
+                axes.scatter(x, y, s=14, alpha=0.5, lw=0, color=COLOURS[method], marker=marker, label=method)
+            axes.set_title(rho_text(rank_correlation(records, proxy, diversity)), fontsize=10)
+            _plain(axes)
+        row[0].set_ylabel(LABELS[diversity])
+    for axes, proxy in zip(panels[-1], (SPREAD, NATS), strict=True):
+        axes.set_xlabel(LABELS[proxy])
+    panels[0][0].legend(frameon=False, title="one evaluation each")
+    return figure
+
+
+def rho_text(found: RankCorrelation) -> str:
+    """Rho, its interval, and of how many evaluations and runs."""
+    return (
+        f"rank correlation {found.pooled:.2f} ({found.low:.2f} to {found.high:.2f})\n"
+        f"{found.evaluations} evaluations of {found.runs} runs"
+    )
+
+
+# --- ratio forms ------------------------------------------------------------------------------------------
+
+
+def ratios_figure(forms: Mapping[Form, Sequence[StudyRecord]]) -> Figure:
+    """Reward against epochs and against seconds, one curve for each form and number of probes."""
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    base = next(iter(forms.values()))[0].base(REWARD)
+    for axes, (x, label) in zip(
+        figure.subplots(1, 2, sharey=True), (("step", STEP_LABEL), ("seconds", SECONDS_LABEL)), strict=True
+    ):
+        axes.axhline(base, color=BASE_COLOUR, linestyle=":", label="base")
+        for form, records in forms.items():
+            grid, curves = on_one_grid(records, x, REWARD)
+            axes.plot(
+                grid, curves.mean(0), color=FORM_COLOURS[form.ratio], ls=_line(form), lw=1.8, label=form.title,
+                marker=_marker(form), markevery=(0.1, 0.2), ms=5,
+            )  # fmt: skip
+            axes.fill_between(grid, curves.min(0), curves.max(0), color=FORM_COLOURS[form.ratio], alpha=0.12, lw=0)
+        axes.set_xlabel(label)
+        _plain(axes)
+    figure.axes[0].set_ylabel(REWARD_LABEL)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def ratio_statistics_figure(forms: Mapping[Form, Sequence[StudyRecord]]) -> Figure:
+    """Share of clipped ratios and spread of log r: first epoch (hollow) and mean of all (filled), a point per seed."""
+    figure = Figure(figsize=(11, 0.42 * len(forms) + 1.9), layout="constrained")
+    panels = (
+        ("train/clip_fraction", "share of ratios outside the clip range (%)"),
+        ("train/ratio_std", "standard deviation of log r"),
+    )
+    places = np.arange(len(forms))
+    for axes, (name, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        for place, (form, records) in zip(places, forms.items(), strict=True):
+            for which, face, offset in (("first", "none", -0.15), ("mean", FORM_COLOURS[form.ratio], 0.15)):
+                values = [record.training.get(name, {}).get(which) for record in records]
+                known = [value for value in values if value is not None]
+                axes.plot(
+                    known, [place + offset] * len(known), _marker(form), mfc=face, mec=FORM_COLOURS[form.ratio], ms=7
+                )
+        axes.set_yticks(places, [form.title for form in forms])
+        axes.set_ylim(len(forms) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        _plain(axes, "x")
+    figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    figure.axes[1].set_xscale("symlog", linthresh=1e-5)
+    figure.suptitle("a point for each seed; hollow: first epoch, filled: mean over all epochs", fontsize=10)
+    return figure
+
+
+def gradient_noise_figure(noise: Sequence[Mapping[str, Any]]) -> Figure:
+    """Signal-to-noise of the gradient, over repeated probes and over repeated batches, with 95 % intervals."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    titles = {"probes": "the same images, other probes", "batches": "other images"}
+    for axes, (source, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        rows = [row for row in noise if row["source"] == source]
+        forms = [Form(row["form"], row["probes"]) for row in rows]
+        for place, (row, form) in enumerate(zip(rows, forms, strict=True)):
+            bar = [[row["snr"] - row["low"]], [row["high"] - row["snr"]]]
+            axes.errorbar(
+                place, row["snr"], yerr=bar, fmt=_marker(form), color=FORM_COLOURS[form.ratio], capsize=4, ms=7
+            )
+        axes.set_xticks(range(len(rows)), [form.title.replace(", ", "\n") for form in forms], fontsize=9)
+        axes.set_title(title, fontsize=11)
+        axes.set_yscale("log")
+        _plain(axes)
+    figure.axes[0].set_ylabel("signal-to-noise ratio of the gradient")
+    return figure
+
+
+def _line(form: Form) -> str:
+    return PROBE_LINES.get(form.probes, "-")
+
+
+def _marker(form: Form) -> str:
+    return PROBE_MARKERS.get(form.probes, "o")
+
+
+# --- the frontier -----------------------------------------------------------------------------------------
+
+
+def frontier_figure(points: Sequence[Point], base: tuple[float, float]) -> Figure:
+    """Reward against Vendi score within a prompt, each method and seed a point; base: (reward, Vendi)."""
+    figure = Figure(figsize=(10.5, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*base, "h", ms=13, color=BASE_COLOUR, mec="black", ls="", label="base")
+    labels = list(dict.fromkeys(point.label for point in points))
+    counts = dict.fromkeys(METHODS, 0)
+    for label in sorted(labels, key=lambda label: next(p.method for p in points if p.label == label)):
+        chosen = [point for point in points if point.label == label]
+        method = chosen[0].method
+        face = COLOURS[method] if counts[method] < len(POINT_MARKERS) else "none"
+        marker = POINT_MARKERS[counts[method] % len(POINT_MARKERS)]
+        counts[method] += 1
+        axes.plot(
+            [p.vendi for p in chosen], [p.reward for p in chosen], marker, mfc=face, mec=COLOURS[method], ms=9,
+            alpha=0.8, label=label,
+        )  # fmt: skip
+    axes.set_xlabel(LABELS[VENDI].replace("\n", " "))
+    axes.set_ylabel(REWARD_LABEL)
+    _plain(axes, "both")
+    figure.legend(loc="outside right upper", frameon=False, title="a point for each seed")
+    return figure
+
+
+def samples_figure(samples: Sequence[Sample], out: Path) -> Figure:
+    """The committed image grids side by side: the same prompts and the same noise in each."""
+    states = []
+    for sample in samples:
+        at = Evaluation(sample.step, 0.0, 0, 0, 0, metrics={REWARD: sample.reward}, ema_metrics={})
+        colour = BASE_COLOUR if sample.method is None else COLOURS[sample.method]
+        states.append(State(sample.title.replace(", ", ",\n"), out / sample.file, at, colour))
+    return grids_figure(states)
+
+
+# --- looks ------------------------------------------------------------------------------------------------
+
+
+def _single(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes, grid: Any = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#e5e5e5")
+    axes.set_axisbelow(True)
+
+
+def _wrapped(label: str) -> str:
+    return label.replace(" (", "\n(")
+
+
+def _seeds_note(records: Iterable[StudyRecord]) -> str:
+    seeds = len({record.seed for record in records})
+    return f"{seeds} seeds, a thin line each;\nthick: mean, band: lowest to highest"

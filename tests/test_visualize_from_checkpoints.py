@@ -1,0 +1,457 @@
+"""scripts/diversity_metrics/visualize_from_checkpoints.py: every number and picture is that of the weights trained."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flow_grpo import checkpoint, drtune
+from flow_grpo.evaluation import draw_samples, sample_evaluators, view
+from flow_grpo.evaluation import test_request as evaluated_request
+from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
+from flow_grpo.policy import Policy
+from flow_grpo.rewards import build_reward
+from flow_grpo.step_visualizer import film_strip
+from flow_grpo.tracking import Run, strict_json
+from scripts.diversity_metrics import diversity
+from scripts.diversity_metrics.checkpoint_figures import (
+    BLOCK_GAP,
+    GAP,
+    HEADER,
+    LEFT,
+    cell_side,
+    sheet,
+    t_half_widths,
+    thumbnails,
+)
+from scripts.diversity_metrics.checkpoints import Bars
+from scripts.diversity_metrics.diversity_evaluator import (
+    diversity_request,
+    extractor_of,
+    features_by_prompt,
+    measure,
+    run_bandwidth,
+)
+from scripts.diversity_metrics.visualize_from_checkpoints import (
+    captions,
+    main,
+    notes,
+    std_standard_error,
+)
+
+EPOCHS = (1, 2, 3)
+NAMES = ["base", "checkpoint-000001", "checkpoint-000002", "checkpoint-000003"]
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """What the first test trained, and the first page that was made of it, for the others."""
+    return {}
+
+
+@pytest.fixture
+def trained(config, build, kept):
+    """A run of 3 DRTune epochs with a checkpoint of each, and direct measurements of the policy at each."""
+    if "folder" in kept:
+        return SimpleNamespace(**kept)
+    config.use_reward_gradient, config.train.learning_rate, config.eval.guidance_scale = True, 2e-2, 3.0
+    config.entropy.num_prompts, config.entropy.num_image_per_prompt, config.entropy.num_probes = 2, 3, 2
+    config.entropy.num_strip_prompts, config.diversity.num_draws = 2, 50
+    config.trackers = ("tensorboard",)
+    parts = build(config)
+    direct, pictures = [measured(parts)], [pictures_of(parts)]
+    for epoch in EPOCHS:
+        parts.train(drtune)
+        parts.run.log({}, epoch)
+        checkpoint.save(parts.policy, parts.run, parts.settings, None)
+        direct.append(measured(parts))
+        pictures.append(pictures_of(parts))
+    with parts.policy.ema_weights():
+        averaged = measured(parts)
+    parts.run.finish()
+    kept |= {"folder": parts.run.folder, "direct": direct, "pictures": pictures, "averaged": averaged}
+    return SimpleNamespace(**kept)
+
+
+def samples_of(parts, config):
+    bars, requests = cast(Run, Bars()), [evaluated_request(parts.prompts, parts.settings), diversity_request(config)]
+    return draw_samples(parts.policy, parts.prompts, parts.settings, bars, requests), requests
+
+
+def pictures_of(parts) -> torch.Tensor:
+    samples, requests = samples_of(parts, parts.settings.config)
+    return view(samples, requests[0]).images
+
+
+def measured(parts) -> dict:
+    """Of the weights that the policy has now, without the command."""
+    config, device = parts.settings.config, parts.accelerator.device
+    samples, (tested, diverse) = samples_of(parts, config)
+    found: dict = {}
+    for evaluator in sample_evaluators(build_reward(config, device), parts.settings, device):
+        found |= evaluator.evaluate(view(samples, tested))
+    extractor = extractor_of(config, device)
+    features = features_by_prompt(view(samples, diverse), extractor)
+    bandwidth = run_bandwidth(config, parts.run.folder, extractor, features)
+    found |= diversity.metrics(measure(features, bandwidth, extractor.name, config))
+    found |= entropy_metrics(prompt_log_densities(parts.policy, tested.prompts[:2], cast(Run, Bars())))
+    strip = film_strip(parts.policy, tested.prompts[:2])
+    return found | {"divergence": strip.divergence.tolist(), "log_density": strip.log_density.tolist()}
+
+
+@pytest.fixture
+def shown(trained, kept, tmp_path_factory, monkeypatch):
+    """The page of all checkpoints; how many base models were loaded for it."""
+    if "out" not in kept:
+        loaded, load = [], Policy.load.__func__
+
+        def counted(cls, *arguments):
+            loaded.append(arguments)
+            return load(cls, *arguments)
+
+        monkeypatch.setattr(Policy, "load", classmethod(counted))
+        before, out = contents(trained.folder), tmp_path_factory.mktemp("page") / "new" / "folder"
+        record = visualize(trained.folder / "checkpoints", out, "--visualize_all=True")
+        kept |= {"out": out, "record": record, "loads": len(loaded), "before": before}
+        kept["events"] = tensorboard_of(trained.folder)  # before other tests add to it
+    return SimpleNamespace(**kept)
+
+
+def tensorboard_of(run: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    return events.Reload()
+
+
+def visualize(folder: Path, out: Path, *arguments: str) -> dict:
+    main(["--checkpoint_dir", str(folder), "--out", str(out), *arguments])
+    return json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def copied(run: Path, target: Path) -> Path:
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("tensorboard"))
+    return target
+
+
+def spoil(run: Path, epoch: int) -> None:
+    """Make a checkpoint's weights nan."""
+    path = run / "checkpoints" / f"checkpoint-{epoch:06d}" / "training_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["trainable"][0].fill_(math.nan)
+    torch.save(state, path)
+
+
+# --- numbers --------------------------------------------------------------------------------------------
+
+
+def test_every_number_is_that_of_the_policy_when_it_was_saved(trained, shown):
+    models = shown.record["models"]
+    assert [(model["name"], model["step"]) for model in models] == list(zip(NAMES, (0, *EPOCHS), strict=True))
+    for model, direct in zip(models, trained.direct, strict=True):
+        steps = {name: direct[name] for name in ("divergence", "log_density")}
+        numbers = {name: value for name, value in direct.items() if name not in steps}
+        assert model["metrics"] == pytest.approx(numbers, rel=1e-9)
+        for name, values in steps.items():
+            np.testing.assert_allclose(model[f"{name}_by_step"], values, rtol=1e-9)
+        assert model["failures"] == {}
+    for name in ("reward/total", "diversity/vendi", "diversity/rke", "entropy/nats", "ode_log_prob/std"):
+        assert len({model["metrics"][name] for model in models}) == len(models), name
+
+
+def test_intervals_hold_their_estimates(shown):
+    names = {"reward/total", "reward/pickscore", "judge/accuracy", "diversity/vendi", "diversity/rke", "entropy/nats"}
+    for model in shown.record["models"]:
+        assert model["intervals"].keys() == names | {"ode_log_prob/std"}
+        for name, (low, high) in model["intervals"].items():
+            assert low < model["metrics"][name] < high, name
+
+
+def test_the_change_of_the_entropy_is_that_of_pairs(shown):
+    base, *others = shown.record["models"]
+    assert base["entropy_change"] is None
+    for model in others:
+        pairs = np.array(base["log_prob"]) - np.array(model["log_prob"])
+        assert model["entropy_change"]["nats"] == pytest.approx(pairs.mean(), rel=1e-9)
+        assert model["entropy_change"]["low"] < pairs.mean() < model["entropy_change"]["high"]
+
+
+def test_one_load_of_the_base_model_serves_all_and_the_run_is_left_as_it_was(trained, shown):
+    assert shown.loads == 1
+    after = contents(trained.folder)
+    assert {name: after[name] for name in shown.before} == shown.before
+    assert all(name.startswith("tensorboard") for name in after.keys() - shown.before.keys())
+
+
+def test_the_same_command_gives_the_same_numbers_and_a_run_folder_will_do(trained, shown, tmp_path):
+    visualize(trained.folder, tmp_path, "--visualize-all")
+    assert (tmp_path / "results.json").read_bytes() == (shown.out / "results.json").read_bytes()
+
+
+def test_without_their_weights_all_checkpoints_would_be_the_base(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.diversity_metrics.visualize_from_checkpoints.load_weights", lambda *_: None)
+    base, last = visualize(trained.folder, tmp_path, "--checkpoint_steps", "3")["models"]
+    assert base["metrics"] == last["metrics"]
+
+
+def test_averaged_weights_and_fewer_prompts_and_seeds(trained, tmp_path):
+    base, last = visualize(trained.folder, tmp_path / "a", "--checkpoint_steps", "3", "--ema")["models"]
+    found = {name: trained.averaged[name] for name in last["metrics"]}
+    assert last["metrics"] == pytest.approx(found, rel=1e-9)
+    assert base["metrics"]["reward/total"] == pytest.approx(trained.direct[0]["reward/total"], rel=1e-9)
+    small = visualize(trained.folder, tmp_path / "b", "--checkpoint_steps=1", "--num_prompts", "1", "--num-seeds=4")
+    assert {name: len(texts) for name, texts in small["prompts"].items()} == dict.fromkeys(small["prompts"], 1)
+    assert small["images_per_prompt"] == {"evaluated": 2, "diversity": 4, "density": 3, "strip": 1}
+    assert len(small["models"][1]["divergence_by_step"]) == 1
+
+
+def test_bandwidth_and_judge_are_the_run_s(trained, tmp_path):
+    run = copied(trained.folder, tmp_path / "run")
+    stored = run / "diversity" / "bandwidth.json"
+    chosen = json.loads(stored.read_text())
+    stored.write_text(json.dumps(chosen | {"bandwidth": 2 * chosen["bandwidth"]}))
+    config = json.loads((run / "config.json").read_text())
+    config["eval"] |= {"judge": "", "modes": ""}  # nor is there a judge that the run had not
+    (run / "config.json").write_text(strict_json(config))
+    record = visualize(run, tmp_path / "out", "--checkpoint_steps", "1")
+    assert not any(name.startswith("judge") for name in record["models"][0]["metrics"])
+    assert record["bandwidth"] == 2 * chosen["bandwidth"]
+    assert record["models"][0]["metrics"]["diversity/rke"] < trained.direct[0]["diversity/rke"]
+
+
+def test_a_diverged_checkpoint_loses_only_its_own_numbers(trained, shown, tmp_path):
+    run = copied(trained.folder, tmp_path / "run")
+    spoil(run, 2)
+    models = visualize(run, tmp_path / "out", "--checkpoint_steps", "1,2,3")["models"]
+    for index in (0, 1, 3):
+        assert models[index] == shown.record["models"][index]
+    assert set(models[2]["metrics"].values()) == {None}
+    assert models[2]["metrics"].keys() == models[1]["metrics"].keys()
+    assert models[2]["failures"].keys() == {"samples", "log-densities", "film strip"}
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "checkpoint-000002: no samples: its images are not finite." in page
+    assert page.count("not finite</td>") == 6
+    assert not (tmp_path / "out" / "strip_checkpoint-000002.png").exists()
+    width = cell_side(32) + GAP
+    block = LEFT + 2 * (2 * width - GAP + BLOCK_GAP)
+    assert Image.open(tmp_path / "out" / "grid.png").getpixel((block + 3, HEADER + 3)) == (204, 204, 204)
+
+
+# --- intervals ------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_covers_it():
+    """95 % of 4,000 sets of 5: standard error 0.34 %."""
+    values = np.random.default_rng(0).normal(size=(4000, 5))
+    covered = np.abs(values.mean(1)) < t_half_widths(values)
+    assert covered.mean() == pytest.approx(0.95, abs=0.0105)
+    normal = np.abs(values.mean(1)) < 1.96 * values.std(1, ddof=1) / 5**0.5  # the broken twin: no Student
+    assert normal.mean() < 0.92
+    assert np.isnan(t_half_widths(values[:, :1])).all()
+
+
+def test_the_error_of_the_spread_is_its_standard_deviation():
+    """Over 2,000 repetitions of 4 prompts with 50 samples, to 5 %."""
+    draws = np.random.default_rng(0).normal(size=(2000, 4, 50)) * np.array([1.0, 2.0, 3.0, 4.0])[:, None]
+    spread = np.sqrt(draws.var(2, ddof=1).mean(1))
+    errors = [std_standard_error(draw) for draw in draws[:400]]
+    assert np.mean(errors) == pytest.approx(spread.std(), rel=0.05)
+    assert math.isnan(std_standard_error(draws[0][:, :2]))
+
+
+# --- pictures and page ----------------------------------------------------------------------------------
+
+
+def test_the_grid_has_a_column_for_each_model_in_order_with_the_same_noise(trained, shown):
+    grid = np.asarray(Image.open(shown.out / "grid.png"))
+    side = cell_side(32)
+    assert side == 64
+    for number, images in enumerate(trained.pictures):
+        for prompt, seed in ((0, 0), (1, 1), (3, 0)):
+            left = LEFT + number * (2 * (side + GAP) - GAP + BLOCK_GAP) + seed * (side + GAP)
+            top = HEADER + prompt * (side + GAP)
+            cell = grid[top : top + side, left : left + side]
+            expected = (images[2 * prompt + seed].permute(1, 2, 0).numpy() * 255).round()  # 2 seeds a prompt
+            assert np.array_equal(cell[::2, ::2], expected)
+            assert np.array_equal(cell[1::2, 1::2], expected)
+    assert not torch.equal(trained.pictures[0], trained.pictures[3])
+
+
+def test_the_last_frame_of_a_strip_is_close_to_the_final_image_and_models_differ(trained, shown):
+    """Its noise level is next to 0; the first two prompts, seed 0."""
+    side = cell_side(32)
+    strips = [np.asarray(Image.open(shown.out / f"strip_{name}.png")).astype(float) for name in NAMES]
+    for strip, images in zip(strips, trained.pictures, strict=True):
+        for prompt in (0, 1):
+            left, top = LEFT + 3 * (side + BLOCK_GAP), HEADER + prompt * (side + GAP)  # the last of 4 steps
+            cell = strip[top : top + side : 2, left : left + side : 2]
+            expected = images[2 * prompt].permute(1, 2, 0).numpy() * 255
+            assert np.abs(cell - expected).mean() < 3
+            other = images[2 * prompt + 1].permute(1, 2, 0).numpy() * 255  # the broken twin: another noise
+            assert np.abs(cell - other).mean() > 10
+
+
+@pytest.mark.parametrize(("side", "shown_side"), [(8, 64), (32, 64), (48, 96), (64, 64), (200, 200), (512, 128)])
+def test_cells_are_whole_multiples_or_parts(side, shown_side):
+    image = torch.linspace(0, 1, side * side).view(1, 1, side, side).expand(1, 3, -1, -1)
+    cell = thumbnails(image)[0]
+    assert cell.shape == (shown_side, shown_side, 3) == (cell_side(side), cell_side(side), 3)
+    assert cell.mean() == pytest.approx(127.5, abs=0.6)
+
+
+def test_a_sheet_of_long_prompts_keeps_them_beside_its_cells():
+    cells = np.full((2, 1, 64, 64, 3), 255, dtype=np.uint8)
+    drawn = np.asarray(sheet({"epoch\n1000": cells}, ["a very " + "long " * 60 + "prompt", "x" * 300]))
+    assert (drawn[HEADER:, LEFT:] == 255).all(axis=2)[: 2 * 66 - GAP, :64].all()
+    assert (drawn[HEADER:, :LEFT] < 128).any()
+    assert (drawn[:HEADER, LEFT:] < 128).any()
+
+
+def test_the_page_needs_nothing_else(shown):
+    page = (shown.out / "index.html").read_text()
+    pictures = sorted(shown.out.glob("*.png"))
+    assert {path.name for path in pictures} == {
+        "curves.png", "grid.png", "metrics.png", "steps.png", *(f"strip_{name}.png" for name in NAMES),
+    }  # fmt: skip
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert sorted(map(base64.b64decode, embedded)) == sorted(path.read_bytes() for path in pictures)
+    assert len(re.findall(r"\bsrc=", page)) == len(embedded)
+    assert not re.search(r"href|url\(|@import|<script|<link|https?://", page)
+    command = ["python", "scripts/diversity_metrics/visualize_from_checkpoints.py", "--checkpoint_dir"]
+    assert shlex.join(command) in page
+    assert "--visualize_all=True" in page
+
+
+def test_the_page_says_what_was_measured_on_what(shown):
+    page, record = (shown.out / "index.html").read_text(), shown.record
+    vendi = record["models"][3]["metrics"]["diversity/vendi"]
+    low, high = record["models"][3]["intervals"]["diversity/vendi"]
+    assert f"{vendi:.2f} ({low:.2f} to {high:.2f})" in page
+    said = captions(record)["metrics"]
+    for fact in (
+        "VAE-scaled latents",
+        "4 steps, guidance 3", "q = 1,", f"h = {record['bandwidth']:.4g}", "4 prompts with 4 images each",
+        "2 prompts with 3 images each, 2 rademacher probes, solver euler", "4 prompts with 2 images each",
+        "features clip",
+    ):  # fmt: skip
+        assert fact in said
+    assert notes(record) == []
+    for file, least in (("metrics.png", 1200), ("curves.png", 1200), ("steps.png", 1200), ("grid.png", 600)):
+        assert Image.open(shown.out / file).size[0] > least
+
+
+def test_the_trackers_are_told(shown):
+    for name in ("reward/total", "diversity/rke", "entropy/nats"):
+        logged = {event.step: event.value for event in shown.events.Scalars(f"checkpoint/{name}")}
+        expected = {model["step"]: model["metrics"][name] for model in shown.record["models"]}
+        assert logged == pytest.approx(expected, rel=1e-5)
+    tags = shown.events.Tags()["images"]
+    assert {f"checkpoint/{name}" for name in ("grid", "metrics", "curves", "steps", "strip_base")} <= set(tags)
+
+
+# --- the command line ------------------------------------------------------------------------------------
+
+
+def test_help_answers_fast():
+    begin = time.perf_counter()
+    code = "import sys; from scripts.diversity_metrics import visualize_from_checkpoints as v; "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    assert time.perf_counter() - begin < 3
+
+
+@pytest.fixture
+def refusal(trained, capsys, monkeypatch):
+    """The one sentence of a command that loads no model; the run's folder is given unless another is."""
+    monkeypatch.setattr(Policy, "load", lambda *_: pytest.fail("a model was loaded"))
+
+    def refused(*arguments: str, folder: Path = trained.folder) -> str:
+        with pytest.raises(SystemExit) as exit_code:
+            main(["--checkpoint_dir", str(folder), *arguments])
+        assert exit_code.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
+
+    return refused
+
+
+def test_what_to_show_must_be_said_once(refusal):
+    assert "Give either --visualize_all=True or --checkpoint_steps with some of 1, 2, 3." in refusal()
+    assert "Give either" in refusal("--visualize_all=False")
+    assert "Give either" in refusal("--visualize_all", "--checkpoint_steps", "1")
+    assert "--visualize_all=perhaps is not allowed; it takes true or false" in refusal("--visualize_all=perhaps")
+
+
+def test_folders_that_will_not_do_are_one_sentence(refusal, trained, tmp_path):
+    assert "neither the checkpoints folder of a run nor a run" in refusal("--visualize_all", folder=tmp_path)
+    assert "neither" in refusal("--visualize_all", folder=tmp_path / "none")
+    one = trained.folder / "checkpoints" / "checkpoint-000001"
+    assert "neither" in refusal("--visualize_all", folder=one)
+    run = copied(trained.folder, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+    assert "holds no checkpoint" in refusal("--visualize_all", folder=run / "checkpoints")
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "below"):
+        assert f"{file} is a file; it takes a folder" in refusal("--visualize_all", "--out", str(out))
+
+
+def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(refusal, trained, tmp_path):
+    for steps in ("7", "1,,2", "best", "1,7"):
+        assert "it has those of 1, 2, 3." in refusal("--checkpoint_steps", steps)
+    run = copied(trained.folder, tmp_path / "run")
+    state = run / "checkpoints" / "checkpoint-000002" / "state.json"
+    values = json.loads(state.read_text())
+    values["weights"]["pretrained.model"] = "another"
+    state.write_text(strict_json(values))
+    assert "was made with 'another'" in refusal("--visualize_all", folder=run)
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["ema"] = False
+    (run / "config.json").write_text(strict_json(config))
+    assert "has no averaged weights" in refusal("--visualize_all", "--ema", folder=run)
+
+
+def test_too_few_and_too_many_are_one_sentence(refusal):
+    for seeds in ("3", "5"):
+        assert f"--num_seeds {seeds} is not allowed; it takes 4 to 4" in refusal(
+            "--visualize_all", "--num_seeds", seeds
+        )
+    for prompts in ("0", "5"):
+        assert f"--num_prompts {prompts} is not allowed; it takes 1 to 4" in refusal(
+            "--visualize_all", "--num_prompts", prompts
+        )
+
+
+def test_a_base_model_that_cannot_be_measured_is_one_sentence(trained, tmp_path, capsys, monkeypatch):
+    from flow_grpo.entropy import NonFiniteError
+
+    def broken(*_):
+        raise NonFiniteError("the velocity is not finite")
+
+    monkeypatch.setattr("flow_grpo.evaluation.draw_samples", broken)
+    with pytest.raises(SystemExit) as exit_code:
+        visualize(trained.folder, tmp_path, "--checkpoint_steps", "1")
+    assert exit_code.value.code == 2
+    assert "The base model's samples cannot be measured: the velocity is not finite" in capsys.readouterr().err
