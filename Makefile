@@ -4,7 +4,7 @@ BIN := .venv/bin
 # one thread for each of the two test workers: two busy processes of two threads starve each other
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test lint bench pretrain
+.PHONY: demo test lint bench study study-quick pretrain
 demo: .venv/installed  ## fine-tune the tiny SD3 with DRTune and GRPO, and report
 	$(BIN)/python scripts/study/demo.py
 
@@ -14,9 +14,18 @@ test: .venv/installed  ## the whole suite
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/installed  ## entropy: against closed forms, two minutes; error against seconds, long
+bench: .venv/installed  ## entropy against closed forms; error, seconds and memory of the estimators and scores: half an hour
 	$(BIN)/python scripts/diversity_metrics/validate_entropy.py
 	$(BIN)/python scripts/bench/entropy.py --out logs/bench/entropy
+	$(BIN)/python scripts/bench/diversity.py --out logs/bench/diversity
+
+study: .venv/installed  ## every run of the study, its tables, figures and docs/study.md: hours; goes on where it was cut short
+	$(BIN)/python scripts/study/run.py
+	$(BIN)/python scripts/study/summarise.py --logs logs/study
+
+study-quick: .venv/installed  ## two seeds, a third of the time, held against the committed intervals
+	$(BIN)/python scripts/study/run.py --quick
+	$(BIN)/python scripts/study/summarise.py --quick logs/study
 
 pretrain: .venv/installed  ## make assets/ again from Debian's dataset-fashion-mnist: about an hour
 	$(BIN)/python scripts/train/pretrain_tiny.py

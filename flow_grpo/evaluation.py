@@ -91,7 +91,8 @@ def draw_samples(
     """The images of the requests: each image once, no more and no fewer.
 
     Image s of prompt p has noise keyed by (eval.seed, p, s); p is the prompt's place among the different ones of the
-    test file, prompts that it lacks come after. Processes take every n-th image; the result is complete and in order on every process.
+    test file, prompts that it lacks come after. Processes take every n-th image; the result is complete and in order
+    on every process.
     """
     config, requests = settings.config.eval, requests or [test_request(prompts, settings)]
     chosen = tuple(dict.fromkeys([*prompts.prompts, *(text for request in requests for text in request.prompts)]))

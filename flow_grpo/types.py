@@ -90,7 +90,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Samples:
-    """The images of one evaluation, shared by every evaluator; exactly those asked for, in order of (prompt, sample)."""
+    """The images of one evaluation, shared by all evaluators; exactly those asked for, in order of (prompt, sample)."""
 
     images: Tensor  # (N, 3, H, W) float32 in [0, 1], on the CPU
     latents: Tensor  # (N, C, h, w) float32, on the CPU

@@ -59,6 +59,7 @@ def write_run(
         line |= {f"eval/modes/{colour}": float(share) for colour, share in zip(COLOURS, shares, strict=True)}
         if density:
             line |= {"eval/entropy/nats": -20.0 - 50 * lost, "eval/entropy/standard_error": 4.0}
+            line |= {"eval/entropy/half_width_95": 8.0}
             line |= {"eval/ode_log_prob/std": 36.0 - 10 * lost}
         if diversity:
             for name, value, width in (("vendi", 3.5, 0.1), ("rke", 4.5, 0.2)):

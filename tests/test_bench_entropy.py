@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,3 +70,34 @@ def test_the_command_runs(random_models, tmp_path, capsys):
 def test_a_missing_model_is_named(tmp_path, capsys):
     assert bench.main([f"--model={tmp_path}", f"--out={tmp_path}"]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+# --- the committed table: python scripts/bench/entropy.py --out assets/figures/entropy_bench ------------------
+
+COMMITTED = json.loads((Path(__file__).parents[1] / "assets/figures/entropy_bench/results.json").read_text())
+
+
+def test_the_committed_table_is_of_40_steps_and_64_samples_and_has_every_row():
+    assert (COMMITTED["steps"], COMMITTED["samples"], COMMITTED["distinct"]) == (40, 64, 64)
+    rows = {(r["solver"], r["probes"], r["steps"], r["second_order"], r["dtype"]) for r in COMMITTED["rows"]}
+    assert rows == {(m.solver, m.probes, m.steps, m.second_order, m.dtype) for m in bench.methods(40)}
+
+
+def test_the_reference_is_converged_against_every_error_that_it_judges():
+    assert COMMITTED["reference"]["error"] < 0.1 * min(row["rmse_nats"] for row in COMMITTED["rows"])
+
+
+def test_at_equal_time_ours_has_at_most_half_the_error_of_what_it_replaces():
+    for comparison in COMMITTED["equal_time"]:
+        assert comparison["ratio"] <= 0.5, comparison
+        assert comparison["time_ratio"] <= 1.1, comparison
+
+
+def test_bf16_weights_stay_within_one_percent_of_fp32():
+    for comparison in COMMITTED["bf16"]:
+        assert comparison["rms_relative_to_rms_log_prob"] <= 0.01, comparison
+
+
+def test_peak_memory_is_the_same_at_10_and_80_steps():
+    few, many = (COMMITTED["peak_memory_mib"][steps] for steps in ("10", "80"))
+    assert many == pytest.approx(few, rel=0.03)

@@ -115,7 +115,7 @@ def entropy_figure(runs: Sequence[RunRecord]) -> Figure:
             measured = [evaluation for evaluation in run.evaluations if metric in evaluation.occasional]
             seconds = [evaluation.seconds for evaluation in measured]
             values = [evaluation.occasional[metric] for evaluation in measured]
-            errors = [1.96 * evaluation.occasional["entropy/standard_error"] for evaluation in measured]
+            errors = [evaluation.occasional["entropy/half_width_95"] for evaluation in measured]
             axes.errorbar(
                 seconds,
                 values,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-SECONDS = 240.0
+SECONDS = 180.0
 RATIO_SECONDS = 150.0
 QUICK_SECONDS = 60.0
 NO_LIMIT = 1_000_000  # epochs: the clock stops a run
@@ -66,7 +66,7 @@ def claims(seeds: Sequence[int], seconds: float) -> list[StudyRun]:
     pairs = [
         (
             StudyRun("claims", "DRTune", "tiny_sd3_use_gradient", seed, seconds, 12, DRTUNE),
-            StudyRun("claims", "GRPO", "tiny_sd3", seed, seconds, 6, GRPO),
+            StudyRun("claims", "GRPO", "tiny_sd3", seed, seconds, 10, GRPO),
         )
         for seed in seeds
     ]
@@ -83,14 +83,14 @@ def search() -> list[StudyRun]:
             "tiny_sd3",
             100,
             90.0,
-            10,
+            15,
             {"train.learning_rate": rate, "train.clip_range": clip},
         )
         for rate in rates[1:]
         for clip in (1e-3, 5e-3)
     ]
     runs += [
-        StudyRun("search", f"DRTune lr {rate:g}", "tiny_sd3_use_gradient", 100, 90.0, 20, {"train.learning_rate": rate})
+        StudyRun("search", f"DRTune lr {rate:g}", "tiny_sd3_use_gradient", 100, 90.0, 40, {"train.learning_rate": rate})
         for rate in rates
     ]
     return runs

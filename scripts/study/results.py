@@ -26,8 +26,8 @@ DIVERSITY = (VENDI, RKE, ENTROPY, NATS, SPREAD)
 SPENT = ("step", "seconds", "network_evaluations", "images")  # step: epochs completed
 METRICS = (
     REWARD, ACCURACY, "judge/similarity", ENTROPY, VENDI, f"{VENDI}_low", f"{VENDI}_high", RKE, f"{RKE}_low",
-    f"{RKE}_high", "diversity/distance", NATS, "entropy/standard_error", SPREAD, f"{SPREAD}_corrected",
-    "ode_log_prob/mean",
+    f"{RKE}_high", "diversity/distance", NATS, "entropy/standard_error", "entropy/half_width_95", SPREAD,
+    f"{SPREAD}_corrected", "ode_log_prob/mean",
 )  # fmt: skip
 TRAINING = (
     "train/ratio_std", "train/clip_fraction", "train/ratio_error", "train/log_ratio_mean", "train/approx_kl",
@@ -419,6 +419,12 @@ class RankCorrelation:
     evaluations: int
     runs: int
     within: Estimate  # mean of the runs' own rho
+
+    @property
+    def text(self) -> str:
+        """Rho over all runs with its interval."""
+        interval = f"{self.low:.2f} to {self.high:.2f}" if math.isfinite(self.low) else "one run"
+        return f"{self.pooled:.2f} ({interval})"
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

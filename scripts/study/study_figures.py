@@ -5,6 +5,7 @@ Curves have a thin line for each seed, a thick one for their mean and a band fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, PercentFormatter
 
 from scripts.study.figures import AXIS_LABELS, BASE_COLOUR, COLOURS, REWARD_LABEL, State
 from scripts.study.figures import samples_figure as grids_figure
@@ -22,7 +23,6 @@ from scripts.study.results import (
     SPREAD,
     Form,
     Point,
-    RankCorrelation,
     Sample,
     Study,
     StudyRecord,
@@ -73,15 +73,11 @@ def all_figures(
             "ratio_statistics": lambda: ratio_statistics_figure(by_form(study)),
         }
     if points:
-        drawn["frontier"] = lambda: frontier_figure(points, (study.records[0].base(REWARD), base_vendi(study)))
+        base = {name: study.records[0].base(name) for name in (REWARD, VENDI)}
+        drawn["frontier"] = lambda: frontier_figure(points, base)
     if noise:
         drawn["gradient_noise"] = lambda: gradient_noise_figure(noise)
     return {name: draw() for name, draw in drawn.items()}
-
-
-def base_vendi(study: Study) -> float:
-    """Of the model before training."""
-    return study.records[0].base(VENDI)
 
 
 def save_figures(figures: Mapping[str, Figure], out: Path) -> None:
@@ -95,16 +91,17 @@ def save_figures(figures: Mapping[str, Figure], out: Path) -> None:
 
 def reward_figure(records: Sequence[StudyRecord]) -> Figure:
     """Reward against seconds and against network evaluations."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.4), layout="constrained")
     for axes, quantity in zip(figure.subplots(1, 2, sharey=True), ("seconds", "network_evaluations"), strict=True):
         axes.axhline(records[0].base(REWARD), color=BASE_COLOUR, linestyle=":", label="base")
         for label in METHODS:
             _draw(axes, by_label(records).get(label, []), quantity, REWARD, COLOURS[label], label)
-        axes.set_xlabel(_wrapped(AXIS_LABELS[quantity]))
+        axes.set_xlabel(AXIS_LABELS[quantity].replace("training (", "training\n("))
         _plain(axes)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     figure.axes[0].set_ylabel(REWARD_LABEL)
-    figure.axes[0].legend(frameon=False, title=_seeds_note(records))
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", frameon=False, title=_seeds_note(records))
     return figure
 
 
@@ -144,20 +141,21 @@ def judge_figure(records: Sequence[StudyRecord]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, records: Sequence[StudyRecord], x: str, y: str, colour: str, label: str, line: str = "-") -> None:
+def _draw(axes: Axes, records: Sequence[StudyRecord], x: str, y: str, colour: str, label: str) -> None:
     """Every seed, and, against a quantity that grows, their mean and range; against the reward, the ends."""
     if not records:
         return
     for index, record in enumerate(records):
         named = label if x == REWARD and index == 0 else None
-        axes.plot(record.curve(x), record.curve(y), color=colour, lw=0.8, alpha=0.55, ls=line, label=named)
+        axes.plot(record.curve(x), record.curve(y), color=colour, lw=0.8, alpha=0.55, label=named)
     if x == REWARD:
-        marker = METHOD_MARKERS.get(label, "o")
+        marker = METHOD_MARKERS[label]
         ends = ([record.final(name) for record in records] for name in (x, y))
         axes.plot(*ends, color=colour, marker=marker, ls="", mec="black", ms=7, label=f"{label}, end of a seed")
         return
     grid, curves = on_one_grid(records, x, y)
-    axes.plot(grid, curves.mean(0), color=colour, lw=2.4, ls=line, label=label)
+    marker = METHOD_MARKERS[label]
+    axes.plot(grid, curves.mean(0), color=colour, lw=2.4, marker=marker, markevery=0.2, ms=7, label=label)
     axes.fill_between(grid, curves.min(0), curves.max(0), color=colour, alpha=0.15, lw=0)
 
 
@@ -188,21 +186,15 @@ def proxies_figure(records: Sequence[StudyRecord]) -> Figure:
                 )
                 marker = METHOD_MARKERS[method]
                 axes.scatter(x, y, s=14, alpha=0.5, lw=0, color=COLOURS[method], marker=marker, label=method)
-            axes.set_title(rho_text(rank_correlation(records, proxy, diversity)), fontsize=10)
+            rho = rank_correlation(records, proxy, diversity)
+            counts = f"{rho.evaluations} evaluations of {rho.runs} runs"
+            axes.set_title(f"rank correlation {rho.text}\n{counts}", fontsize=10)
             _plain(axes)
         row[0].set_ylabel(LABELS[diversity])
     for axes, proxy in zip(panels[-1], (SPREAD, NATS), strict=True):
         axes.set_xlabel(LABELS[proxy])
     panels[0][0].legend(frameon=False, title="one evaluation each")
     return figure
-
-
-def rho_text(found: RankCorrelation) -> str:
-    """Rho, its interval, and of how many evaluations and runs."""
-    return (
-        f"rank correlation {found.pooled:.2f} ({found.low:.2f} to {found.high:.2f})\n"
-        f"{found.evaluations} evaluations of {found.runs} runs"
-    )
 
 
 # --- ratio forms ------------------------------------------------------------------------------------------
@@ -252,7 +244,9 @@ def ratio_statistics_figure(forms: Mapping[Form, Sequence[StudyRecord]]) -> Figu
         axes.set_xlabel(label)
         _plain(axes, "x")
     figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    figure.axes[1].set_xscale("symlog", linthresh=1e-5)
+    figure.axes[1].set_xscale("log")
+    figure.axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    figure.axes[1].xaxis.set_major_formatter(LogFormatter(minor_thresholds=(math.inf, math.inf)))
     figure.suptitle("a point for each seed; hollow: first epoch, filled: mean over all epochs", fontsize=10)
     return figure
 
@@ -273,7 +267,7 @@ def gradient_noise_figure(noise: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_title(title, fontsize=11)
         axes.set_yscale("log")
         _plain(axes)
-    figure.axes[0].set_ylabel("signal-to-noise ratio of the gradient")
+    figure.axes[0].set_ylabel("signal-to-noise ratio of the gradient\n(bars: 95 % intervals)")
     return figure
 
 
@@ -288,11 +282,11 @@ def _marker(form: Form) -> str:
 # --- the frontier -----------------------------------------------------------------------------------------
 
 
-def frontier_figure(points: Sequence[Point], base: tuple[float, float]) -> Figure:
-    """Reward against Vendi score within a prompt, each method and seed a point; base: (reward, Vendi)."""
+def frontier_figure(points: Sequence[Point], base: Mapping[str, float]) -> Figure:
+    """Reward against Vendi score within a prompt, each method and seed a point; `base`: both of the base model."""
     figure = Figure(figsize=(10.5, 6), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*base, "h", ms=13, color=BASE_COLOUR, mec="black", ls="", label="base")
+    axes.plot(base[VENDI], base[REWARD], "h", ms=13, color=BASE_COLOUR, mec="black", ls="", label="base")
     labels = list(dict.fromkeys(point.label for point in points))
     counts = dict.fromkeys(METHODS, 0)
     for label in sorted(labels, key=lambda label: next(p.method for p in points if p.label == label)):
@@ -301,10 +295,9 @@ def frontier_figure(points: Sequence[Point], base: tuple[float, float]) -> Figur
         face = COLOURS[method] if counts[method] < len(POINT_MARKERS) else "none"
         marker = POINT_MARKERS[counts[method] % len(POINT_MARKERS)]
         counts[method] += 1
-        axes.plot(
-            [p.vendi for p in chosen], [p.reward for p in chosen], marker, mfc=face, mec=COLOURS[method], ms=9,
-            alpha=0.8, label=label,
-        )  # fmt: skip
+        edge = COLOURS[method] if face == "none" else "black"
+        x, y = [point.vendi for point in chosen], [point.reward for point in chosen]
+        axes.plot(x, y, marker, mfc=face, mec=edge, mew=0.6, ms=9, alpha=0.85, label=label)
     axes.set_xlabel(LABELS[VENDI].replace("\n", " "))
     axes.set_ylabel(REWARD_LABEL)
     _plain(axes, "both")
@@ -340,10 +333,6 @@ def _plain(axes: Axes, grid: Any = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def _wrapped(label: str) -> str:
-    return label.replace(" (", "\n(")
-
-
 def _seeds_note(records: Iterable[StudyRecord]) -> str:
     seeds = len({record.seed for record in records})
-    return f"{seeds} seeds, a thin line each;\nthick: mean, band: lowest to highest"
+    return f"{seeds} seeds, a thin line each;\nthick: their mean;\nband: lowest to highest"

@@ -1,0 +1,175 @@
+"""The study's runs can be trained as they are listed, and the runner trains each of them once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from config.grpo import get_config
+from flow_grpo.settings import resolve
+from scripts.cli import parse_config
+from scripts.study import plan, run
+from scripts.study.demo import ROOT
+from scripts.study.plan import StudyRun
+from scripts.study.records import NOT_MEASURE
+from scripts.study.run import State, command, main, state_of, train_all
+
+RUNS = [*plan.whole(), *plan.quick()]
+
+# stands in for scripts/train/train_sd3.py: reads the same command line, leaves a finished folder; seed 13 fails, and
+# seed 7 is cut short the first time
+FAKE_TRAINER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from scripts.cli import parse_config
+config = parse_config(sys.argv, "")
+folder = Path(config.logdir) / config.run_name
+with (Path(config.logdir) / "calls.txt").open("a") as calls:
+    print(config.run_name, bool(config.resume_from), file=calls)
+if config.seed == 13:
+    raise SystemExit("out of luck")
+checkpoint = folder / "checkpoints/checkpoint-000010"
+checkpoint.mkdir(parents=True, exist_ok=True)
+(folder / "config.json").write_text(json.dumps(config.to_dict()))
+seconds = config.max_seconds / 2 if config.seed == 7 and not config.resume_from else config.max_seconds
+state = dict(weights=dict(), counters=dict(epoch=10, seconds=seconds))
+(checkpoint / "state.json").write_text(json.dumps(state))
+(checkpoint / "training_state.pt").write_bytes(b"")
+"""
+
+
+# --- the plan -------------------------------------------------------------------------------------------
+
+
+def test_names_are_unique_and_fit_for_folders() -> None:
+    names = [one.name for one in RUNS]
+    assert not [name for name, count in Counter(names).items() if count > 1]
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for name in names)
+    assert all(name.startswith(f"{one.group}-") for name, one in zip(names, RUNS, strict=True))
+
+
+def one_seed_each() -> list[StudyRun]:
+    return list({(one.group, one.label): one for one in RUNS}.values())
+
+
+@pytest.mark.parametrize("one", one_seed_each(), ids=lambda one: f"{one.group} {one.label}")
+def test_every_command_is_a_recipe_with_the_listed_changes(
+    one: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    config = parse_config(command(one, tmp_path, State.NEW)[1:], "")
+    resolve(config, num_processes=1, cuda=False)
+    recipe = get_config(one.recipe)
+    recipe.update_from_flattened_dict(one.settings | {"logdir": str(tmp_path), "run_name": one.name, "trackers": ()})
+    assert config.to_dict() == recipe.to_dict()
+    assert (config.max_seconds, config.seed) == (one.seconds, one.seed)
+
+
+def test_runs_are_evaluated_alike() -> None:
+    """What decides the measure is in no run's own changes; frequencies may differ."""
+    measure = ("eval.", "reward_fn.", "reward_model.", "prompts.", "diversity.", "entropy.", "num_seeds", "resolution")
+    for one in RUNS:
+        assert not [key for key in one.overrides if key.startswith(measure) and key not in NOT_MEASURE], one.name
+
+
+def test_the_claims_have_five_seeds_of_both_methods_and_differ_in_the_method_alone() -> None:
+    claims = [one for one in plan.whole() if one.group == "claims"]
+    seeds = Counter(one.label for one in claims)
+    assert seeds.keys() == {"DRTune", "GRPO"}
+    assert min(seeds.values()) >= 5
+    assert len({one.seconds for one in claims}) == 1
+    tuned_on = {one.seed for one in plan.whole() if one.group == "search"}
+    assert not tuned_on & {one.seed for one in claims}
+
+
+def test_the_ratios_share_everything_but_the_ratio() -> None:
+    ratios = [one for one in plan.whole() if one.group == "ratio"]
+    forms = {one.overrides["train.ratio"] for one in ratios}
+    assert forms == {"sde", "ode_step", "ode_path", "cfm"}
+    own = ("train.ratio", "train.ratio_probes", "seed")
+    shared = [
+        {key: value for key, value in one.settings.items() if key not in own and not key.endswith("_freq")}
+        for one in ratios
+    ]
+    assert all(settings == shared[0] for settings in shared)
+    assert len({(one.recipe, one.seconds) for one in ratios}) == 1
+
+
+def test_quick_runs_are_short_claims_of_their_own() -> None:
+    quick, whole = plan.quick(), {(one.label, one.seed): one for one in plan.whole() if one.group == "claims"}
+    assert {one.group for one in quick} == {"quick"}
+    assert sum(one.seconds for one in quick) <= 300
+    for one in quick:
+        assert replace(one, group="claims", seconds=plan.SECONDS) == whole[one.label, one.seed]
+
+
+# --- the runner -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    script = tmp_path / "fake_trainer.py"
+    script.write_text(FAKE_TRAINER.format(root=str(ROOT)))
+    monkeypatch.setattr(run, "TRAIN_SCRIPT", script)
+    return script
+
+
+def planned(*seeds: int) -> list[StudyRun]:
+    return [StudyRun("ratio", "cfm 10", "tiny_sd3_cfm", seed, 20.0, 5, {"train.beta": 0.1}) for seed in seeds]
+
+
+def calls(out: Path) -> list[list[str]]:
+    return sorted(line.split() for line in (out / "calls.txt").read_text().splitlines())
+
+
+def test_what_is_done_is_not_trained_again_and_what_was_cut_short_goes_on(trainer: Path, tmp_path: Path) -> None:
+    out, runs = tmp_path / "logs", planned(1, 7)
+    assert [state_of(one, out) for one in runs] == [State.NEW, State.NEW]
+    assert train_all(runs, out, jobs=2) == []
+    assert [state_of(one, out) for one in runs] == [State.DONE, State.BEGUN]
+    assert train_all(runs, out, jobs=2) == []
+    assert [state_of(one, out) for one in runs] == [State.DONE, State.DONE]
+    assert train_all(runs, out, jobs=2) == []
+    assert calls(out) == [[runs[0].name, "False"], [runs[1].name, "False"], [runs[1].name, "True"]]
+
+
+def test_a_failing_run_is_named_and_the_others_go_on(
+    trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, runs = tmp_path / "logs", planned(13, 1)
+    monkeypatch.setattr(plan, "whole", lambda: runs)
+    assert main(["--out", str(out), "--jobs", "1"]) == 1
+    assert f"error: {runs[0].name} failed" in capsys.readouterr().err
+    assert [state_of(one, out) for one in runs] == [State.NEW, State.DONE]
+    assert "out of luck" in (out / f"{runs[0].name}.log").read_text()
+
+
+def test_a_run_with_other_settings_is_not_this_one(trainer: Path, tmp_path: Path) -> None:
+    out, (one,) = tmp_path / "logs", planned(1)
+    train_all([one], out, jobs=1)
+    assert state_of(one, out) is State.DONE
+    assert state_of(replace(one, overrides={"train.beta": 0.2}), out) is State.NEW
+    assert state_of(replace(one, recipe="tiny_sd3"), out) is State.NEW
+    assert state_of(replace(one, seconds=30.0), out) is State.NEW
+    leftover = out / one.name / "leftover"
+    leftover.write_text("of the earlier settings")
+    train_all([replace(one, overrides={"train.beta": 0.2})], out, jobs=1)
+    assert not leftover.exists()
+    assert json.loads((out / one.name / "config.json").read_text())["train"]["beta"] == 0.2
+
+
+def test_groups_can_be_chosen_and_a_misspelt_one_is_refused(
+    trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(run, "train_all", lambda runs, out, jobs: trained.extend(one.group for one in runs) or [])
+    assert main(["--only", "claims, ratio", "--out", str(tmp_path)]) == 0
+    assert set(trained) == {"claims", "ratio"}
+    with pytest.raises(SystemExit):
+        main(["--only", "claim"])
+    assert "--only claim: there are claims, frontier, ratio, search" in capsys.readouterr().err

@@ -1,0 +1,339 @@
+"""The study's pages say what its committed results say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts.study import plan
+from scripts.study.records import RKE, VENDI
+from scripts.study.results import (
+    NATS,
+    SPREAD,
+    Estimate,
+    Form,
+    RankCorrelation,
+    SeedCrossing,
+    Study,
+    read_study,
+    write_study,
+)
+from scripts.study.sections import (
+    NOT_RUN,
+    Results,
+    diversity_verdict,
+    entropy_section,
+    hacking_section,
+    proxy_words,
+    ratio_verdict,
+    sections,
+    speed_section,
+    speed_verdict,
+    undoing_verdict,
+)
+from scripts.study.summarise import BEGIN, END, ROOT, main, outdated, read_results
+from tests.test_study_results import record, study_of, write_study_run
+
+LOWER, HIGHER, UNCLEAR, ONE = (
+    Estimate(-1, -2, -0.5, 5),
+    Estimate(1, 0.5, 2, 5),
+    Estimate(0, -1, 1, 5),
+    Estimate(1, float("nan"), float("nan"), 1),
+)
+SECONDS = 40.0
+GAINS = {"sde": 0.03, "ode_step": 0.0, "ode_path": 0.01, "cfm": 0.02}
+
+
+class Place:
+    """Where a test's results and pages are, and the command line that says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.out, self.page = folder / "assets/study", folder / "docs/study.md"
+        self.readme = folder / "README.md"
+        self.arguments = ["--out", str(self.out), "--page", str(self.page), "--readme", str(self.readme)]
+
+    def outdated(self) -> list[Path]:
+        return outdated(self.out, self.page, self.readme)
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A study of which two runs are missing, collected and summarised once."""
+    folder = tmp_path_factory.mktemp("study")
+    runs = [*plan.search(), *plan.claims(range(3), SECONDS), *plan.ratios(range(2), SECONDS)]
+    runs += plan.frontier(range(2), SECONDS)
+    for run in runs[:-1]:
+        gradient, beta = "use_gradient" in run.recipe, run.overrides.get("train.beta", 0.0)
+        gain = GAINS[run.overrides["train.ratio"]] if run.group == "ratio" else 0.1 if gradient else 0.03
+        seconds = SECONDS / 2 if run is runs[-2] else None  # cut short
+        collapse = (0.9 if gradient else 0.3) / (1 + beta)
+        write_study_run(run, folder / "logs", gain / (1 + beta), seconds, collapse, wobble=0.2)
+    place = Place(folder)
+    place.readme.write_text(f"# Title\n{BEGIN}\nout of date\n{END}\nthe rest\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "whole", lambda: runs)
+        assert main(["--logs", str(folder / "logs"), *place.arguments]) == 0
+    shutil.rmtree(folder / "logs")  # nothing below may need it
+    return place
+
+
+@pytest.fixture
+def place(committed: Place, tmp_path: Path) -> Place:
+    """A copy to damage."""
+    shutil.copytree(committed.readme.parent, tmp_path / "copy")
+    return Place(tmp_path / "copy")
+
+
+# --- the pages ------------------------------------------------------------------------------------------
+
+
+def test_the_committed_pages_are_what_the_committed_results_give() -> None:
+    """Every number of docs/study.md and of the README's part is traced to assets/study by making both again."""
+    assert outdated() == []
+
+
+def test_pages_and_figures_are_made_again_from_the_results_alone(place: Place) -> None:
+    before = {path: path.read_bytes() for path in place.readme.parent.rglob("*") if path.is_file()}
+    assert main(place.arguments) == 0
+    assert {path: path.read_bytes() for path in place.readme.parent.rglob("*") if path.is_file()} == before
+    assert main(["--check", *place.arguments]) == 0
+    text = place.readme.read_text()
+    assert text.startswith(f"# Title\n{BEGIN}\n")
+    assert text.endswith(f"{END}\nthe rest\n")
+    assert "out of date" not in text
+
+
+def test_a_page_edited_by_hand_is_noticed(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    text = place.page.read_text()
+    number = re.search(r"0\.6\d\d\d", text)
+    assert number is not None
+    place.page.write_text(text.replace(number[0], "0.9999", 1))
+    assert main(["--check", *place.arguments]) == 1
+    assert f"{place.page} is not what" in capsys.readouterr().err
+    place.page.write_text(text)
+    place.readme.write_text(place.readme.read_text().replace("**Holds.**", "**Fails.**", 1))
+    assert place.outdated() == [place.readme]
+
+
+@pytest.mark.parametrize("group", ["search", "claims", "ratio", "frontier"])
+def test_a_changed_number_changes_the_page(place: Place, group: str) -> None:
+    study = read_study(place.out / "runs.json")
+    changed = next(record for record in study.records if record.group == group)
+    columns = {**changed.evaluations, "reward/total": [v * 1.01 for v in changed.evaluations["reward/total"]]}
+    records = [replace(one, evaluations=columns) if one is changed else one for one in study.records]
+    write_study(replace(study, records=tuple(records)), place.out / "runs.json")
+    assert place.page in place.outdated()
+
+
+def test_what_is_missing_is_said(committed: Place) -> None:
+    study, text = read_study(committed.out / "runs.json"), committed.page.read_text()
+    assert list(study.missing.values()) == ["not finished", "not run"]
+    for name, reason in study.missing.items():
+        assert f"{name} ({reason})" in text
+    assert f"LoRA scaled at sampling time: {NOT_RUN}" in text
+    assert f"Signal-to-noise of the gradient: {NOT_RUN}" in text
+    assert "with the exact trace, where no probe adds variance, `ode_step` is not yet run" in text
+
+
+def test_every_figure_that_a_page_shows_is_there_and_legible(committed: Place) -> None:
+    for path in (committed.page, committed.readme):
+        links = re.findall(r"!\[[^]]*\]\(([^)]+)\)", path.read_text())
+        assert len(links) >= 2
+        for link in links:
+            file = path.parent / link
+            if "entropy_validation" in link:  # of another command
+                file = ROOT / "assets/figures/entropy_validation" / Path(link).name
+            assert min(Image.open(file).size) >= 400, link
+    names = {path.stem for path in committed.out.glob("*.png")}
+    assert names == {
+        "reward", "diversity_vs_seconds", "diversity_vs_reward", "judge_vs_reward", "proxies", "ratios",
+        "ratio_statistics", "frontier", "samples",
+    }  # fmt: skip
+
+
+def test_optional_results_are_shown_where_they_are(place: Place) -> None:
+    noise = [
+        {"form": "ode_step", "probes": probes, "source": source, "snr": 0.123, "low": 0.1, "high": 0.2}
+        for probes in (1, 0)
+        for source in ("probes", "batches")
+    ]
+    scale = {"label": "DRTune", "method": "DRTune", "seed": 0, "scale": 0.5, "seconds": 40.0, "reward/total": 0.55}
+    scale |= {VENDI: 2.71, RKE: 3.0, "judge/accuracy": 0.8}
+    (place.out / "gradient_noise.json").write_text(json.dumps(noise))
+    (place.out / "lora_scales.json").write_text(json.dumps([scale]))
+    assert main(place.arguments) == 0
+    text = place.page.read_text()
+    assert "| ode_step, exact trace | other images | 0.123 (0.1 to 0.2) |" in text
+    assert re.search(r"\| DRTune, LoRA scaled by 0\.5 \| 1 \| 40 \(one seed\) \| 0\.5500 \(one seed\) \| 2\.71", text)
+    assert (place.out / "gradient_noise.png").is_file()
+
+
+def test_a_study_without_runs_says_so_everywhere() -> None:
+    validation = read_results_rows()
+    found = sections(Results(Study((), {"a-run": "not run"}, ()), [], [], validation, []))
+    assert {section.anchor for section in found if section.verdict != NOT_RUN} == {"claim-3"}
+
+
+def test_a_readme_without_a_place_is_one_sentence(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.readme.write_text("# Title\n")
+    assert main(place.arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert place.readme.read_text() == "# Title\n"
+    (place.out / "runs.json").unlink()
+    assert main(place.arguments) == 2
+    assert "runs.json is missing" in capsys.readouterr().err
+
+
+# --- the verdicts follow the numbers --------------------------------------------------------------------
+
+
+def read_results_rows() -> list[dict[str, object]]:
+    return json.loads((ROOT / "assets/figures/entropy_validation/results.json").read_text())["rows"]
+
+
+def fractions(*values: float, meaningful: bool = True) -> list[SeedCrossing]:
+    return [SeedCrossing(seed, 0.6, meaningful, value, value, 10.0) for seed, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("crossings", "verdict"),
+    [
+        (fractions(0.05, 0.06, 0.07), "holds"),
+        (fractions(0.05, 0.06, 0.30), "holds in part: faster"),  # the interval ends above 20 %
+        (fractions(0.5, 0.9, 1.6), "not shown"),
+        (fractions(1.4, 1.5, 1.6), "does not hold"),
+        (fractions(0.05, 0.06, float("nan")), "does not hold: DRTune reached GRPO's final reward in 2 of 3 seeds"),
+        (fractions(0.05), "cannot be said: one seed"),
+        (fractions(float("nan"), meaningful=False), "cannot be said: GRPO's reward did not rise"),
+    ],
+)
+def test_the_verdict_on_speed(crossings: list[SeedCrossing], verdict: str) -> None:
+    assert speed_verdict(crossings).startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("at_time", "at_reward", "verdict"),
+    [
+        ((LOWER,) * 3, (LOWER,) * 3, "holds, at equal time and at equal reward"),
+        ((LOWER,) * 3, (UNCLEAR,) * 3, "holds at equal time; at equal reward DRTune's diversity is not lower by any"),
+        ((LOWER, LOWER, UNCLEAR), (HIGHER, LOWER, UNCLEAR), "at equal time it holds by Vendi score and RKE; at equal"),
+        ((UNCLEAR,) * 3, (UNCLEAR,) * 3, "does not hold"),
+        ((HIGHER,) * 3, (HIGHER,) * 3, "does not hold"),
+        ((LOWER,) * 3, (ONE,) * 3, "holds at equal time; too few seeds"),
+        ((ONE,) * 3, (ONE,) * 3, "cannot be said"),
+    ],
+)
+def test_the_verdict_on_diversity(at_time: list[Estimate], at_reward: list[Estimate], verdict: str) -> None:
+    names = (VENDI, RKE, SPREAD)
+    found = diversity_verdict(dict(zip(names, at_time, strict=True)), dict(zip(names, at_reward, strict=True)))
+    assert found.startswith(verdict)
+    assert ("higher by Vendi score" in found) == (at_reward[0] is HIGHER and at_time[0] is LOWER)
+
+
+SDE, ONE_PROBE, SIXTEEN, EXACT = Form("sde", 1), Form("ode_step", 1), Form("ode_step", 16), Form("ode_step", 0)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ({SDE: HIGHER, ONE_PROBE: HIGHER, EXACT: HIGHER}, "does not hold: ode_step trains with one probe"),
+        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, EXACT: HIGHER}, "holds: ode_step does not train with one probe, and does"),
+        ({SDE: HIGHER, ONE_PROBE: LOWER, EXACT: UNCLEAR}, "holds in part: ode_step does not train, but not for the"),
+        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: HIGHER}, "holds: ode_step does not train with one probe, and does"),
+        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}, "holds in part: ode_step is not shown to train with"),
+        ({SDE: HIGHER, ONE_PROBE: ONE}, "cannot be settled: ode_step with one probe needs"),
+        ({SDE: UNCLEAR, ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, is not shown to train"),
+        ({ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, needs"),
+    ],
+)
+def test_the_verdict_on_the_ratio(gains: dict[Form, Estimate], verdict: str) -> None:
+    assert ratio_verdict(gains).startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "within", "words"),
+    [
+        (0.8, 0.9, Estimate(0.8, 0.75, 0.9, 9), "follows diversity closely"),
+        (0.8, 0.9, Estimate(0.5, 0.3, 0.7, 9), "follows diversity loosely"),
+        (0.8, 0.9, Estimate(0.1, -0.2, 0.4, 9), "is not shown to follow diversity"),
+        (0.8, 0.9, Estimate(-0.5, -0.7, -0.3, 9), "runs against diversity"),
+        (-0.9, -0.8, Estimate(0.8, 0.75, 0.9, 9), "runs against diversity"),
+    ],
+)
+def test_the_verdict_on_a_proxy(low: float, high: float, within: Estimate, words: str) -> None:
+    assert proxy_words(RankCorrelation((low + high) / 2, low, high, 100, 9, within)) == words
+
+
+def test_the_verdict_on_what_undoes_the_collapse() -> None:
+    assert undoing_verdict({"beta 1": HIGHER, "beta 0.1": UNCLEAR}) == "shown to undo some of it: beta 1"
+    assert undoing_verdict({"beta 1": LOWER}) == "shown to undo some of it: none"
+    assert undoing_verdict({"beta 1": ONE}).startswith("cannot be said")
+    assert undoing_verdict({}).startswith("cannot be said")
+
+
+def test_the_verdict_on_the_entropy_estimator() -> None:
+    rows = read_results_rows()
+    assert entropy_section(rows).verdict == "holds"
+    rows[0] = rows[0] | {"error_in_standard_errors": 9.0}
+    section = entropy_section(rows)
+    assert section.verdict == "does not hold"
+    assert "9.00 standard errors" in section.summary
+
+
+def test_a_flipped_number_flips_a_section() -> None:
+    columns = {
+        "vendi": (4, 3, 1),
+        "rke": (4, 3, 1),
+        "accuracy": (0.8, 0.9, 0.6),
+        "nats": (3, 2, 1),
+        "spread": (3, 2, 1),
+    }
+    rising = {**columns, "accuracy": (0.8, 0.85, 0.9)}
+    drtunes = [record(seed=seed, reward=(0.5, 0.7 + 0.01 * seed, 0.9), **columns) for seed in range(3)]
+    grpos = [record("GRPO", seed, (0.5, 0.52, 0.54), (0, 50, 100), **columns) for seed in range(3)]
+    study = study_of([*drtunes, *grpos])
+    assert speed_section(study).verdict == "holds"
+    assert hacking_section(study).verdict == "yes, of DRTune and GRPO"
+    slow = [record(seed=seed, reward=(0.5, 0.51, 0.53), **rising) for seed in range(3)]
+    study = study_of([*slow, *grpos])
+    assert speed_section(study).verdict == "does not hold: DRTune reached GRPO's final reward in 0 of 3 seeds"
+    assert hacking_section(study).verdict == "yes, of GRPO"
+
+
+def test_measures_that_are_absent_are_named_and_not_guessed(committed: Place) -> None:
+    results = read_results(committed.out)
+    bare = [
+        replace(one, evaluations={k: v for k, v in one.evaluations.items() if k not in (NATS, SPREAD)})
+        for one in results.study.records
+    ]
+    found = sections(replace(results, study=replace(results.study, records=tuple(bare))))
+    assert "not measured" in str(next(section for section in found if section.anchor == "claim-2").tables)
+
+
+# --- quick runs -----------------------------------------------------------------------------------------
+
+
+def test_quick_runs_are_held_against_the_committed_ones(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [replace(run, group="quick") for run in plan.claims(range(1), SECONDS)]
+    monkeypatch.setattr(plan, "quick", lambda: runs)
+    before = place.page.read_bytes()
+    for run, gain, collapse in zip(runs, (0.1, 0.03), (0.9, 0.3), strict=True):
+        write_study_run(run, tmp_path / "logs", gain, None, collapse, wobble=0.2)
+    assert main(["--quick", str(tmp_path / "logs"), *place.arguments]) == 0
+    assert "15 of 15 quantities lie within the committed intervals" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "logs")
+    write_study_run(runs[0], tmp_path / "logs", 0.05, None, 0.1, wobble=0.2)
+    write_study_run(runs[1], tmp_path / "logs", 0.03, None, 0.3, wobble=0.2)
+    assert main(["--quick", str(tmp_path / "logs"), *place.arguments]) == 1
+    assert "OUTSIDE  DRTune seed 0: reward/total" in capsys.readouterr().out
+    assert place.page.read_bytes() == before
+    shutil.rmtree(tmp_path / "logs")
+    assert main(["--quick", str(tmp_path / "logs"), *place.arguments]) == 2
