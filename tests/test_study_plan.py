@@ -163,13 +163,13 @@ def test_a_run_with_other_settings_is_not_this_one(trainer: Path, tmp_path: Path
     assert json.loads((out / one.name / "config.json").read_text())["train"]["beta"] == 0.2
 
 
-def test_groups_can_be_chosen_and_a_misspelt_one_is_refused(
+def test_runs_can_be_chosen_by_part_of_their_name_and_a_misspelt_one_is_refused(
     trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained: list[str] = []
-    monkeypatch.setattr(run, "train_all", lambda runs, out, jobs: trained.extend(one.group for one in runs) or [])
-    assert main(["--only", "claims, ratio", "--out", str(tmp_path)]) == 0
-    assert set(trained) == {"claims", "ratio"}
+    monkeypatch.setattr(run, "train_all", lambda runs, out, jobs: trained.extend(one.label for one in runs) or [])
+    assert main(["--only", "claims, grpo-negative", "--out", str(tmp_path)]) == 0
+    assert set(trained) == {"DRTune", "GRPO", "GRPO negative"}
     with pytest.raises(SystemExit):
-        main(["--only", "claim"])
-    assert "--only claim: there are claims, frontier, ratio, search" in capsys.readouterr().err
+        main(["--only", "claimed"])
+    assert "--only claimed: no run has such a name" in capsys.readouterr().err

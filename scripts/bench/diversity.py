@@ -13,7 +13,7 @@ It writes `results.json` and `table.md`. What is measured, and its limits:
 - A process that runs longer than --limit-seconds, or asks for more than --limit-gib, did not finish.
 - Ours take float32 and work in float64. The package takes the features as they are, in float32; for its Gaussian
   `score_K` we make the kernel matrix in float64, in place, and its time counts.
-- Random features: their values carry the standard error over repeats; the cost is that of all repeats and of both
+- Random features: their values carry the error that they state; the cost is that of all repeats and of both
   orders together.
 """
 
@@ -39,7 +39,7 @@ from scripts.bench.entropy import cpu_model
 if TYPE_CHECKING:
     import numpy as np
 
-COSINE, GAUSSIAN, RKE, ERROR = "cosine Vendi_1", "Gaussian Vendi_1", "RKE", ", standard error"
+COSINE, GAUSSIAN, RKE, ERROR = "cosine Vendi_1", "Gaussian Vendi_1", "RKE", ", error"
 CLUSTERS, SPREAD, MEDIAN_ROWS = 100, 0.7, 1000
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -74,7 +74,7 @@ def methods() -> dict[str, Callable[[np.ndarray, argparse.Namespace], dict[str, 
     def random_features(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
         scores = fkea_scores(x, args.bandwidth, (1.0, 2.0), args.frequencies, args.repeats, args.seed)
         named = {GAUSSIAN: scores[1.0], RKE: scores[2.0]}
-        errors = {name + ERROR: score.standard_error for name, score in named.items()}
+        errors = {name + ERROR: score.error for name, score in named.items()}
         return {name: score.value for name, score in named.items()} | errors
 
     def package_kernel(x: np.ndarray, args: argparse.Namespace, order: float) -> float:
@@ -180,7 +180,7 @@ def bench_size(n: int, args: argparse.Namespace, folder: Path) -> tuple[float, l
 
 
 def values_text(values: dict[str, float]) -> str:
-    """The scores, each with its standard error where it has one."""
+    """The scores, each with its error where it states one."""
     errors = {name: f" ± {values[name + ERROR]:.2g}" for name in values if name + ERROR in values}
     return "; ".join(f"{k} = {v:.6g}{errors.get(k, '')}" for k, v in values.items() if not k.endswith(ERROR))
 
@@ -196,7 +196,7 @@ def write_table(results: dict[str, Any], path: Path) -> None:
     lines += [
         "",
         f"{results['dims']} dimensions, {results['threads']} thread(s), {results['machine']['cpu']}. Random features: "
-        f"{results['repeats']} repeats of r = {results['frequencies']} frequencies, ± one standard error. Limits: "
+        f"{results['repeats']} repeats of r = {results['frequencies']} frequencies, ± their stated error. Limits: "
         f"{results['limit_seconds']:g} s and {results['limit_gib']:g} GiB. Bandwidths: "
         + ", ".join(f"{h:.4g} at n = {n}" for n, h in results["bandwidths"].items()),
     ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-SECONDS = 180.0
+SECONDS = 150.0
 RATIO_SECONDS = 150.0
 QUICK_SECONDS = 60.0
 NO_LIMIT = 1_000_000  # epochs: the clock stops a run
@@ -158,7 +158,7 @@ def whole() -> list[StudyRun]:
         *search(),
         *claims(seeds, SECONDS),
         *ratios(seeds[:3], RATIO_SECONDS),
-        *frontier(seeds[:2], SECONDS),
+        *frontier(seeds[:3], SECONDS),
     ]
 
 

@@ -1,6 +1,6 @@
 """Train the study's runs: those that are done are skipped, those that were cut short go on from their last checkpoint.
 
-    python scripts/study/run.py [--quick] [--only claims,ratio] [--jobs 2] [--out logs/study]
+    python scripts/study/run.py [--quick] [--only claims,grpo-negative] [--jobs 2] [--out logs/study]
 
 Every run has one thread, and --jobs of them train at once; their seconds are comparable only with each other's.
 """
@@ -77,25 +77,24 @@ def train_all(runs: Sequence[StudyRun], out: Path, jobs: int) -> list[str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    groups = sorted({run.group for run in plan.whole()})
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the runs of `make study-quick`")
-    parser.add_argument("--only", default="", help=f"groups of runs, commas between: {', '.join(groups)}")
+    parser.add_argument("--only", default="", help="runs whose names hold one of these words, commas between")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("logs/study"), help="folder (default: logs/study)")
     args = parser.parse_args(arguments)
-    args.only = [group.strip() for group in args.only.split(",") if group.strip()]
-    if unknown := set(args.only) - set(groups):
-        parser.error(f"--only {', '.join(sorted(unknown))}: there are {', '.join(groups)}")
+    plan_runs = plan.quick() if args.quick else plan.whole()
+    words = [word.strip() for word in args.only.split(",") if word.strip()]
+    args.runs = [run for run in plan_runs if not words or any(word in run.name for word in words)]
+    if not args.runs:
+        parser.error(f"--only {args.only}: no run has such a name; {plan_runs[0].name} is one")
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0, or 1 after naming the runs that failed."""
     args = parse(arguments)
-    runs = plan.quick() if args.quick else plan.whole()
-    runs = [run for run in runs if not args.only or run.group in args.only]
-    failed = train_all(runs, args.out.resolve(), args.jobs)
+    failed = train_all(args.runs, args.out.resolve(), args.jobs)
     if failed:
         print(f"error: {', '.join(failed)} failed; their logs are in {args.out}.", file=sys.stderr)
     return 1 if failed else 0
