@@ -26,7 +26,7 @@ def shrink(config: ConfigDict, models: Path, logdir: Path) -> None:
     """Keep a recipe's method and sampler; take the random tiny models, few images and small batches."""
     config.logdir, config.run_name, config.trackers = str(logdir), "run", ()
     config.pretrained.model, config.resolution, config.max_sequence_length = str(models / "sd3"), 32, 8
-    config.num_processes = 0
+    config.num_processes, config.diversity.num_prompts = 0, 0
     for file in ("train", "test", "eval_diversity"):
         config.prompts[file] = str(models / "prompts.txt")
     config.reward_model.pickscore = config.reward_model.clipscore = str(models / "clip")
