@@ -54,6 +54,8 @@ def _check_hub(settings: Settings) -> None:
         f"reward_model.{name}": config.reward_model[name] for name in reward_names(config) if REWARDS[name].scorer
     }
     models |= {"eval.judge": config.eval.judge} if config.eval.judge else {}
+    if config.eval_diversity and config.diversity.extractor != "open_clip":
+        models["diversity.model"] = config.diversity.model
     wanted |= {key: (model, "config.json", None) for key, model in models.items()}
     for key, (model, file, revision) in wanted.items():
         if os.path.isdir(os.path.expanduser(model)):

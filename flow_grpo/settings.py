@@ -585,7 +585,8 @@ def checkpoint_state(checkpoint: Path, subject: str = "") -> dict[str, Any]:
         state = json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{subject}{checkpoint / CHECKPOINT_STATE} is not JSON ({error}).") from None
-    if not {"weights", "counters"} <= state.keys() or not (checkpoint / TRAINING_STATE).is_file():
+    whole = isinstance(state, dict) and {"weights", "counters"} <= state.keys()
+    if not whole or not (checkpoint / TRAINING_STATE).is_file():
         raise ConfigError(f"{subject}the checkpoint {checkpoint} is damaged; it takes a whole one.")
     return state
 

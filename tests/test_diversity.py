@@ -62,6 +62,7 @@ def test_what_is_logged_holds_both_scores_with_their_ends_and_the_pooled_ones(fo
 def test_the_record_says_how_to_measure_the_same_again(found):
     record = diversity.record(found)
     assert (record["features"], record["order"], record["bandwidth"], record["images"]) == ("clip:x", 1.0, 0.5, 21)
+    assert (record["draws"], record["seed"], record["neighbours"]) == (100, 0, 5)
     assert record["groups"]["a bag"]["vendi"]["estimate"] == found.groups["a bag"].vendi.estimate
 
 
@@ -97,4 +98,18 @@ def test_a_reference_is_compared_as_a_whole(groups):
 def test_features_that_are_not_finite_are_one_sentence(groups):
     groups["a boot"][3, 2] = np.nan
     with pytest.raises(ConfigError, match="finite"):
+        diversity.measure(groups, BANDWIDTH, 1.0, "clip:x", draws=100)
+
+
+def test_no_interval_leaves_what_the_score_can_be():
+    pair = np.eye(8)[:, [0, 1, 2, 3, 4, 5, 6, 6]].T.copy()  # one duplicate among orthogonal rows
+    found = diversity.measure({"a bag": pair}, 0.05, 1.0, "clip:x", draws=100)
+    for interval in (found.within.vendi, found.within.rke, found.pooled.rke):
+        assert 1 <= interval.low <= interval.estimate <= interval.high <= 8
+    assert found.within.rke.high == 8
+
+
+def test_too_few_images_for_an_interval_name_the_prompt(groups):
+    groups["a boot"] = groups["a boot"][:3]
+    with pytest.raises(ConfigError, match="'a boot' has 3 images; an interval of their diversity needs at least 4"):
         diversity.measure(groups, BANDWIDTH, 1.0, "clip:x", draws=100)

@@ -24,6 +24,7 @@ from scripts.diversity_metrics.diversity_evaluator import (
     extractor_of,
     features_by_prompt,
     main,
+    stored_bandwidth,
 )
 from scripts.diversity_metrics.rke import median_bandwidth
 from tests.conftest import PROMPTS
@@ -144,6 +145,22 @@ def test_a_resumed_run_without_a_bandwidth_is_one_sentence_unless_one_is_given(p
     config.diversity.bandwidth = 0.7
     (evaluator,) = resumed(config, build, parts.run.folder)
     assert evaluator.bandwidth == 0.7
+
+
+def test_a_configured_bandwidth_is_kept_with_the_run(config, build):
+    config.eval_diversity, config.diversity.bandwidth = True, 0.7
+    parts = build(config)
+    build_diversity_evaluators(parts.settings, parts.run, CPU)
+    assert json.loads((parts.run.folder / "diversity/bandwidth.json").read_text())["bandwidth"] == 0.7
+
+
+@pytest.mark.parametrize("bandwidth", ["0", "-1", "NaN", "null", "[]"])
+def test_a_damaged_bandwidth_is_refused_and_not_chosen_again(tmp_path, bandwidth):
+    path = tmp_path / "bandwidth.json"
+    path.write_text(f'{{"bandwidth": {bandwidth}, "features": "clip:x"}}')
+    with pytest.raises(ConfigError, match="is damaged"):
+        stored_bandwidth(tmp_path, "clip:x")
+    assert bandwidth in path.read_text()
 
 
 def test_a_bandwidth_of_other_features_is_refused(parts, config, build):
@@ -275,6 +292,39 @@ def test_a_lora_of_another_base_model_is_one_sentence(trained, capsys):
     state = folder / "checkpoints/checkpoint-000003/state.json"
     state.write_text(state.read_text().replace('"pretrained.model": "sd3"', '"pretrained.model": "sdxl"'))
     assert "'sdxl'" in refusal(capsys, "--checkpoint", str(folder))
+
+
+def test_weights_of_other_shapes_are_one_sentence(trained, capsys):
+    path = trained[0] / "checkpoints/checkpoint-000003/training_state.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"trainable": [torch.zeros(2, 2) for _ in saved["trainable"]]}, path)
+    assert "weights of other shapes" in refusal(capsys, "--checkpoint", str(trained[0]))
+    torch.save({}, path)
+    assert "lacks trained weights" in refusal(capsys, "--checkpoint", str(trained[0]))
+
+
+def test_a_checkpoint_of_another_name_is_one_sentence(trained, capsys):
+    (trained[0] / "checkpoints/checkpoint-000003").rename(trained[0] / "checkpoints/best")
+    assert "is not named as a run names its own" in refusal(
+        capsys, "--checkpoint", str(trained[0] / "checkpoints/best")
+    )
+
+
+def test_options_that_a_run_decides_are_refused(pictures, capsys):
+    for arguments in (
+        ("--checkpoint", "x", "--extractor", "dinov2"),
+        ("--images", str(pictures), "--run", "x", "--model", "y"),
+        ("--images", str(pictures), "--ema"),
+    ):
+        refusal(capsys, *arguments)
+
+
+def test_a_reference_that_is_too_small_is_one_sentence_before_anything_is_sampled(trained, pictures, capsys):
+    shutil.rmtree(pictures / "a boot")
+    for i in (4, 5):
+        (pictures / f"a bag/{i}.png").unlink()
+    arguments = ("--checkpoint", str(trained[0]), "--reference", str(pictures))
+    assert "has too few images; it takes over 5" in refusal(capsys, *arguments)
 
 
 def test_a_file_is_no_output_folder(pictures, tmp_path, capsys):

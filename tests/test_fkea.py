@@ -178,3 +178,15 @@ def test_the_score_stays_between_one_and_the_number_of_samples():
 def test_bad_input_is_named(change, named):
     with pytest.raises(ConfigError, match=named):
         fkea_scores(**{"features": CLOUD, "bandwidth": 1.0, "num_frequencies": 4} | change)
+
+
+def test_too_few_frequencies_for_a_spectrum_with_a_long_tail_are_admitted():
+    """A diffuse cloud has many small eigenvalues, which 2r features cannot hold; a narrow one has few."""
+    rng = np.random.default_rng(0)
+    diffuse, narrow = rng.standard_normal((400, 64)) / 8, rng.standard_normal((400, 2)) / 8
+    few, enough = (fkea_scores(x, 1.0, (1.0, 2.0), 128, 16) for x in (diffuse, narrow))
+    exact = vendi_score(diffuse, 1.0, "gaussian", 1.0)
+    assert abs(few[1.0].value - exact) > 0.02 * exact
+    assert not few[1.0].resolved
+    assert enough[1.0].resolved
+    assert abs(enough[1.0].value - vendi_score(narrow, 1.0, "gaussian", 1.0)) < 4 * enough[1.0].error

@@ -243,3 +243,10 @@ def test_a_matrix_that_is_no_kernel_is_refused():
         vendi_from_kernel(np.array([[1.0, 2.0], [2.0, 1.0]]))
     with pytest.raises(ConfigError, match="sum to"):
         vendi_from_eigenvalues(np.array([0.5, 0.4]))
+
+
+@pytest.mark.parametrize("distance", [1e-7, 1e-12, 1e-14, 3e-16])
+def test_an_order_next_to_1_is_order_1_to_rounding(distance):
+    p = np.array([0.5, 0.3, 0.2])
+    for order in (1 - distance, 1 + distance):
+        assert vendi_from_eigenvalues(p, order) == pytest.approx(vendi_from_eigenvalues(p, 1.0), rel=1e-7)

@@ -39,6 +39,7 @@ from scripts.bench.entropy import cpu_model
 if TYPE_CHECKING:
     import numpy as np
 
+UNRESOLVED = " (r too small)"
 COSINE, GAUSSIAN, RKE, ERROR = "cosine Vendi_1", "Gaussian Vendi_1", "RKE", ", error"
 CLUSTERS, SPREAD, MEDIAN_ROWS = 100, 0.7, 1000
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -73,7 +74,7 @@ def methods() -> dict[str, Callable[[np.ndarray, argparse.Namespace], dict[str, 
 
     def random_features(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
         scores = fkea_scores(x, args.bandwidth, (1.0, 2.0), args.frequencies, args.repeats, args.seed)
-        named = {GAUSSIAN: scores[1.0], RKE: scores[2.0]}
+        named = {GAUSSIAN if scores[1.0].resolved else GAUSSIAN + UNRESOLVED: scores[1.0], RKE: scores[2.0]}
         errors = {name + ERROR: score.error for name, score in named.items()}
         return {name: score.value for name, score in named.items()} | errors
 

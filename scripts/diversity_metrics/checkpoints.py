@@ -135,7 +135,12 @@ def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        values = saved["ema"]["shadow_params"] if ema else saved["trainable"]
+        try:
+            values = saved["ema"]["shadow_params"] if ema else saved["trainable"]
+        except (KeyError, TypeError):
+            raise ConfigError(f"{path} is damaged: it lacks {'averaged' if ema else 'trained'} weights.") from None
+        if [value.shape for value in values] != [parameter.shape for parameter in base]:
+            raise ConfigError(f"{path} holds weights of other shapes than the run's model: of another base model?")
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, values, strict=True):
             parameter.copy_(value)

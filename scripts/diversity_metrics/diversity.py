@@ -7,12 +7,13 @@ of all images also counts the differences between prompts. Scores depend on the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scripts.diversity_metrics.bootstrap import Interval, RkeScore, VendiScore, grouped_interval
+from flow_grpo.errors import ConfigError
+from scripts.diversity_metrics.bootstrap import LEAST_ROWS, Interval, RkeScore, VendiScore, grouped_interval
 from scripts.diversity_metrics.prdc import PRDC, mean_pairwise_distance, prdc
 from scripts.diversity_metrics.rke import relative_rke
 
@@ -52,6 +53,9 @@ class Diversity:
     features: str  # name of the extractor
     order: float  # q of the Vendi score, with the cosine kernel
     bandwidth: float  # h of RKE's Gaussian kernel
+    draws: int  # of the bootstrap
+    seed: int
+    neighbours: int = NEIGHBOURS  # of precision, recall, density and coverage, where there is a reference
     reference: AgainstReference | None = None
 
 
@@ -61,14 +65,20 @@ def measure(
     """Measure groups (name -> (n, d) features), with 95 % intervals from `draws` bootstrap draws.
 
     The interval of the means holds the prompts fixed and draws their images anew; that of the pooled scores draws
-    images of any prompt. Raises ConfigError for features that cannot be measured, naming what is wrong with them.
+    images of any prompt. Ends beyond what a score can be, 1 and the number of images, are cut off. Raises ConfigError
+    for features that cannot be measured, naming what is wrong with them.
     """
+    for name, group in features.items():
+        if len(group) < LEAST_ROWS:
+            raise ConfigError(
+                f"{name!r} has {len(group)} images; an interval of their diversity needs at least {LEAST_ROWS}."
+            )
     vendi, rke = VendiScore(order), RkeScore(bandwidth)
 
     def scores(groups: Sequence[np.ndarray]) -> Scores:
         return Scores(
-            grouped_interval(groups, vendi, draws=draws, seed=seed),
-            grouped_interval(groups, rke, draws=draws, seed=seed),
+            _within_range(grouped_interval(groups, vendi, draws=draws, seed=seed), groups),
+            _within_range(grouped_interval(groups, rke, draws=draws, seed=seed), groups),
             float(np.mean([mean_pairwise_distance(group) for group in groups])),
         )
 
@@ -80,7 +90,14 @@ def measure(
         features=extractor,
         order=order,
         bandwidth=bandwidth,
+        draws=draws,
+        seed=seed,
     )
+
+
+def _within_range(interval: Interval, groups: Sequence[np.ndarray]) -> Interval:
+    """Scores lie between 1 and the number of images, and so does what they estimate."""
+    return replace(interval, low=max(interval.low, 1.0), high=min(interval.high, float(np.mean([*map(len, groups)]))))
 
 
 def against_reference(

@@ -29,6 +29,7 @@ from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.diversity import Diversity
 from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, load_extractor, read_images
 from scripts.diversity_metrics.rke import median_bandwidth
+from scripts.diversity_metrics.vendi import check_bandwidth
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,8 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
         return []
     extractor = extractor_of(config, device)
     bandwidth = config.diversity.bandwidth or None
+    if bandwidth is not None and run.is_main:
+        write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
     if bandwidth is None and config.resume_from:
         source = run_folder_of(config.resume_from)
         bandwidth = None if source is None else stored_bandwidth(source / FOLDER, extractor.name)
@@ -94,7 +97,7 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
                 "measure its base model's diversity, where RKE's bandwidth is chosen; give one in "
                 "config.diversity.bandwidth."
             )
-        if run.is_main:
+        if run.is_main and not run.resumed:
             write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
     return [DiversityEvaluator(extractor, bandwidth, settings, run)]
 
@@ -152,8 +155,8 @@ def stored_bandwidth(folder: Path, extractor: str) -> float | None:
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        bandwidth, features = float(stored["bandwidth"]), stored["features"]
-    except (ValueError, KeyError, TypeError):
+        bandwidth, features = check_bandwidth(float(stored["bandwidth"])), stored["features"]
+    except (ValueError, KeyError, TypeError, ConfigError):
         raise ConfigError(f"{path} is damaged; it holds a bandwidth and the features that it is for.") from None
     if features != extractor:
         raise ConfigError(
@@ -164,10 +167,10 @@ def stored_bandwidth(folder: Path, extractor: str) -> float | None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Strict JSON, in a folder made if needed."""
-    from flow_grpo.tracking import strict_json
+    from flow_grpo.tracking import strict_json, write_atomically
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(strict_json(value, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, strict_json(value, indent=1) + "\n")
 
 
 # --- the command ----------------------------------------------------------------------------------------
@@ -176,14 +179,29 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def measure_images(args: argparse.Namespace) -> dict[str, Diversity]:
     """Of a folder, under its name."""
     extractor, stored = _extractor_and_bandwidth(args)
-    images = read_images(Path(args.images), args.keep_readable)
-    for path in images.skipped:
-        print(f"left out, unreadable: {path}")
-    features = images.features(extractor)
-    reference = read_images(Path(args.reference), args.keep_readable).features(extractor) if args.reference else None
+    reference = reference_features(args, extractor)
+    features = folder_features(args.images, args.keep_readable, extractor)
     bandwidth = args.bandwidth or stored or median_bandwidth(list((reference or features).values()))
     found = diversity.measure(features, bandwidth, args.order, extractor.name, args.draws)
-    return {Path(args.images).name: with_reference(found, features, reference)}
+    return {Path(args.images).resolve().name: with_reference(found, features, reference)}
+
+
+def folder_features(folder: str, keep_readable: bool, extractor: FeatureExtractor) -> dict[str, np.ndarray]:
+    """Features of a folder's groups; images that are left out are named."""
+    images = read_images(Path(folder), keep_readable)
+    for path in images.skipped:
+        print(f"left out, unreadable: {path}")
+    return images.features(extractor)
+
+
+def reference_features(args: argparse.Namespace, extractor: FeatureExtractor) -> dict[str, np.ndarray] | None:
+    """Those of --reference, if it is given; ConfigError if they are too few to compare with."""
+    if not args.reference:
+        return None
+    features = folder_features(args.reference, args.keep_readable, extractor)
+    if sum(map(len, features.values())) <= diversity.NEIGHBOURS:
+        raise ConfigError(f"--reference {args.reference} has too few images; it takes over {diversity.NEIGHBOURS}.")
+    return features
 
 
 def _extractor_and_bandwidth(args: argparse.Namespace) -> tuple[FeatureExtractor, float | None]:
@@ -196,7 +214,7 @@ def _extractor_and_bandwidth(args: argparse.Namespace) -> tuple[FeatureExtractor
     if not args.run:
         return load_extractor(args.extractor, args.model, args.pretrained, device), None
     extractor = extractor_of(read_config(Path(args.run), {}), device)
-    bandwidth = stored_bandwidth(Path(args.run) / FOLDER, extractor.name)
+    bandwidth = args.bandwidth or stored_bandwidth(Path(args.run) / FOLDER, extractor.name)
     if bandwidth is None:
         raise ConfigError(f"--run {args.run} has no {FOLDER}/{BANDWIDTH_FILE}; it was not run with eval_diversity.")
     return extractor, bandwidth
@@ -220,13 +238,15 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Diversity]:
     from flow_grpo.settings import find_checkpoint
     from scripts.diversity_metrics.checkpoints import choose_models, read_config
 
-    checkpoint = find_checkpoint(args.checkpoint)
-    run = checkpoint.resolve().parents[1]
+    checkpoint = find_checkpoint(args.checkpoint).resolve()
+    run, epoch = checkpoint.parents[1], checkpoint.name.removeprefix("checkpoint-")
+    if not epoch.isdecimal():
+        raise ConfigError(f"--checkpoint {args.checkpoint} is not named as a run names its own, checkpoint-000100.")
     config = read_config(run, {"eval_diversity": True})
-    models = choose_models(run, f"base,{int(checkpoint.name.removeprefix('checkpoint-'))}", config, args.ema)
+    models = choose_models(run, f"base,{int(epoch)}", config, args.ema)
     settings, accelerator = launch(config)
     extractor = extractor_of(settings.config, accelerator.device)
-    reference = read_images(Path(args.reference), args.keep_readable).features(extractor) if args.reference else None
+    reference = reference_features(args, extractor)
     features = sampled_features(Policy.load(settings, accelerator), models, extractor, args.ema)
     bandwidth = args.bandwidth or run_bandwidth(config, run, extractor, features["base"])
     measured = {name: measure(groups, bandwidth, extractor.name, config) for name, groups in features.items()}
@@ -236,7 +256,7 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Diversity]:
 def run_bandwidth(config: ConfigDict, run: Path, extractor: FeatureExtractor, base: Mapping[str, np.ndarray]) -> float:
     """Of a run that has ended: configured, stored, or chosen now on its base model's features and stored."""
     stored = config.diversity.bandwidth or stored_bandwidth(run / FOLDER, extractor.name)
-    return stored or choose_bandwidth(base, extractor.name, run / FOLDER)
+    return choose_bandwidth(base, extractor.name, run / FOLDER) if stored is None else stored
 
 
 def sampled_features(
@@ -273,13 +293,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--model", default="assets/tiny_features", help="directory, hub id or open_clip's name or .json"
     )
     parser.add_argument("--pretrained", default="", help="open_clip: tag or file of weights")
-    parser.add_argument("--order", type=float, default=1.0, help="q of the Vendi score; inf is allowed (default: 1)")
+    parser.add_argument("--order", type=float, default=1.0, help="--images: q of Vendi; inf is allowed (default: 1)")
     parser.add_argument("--bandwidth", type=float, default=0.0, help="h of RKE (default: see above)")
-    parser.add_argument("--draws", type=int, default=1000, help="bootstrap draws (default: 1000)")
-    parser.add_argument("--out", default="", help="folder (default: logs/diversity, or RUN/diversity/<checkpoint>)")
+    parser.add_argument("--draws", type=int, default=1000, help="--images: bootstrap draws (default: 1000)")
+    parser.add_argument("--out", default="", help="default: logs/diversity/<folder>, or RUN/diversity/<checkpoint>")
     args = parser.parse_args(arguments)
-    if args.checkpoint and args.run:
-        parser.error("--run is for --images; a checkpoint knows its run")
+    given = {name for name in ("extractor", "model", "pretrained") if getattr(args, name) != parser.get_default(name)}
+    if args.checkpoint and (args.run or given):
+        parser.error("--run, --extractor, --model and --pretrained are for --images; a checkpoint knows its run's")
+    if args.run and given:
+        parser.error("--run brings its own features; give no --extractor, --model or --pretrained with it")
+    if args.images and args.ema:
+        parser.error("--ema is for --checkpoint")
     return args
 
 
@@ -288,10 +313,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
     if args.checkpoint:
         from flow_grpo.settings import find_checkpoint
 
-        checkpoint = find_checkpoint(args.checkpoint)
+        checkpoint = find_checkpoint(args.checkpoint).resolve()
         default = checkpoint.parents[1] / FOLDER / (checkpoint.name + ("_ema" if args.ema else ""))
     else:
-        default = Path("logs") / FOLDER
+        default = Path("logs") / FOLDER / Path(args.images).resolve().name
     out = Path(args.out or default)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; it takes a folder.")

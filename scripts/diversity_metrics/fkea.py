@@ -41,6 +41,7 @@ from scripts.diversity_metrics.vendi import (
 )
 
 Array = NDArray[np.float64]
+RESOLVED = 0.05  # of the value: a larger correction says that r is too small
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,16 @@ class FkeaScore:
 
     @property
     def error(self) -> float:
-        """The standard error; for q other than 2 the size of the correction joins it, a bound while 2r is far above."""
+        """The standard error; for q other than 2 the size of the correction joins it. It holds only if `resolved`."""
         return self.standard_error if self.order == 2 else math.hypot(self.standard_error, self.value - self.plug_in)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether r is large enough for the error to be believed: the correction of the plug-in is below 5 %.
+
+        A spectrum with many small eigenvalues needs 2r far above the score, which a score alone does not show.
+        """
+        return self.order == 2 or abs(self.value - self.plug_in) < RESOLVED * self.value
 
 
 def fkea_scores(

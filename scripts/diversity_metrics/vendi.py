@@ -21,6 +21,7 @@ from flow_grpo.errors import ConfigError
 
 KERNELS = ("cosine", "gaussian")
 BLOCK = 4096  # rows converted to float64 at a time
+NEAR_ONE = 1e-7  # orders this close to 1 differ from it by less than their own rounding
 NEGLIGIBLE = 1e-13  # an eigenvalue below this share of the largest is rounding, and counts as zero at every order
 SPECTRUM_TOLERANCE = 1e-6  # how far a given kernel or spectrum may stray from what it should be (float32 kernels pass)
 
@@ -96,7 +97,7 @@ def vendi_of_spectra(spectra: np.ndarray, order: float) -> np.ndarray:
     if order == math.inf:
         return 1 / p.max(-1)
     log_p = np.log(np.where(kept, p, 1.0))
-    if order == 1:
+    if abs(order - 1) < NEAR_ONE:  # where the formula below would divide rounding by nearly nothing
         return np.exp(np.maximum(-(p * log_p).sum(-1), 0.0))
     # sum p^q = max^q sum (p / max)^q: no underflow at large q
     log_max = np.log(p.max(-1))

@@ -21,7 +21,16 @@ VENDI, RKE = "diversity/vendi", "diversity/rke"
 OCCASIONAL = ("entropy/", "ode_log_prob/", "diversity/")  # what may be measured less often than the rest
 SAME_START = 1e-4  # runs whose evaluations before training differ by more did not start from the same model
 # settings that decide what an evaluation measures: runs that differ in one cannot be compared
-MEASURE = ("reward_fn.", "reward_model.", "prompts.test", "prompts.eval_diversity", "resolution", "eval.", "diversity.")
+MEASURE = (
+    "reward_fn.",
+    "reward_model.",
+    "prompts.test",
+    "prompts.eval_diversity",
+    "resolution",
+    "eval.",
+    "diversity.",
+    "num_seeds",
+)
 NOT_MEASURE = (
     "eval.ema", "eval.batch_size", "eval.rewards", "eval.num_grid_prompts", "eval.num_grid_images",
     "diversity.batch_size", "diversity.num_draws",
