@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,3 +79,31 @@ def test_bad_sizes_are_named(tmp_path, capsys):
     for sizes in ("1", "10,x", "", "-5"):
         assert bench.main([f"--sizes={sizes}", f"--out={tmp_path}"]) == 2
         assert f"--sizes is {sizes!r}" in capsys.readouterr().err
+
+
+# --- the committed table: python scripts/bench/diversity.py --out assets/figures/diversity_bench --------------
+
+COMMITTED = json.loads((Path(__file__).parents[1] / "assets/figures/diversity_bench/results.json").read_text())
+
+
+def committed(n: int, method: str) -> dict:
+    return next(row for row in COMMITTED["rows"] if row["n"] == n and row["method"] == method)
+
+
+def test_exact_cosine_vendi_of_50000_images_takes_under_a_minute_and_2_gib():
+    row = committed(50_000, "exact cosine Vendi")
+    assert (COMMITTED["dims"], COMMITTED["threads"]) == (768, 2)
+    assert row["seconds"] < 60
+    assert row["peak_mib"] < 2048
+
+
+def test_in_the_committed_table_ours_agrees_with_the_package_where_it_finishes():
+    pairs = {
+        "exact cosine Vendi": "vendi-score `score_dual`",
+        "exact RKE": "vendi-score `score_K`, q = 2",
+        "exact Gaussian Vendi": "vendi-score `score_K`",
+    }
+    for n in (1000, 10_000):
+        for ours, package in pairs.items():
+            (value,), (theirs,) = (committed(n, method)["values"].values() for method in (ours, package))
+            assert value == pytest.approx(theirs, rel=1e-5), (n, ours)

@@ -34,3 +34,12 @@ def test_every_picture_and_path_of_the_readme_exists():
     assert len(paths) >= len(SHOWN)
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_the_committed_demo_shows_drtunes_collapse_by_vendi_rke_and_the_colours():
+    """Intervals that do not overlap the base model's; GRPO's, at its own reward, do or lie above DRTune's."""
+    base, drtune, grpo = SUMMARY["base"], SUMMARY["runs"]["DRTune"], SUMMARY["runs"]["GRPO"]
+    for score in ("diversity/vendi", "diversity/rke"):
+        assert drtune[f"{score}_high"] < base[f"{score}_low"]
+        assert drtune[f"{score}_high"] < grpo[f"{score}_low"]
+    assert drtune["modes/entropy"] < base["modes/entropy"] - 0.5
