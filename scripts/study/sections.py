@@ -163,6 +163,7 @@ def speed_section(study: Study) -> Section:
         summary=(
             f"DRTune reaches GRPO's final reward in {words(seconds, '.1%')} of GRPO's seconds and "
             f"{words(forwards, '.1%')} of its network evaluations; {seconds.count} of {len(pairs)} seeds."
+            f"{'' if study.of('search') else ' Neither method has been tuned yet: both ran with their recipes.'}"
         ),
         rule=(
             "Measured for each seed: when DRTune's reward, interpolated between evaluations, first reaches GRPO's "
