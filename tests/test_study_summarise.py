@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -36,6 +37,7 @@ from scripts.study.sections import (
     speed_section,
     speed_verdict,
     undoing_verdict,
+    untuned,
 )
 from scripts.study.summarise import BEGIN, END, ROOT, main, outdated, read_results
 from tests.test_study_results import record, study_of, write_study_run
@@ -337,3 +339,20 @@ def test_quick_runs_are_held_against_the_committed_ones(
     assert place.page.read_bytes() == before
     shutil.rmtree(tmp_path / "logs")
     assert main(["--quick", str(tmp_path / "logs"), *place.arguments]) == 2
+
+
+def test_claims_that_did_not_take_the_searchs_best_settings_say_so() -> None:
+    def tried(label: str, rate: float | None, reward: float) -> SimpleNamespace:
+        overrides = {} if rate is None else {"train.learning_rate": rate}
+        kinds = {"method": "GRPO", "recipe": "tiny_sd3", "label": label, "overrides": overrides}
+        return SimpleNamespace(**kinds, final=lambda name: reward)
+
+    def warning(claimed: float | None, *search: SimpleNamespace) -> str:
+        groups = {"claims": [tried("GRPO", claimed, 0.6)], "search": list(search)}
+        return untuned(SimpleNamespace(of=groups.get))  # type: ignore[arg-type]
+
+    default, faster = tried("GRPO lr 0.001", 1e-3, 0.5), tried("GRPO lr 0.003", 3e-3, 0.55)
+    assert "has been tuned yet" in warning(None)
+    assert "GRPO (best: GRPO lr 0.003)" in warning(None, default, faster)
+    assert warning(3e-3, default, faster) == ""
+    assert warning(None, default) == ""  # the recipe's own rate

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from config.grpo import get_config
+from flow_grpo.settings import leaves
 from scripts.study import plan
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI
 from scripts.study.results import (
@@ -163,7 +165,7 @@ def speed_section(study: Study) -> Section:
         summary=(
             f"DRTune reaches GRPO's final reward in {words(seconds, '.1%')} of GRPO's seconds and "
             f"{words(forwards, '.1%')} of its network evaluations; {seconds.count} of {len(pairs)} seeds."
-            f"{'' if study.of('search') else ' Neither method has been tuned yet: both ran with their recipes.'}"
+            f"{untuned(study)}"
         ),
         rule=(
             "Measured for each seed: when DRTune's reward, interpolated between evaluations, first reaches GRPO's "
@@ -173,6 +175,20 @@ def speed_section(study: Study) -> Section:
         tables=[_methods_table(study), _crossings_table(crossings)],
         figures=["reward"],
     )
+
+
+def untuned(study: Study) -> str:
+    """A warning where the claims' runs do not have the settings that the search found best; empty where they do."""
+    if not study.of("search"):
+        return " Neither method has been tuned yet: both ran with their recipes."
+    late = []
+    for method, ran in {record.method: record for record in study.of("claims")}.items():
+        tried = [record for record in study.of("search") if record.method == method]
+        best = max(tried, key=lambda record: record.final(REWARD), default=ran)
+        settings = dict(leaves(get_config(ran.recipe))) | dict(ran.overrides)
+        if any(settings[key] != value for key, value in best.overrides.items()):
+            late.append(f"{method} (best: {best.label})")
+    return f" These runs do not have the settings that the search found best: {listed(late)}." if late else ""
 
 
 def speed_verdict(crossings: Sequence[SeedCrossing]) -> str:
