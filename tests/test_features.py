@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from scripts.diversity_metrics.features import (
     load_pixels,
     read_images,
 )
+from tests import pictures
+from tests.pictures import to_pil
 
 SIDE = 32  # pixels of the input of CLIP and open_clip
 SIZES = [(32, 32), (64, 64), (20, 20), (32, 48), (45, 40), (40, 72), (65, 64), (100, 300)]  # height, width
@@ -42,17 +45,7 @@ PIXEL_LEVEL = 1.01 / 255  # the most by which a pixel may differ from the librar
 PARITY = 5e-4  # the most by which a feature may, as a distance; its length is 1
 
 
-def make_images(height: int, width: int, count: int = 6, seed: int = 0) -> Tensor:
-    """Half noise, half smooth; whole multiples of 1/255."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(count // 2, 3, height, width, generator=generator)
-    coarse = torch.rand(count - count // 2, 3, 6, 6, generator=generator)
-    smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-    return (torch.cat([noise, smooth]) * 255).round() / 255
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
+make_images = partial(pictures.make_images, count=6)
 
 
 def unit(features: Tensor) -> np.ndarray:

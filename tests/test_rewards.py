@@ -29,6 +29,7 @@ from flow_grpo.rewards.clip import ClipScore, ClipScorer, PickScore
 from flow_grpo.rewards.image_path import ImagePath, check_images
 from flow_grpo.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from scripts.train.tiny_models import build_clip
+from tests.pictures import make_images, to_pil
 
 SIDE = 32  # pixels of the tiny CLIP's input
 SIZES = [(32, 32), (64, 64), (20, 20), (32, 48), (48, 32), (40, 72), (65, 64)]  # same, down, up; the rest is cropped
@@ -51,19 +52,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def scorer(checkpoint: str) -> ClipScorer:
     return ClipScorer(checkpoint)
-
-
-def make_images(height: int, width: int, count: int = 4, seed: int = 0) -> Tensor:
-    """Half noise, half smooth; values are whole multiples of 1/255, so that the library sees the same images."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(count // 2, 3, height, width, generator=generator)
-    coarse = torch.rand(count - count // 2, 3, 6, 6, generator=generator)
-    smooth = F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
-    return (torch.cat([noise, smooth]) * 255).round() / 255
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()) for image in images]
 
 
 def pillow_path(image: Tensor, mean: float = 0.5, std: float = 0.5) -> np.ndarray:

@@ -144,3 +144,12 @@ def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, values, strict=True):
             parameter.copy_(value)
+
+
+def output_folder(out: str | Path) -> Path:
+    """ConfigError unless it is, or can become, a folder."""
+    folder = Path(out)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"--out {out}: {there} is a file; it takes a folder.")
+    return folder

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +27,7 @@ import numpy as np
 from flow_grpo.errors import ConfigError
 from scripts import cli
 from scripts.diversity_metrics import diversity
+from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder, read_config
 from scripts.diversity_metrics.diversity import Diversity
 from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, load_extractor, read_images
 from scripts.diversity_metrics.rke import median_bandwidth
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from flow_grpo.settings import Settings
     from flow_grpo.tracking import Run
     from flow_grpo.types import Samples
-    from scripts.diversity_metrics.checkpoints import Model
 
 FOLDER, BANDWIDTH_FILE = "diversity", "bandwidth.json"
 RESULTS, FIGURE = "diversity.json", "diversity.png"
@@ -208,8 +209,6 @@ def _extractor_and_bandwidth(args: argparse.Namespace) -> tuple[FeatureExtractor
     """Those of --run, or those of the options."""
     import torch
 
-    from scripts.diversity_metrics.checkpoints import read_config
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not args.run:
         return load_extractor(args.extractor, args.model, args.pretrained, device), None
@@ -224,8 +223,6 @@ def with_reference(
     found: Diversity, features: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray] | None
 ) -> Diversity:
     """The same, compared with a reference if there is one."""
-    from dataclasses import replace
-
     if reference is None:
         return found
     return replace(found, reference=diversity.against_reference(features, reference, found.bandwidth))
@@ -236,7 +233,6 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Diversity]:
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
     from flow_grpo.settings import find_checkpoint
-    from scripts.diversity_metrics.checkpoints import choose_models, read_config
 
     checkpoint = find_checkpoint(args.checkpoint).resolve()
     run, epoch = checkpoint.parents[1], checkpoint.name.removeprefix("checkpoint-")
@@ -266,7 +262,6 @@ def sampled_features(
     from flow_grpo.evaluation import draw_samples
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.tracking import Run
-    from scripts.diversity_metrics.checkpoints import Bars, load_weights
 
     settings, base = policy.settings, [parameter.detach().clone() for parameter in policy.trainable]
     prompts, bars = PromptDataset.load(settings.config.prompts.test), Bars()
@@ -317,9 +312,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
         default = checkpoint.parents[1] / FOLDER / (checkpoint.name + ("_ema" if args.ema else ""))
     else:
         default = Path("logs") / FOLDER / Path(args.images).resolve().name
-    out = Path(args.out or default)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; it takes a folder.")
+    out = output_folder(args.out or default)
     found = measure_checkpoint(args) if args.checkpoint else measure_images(args)
     write_json(out / RESULTS, {name: diversity.record(measured) for name, measured in found.items()})
     for name, measured in found.items():

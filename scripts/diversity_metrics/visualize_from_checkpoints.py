@@ -50,7 +50,7 @@ from scripts.diversity_metrics.checkpoint_figures import (
     t_half_widths,
     thumbnails,
 )
-from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, read_config
+from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder, read_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -522,15 +522,6 @@ def measure_models(instruments: Instruments, models: Sequence[Model], ema: bool)
         load_weights(policy, model, base, ema)
         measured.append(instruments.measure(model))
     return measured
-
-
-def output_folder(out: str | Path) -> Path:
-    """ConfigError unless it is, or can become, a folder."""
-    folder = Path(out)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"--out {out}: {there} is a file; it takes a folder.")
-    return folder
 
 
 def _images(pictures: Sequence[Picture], out: Path) -> dict[str, Image.Image]:
