@@ -168,13 +168,13 @@ def _columns(found: RunRecord) -> dict[str, list[float | None]]:
         values = [{**evaluation.metrics, **evaluation.occasional}.get(name) for evaluation in found.evaluations]
         if any(value is not None for value in values):
             columns[name] = values
-    return {name: [_rounded(value) for value in values] for name, values in columns.items()}
+    return {name: [rounded(value) for value in values] for name, values in columns.items()}
 
 
 def _training(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
     found = {name: [line[name] for line in history if line.get(name) is not None] for name in TRAINING}
     return {
-        name: {"first": _rounded(values[0]), "mean": _rounded(float(np.mean(values)))}
+        name: {"first": rounded(values[0]), "mean": rounded(float(np.mean(values)))}
         for name, values in found.items()
         if values
     }
@@ -194,7 +194,8 @@ def _environment(full: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rounded(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
+    """To so many digits as are committed; None where there is no number."""
     if value is None or isinstance(value, int):
         return value
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None

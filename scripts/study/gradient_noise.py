@@ -1,0 +1,283 @@
+"""Signal, noise and direction of GRPO's gradient under each form of the likelihood ratio, at the base model.
+
+    python scripts/study/gradient_noise.py [--out assets/study] [--batches 64] [--exact_batches 12]
+
+g is the gradient of GRPO's loss at the sampling weights, where r = 1 and nothing is clipped: -A d log_prob / d theta,
+averaged over a batch's images and slots. A batch is one group of 8 images of one prompt, with 2 of its 10 steps drawn
+at random for the forms that score steps, so that the exact trace can be had; all forms meet the same batches.
+
+Written to gradient_noise.json, for every form:
+
+    probes    |E g|^2 / E|g - E g|^2 over other probes (or draws) for the same images: 1 / the noise that probes add.
+    batches   the same over other images, with other probes: all the noise that an update meets.
+    uphill    E<g, h> / (|h| sqrt(E|g|^2)): of an update's length, the share that points up the reward.
+    cosine    E<g, h> / (|h| |E g|): the same without the noise. What it falls short of GRPO's own is bias.
+
+h is the gradient of the mean reward of the evaluation's sampler, backpropagated through all of its steps. Squares of
+means are estimated without bias, by products of different batches; intervals are the jackknife's, at 95 %. Where too
+few batches were drawn to tell E g from zero, there is no cosine: null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from scripts import cli
+from scripts.study import plan
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from flow_grpo.grpo import Experience
+    from flow_grpo.policy import Policy
+    from flow_grpo.rewards import WeightedReward
+    from flow_grpo.settings import Settings
+
+RECIPE, SEED = "tiny_sd3", 100  # a seed that no claim uses
+FORMS = (
+    ("sde", 1), ("ode_step", 1), ("ode_step", 4), ("ode_step", 16), ("ode_step", 0), ("ode_path", 1), ("ode_path", 4),
+    ("cfm", 10),
+)  # fmt: skip
+STEPS_OF_A_BATCH = 2
+REPEATS, REPEATED_BATCHES = 4, 12  # probes drawn for each of so many batches
+REWARD_BATCHES, REWARD_IMAGES = 16, 40
+OFFSET = 1_000_000  # epochs of the reward's batches, which share no image with the forms'
+
+
+# --- statistics of gradients, (n, P): one row a batch -----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its 95 % interval; nan where it cannot be had."""
+
+    value: float
+    low: float
+    high: float
+
+
+def squared_mean(gram: np.ndarray) -> float:
+    """|E g|^2 without bias, from the products (n, n) of n independent g: the mean of those of different ones."""
+    n = len(gram)
+    return float((gram.sum() - gram.trace()) / (n * (n - 1)))
+
+
+def signal_to_noise(gram: np.ndarray) -> float:
+    """|E g|^2 / E|g - E g|^2 of n independent g, from their products (n, n)."""
+    signal, power = squared_mean(gram), float(gram.trace()) / len(gram)
+    return signal / (power - signal)
+
+
+def jackknife(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """A statistic of all of `count` observations, and its standard error from leaving out each; nan if any is."""
+    everything = np.arange(count)
+    left_out = np.array([statistic(np.delete(everything, i)) for i in everything])
+    return statistic(everything), math.sqrt((count - 1) / count * np.square(left_out - left_out.mean()).sum())
+
+
+def _interval(value: float, error: float, count: int) -> Measured:
+    half = float(student_t.ppf(0.975, count - 1)) * error
+    return Measured(value, value - half, value + half)
+
+
+def noise_of_batches(gradients: np.ndarray) -> Measured:
+    """Signal-to-noise over batches, (n, P)."""
+    gram = gradients @ gradients.T
+    return _interval(*jackknife(lambda kept: signal_to_noise(gram[np.ix_(kept, kept)]), len(gram)), len(gram))
+
+
+def noise_of_repeats(gradients: np.ndarray) -> Measured:
+    """Signal-to-noise over the R repetitions of each of n batches, (n, R, P): signals and noises averaged over them."""
+    signals, noises = [], []
+    for repeats in gradients:
+        gram = repeats @ repeats.T
+        signals.append(squared_mean(gram))
+        noises.append(gram.trace() / len(gram) - signals[-1])
+    signal, noise = np.array(signals), np.array(noises)
+    return _interval(*jackknife(lambda kept: signal[kept].mean() / noise[kept].mean(), len(signal)), len(signal))
+
+
+def direction(gradients: np.ndarray, uphill: np.ndarray) -> tuple[Measured, Measured]:
+    """How far descent along gradients (n, P) goes along `uphill` (m, P), each row an estimate of one gradient.
+
+    Returns:
+        `uphill` and `cosine` of the module's docstring, with both sides' errors. The cosine is nan unless the
+        signal of `gradients` lies above zero by its own interval.
+    """
+    n, m = len(gradients), len(uphill)
+    cross, own, other = -gradients @ uphill.T, gradients @ gradients.T, uphill @ uphill.T
+
+    def share(rows: np.ndarray, columns: np.ndarray, power: Callable[[np.ndarray], float]) -> float:
+        lengths = power(own[np.ix_(rows, rows)]) * squared_mean(other[np.ix_(columns, columns)])
+        return float(cross[np.ix_(rows, columns)].mean()) / math.sqrt(lengths) if lengths > 0 else math.nan
+
+    def measured(power: Callable[[np.ndarray], float]) -> Measured:
+        value, error = jackknife(lambda rows: share(rows, np.arange(m), power), n)
+        _, other_error = jackknife(lambda columns: share(np.arange(n), columns, power), m)
+        return _interval(value, math.hypot(error, other_error), min(n, m))
+
+    signal, error = jackknife(lambda kept: squared_mean(own[np.ix_(kept, kept)]), n)
+    known = _interval(signal, error, n).low > 0
+    unknown = Measured(math.nan, math.nan, math.nan)
+    return measured(lambda gram: gram.trace() / len(gram)), measured(squared_mean) if known else unknown
+
+
+# --- gradients of the model -------------------------------------------------------------------------------
+
+
+def recipe(changes: Mapping[str, Any]) -> ConfigDict:
+    """The study's GRPO, with some keys changed."""
+    from config.grpo import get_config
+
+    config = get_config(RECIPE)
+    config.update_from_flattened_dict({**plan.GRPO, "seed": SEED, "num_threads": 1, **changes})
+    return config
+
+
+def batch_settings(form: str, probes: int) -> Settings:
+    """Of one batch: a group of the recipe's size, in one update."""
+    from flow_grpo.settings import resolve
+
+    one = {"sample.groups_per_epoch": 1, "train.updates_per_epoch": 1}
+    config = recipe({**one, "train.ratio": form, "train.ratio_probes": probes})
+    return resolve(config, num_processes=1, cuda=False)
+
+
+def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: int) -> Experience:
+    """The images of batch `number`, with their advantages."""
+    from types import SimpleNamespace
+
+    from flow_grpo.grpo import collect
+    from flow_grpo.metrics import MeanMetrics
+    from flow_grpo.prompts import PromptDataset, epoch_prompts
+    from flow_grpo.tracking import Counters
+
+    config = settings.config
+    batch = epoch_prompts(PromptDataset.load(config.prompts.train), settings.plan, config.seed, number, 0)
+    run = SimpleNamespace(counters=Counters(epoch=number), progress=lambda items, _: items)
+    return collect(policy, batch, reward, settings, cast("Any", run), MeanMetrics())
+
+
+def loss_gradient(policy: Policy, experience: Experience, settings: Settings, repeat: int = 0) -> np.ndarray:
+    """g of a batch under the form that `settings` names, (P,) float64; `repeat` draws its probes anew."""
+    import torch
+
+    from flow_grpo.likelihood_ratio import RatioKeys, likelihood_of
+    from flow_grpo.randomness import keyed_generator
+
+    config, likelihood = settings.config, likelihood_of(settings.config)
+    velocity = policy.velocity(policy.encode(experience.prompts), config.sample.guidance_scale)
+    keys = RatioKeys(config.seed + repeat, experience.epoch, 0, tuple(experience.sample_ids.tolist()))
+    generator = keyed_generator(config.seed, "slots", experience.epoch)
+    slots = torch.randperm(likelihood.slots(experience.trajectory), generator=generator)[:STEPS_OF_A_BATCH].tolist()
+    for slot in slots:
+        log_prob = likelihood.score(velocity, experience.trajectory, keys, slot).log_prob
+        (-(experience.advantages * log_prob).mean() / len(slots)).backward()
+    return _taken(policy)
+
+
+def reward_gradient(policy: Policy, reward: WeightedReward, settings: Settings, number: int) -> np.ndarray:
+    """h of one batch of images of the evaluation's sampler, (P,) float64: uphill, through every step."""
+    from flow_grpo.prompts import PromptDataset
+    from flow_grpo.randomness import keyed_generator
+
+    evaluation, prompts = settings.config.eval, PromptDataset.load(settings.config.prompts.train).prompts
+    chosen = [prompts[i % len(prompts)] for i in range(REWARD_IMAGES)]
+    velocity = policy.velocity(policy.encode(chosen), evaluation.guidance_scale)
+    x = policy.noise([keyed_generator(SEED, "reward gradient", number, i) for i in range(REWARD_IMAGES)])
+    for sigma, sigma_next in pairwise(policy.sigmas(evaluation.num_steps).tolist()):
+        x = x + (sigma_next - sigma) * velocity(x, sigma)
+    reward(policy.decode(x), chosen, [{}] * len(chosen)).total.mean().backward()
+    return _taken(policy)
+
+
+def _taken(policy: Policy) -> np.ndarray:
+    """The accumulated gradient, which is cleared."""
+    import torch
+
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.trainable]
+    policy.optimizer.zero_grad()
+    return torch.cat([gradient.flatten() for gradient in found]).double().cpu().numpy()
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def measure(batches: int, exact_batches: int) -> list[dict[str, Any]]:
+    """The rows of gradient_noise.json."""
+    from tqdm import tqdm
+
+    from flow_grpo.launch import launch
+    from flow_grpo.policy import Policy
+    from flow_grpo.rewards import build_reward
+
+    settings, accelerator = launch(recipe({}))
+    policy, reward = Policy.load(settings, accelerator), build_reward(settings.config, accelerator.device)
+    rollouts = [rollout(policy, reward, batch_settings("sde", 1), i) for i in tqdm(range(batches), "rollouts")]
+    uphill = np.stack([reward_gradient(policy, reward, settings, i) for i in tqdm(range(REWARD_BATCHES), "reward")])
+    rows: list[dict[str, Any]] = []
+    for form, probes in FORMS:
+        of_form, exact = batch_settings(form, probes), form != "cfm" and probes == 0
+        name = f"{form} {'exact' if exact else probes}"
+        used = rollouts[: exact_batches if exact else batches]
+        gradients = np.stack([loss_gradient(policy, experience, of_form) for experience in tqdm(used, name)])
+        found = {"batches": noise_of_batches(gradients)}
+        found["uphill"], found["cosine"] = direction(gradients, uphill)
+        if form != "sde" and not exact:
+            again = [
+                [loss_gradient(policy, experience, of_form, repeat) for repeat in range(REPEATS)]
+                for experience in tqdm(rollouts[:REPEATED_BATCHES], f"{name}, repeated")
+            ]
+            found["probes"] = noise_of_repeats(np.array(again))
+        rows += [
+            {"form": form, "probes": probes, "source": source, "batches": len(used), **asdict(measured)}
+            for source, measured in found.items()
+        ]
+    return rows
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A line for each row; nan is written as null."""
+    from flow_grpo.tracking import strict_json, write_atomically
+    from scripts.study.results import rounded
+
+    lines = [strict_json({k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("assets/study"), help="folder (default: assets/study)")
+    parser.add_argument("--batches", type=int, default=64, help="of every form but the exact trace (default: 64)")
+    parser.add_argument("--exact_batches", type=int, default=12, help="of the exact trace (default: 12)")
+    args = parser.parse_args(arguments)
+    least, most = REPEATED_BATCHES, args.batches
+    if args.batches < least:
+        parser.error(f"--batches {args.batches} is not allowed; it takes at least {least}")
+    if not 3 <= args.exact_batches <= most:
+        parser.error(f"--exact_batches {args.exact_batches} is not allowed; it takes 3 to --batches, {most}")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write."""
+    from scripts.study.results import NOISE_FILE
+
+    args = parse(arguments)
+    with cli.one_sentence_errors():
+        write(measure(args.batches, args.exact_batches), args.out / NOISE_FILE)
+
+
+if __name__ == "__main__":
+    main()
