@@ -21,9 +21,11 @@ bench: .venv/installed  ## entropy against closed forms; error, seconds and memo
 
 study: .venv/installed  ## every run of the study, its tables, figures and docs/study.md: hours; goes on where it was cut short
 	$(BIN)/python scripts/study/run.py
+	$(BIN)/python scripts/study/lora_scales.py
+	$(BIN)/python scripts/study/gradient_noise.py
 	$(BIN)/python scripts/study/summarise.py --logs logs/study
 
-study-quick: .venv/installed  ## two seeds, a third of the time, held against the committed intervals
+study-quick: .venv/installed  ## two seeds, two fifths of the time, held against the committed intervals
 	$(BIN)/python scripts/study/run.py --quick
 	$(BIN)/python scripts/study/summarise.py --quick logs/study
 

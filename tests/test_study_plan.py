@@ -97,7 +97,9 @@ def test_the_ratios_share_everything_but_the_ratio() -> None:
         for one in ratios
     ]
     assert all(settings == shared[0] for settings in shared)
-    assert len({(one.recipe, one.seconds) for one in ratios}) == 1
+    assert {(one.recipe, one.seconds, one.settings["num_epochs"]) for one in ratios} == {
+        ("tiny_sd3", 0.0, plan.RATIO_EPOCHS)
+    }
 
 
 def test_quick_runs_are_short_claims_of_their_own() -> None:

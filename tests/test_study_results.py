@@ -31,7 +31,6 @@ from scripts.study.results import (
     equal_reward_difference,
     final_difference,
     frontier,
-    gain_at_epoch,
     hacking,
     mean_interval,
     prediction_interval,
@@ -356,12 +355,6 @@ def test_forms_are_known_by_their_settings_and_the_exact_trace_comes_last() -> N
     titles = [form.title for form in by_form(study_of(records))]
     assert titles == ["sde", "ode_step, 1 probe", "ode_step, 16 probes", "ode_step, exact trace", "cfm, 10 draws"]
     assert Form("ode_path", 4).title == "ode_path, 4 probes"
-
-
-def test_the_gain_at_an_epoch_is_interpolated() -> None:
-    records = [record(seed=seed, reward=(0.5, 0.6, 0.9 + 0.1 * seed)) for seed in range(2)]
-    assert gain_at_epoch(records, 15).mean == pytest.approx(np.mean([0.25, 0.3]))
-    assert gain_at_epoch(records, 25).count == 0  # nobody got there
 
 
 def test_the_frontier_has_every_seed_and_where_drtune_would_have_been_stopped() -> None:

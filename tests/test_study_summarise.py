@@ -161,17 +161,22 @@ def test_every_figure_that_a_page_shows_is_there_and_legible(committed: Place) -
 
 def test_optional_results_are_shown_where_they_are(place: Place) -> None:
     noise = [
-        {"form": "ode_step", "probes": probes, "source": source, "snr": 0.123, "low": 0.1, "high": 0.2}
+        {"form": "ode_step", "probes": probes, "source": source, "batches": 9, "value": 0.123, "low": 0.1, "high": 0.2}
         for probes in (1, 0)
-        for source in ("probes", "batches")
+        for source in ("probes", "batches", "uphill")
     ]
+    noise.append({"form": "ode_step", "probes": 0, "source": "cosine", "batches": 9} | dict.fromkeys(NUMBERS))
     scale = {"label": "DRTune", "method": "DRTune", "seed": 0, "scale": 0.5, "seconds": 40.0, "reward/total": 0.55}
     scale |= {VENDI: 2.71, RKE: 3.0, "judge/accuracy": 0.8}
     (place.out / "gradient_noise.json").write_text(json.dumps(noise))
     (place.out / "lora_scales.json").write_text(json.dumps([scale]))
     assert main(place.arguments) == 0
     text = place.page.read_text()
-    assert "| ode_step, exact trace | other images | 0.123 (0.1 to 0.2) |" in text
+    numbers = "0.123 (0.1 to 0.2) | 0.123 (0.1 to 0.2) | +0.123 (+0.100 to +0.200)"
+    assert f"| ode_step, 1 probe | {numbers} |  |" in text
+    assert f"| ode_step, exact trace | {numbers} | not told from 0 |" in text
+    assert "in the squared length of `ode_step`'s gradient on a group: 89% with 1" in text  # 1 / (1 + 0.123)
+    assert "that of ode_step, exact trace points up the reward (+0.123 (+0.100 to +0.200) of its length)" in text
     assert re.search(r"\| DRTune, LoRA scaled by 0\.5 \| 1 \| 40 \(one seed\) \| 0\.5500 \(one seed\) \| 2\.71", text)
     assert (place.out / "gradient_noise.png").is_file()
 
@@ -238,6 +243,7 @@ def test_the_verdict_on_diversity(at_time: list[Estimate], at_reward: list[Estim
     assert ("higher by Vendi score" in found) == (at_reward[0] is HIGHER and at_time[0] is LOWER)
 
 
+NUMBERS = ("value", "low", "high")
 SDE, ONE_PROBE, SIXTEEN, EXACT = Form("sde", 1), Form("ode_step", 1), Form("ode_step", 16), Form("ode_step", 0)
 
 
@@ -256,6 +262,22 @@ SDE, ONE_PROBE, SIXTEEN, EXACT = Form("sde", 1), Form("ode_step", 1), Form("ode_
 )
 def test_the_verdict_on_the_ratio(gains: dict[Form, Estimate], verdict: str) -> None:
     assert ratio_verdict(gains).startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("uphill", "words"),
+    [
+        ((-0.2, -0.3, -0.1), "points down the reward"),
+        ((0.2, 0.1, 0.3), "points up the reward"),
+        ((0.1, -0.1, 0.3), "is not shown to point up the reward"),
+    ],
+)
+def test_without_a_run_of_the_exact_trace_the_verdict_goes_by_its_gradient(
+    uphill: tuple[float, ...], words: str
+) -> None:
+    row = {"form": "ode_step", "probes": 0, "source": "uphill", "batches": 9, **dict(zip(NUMBERS, uphill, strict=True))}
+    gains = {SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}
+    assert ratio_verdict(gains, [row]).endswith(f"nor with 16; with the exact trace its gradient {words}")
 
 
 @pytest.mark.parametrize(

@@ -529,11 +529,6 @@ def fewest_epochs(study: Study) -> float:
     return min(record.final("step") for record in study.of("ratio"))
 
 
-def gain_at_epoch(records: Sequence[StudyRecord], epoch: float) -> Estimate:
-    """Reward minus the base model's after so many epochs."""
-    return mean_interval(record.at("step", epoch, REWARD) - record.base(REWARD) for record in records)
-
-
 def paired(first: Sequence[StudyRecord], second: Sequence[StudyRecord]) -> list[tuple[StudyRecord, StudyRecord]]:
     """Records of the same seed."""
     others = {record.seed: record for record in second}

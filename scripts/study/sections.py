@@ -33,7 +33,6 @@ from scripts.study.results import (
     fewest_epochs,
     final_difference,
     frontier,
-    gain_at_epoch,
     hacking,
     mean_interval,
     paired,
@@ -93,7 +92,7 @@ class Results:
     """All that is committed, and where."""
 
     study: Study
-    noise: Sequence[Mapping[str, Any]]  # {"form", "probes", "source", "snr", "low", "high"}
+    noise: Sequence[Mapping[str, Any]]  # rows of gradient_noise.py
     scales: Sequence[Mapping[str, Any]]  # see results.frontier
     validation: Sequence[Mapping[str, Any]]  # rows of the entropy validation
     samples: Sequence[Sample]  # whose grids are committed
@@ -145,7 +144,8 @@ def _signed(name: str) -> str:
 
 # --- claim 1 ----------------------------------------------------------------------------------------------
 
-RUN = "python scripts/study/run.py"
+RUN, SCALE = "python scripts/study/run.py", "python scripts/study/lora_scales.py"
+NOISE = "python scripts/study/gradient_noise.py"
 
 
 def speed_section(study: Study) -> Section:
@@ -271,7 +271,7 @@ def diversity_section(results: Results) -> Section:
             "at equal reward: DRTune where it first reaches the final reward of GRPO's run of the same seed. At equal "
             "time the faster method has simply gone further."
         ),
-        sentences=[f"From the base model to DRTune's end, {listed(changes)}.", *_against(at_reward)],
+        sentences=[f"From the base model to DRTune's end, {listed(changes)}.", *_against(at_reward), *_longer(study)],
         tables=[_diversity_table(study, at_time, at_reward)],
         figures=["diversity_vs_seconds", "diversity_vs_reward", *(["samples"] if results.samples else [])],
     )
@@ -286,6 +286,23 @@ def _against(at_reward: Mapping[str, Estimate]) -> list[str]:
         return [f"Against the claim: where DRTune has GRPO's reward, it keeps *more* {listed(higher)} than GRPO."]
     unclear = [_short(name) for name in CLAIMED if not at_reward[name].below(0)]
     return [f"At equal reward these do not show the claim: {listed(unclear)}."] if unclear else []
+
+
+def _longer(study: Study) -> list[str]:
+    """The same at a reward that GRPO needs more time for."""
+    drtune, found = by_label(study.of("claims"))["DRTune"], by_label(study.of("frontier")).get(plan.LONGER, [])
+    pairs = paired(drtune, found)
+    if not pairs:
+        return []
+    differences = [
+        f"{_short(name)} {words(difference, _signed(name))}: {direction(difference)}"
+        for name in DIVERSITY
+        for difference in [equal_reward_difference(pairs, name)]
+    ]
+    return [
+        f"Further up: GRPO in {words(_mean(found, 'seconds'), '.0f')} s comes to a reward of "
+        f"{words(_mean(found, REWARD), '.4f')}. DRTune there, minus it: {'; '.join(differences)}."
+    ]
 
 
 def diversity_verdict(at_time: Mapping[str, Estimate], at_reward: Mapping[str, Estimate]) -> str:
@@ -476,21 +493,22 @@ def entropy_section(rows: Sequence[Mapping[str, Any]]) -> Section:
 def ratio_section(study: Study, noise: Sequence[Mapping[str, Any]]) -> Section:
     """Claim 4."""
     claim = "4. The ODE log-probability in GRPO's ratio does not train, for the variance of a single probe"
-    head, command, forms = ("claim-4", claim), f"{RUN} --only ratio", by_form(study)
+    head, command, forms = ("claim-4", claim), f"{RUN} --only ratio && {NOISE}", by_form(study)
     if not forms:
         return Section(*head, NOT_RUN, command)
     gains = {form: mean_interval(record.gain(REWARD) for record in records) for form, records in forms.items()}
     return Section(
         *head,
-        ratio_verdict(gains),
+        ratio_verdict(gains, noise),
         command,
         summary="; ".join(f"{form.title}: {words(gains[form], '+.4f')}" for form in _telling(gains))
         + " reward gained.",
         rule=(
             "A form trains if the interval of its reward gain lies above zero. `sde` is GRPO's own ratio, the control; "
             "`ode_step` the original experiment with both sides reduced alike; `ode_path` the density of the image, "
-            "with the transport term that `ode_step` drops; `cfm` a ratio of flow-matching losses. The clip range and "
-            "all else are GRPO's, so a form's failure may also be one of tuning."
+            "with the transport term that `ode_step` drops; `cfm` a ratio of flow-matching losses. Learning rate, clip "
+            "range and all else are GRPO's, so a form's failure may also be one of tuning; updates train 2 of the 10 "
+            "steps (the forms that score images train the image), and all forms make the same number of them."
         ),
         sentences=ratio_sentences(gains, noise),
         tables=[_ratio_table(study, gains), _statistics_table(forms), *_noise_tables(noise)],
@@ -517,7 +535,7 @@ def _most_probes(gains: Mapping[Form, Estimate], ratio: str) -> Form | None:
     return max(found, key=lambda form: form.probes or math.inf, default=None)
 
 
-def ratio_verdict(gains: Mapping[Form, Estimate]) -> str:
+def ratio_verdict(gains: Mapping[Form, Estimate], noise: Sequence[Mapping[str, Any]] = ()) -> str:
     """Claim 4 in a few words."""
     trains = {form for form, gain in gains.items() if gain.above(0)}
     one, most = Form("ode_step", 1), _most_probes(gains, "ode_step")
@@ -536,7 +554,44 @@ def ratio_verdict(gains: Mapping[Form, Estimate]) -> str:
             "holds in part: ode_step does not train, but not for the probes' variance; nor does it with the exact trace"
         )
     more = f"nor with {most.probes}" if most is not None and most != one else "other numbers are not yet run"
-    return f"holds in part: ode_step is not shown to train with one probe, {more}; the exact trace is not yet run"
+    exact = gradients(noise).get(Form("ode_step", 0))
+    bias = "the exact trace is not yet run" if exact is None else f"with the exact trace its gradient {heads(exact)}"
+    return f"holds in part: ode_step is not shown to train with one probe, {more}; {bias}"
+
+
+def gradients(noise: Sequence[Mapping[str, Any]]) -> dict[Form, dict[str, Estimate]]:
+    """What gradient_noise.py measured, by form and source."""
+    found: dict[Form, dict[str, Estimate]] = {}
+    for row in noise:
+        numbers = (math.nan if row[name] is None else row[name] for name in ("value", "low", "high"))
+        found.setdefault(Form(row["form"], row["probes"]), {})[row["source"]] = Estimate(*numbers, row["batches"])
+    return found
+
+
+def heads(found: Mapping[str, Estimate]) -> str:
+    """Where the mean gradient of a form points."""
+    return direction(
+        found["uphill"], "points down the reward", "points up the reward", "is not shown to point up the reward"
+    )
+
+
+def gradient_sentences(noise: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What probes add to the gradient's noise, and where the gradient points without them."""
+    found = gradients(noise)
+    shares = [
+        f"{1 / (1 + sources['probes'].mean):.0%} with {form.probes}"
+        for form, sources in found.items()
+        if form.ratio == "ode_step" and "probes" in sources
+    ]
+    ways = [
+        f"that of {form.title} {heads(sources)} ({words(sources['uphill'], '+.3f')} of its length)"
+        for form, sources in found.items()
+        if "uphill" in sources
+    ]
+    return [
+        f"The share of the probes in the squared length of `ode_step`'s gradient on a group: {', '.join(shares)}.",
+        f"Where the gradients of a group point, on average: {'; '.join(ways)}.",
+    ]
 
 
 def ratio_sentences(gains: Mapping[Form, Estimate], noise: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -554,11 +609,11 @@ def ratio_sentences(gains: Mapping[Form, Estimate], noise: Sequence[Mapping[str,
     found = [
         f"Variance: with one probe `ode_step` {answer('ode_step', 1)}; with 4 {answer('ode_step', 4)}; with 16 "
         f"{answer('ode_step', 16)}.",
-        f"Bias: with the exact trace, where no probe adds variance, `ode_step` {answer('ode_step', 0)}. What fails "
-        "there fails for what the form leaves out, or for its scale against the clip range.",
+        f"Bias: with the exact trace, where no probe adds variance, `ode_step` {answer('ode_step', 0)}"
+        + (" (its gradient is below)." if Form("ode_step", 0) in gradients(noise) else "."),
         f"The density itself: `ode_path` with {'; with '.join(paths)}." if paths else f"`ode_path`: {NOT_RUN}.",
     ]
-    return found if noise else [*found, f"Signal-to-noise of the gradient: {NOT_RUN}."]
+    return [*found, *(gradient_sentences(noise) if noise else [f"Signal-to-noise of the gradient: {NOT_RUN}."])]
 
 
 def _ratio_table(study: Study, gains: Mapping[Form, Estimate]) -> Table:
@@ -566,22 +621,25 @@ def _ratio_table(study: Study, gains: Mapping[Form, Estimate]) -> Table:
     control = forms.get(Form("sde", 1), [])
     rows = []
     for form, records in forms.items():
-        against = final_difference(paired(records, control), REWARD)
+        against = mean_interval(
+            one.at("step", epochs, REWARD) - other.at("step", epochs, REWARD) for one, other in paired(records, control)
+        )
         rows.append(
             [
                 form.title,
                 str(len(records)),
                 words(_mean(records, "step"), ".0f"),
+                words(_mean(records, "seconds"), ".0f"),
                 words(gains[form], "+.4f"),
                 outcome(gains[form]),
                 "" if form.ratio == "sde" else f"{words(against, '+.4f')}: {direction(against)}",
-                words(gain_at_epoch(records, epochs), "+.4f"),
-                words(mean_interval(100 * r.gain(REWARD) / r.final("step") for r in records), "+.4f"),
+                words(_mean(records, VENDI), ".2f"),
+                words(_mean(records, ACCURACY), ".1%"),
             ]
         )
-    header = ["ratio", "seeds", "epochs", "reward gained", "it", "minus sde's, equal time",
-              f"gained after {epochs:.0f} epochs, the fewest", "per 100 epochs"]  # fmt: skip
-    return Table("Reward gained at equal time, and at equal numbers of epochs:", header, rows)
+    header = ["ratio", "seeds", "epochs", "seconds", "reward gained", "it",
+              f"minus sde's, after {epochs:.0f} epochs", "Vendi score", "judge accuracy"]  # fmt: skip
+    return Table("After equal numbers of updates:", header, rows)
 
 
 def _statistics_table(forms: Mapping[Form, Sequence[StudyRecord]]) -> Table:
@@ -607,20 +665,21 @@ def _training_mean(records: Sequence[StudyRecord], name: str, which: str) -> flo
 
 
 def _noise_tables(noise: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A row for each form; gradient_noise.py says what the columns are."""
     if not noise:
         return []
-    sources = {"probes": "other probes, same images", "batches": "other images"}
+    specs = {"probes": ".3g", "batches": ".3g", "uphill": "+.3f", "cosine": "+.2f"}
     rows = [
-        [
-            Form(r["form"], r["probes"]).title,
-            sources[r["source"]],
-            f"{r['snr']:.3g} ({r['low']:.3g} to {r['high']:.3g})",
-        ]
-        for r in noise
+        [form.title, *(_known(found[name], spec) if name in found else "" for name, spec in specs.items())]
+        for form, found in gradients(noise).items()
     ]
-    return [
-        Table("Signal-to-noise of the gradient at theta_old:", ["ratio", "repeated", "ratio (95 % interval)"], rows)
-    ]
+    header = ["ratio", "signal / noise, other probes", "signal / noise, other images", "uphill, of its length",
+              "cosine with the reward's gradient"]  # fmt: skip
+    return [Table("The gradient of a group of 8 images, at the base model:", header, rows)]
+
+
+def _known(estimate: Estimate, spec: str) -> str:
+    return words(estimate, spec) if math.isfinite(estimate.mean) else "not told from 0"
 
 
 # --- the frontier -----------------------------------------------------------------------------------------
@@ -630,7 +689,9 @@ def frontier_section(results: Results) -> Section:
     """What keeps diversity, and at what price."""
     study = results.study
     head = ("frontier", "How much of the collapse do a KL penalty, stopping early and scaling the LoRA undo?")
-    command, points = f"{RUN} --only claims,frontier", frontier(study, results.scales)
+    command = f"{RUN} --only claims,frontier && {SCALE}"
+    points, control = frontier(study, results.scales), by_label(study.of("claims")).get("GRPO", [])
+    runs = by_label(study.of("claims", "frontier"))
     if not points:
         return Section(*head, NOT_RUN, command)
     base = {name: study.of("claims", "frontier")[0].base(name) for name in (REWARD, VENDI, RKE, ACCURACY)}
@@ -650,10 +711,12 @@ def frontier_section(results: Results) -> Section:
                   for name, spec in (("seconds", ".0f"), ("reward", ".4f"), ("vendi", ".2f"), ("rke", ".2f"),
                                      ("accuracy", ".1%"))),
                 *(["", ""] if label == "DRTune" else [words(undone, ".0%"), words(kept, ".0%")]),
+                _at_equal_reward(runs.get(label, []), control),
             ]
         )  # fmt: skip
     header = ["", "seeds", "seconds", "reward", "Vendi score", "RKE", "judge accuracy",
-              "of DRTune's loss of Vendi, undone", "of DRTune's reward gain, kept"]  # fmt: skip
+              "of DRTune's loss of Vendi, undone", "of DRTune's reward gain, kept",
+              "Vendi minus GRPO's, at GRPO's reward"]  # fmt: skip
     absent = [] if study.of("frontier") else [f"KL penalties and advantage modes: {NOT_RUN}."]
     absent += [] if results.scales else [f"LoRA scaled at sampling time: {NOT_RUN}."]
     return Section(
@@ -670,6 +733,13 @@ def frontier_section(results: Results) -> Section:
         tables=[Table("Reward against diversity:", header, rows)],
         figures=["frontier"],
     )
+
+
+def _at_equal_reward(records: Sequence[StudyRecord], control: Sequence[StudyRecord]) -> str:
+    """Vendi score where a run first has the final reward of GRPO's of the same seed, minus that of GRPO's."""
+    if not records or records[0].method == "GRPO":
+        return ""
+    return words(equal_reward_difference(paired(records, control), VENDI), _signed(VENDI))
 
 
 def undoing_verdict(shares: Mapping[str, Estimate]) -> str:

@@ -252,22 +252,27 @@ def ratio_statistics_figure(forms: Mapping[Form, Sequence[StudyRecord]]) -> Figu
 
 
 def gradient_noise_figure(noise: Sequence[Mapping[str, Any]]) -> Figure:
-    """Signal-to-noise of the gradient, over repeated probes and over repeated batches, with 95 % intervals."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    titles = {"probes": "the same images, other probes", "batches": "other images"}
-    for axes, (source, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        rows = [row for row in noise if row["source"] == source]
+    """The gradient of a group: what its probes add to its noise, and how much of it points up the reward."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    panels = {
+        "probes": "signal to noise over other probes\n(same images)",
+        "batches": "signal to noise over other images",
+        "uphill": "share of its length\nthat points up the reward",
+    }
+    for axes, (source, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        rows = [row for row in noise if row["source"] == source and row["value"] is not None]
         forms = [Form(row["form"], row["probes"]) for row in rows]
         for place, (row, form) in enumerate(zip(rows, forms, strict=True)):
-            bar = [[row["snr"] - row["low"]], [row["high"] - row["snr"]]]
+            bar = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
             axes.errorbar(
-                place, row["snr"], yerr=bar, fmt=_marker(form), color=FORM_COLOURS[form.ratio], capsize=4, ms=7
+                row["value"], place, xerr=bar, fmt=_marker(form), color=FORM_COLOURS[form.ratio], capsize=4, ms=7
             )
-        axes.set_xticks(range(len(rows)), [form.title.replace(", ", "\n") for form in forms], fontsize=9)
-        axes.set_title(title, fontsize=11)
-        axes.set_yscale("log")
-        _plain(axes)
-    figure.axes[0].set_ylabel("signal-to-noise ratio of the gradient\n(bars: 95 % intervals)")
+        axes.set_yticks(range(len(rows)), [form.title for form in forms], fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.axvline(0, color="#777777", lw=0.8)
+        _plain(axes, "x")
+    figure.suptitle("the gradient of GRPO's loss on a group of 8 images; bars: 95 % intervals", fontsize=10)
     return figure
 
 
