@@ -100,6 +100,7 @@ def search() -> list[StudyRun]:
         "half the steps": {"train.timestep_fraction": 0.5},
         "groups of 16": {"sample.num_image_per_prompt": 16, "sample.groups_per_epoch": 5},
         "4 updates": {"train.updates_per_epoch": 4},
+        "8 updates": {"train.updates_per_epoch": 8},
     }
     best = {"train.learning_rate": 3e-3, "train.clip_range": 1e-3}
     return runs + [run(f"GRPO {name}", "tiny_sd3", 15, {**best, **change}) for name, change in changes.items()]
