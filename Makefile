@@ -19,13 +19,13 @@ bench: .venv/installed  ## entropy against closed forms; error, seconds and memo
 	$(BIN)/python scripts/bench/entropy.py --out logs/bench/entropy
 	$(BIN)/python scripts/bench/diversity.py --out logs/bench/diversity
 
-study: .venv/installed  ## every run of the study, its tables, figures and docs/study.md: hours; goes on where it was cut short
+study: .venv/installed  ## every run of the study, its tables, figures and docs/study.md: hours; runs go on where they were cut short
 	$(BIN)/python scripts/study/run.py
 	$(BIN)/python scripts/study/lora_scales.py
 	$(BIN)/python scripts/study/gradient_noise.py
 	$(BIN)/python scripts/study/summarise.py --logs logs/study
 
-study-quick: .venv/installed  ## two seeds, two fifths of the time, held against the committed intervals
+study-quick: .venv/installed  ## two new seeds, two fifths of the time, held against the committed intervals
 	$(BIN)/python scripts/study/run.py --quick
 	$(BIN)/python scripts/study/summarise.py --quick logs/study
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.stats import chi2, rankdata, t
 
 from flow_grpo.errors import ConfigError
@@ -77,10 +78,19 @@ class StudyRecord:
         x = self.curve(quantity)
         return _interpolate(value, x, self.curve(name)) if x[0] <= value <= x[-1] else math.nan
 
+    @property
+    def rising_reward(self) -> np.ndarray:
+        """The rising curve nearest to the reward's, in least squares (isotonic regression), from the base model on.
+
+        Where a noisy curve first touches a level it does so by an upward fluctuation; this one does not.
+        """
+        reward = self.curve(REWARD)
+        return np.concatenate([reward[:1], np.maximum(isotonic_regression(reward[1:]).x, reward[0])])
+
     def where_reward_is(self, level: float, name: str) -> float:
-        """A column where the reward first reached `level`, by linear interpolation; nan: never."""
+        """A column where the rising reward reached `level`, by linear interpolation; nan: never."""
         positions = np.arange(len(self.curve(REWARD)), dtype=float)
-        reached = first_crossing(positions, self.curve(REWARD), level)
+        reached = first_crossing(positions, self.rising_reward, level)
         return math.nan if reached is None else _interpolate(reached, positions, self.curve(name))
 
 
@@ -296,11 +306,11 @@ class SeedCrossing:
 
 
 def crossing(drtune: StudyRecord, grpo: StudyRecord, at: Mapping[str, float] | None = None) -> SeedCrossing:
-    """When DRTune first reached GRPO's final reward; `at`: what GRPO had spent, for its reward at another time."""
+    """When DRTune's rising reward came to GRPO's final one; `at`: what GRPO had spent, for its reward then."""
     spent = at or {name: grpo.final(name) for name in ("seconds", "network_evaluations")}
     level = grpo.final(REWARD) if at is None else grpo.at("network_evaluations", at["network_evaluations"], REWARD)
     meaningful = level > grpo.base(REWARD)
-    found = {name: first_crossing(drtune.curve(name), drtune.curve(REWARD), level) for name in spent}
+    found = {name: first_crossing(drtune.curve(name), drtune.rising_reward, level) for name in spent}
     reached = {name: math.nan if value is None or not meaningful else value for name, value in found.items()}
     return SeedCrossing(
         seed=grpo.seed,
@@ -325,7 +335,7 @@ def final_difference(pairs: Sequence[tuple[StudyRecord, StudyRecord]], name: str
 
 
 def equal_reward_difference(pairs: Sequence[tuple[StudyRecord, StudyRecord]], name: str) -> Estimate:
-    """DRTune, where it first had GRPO's final reward, minus GRPO at its end."""
+    """DRTune, where its rising reward was GRPO's final one, minus GRPO at its end."""
     return mean_interval(
         drtune.where_reward_is(grpo.final(REWARD), name) - grpo.final(name)
         for drtune, grpo in pairs
@@ -370,7 +380,7 @@ def samples(study: Study) -> list[Sample]:
     if not study.pairs():
         return []
     drtune, grpo = study.pairs()[0]
-    reached = np.flatnonzero(drtune.curve(REWARD) >= grpo.final(REWARD))
+    reached = np.flatnonzero(drtune.rising_reward >= grpo.final(REWARD))
     chosen: list[tuple[str, StudyRecord, int]] = [("base", drtune, 0)]
     if len(reached) > 0:
         chosen.append(("DRTune at GRPO's reward", drtune, int(reached[0])))
@@ -562,7 +572,7 @@ def frontier(study: Study, scales: Sequence[Mapping[str, Any]] = ()) -> list[Poi
     points = [_final_point(record) for record in study.of("claims", "frontier")]
     for drtune, grpo in study.pairs():
         level = grpo.final(REWARD)
-        if level > grpo.base(REWARD) and level <= np.nanmax(drtune.curve(REWARD)):
+        if level > grpo.base(REWARD) and level <= drtune.rising_reward[-1]:
             values = [drtune.where_reward_is(level, name) for name in ("seconds", REWARD, VENDI, RKE, ACCURACY)]
             points.append(Point("DRTune stopped at GRPO's reward", "DRTune", drtune.seed, *values))
     for entry in scales:
@@ -621,7 +631,8 @@ class Comparison:
 def compare_quick(quick: Study, whole: Study) -> list[Comparison]:
     """At the quick runs' end, in network evaluations: what a number of seconds buys depends on the machine.
 
-    The intervals hold 95 % of the time for all quantities together (Bonferroni).
+    The intervals hold 95 % of the time for all quantities together (Bonferroni). What the run or all but one of the
+    committed ones do not have, such as the time until a reward that was not reached, is not compared.
 
     Raises:
         ConfigError: there are no pairs of runs to compare.
@@ -637,6 +648,7 @@ def compare_quick(quick: Study, whole: Study) -> list[Comparison]:
         for index, record in enumerate(pair):
             found += _values_at_end(record, [reference[index] for reference in references])
         found += _speed(pair, references)
+    found = [item for item in found if math.isfinite(item[1]) and np.isfinite(item[2]).sum() > 1]
     level = 1 - (1 - LEVEL) / len(found)
     return [Comparison(name, value, prediction_interval(others, level)) for name, value, others in found]
 

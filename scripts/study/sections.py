@@ -271,7 +271,7 @@ def diversity_section(results: Results) -> Section:
             "at equal reward: DRTune where it first reaches the final reward of GRPO's run of the same seed. At equal "
             "time the faster method has simply gone further."
         ),
-        sentences=[f"From the base model to DRTune's end, {listed(changes)}.", *_against(at_reward), *_longer(study)],
+        sentences=[f"From the base model to DRTune's end, {listed(changes)}.", *_against(at_reward)],
         tables=[_diversity_table(study, at_time, at_reward)],
         figures=["diversity_vs_seconds", "diversity_vs_reward", *(["samples"] if results.samples else [])],
     )
@@ -286,23 +286,6 @@ def _against(at_reward: Mapping[str, Estimate]) -> list[str]:
         return [f"Against the claim: where DRTune has GRPO's reward, it keeps *more* {listed(higher)} than GRPO."]
     unclear = [_short(name) for name in CLAIMED if not at_reward[name].below(0)]
     return [f"At equal reward these do not show the claim: {listed(unclear)}."] if unclear else []
-
-
-def _longer(study: Study) -> list[str]:
-    """The same at a reward that GRPO needs more time for."""
-    drtune, found = by_label(study.of("claims"))["DRTune"], by_label(study.of("frontier")).get(plan.LONGER, [])
-    pairs = paired(drtune, found)
-    if not pairs:
-        return []
-    differences = [
-        f"{_short(name)} {words(difference, _signed(name))}: {direction(difference)}"
-        for name in DIVERSITY
-        for difference in [equal_reward_difference(pairs, name)]
-    ]
-    return [
-        f"Further up: GRPO in {words(_mean(found, 'seconds'), '.0f')} s comes to a reward of "
-        f"{words(_mean(found, REWARD), '.4f')}. DRTune there, minus it: {'; '.join(differences)}."
-    ]
 
 
 def diversity_verdict(at_time: Mapping[str, Estimate], at_reward: Mapping[str, Estimate]) -> str:
