@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from flow_grpo import grpo
+from flow_grpo.likelihood_ratio import OdeStepLikelihood, SdeLikelihood
 from flow_grpo.metrics import MeanMetrics
-from flow_grpo.prompts import epoch_prompts
+from flow_grpo.prompts import PromptDataset, epoch_prompts
 from scripts.study import gradient_noise
 from scripts.study.gradient_noise import (
     direction,
@@ -24,6 +26,7 @@ from scripts.study.gradient_noise import (
     rollout,
     signal_to_noise,
     squared_mean,
+    uphill_difference,
     write,
 )
 from scripts.study.results import mean_interval
@@ -86,7 +89,8 @@ def test_the_direction_is_that_of_the_means_with_the_sign_of_descent(cosine: flo
     up = unit(6)
     across = unit(7) - (unit(7) @ up) * up
     mean = cosine * up + (1 - cosine**2) ** 0.5 * across / np.linalg.norm(across)
-    share, found = direction(draws(8, 400, -mean, 0.3), draws(9, 100, 2 * up, 0.3))
+    both = direction(draws(8, 400, -mean, 0.3), draws(9, 100, 2 * up, 0.3))
+    share, found = both["uphill"], both["cosine"]
     assert found.value == pytest.approx(cosine, abs=0.04)
     assert found.low < cosine < found.high
     expected = cosine / (1 + P * 0.09) ** 0.5
@@ -95,9 +99,32 @@ def test_the_direction_is_that_of_the_means_with_the_sign_of_descent(cosine: flo
 
 
 def test_gradients_without_a_mean_have_no_cosine_and_point_nowhere():
-    share, found = direction(draws(10, 30, np.zeros(P), 1.0), draws(11, 30, unit(6), 0.1))
-    assert np.isnan(found.value)
-    assert share.low < 0 < share.high
+    found = direction(draws(10, 30, np.zeros(P), 1.0), draws(11, 30, unit(6), 0.1))
+    assert np.isnan(found["cosine"].value)
+    assert found["uphill"].low < 0 < found["uphill"].high
+
+
+def test_the_difference_of_two_forms_is_sharper_where_they_share_their_batches():
+    up, common = unit(6), draws(13, 60, np.zeros(P), 0.5)
+    first, second = common - 0.4 * up, common - 0.1 * up
+    reference = draws(14, 100, up, 0.05)
+    paired = uphill_difference(first, second, reference)
+    apart = uphill_difference(first, second[::-1], reference)
+    expected = 0.4 / (0.16 + P * 0.25) ** 0.5 - 0.1 / (0.01 + P * 0.25) ** 0.5
+    assert paired.low < expected < paired.high
+    assert paired.low > 0
+    assert apart.high - apart.low > 3 * (paired.high - paired.low)
+
+
+def test_batches_draw_their_prompts_independently(small, build):
+    """Without replacement, batches of one prompt are too rare, and the squared mean of gradients is biased."""
+    parts = build(small)
+    prompts = [rollout(parts.policy, parts.reward, parts.settings, number).prompts for number in range(40)]
+    assert all(len(set(group)) == 1 for group in prompts)
+    again = sum(a[0] == b[0] for a, b in pairwise(prompts))
+    assert 3 <= again <= 18  # of 39, a quarter is expected of 4 prompts; a permutation has them at its seams only
+    in_fours = [{group[0] for group in prompts[i : i + 4]} for i in range(0, 40, 4)]
+    assert min(map(len, in_fours)) < 4
 
 
 # --- gradients of the model -------------------------------------------------------------------------------
@@ -124,8 +151,10 @@ def flat(policy) -> np.ndarray:
 def test_the_gradient_of_every_form_is_that_of_grpos_own_loss_at_the_sampling_weights(small, build, ratio, probes):
     small.train.ratio, small.train.ratio_probes = ratio, probes
     parts = build(small)
-    found = loss_gradient(parts.policy, rollout(parts.policy, parts.reward, parts.settings, 0), parts.settings)
-    batch = epoch_prompts(parts.prompts, parts.settings.plan, small.seed, 0, 0)
+    rolled = rollout(parts.policy, parts.reward, parts.settings, 0)
+    found = loss_gradient(parts.policy, rolled, parts.settings)
+    one = PromptDataset((rolled.prompts[0],), ({},))
+    batch = epoch_prompts(one, parts.settings.plan, small.seed, 0, 0)
     experience = grpo.collect(parts.policy, batch, parts.reward, parts.settings, parts.run, MeanMetrics())
     minibatch = grpo._minibatch(parts.policy, experience, torch.arange(4), parts.settings.config)
     slots = experience.old_log_probs.shape[1]
@@ -134,6 +163,30 @@ def test_the_gradient_of_every_form_is_that_of_grpos_own_loss_at_the_sampling_we
     expected = flat(parts.policy)
     assert np.linalg.norm(expected) > 0
     assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def test_the_steps_of_a_batch_are_its_own_whatever_the_form_and_the_repeat(small, build, monkeypatch):
+    monkeypatch.setattr(gradient_noise, "STEPS_OF_A_BATCH", 2)
+    scored: list[int] = []
+    for form in (SdeLikelihood, OdeStepLikelihood):
+        original = form.score
+        monkeypatch.setattr(
+            form, "score", lambda self, v, t, k, slot, call=original: scored.append(slot) or call(self, v, t, k, slot)
+        )
+    found = {}
+    for ratio in ("sde", "ode_step"):
+        small.train.ratio = ratio
+        parts = build(small)
+        for number in range(6):
+            rolled = rollout(parts.policy, parts.reward, parts.settings, number)
+            for repeat in (0, 1):
+                scored.clear()
+                loss_gradient(parts.policy, rolled, parts.settings, repeat)
+                found.setdefault(number, set()).add(tuple(scored))
+    assert all(len(steps) == 1 for steps in found.values())
+    drawn = {next(iter(steps)) for steps in found.values()}
+    assert len(drawn) > 1
+    assert all(len(set(steps)) == 2 for steps in drawn)
 
 
 def test_a_repeat_draws_other_probes_and_the_exact_trace_has_none(small, build):
@@ -217,9 +270,12 @@ def test_every_form_is_measured_by_every_measure_that_it_has(small, monkeypatch)
     for row in rows:
         found[row["form"], row["probes"]].append(row["source"])
         assert row["batches"] == (3 if row["form"] != "cfm" and row["probes"] == 0 else 4)
-    noisy = ["batches", "uphill", "cosine", "probes"]
-    assert found == {
-        form: noisy[:3] if form in (("sde", 1), ("ode_step", 0)) else noisy for form in gradient_noise.FORMS
+    always = {"batches", "uphill", "cosine"}
+    assert {form: set(sources) for form, sources in found.items()} == {
+        (form, probes): always
+        | ({"over_sde"} if form != "sde" else set())
+        | ({"probes"} if form != "sde" and probes > 0 else set())
+        for form, probes in gradient_noise.FORMS
     }
 
 

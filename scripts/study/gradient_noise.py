@@ -1,21 +1,24 @@
 """Signal, noise and direction of GRPO's gradient under each form of the likelihood ratio, at the base model.
 
-    python scripts/study/gradient_noise.py [--out assets/study] [--batches 64] [--exact_batches 12]
+    python scripts/study/gradient_noise.py [--out assets/study] [--batches 64] [--exact_batches 16]
 
 g is the gradient of GRPO's loss at the sampling weights, where r = 1 and nothing is clipped: -A d log_prob / d theta,
-averaged over a batch's images and slots. A batch is one group of 8 images of one prompt, with 2 of its 10 steps drawn
-at random for the forms that score steps, so that the exact trace can be had; all forms meet the same batches.
+averaged over a batch's images and slots. A batch is one group of 8 images of a prompt drawn at random; the forms that
+score steps train 2 of its steps, drawn at random too (the exact trace can then be had), those that score images all of
+the image. A form with the exact trace meets the first of the batches that the others meet.
 
 Written to gradient_noise.json, for every form:
 
     probes    |E g|^2 / E|g - E g|^2 over other probes (or draws) for the same images: 1 / the noise that probes add.
-    batches   the same over other images, with other probes: all the noise that an update meets.
-    uphill    E<g, h> / (|h| sqrt(E|g|^2)): of an update's length, the share that points up the reward.
-    cosine    E<g, h> / (|h| |E g|): the same without the noise. What it falls short of GRPO's own is bias.
+    batches   the same over other images, steps and probes.
+    uphill    E<-g, h> / (|h| sqrt(E|g|^2)): of the length of a step along -g, the share that points up the reward.
+    cosine    E<-g, h> / (|h| |E g|): the same without the noise.
+    over_sde  uphill minus that of `sde` on the same batches.
 
 h is the gradient of the mean reward of the evaluation's sampler, backpropagated through all of its steps. Squares of
-means are estimated without bias, by products of different batches; intervals are the jackknife's, at 95 %. Where too
-few batches were drawn to tell E g from zero, there is no cosine: null.
+means are estimated without bias, by products of different batches. Intervals are the jackknife's over batches, at 95 %.
+Where too few batches were drawn to tell E g from zero, there is no cosine: null. The optimizer rescales g (AdamW), and
+an update has more groups than one: what is compared is the forms.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from scipy.stats import t as student_t
 
 from scripts import cli
 from scripts.study import plan
+from scripts.study.summarise import OUT
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -43,14 +47,13 @@ if TYPE_CHECKING:
     from flow_grpo.settings import Settings
 
 RECIPE, SEED = "tiny_sd3", 100  # a seed that no claim uses
-FORMS = (
+FORMS = (  # `sde` first: the others are held against it
     ("sde", 1), ("ode_step", 1), ("ode_step", 4), ("ode_step", 16), ("ode_step", 0), ("ode_path", 1), ("ode_path", 4),
-    ("cfm", 10),
+    ("cfm", 5),
 )  # fmt: skip
 STEPS_OF_A_BATCH = 2
 REPEATS, REPEATED_BATCHES = 4, 12  # probes drawn for each of so many batches
 REWARD_BATCHES, REWARD_IMAGES = 16, 40
-OFFSET = 1_000_000  # epochs of the reward's batches, which share no image with the forms'
 
 
 # --- statistics of gradients, (n, P): one row a batch -----------------------------------------------------
@@ -73,8 +76,8 @@ def squared_mean(gram: np.ndarray) -> float:
 
 def signal_to_noise(gram: np.ndarray) -> float:
     """|E g|^2 / E|g - E g|^2 of n independent g, from their products (n, n)."""
-    signal, power = squared_mean(gram), float(gram.trace()) / len(gram)
-    return signal / (power - signal)
+    signal = squared_mean(gram)
+    return signal / (mean_square(gram) - signal)
 
 
 def jackknife(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
@@ -101,34 +104,59 @@ def noise_of_repeats(gradients: np.ndarray) -> Measured:
     for repeats in gradients:
         gram = repeats @ repeats.T
         signals.append(squared_mean(gram))
-        noises.append(gram.trace() / len(gram) - signals[-1])
+        noises.append(mean_square(gram) - signals[-1])
     signal, noise = np.array(signals), np.array(noises)
     return _interval(*jackknife(lambda kept: signal[kept].mean() / noise[kept].mean(), len(signal)), len(signal))
 
 
-def direction(gradients: np.ndarray, uphill: np.ndarray) -> tuple[Measured, Measured]:
-    """How far descent along gradients (n, P) goes along `uphill` (m, P), each row an estimate of one gradient.
+def direction(gradients: np.ndarray, uphill: np.ndarray) -> dict[str, Measured]:
+    """Where descent along gradients (n, P) leads, seen from `uphill` (m, P); each row estimates one gradient.
 
     Returns:
         `uphill` and `cosine` of the module's docstring, with both sides' errors. The cosine is nan unless the
         signal of `gradients` lies above zero by its own interval.
     """
-    n, m = len(gradients), len(uphill)
+    n, own = len(gradients), gradients @ gradients.T
+    signal = _interval(*jackknife(lambda kept: squared_mean(own[np.ix_(kept, kept)]), n), n)
+    unknown = Measured(math.nan, math.nan, math.nan)
+    found = {
+        name: _over_both(_share(gradients, uphill, power), n, len(uphill))
+        for name, power in (("uphill", mean_square), ("cosine", squared_mean))
+        if name == "uphill" or signal.low > 0
+    }
+    return {"cosine": unknown, **found}
+
+
+def uphill_difference(first: np.ndarray, second: np.ndarray, uphill: np.ndarray) -> Measured:
+    """`uphill` of first (n, P) minus that of second (n, P), whose rows belong to the same batches."""
+    one, other = (_share(gradients, uphill, mean_square) for gradients in (first, second))
+    return _over_both(lambda rows, columns: one(rows, columns) - other(rows, columns), len(first), len(uphill))
+
+
+def mean_square(gram: np.ndarray) -> float:
+    """E|g|^2, from the products (n, n) of n g."""
+    return float(gram.trace()) / len(gram)
+
+
+Share = Callable[[np.ndarray, np.ndarray], float]  # of some batches of g, and some of h
+
+
+def _share(gradients: np.ndarray, uphill: np.ndarray, power: Callable[[np.ndarray], float]) -> Share:
+    """E<-g, h> over the root of |E h|^2 times `power` of g."""
     cross, own, other = -gradients @ uphill.T, gradients @ gradients.T, uphill @ uphill.T
 
-    def share(rows: np.ndarray, columns: np.ndarray, power: Callable[[np.ndarray], float]) -> float:
+    def share(rows: np.ndarray, columns: np.ndarray) -> float:
         lengths = power(own[np.ix_(rows, rows)]) * squared_mean(other[np.ix_(columns, columns)])
         return float(cross[np.ix_(rows, columns)].mean()) / math.sqrt(lengths) if lengths > 0 else math.nan
 
-    def measured(power: Callable[[np.ndarray], float]) -> Measured:
-        value, error = jackknife(lambda rows: share(rows, np.arange(m), power), n)
-        _, other_error = jackknife(lambda columns: share(np.arange(n), columns, power), m)
-        return _interval(value, math.hypot(error, other_error), min(n, m))
+    return share
 
-    signal, error = jackknife(lambda kept: squared_mean(own[np.ix_(kept, kept)]), n)
-    known = _interval(signal, error, n).low > 0
-    unknown = Measured(math.nan, math.nan, math.nan)
-    return measured(lambda gram: gram.trace() / len(gram)), measured(squared_mean) if known else unknown
+
+def _over_both(share: Share, n: int, m: int) -> Measured:
+    """With the errors of n batches of g and m of h, which are independent."""
+    value, error = jackknife(lambda rows: share(rows, np.arange(m)), n)
+    _, other = jackknife(lambda columns: share(np.arange(n), columns), m)
+    return _interval(value, math.hypot(error, other), min(n, m))
 
 
 # --- gradients of the model -------------------------------------------------------------------------------
@@ -153,16 +181,27 @@ def batch_settings(form: str, probes: int) -> Settings:
 
 
 def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: int) -> Experience:
-    """The images of batch `number`, with their advantages."""
+    """The images of batch `number`, with their advantages; its prompt is drawn independently of the others'."""
     from types import SimpleNamespace
+
+    import torch
 
     from flow_grpo.grpo import collect
     from flow_grpo.metrics import MeanMetrics
-    from flow_grpo.prompts import PromptDataset, epoch_prompts
+    from flow_grpo.prompts import PromptDataset
+    from flow_grpo.randomness import keyed_generator
     from flow_grpo.tracking import Counters
+    from flow_grpo.types import PromptBatch
 
-    config = settings.config
-    batch = epoch_prompts(PromptDataset.load(config.prompts.train), settings.plan, config.seed, number, 0)
+    config, size = settings.config, settings.plan.group_size
+    dataset = PromptDataset.load(config.prompts.train)
+    drawn = int(torch.randint(len(dataset), (), generator=keyed_generator(config.seed, "batch prompt", number)))
+    batch = PromptBatch(
+        prompts=(dataset.prompts[drawn],) * size,
+        metadata=(dataset.metadata[drawn],) * size,
+        sample_ids=torch.arange(size),
+        group_ids=torch.zeros(size, dtype=torch.int64),
+    )
     run = SimpleNamespace(counters=Counters(epoch=number), progress=lambda items, _: items)
     return collect(policy, batch, reward, settings, cast("Any", run), MeanMetrics())
 
@@ -225,13 +264,17 @@ def measure(batches: int, exact_batches: int) -> list[dict[str, Any]]:
     rollouts = [rollout(policy, reward, batch_settings("sde", 1), i) for i in tqdm(range(batches), "rollouts")]
     uphill = np.stack([reward_gradient(policy, reward, settings, i) for i in tqdm(range(REWARD_BATCHES), "reward")])
     rows: list[dict[str, Any]] = []
+    control = np.empty(0)
     for form, probes in FORMS:
-        of_form, exact = batch_settings(form, probes), form != "cfm" and probes == 0
+        of_form, exact = batch_settings(form, probes), probes == 0
         name = f"{form} {'exact' if exact else probes}"
         used = rollouts[: exact_batches if exact else batches]
         gradients = np.stack([loss_gradient(policy, experience, of_form) for experience in tqdm(used, name)])
-        found = {"batches": noise_of_batches(gradients)}
-        found["uphill"], found["cosine"] = direction(gradients, uphill)
+        found = {"batches": noise_of_batches(gradients), **direction(gradients, uphill)}
+        if form == "sde":
+            control = gradients
+        else:
+            found["over_sde"] = uphill_difference(gradients, control[: len(used)], uphill)
         if form != "sde" and not exact:
             again = [
                 [loss_gradient(policy, experience, of_form, repeat) for repeat in range(REPEATS)]
@@ -258,9 +301,9 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("assets/study"), help="folder (default: assets/study)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder (default: assets/study)")
     parser.add_argument("--batches", type=int, default=64, help="of every form but the exact trace (default: 64)")
-    parser.add_argument("--exact_batches", type=int, default=12, help="of the exact trace (default: 12)")
+    parser.add_argument("--exact_batches", type=int, default=16, help="of the exact trace (default: 16)")
     args = parser.parse_args(arguments)
     least, most = REPEATED_BATCHES, args.batches
     if args.batches < least:
@@ -272,11 +315,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
+    from scripts.diversity_metrics.checkpoints import output_folder
     from scripts.study.results import NOISE_FILE
 
     args = parse(arguments)
     with cli.one_sentence_errors():
-        write(measure(args.batches, args.exact_batches), args.out / NOISE_FILE)
+        path = output_folder(args.out) / NOISE_FILE
+        write(measure(args.batches, args.exact_batches), path)
 
 
 if __name__ == "__main__":
