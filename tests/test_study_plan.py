@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from config.grpo import get_config
+from config.grpo import RECIPES, get_config
 from flow_grpo.settings import resolve
 from scripts.cli import parse_config
 from scripts.study import plan, run
@@ -21,7 +22,7 @@ from scripts.study.run import State, command, main, state_of, train_all
 RUNS = [*plan.whole(), *plan.quick()]
 
 # stands in for scripts/train/train_sd3.py: reads the same command line, leaves a finished folder; seed 13 fails, and
-# seed 7 is cut short the first time
+# seed 7 is cut short halfway the first time
 FAKE_TRAINER = """
 import json, sys
 from pathlib import Path
@@ -33,11 +34,14 @@ with (Path(config.logdir) / "calls.txt").open("a") as calls:
     print(config.run_name, bool(config.resume_from), file=calls)
 if config.seed == 13:
     raise SystemExit("out of luck")
-checkpoint = folder / "checkpoints/checkpoint-000010"
+part = 0.5 if config.seed == 7 and not config.resume_from else 1
+by_time = config.max_seconds > 0
+counters = dict(epoch=10 if by_time else int(part * config.num_epochs))
+counters["seconds"] = part * config.max_seconds if by_time else 1000.0
+checkpoint = folder / "checkpoints" / f"checkpoint-{{counters['epoch']:06d}}"
 checkpoint.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text(json.dumps(config.to_dict()))
-seconds = config.max_seconds / 2 if config.seed == 7 and not config.resume_from else config.max_seconds
-state = dict(weights=dict(), counters=dict(epoch=10, seconds=seconds))
+state = dict(weights=dict(), counters=counters)
 (checkpoint / "state.json").write_text(json.dumps(state))
 (checkpoint / "training_state.pt").write_bytes(b"")
 """
@@ -102,12 +106,16 @@ def test_the_ratios_share_everything_but_the_ratio() -> None:
     }
 
 
-def test_quick_runs_are_short_claims_of_their_own() -> None:
-    quick, whole = plan.quick(), {(one.label, one.seed): one for one in plan.whole() if one.group == "claims"}
+def test_quick_runs_are_short_claims_of_seeds_of_their_own() -> None:
+    quick = plan.quick()
     assert {one.group for one in quick} == {"quick"}
+    assert Counter(one.label for one in quick) == {"DRTune": 2, "GRPO": 2}
     assert sum(one.seconds for one in quick) <= 300
     for one in quick:
-        assert replace(one, group="claims", seconds=plan.SECONDS) == whole[one.label, one.seed]
+        claims = {claim.label: claim for claim in plan.claims([one.seed], plan.SECONDS)}
+        assert replace(one, group="claims", seconds=plan.SECONDS) == claims[one.label]
+    seen = {one.seed for one in plan.whole() if one.group in ("claims", "search")}
+    assert not seen & {one.seed for one in quick}
 
 
 # --- the runner -----------------------------------------------------------------------------------------
@@ -163,6 +171,80 @@ def test_a_run_with_other_settings_is_not_this_one(trainer: Path, tmp_path: Path
     train_all([replace(one, overrides={"train.beta": 0.2})], out, jobs=1)
     assert not leftover.exists()
     assert json.loads((out / one.name / "config.json").read_text())["train"]["beta"] == 0.2
+
+
+def test_a_run_with_an_override_that_the_plan_no_longer_has_is_not_this_one(trainer: Path, tmp_path: Path) -> None:
+    out, (one,) = tmp_path / "logs", planned(1)
+    before = replace(one, overrides={**one.overrides, "train.clip_range": 0.5})
+    train_all([before], out, jobs=1)
+    assert (state_of(before, out), state_of(one, out)) == (State.DONE, State.NEW)
+
+
+@pytest.mark.parametrize("key", ["train.clip_range", "lora.target_modules"])
+def test_a_run_of_a_recipe_that_changed_is_not_this_one(
+    key: str, trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, (one,) = tmp_path / "logs", planned(1)
+    train_all([one], out, jobs=1)
+    assert state_of(one, out) is State.DONE
+    values = {"train.clip_range": 0.5, "lora.target_modules": ("attn.to_q",)}
+    changed = {key: values[key]}
+    monkeypatch.setitem(RECIPES, one.recipe, lambda config: config.update_from_flattened_dict(changed))
+    assert state_of(one, out) is State.NEW
+
+
+def test_where_a_run_lies_and_how_it_is_reported_make_no_other_run_of_it(trainer: Path, tmp_path: Path) -> None:
+    out, (one,) = tmp_path / "logs", planned(1)
+    train_all([one], out, jobs=1)
+    file = out / one.name / "config.json"
+    elsewhere = {"logdir": "/elsewhere", "run_name": "x", "trackers": ["wandb"], "project": "x", "resume_from": "x"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | elsewhere))
+    assert state_of(one, out) is State.DONE
+
+
+def test_a_run_without_a_time_limit_is_done_by_its_epochs(trainer: Path, tmp_path: Path) -> None:
+    out, (one,) = tmp_path / "logs", planned(7)
+    one = replace(one, seconds=0.0, overrides={**one.overrides, "num_epochs": 30})
+    states = []
+    for _ in range(3):
+        states.append(state_of(one, out))
+        assert train_all([one], out, jobs=1) == []
+    assert states == [State.NEW, State.BEGUN, State.DONE]
+    assert calls(out) == [[one.name, "False"], [one.name, "True"]]
+    longer = replace(one, overrides={**one.overrides, "num_epochs": 60})
+    assert state_of(longer, out) is State.NEW
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoints/checkpoint-000010/state.json"])
+def test_a_damaged_folder_is_named_in_one_sentence_and_nothing_is_lost(
+    file: str, trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, (done, begun, new) = tmp_path / "logs", planned(1, 7, 2)
+    train_all([done, begun], out, jobs=1)
+    torn = out / done.name / file
+    torn.write_text(torn.read_text()[:-9])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(plan, "whole", lambda: [begun, done, new])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(out)])
+    assert ended.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert sentence.startswith(f"error: {torn} is not JSON")
+    assert sentence.endswith(f"; delete {out / done.name} to train this run again.")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    shutil.rmtree(out / done.name)
+    assert main(["--out", str(out)]) == 0
+    assert [state_of(one, out) for one in (done, begun, new)] == [State.DONE] * 3
+    assert [begun.name, "True"] in calls(out)
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_a_number_of_jobs_below_one_is_refused(jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--jobs", jobs])
+    assert ended.value.code == 2
+    assert f"--jobs {jobs} is not allowed; it takes a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_runs_can_be_chosen_by_part_of_their_name_and_a_misspelt_one_is_refused(

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from config.grpo import get_config
 from flow_grpo.errors import ConfigError
+from flow_grpo.settings import leaves
 from scripts.study import plan
 from scripts.study.plan import StudyRun
 from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
@@ -52,25 +54,25 @@ def write_study_run(
 ) -> Path:
     """A finished run of the study: reward rises by `reward`, diversity falls by `collapse`, from one base model."""
     gradient = "use_gradient" in run.recipe
-    t = np.linspace(0, 1, POINTS)
+    t, spent = np.linspace(0, 1, POINTS), seconds or (run.seconds or 40.0) + 0.5
     generator = np.random.default_rng([run.seed, len(run.label), int(1000 * abs(reward))])
     noise = wobble * generator.standard_normal(POINTS) * (t > 0)
     folder = write_run(
         logs / run.name,
         rewards=list(0.5 + reward * t**0.5 + 0.01 * noise),
-        seconds=list(t * (seconds or run.seconds + 0.5)),
+        seconds=list(t * spent),
         gradient=gradient,
         accuracy=list(0.8 + 0.4 * t - (0.9 if gradient else 0.3) * t**2 + 0.02 * noise),
         collapse=list(np.clip(collapse * t + 0.05 * noise, 0, 1)),
         evals_every=EVALS_EVERY,
-        overrides={**run.settings, "recipe": run.recipe},
+        overrides=dict(leaves(get_config(run.recipe))) | run.settings,
         density=True,
         diversity=True,
     )
     add_training(folder, clip=0.1 + 0.01 * run.seed)
     checkpoint = folder / f"checkpoints/checkpoint-{EVALS_EVERY * (POINTS - 1):06d}"
     checkpoint.mkdir(parents=True)
-    counters = {"epoch": EVALS_EVERY * (POINTS - 1), "seconds": seconds or run.seconds + 0.5}
+    counters = {"epoch": EVALS_EVERY * (POINTS - 1), "seconds": spent}
     (checkpoint / "state.json").write_text(json.dumps({"weights": {}, "counters": counters}))
     (checkpoint / "training_state.pt").write_bytes(b"")
     return folder

@@ -48,7 +48,7 @@ LOWER, HIGHER, UNCLEAR, ONE = (
     Estimate(0, -1, 1, 5),
     Estimate(1, float("nan"), float("nan"), 1),
 )
-SECONDS = 40.0
+SECONDS, EPOCHS = 40.0, 48
 GAINS = {"sde": 0.03, "ode_step": 0.0, "ode_path": 0.01, "cfm": 0.02}
 
 
@@ -68,7 +68,7 @@ class Place:
 def committed(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A study of which two runs are missing, collected and summarised once."""
     folder = tmp_path_factory.mktemp("study")
-    runs = [*plan.search(), *plan.claims(range(3), SECONDS), *plan.ratios(range(2), SECONDS)]
+    runs = [*plan.search(), *plan.claims(range(3), SECONDS), *plan.ratios(range(2), EPOCHS)]
     runs += plan.frontier(range(2), SECONDS)
     for run in runs[:-1]:
         gradient, beta = "use_gradient" in run.recipe, run.overrides.get("train.beta", 0.0)
@@ -140,7 +140,7 @@ def test_what_is_missing_is_said(committed: Place) -> None:
         assert f"{name} ({reason})" in text
     assert f"LoRA scaled at sampling time: {NOT_RUN}" in text
     assert f"Signal-to-noise of the gradient: {NOT_RUN}" in text
-    assert "with the exact trace, where no probe adds variance, `ode_step` is not yet run" in text
+    assert "with the exact trace it is not yet run" in text
 
 
 def test_every_figure_that_a_page_shows_is_there_and_legible(committed: Place) -> None:
@@ -159,26 +159,66 @@ def test_every_figure_that_a_page_shows_is_there_and_legible(committed: Place) -
     }  # fmt: skip
 
 
+NUMBERS = ("value", "low", "high")
+
+
+def noise_rows(**changes: object) -> list[dict[str, object]]:
+    """As gradient_noise.py writes them."""
+    row = {"form": "ode_step", "batches": 9, "value": 0.123, "low": 0.1, "high": 0.2}
+    sources = {1: ("probes", "batches", "uphill", "over_sde"), 0: ("batches", "uphill", "over_sde")}
+    found = [{**row, "probes": probes, "source": source} for probes, names in sources.items() for source in names]
+    return [*found, {**row, "probes": 0, "source": "cosine"} | dict.fromkeys(NUMBERS), *([changes] if changes else [])]
+
+
+def scaled(place: Place, **changes: object) -> list[dict[str, object]]:
+    """As lora_scales.py writes them, of a run that is there."""
+    run = next(record for record in read_study(place.out / "runs.json").of("claims") if record.method == "DRTune")
+    entry = {"label": "DRTune", "method": "DRTune", "seed": run.seed, "scale": 0.5, "seconds": run.final("seconds")}
+    return [entry | {"reward/total": 0.55, VENDI: 2.71, RKE: 3.0, "judge/accuracy": 0.8} | changes]
+
+
 def test_optional_results_are_shown_where_they_are(place: Place) -> None:
-    noise = [
-        {"form": "ode_step", "probes": probes, "source": source, "batches": 9, "value": 0.123, "low": 0.1, "high": 0.2}
-        for probes in (1, 0)
-        for source in ("probes", "batches", "uphill")
-    ]
-    noise.append({"form": "ode_step", "probes": 0, "source": "cosine", "batches": 9} | dict.fromkeys(NUMBERS))
-    scale = {"label": "DRTune", "method": "DRTune", "seed": 0, "scale": 0.5, "seconds": 40.0, "reward/total": 0.55}
-    scale |= {VENDI: 2.71, RKE: 3.0, "judge/accuracy": 0.8}
-    (place.out / "gradient_noise.json").write_text(json.dumps(noise))
-    (place.out / "lora_scales.json").write_text(json.dumps([scale]))
+    (place.out / "gradient_noise.json").write_text(json.dumps(noise_rows()))
+    (place.out / "lora_scales.json").write_text(json.dumps(scaled(place)))
     assert main(place.arguments) == 0
     text = place.page.read_text()
-    numbers = "0.123 (0.1 to 0.2) | 0.123 (0.1 to 0.2) | +0.123 (+0.100 to +0.200)"
-    assert f"| ode_step, 1 probe | {numbers} |  |" in text
-    assert f"| ode_step, exact trace | {numbers} | not told from 0 |" in text
-    assert "in the squared length of `ode_step`'s gradient on a group: 89% with 1" in text  # 1 / (1 + 0.123)
-    assert "that of ode_step, exact trace points up the reward (+0.123 (+0.100 to +0.200) of its length)" in text
-    assert re.search(r"\| DRTune, LoRA scaled by 0\.5 \| 1 \| 40 \(one seed\) \| 0\.5500 \(one seed\) \| 2\.71", text)
+    shown, signed = "0.123 (0.1 to 0.2)", "+0.123 (+0.100 to +0.200)"
+    assert f"| ode_step, 1 probe | 9 | {shown} | {shown} | {signed} | {signed} |  |" in text
+    assert f"| ode_step, exact trace | 9 |  | {shown} | {signed} | {signed} | not told from 0 |" in text
+    assert "squared length of `ode_step`'s gradient on a group: 89% (83% to 91%) with 1" in text  # 1 / (1 + snr)
+    assert f"that of ode_step, exact trace points up the reward ({signed} of its length)" in text
+    assert re.search(r"\| DRTune, LoRA scaled by 0\.5 \| 1 \| \d+ \(one seed\) \| 0\.5500 \(one seed\) \| 2\.71", text)
     assert (place.out / "gradient_noise.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("gradient_noise.json", "[{", "gradient_noise.json is not what scripts/study/gradient_noise.py writes"),
+        ("gradient_noise.json", '[{"form": "sde"}]', "an entry lacks one of form, probes, source"),
+        ("lora_scales.json", "[3]", "lora_scales.json is not what scripts/study/lora_scales.py writes"),
+        ("lora_scales.json", None, "trained for 1.5 s, which is no run of"),
+    ],
+)
+def test_damaged_or_stale_optional_results_are_one_sentence(
+    place: Place, name: str, text: str | None, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place.out / name).write_text(text or json.dumps(scaled(place, seconds=1.5)))
+    before = place.page.read_bytes()
+    assert main(place.arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert place.page.read_bytes() == before
+
+
+def test_a_folder_without_runs_does_not_replace_what_is_committed(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (place.out / "runs.json").read_bytes()
+    assert main(["--logs", str(tmp_path / "typo"), *place.arguments]) == 2
+    assert "typo holds no finished run of the study" in capsys.readouterr().err
+    assert (place.out / "runs.json").read_bytes() == before
 
 
 def test_a_study_without_runs_says_so_everywhere() -> None:
@@ -243,41 +283,53 @@ def test_the_verdict_on_diversity(at_time: list[Estimate], at_reward: list[Estim
     assert ("higher by Vendi score" in found) == (at_reward[0] is HIGHER and at_time[0] is LOWER)
 
 
-NUMBERS = ("value", "low", "high")
-SDE, ONE_PROBE, SIXTEEN, EXACT = Form("sde", 1), Form("ode_step", 1), Form("ode_step", 16), Form("ode_step", 0)
+SDE, ONE_PROBE, FOUR, SIXTEEN, EXACT = Form("sde", 1), *(Form("ode_step", probes) for probes in (1, 4, 16, 0))
 
 
 @pytest.mark.parametrize(
     ("gains", "verdict"),
     [
         ({SDE: HIGHER, ONE_PROBE: HIGHER, EXACT: HIGHER}, "does not hold: ode_step trains with one probe"),
-        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, EXACT: HIGHER}, "holds: ode_step does not train with one probe, and does"),
-        ({SDE: HIGHER, ONE_PROBE: LOWER, EXACT: UNCLEAR}, "holds in part: ode_step does not train, but not for the"),
-        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: HIGHER}, "holds: ode_step does not train with one probe, and does"),
-        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}, "holds in part: ode_step is not shown to train with"),
+        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, EXACT: HIGHER}, "not settled: ode_step is not shown to train with one "
+         "probe, and trains with the exact trace, but the two are not told apart"),
+        ({SDE: HIGHER, ONE_PROBE: LOWER, EXACT: UNCLEAR}, "holds in part: ode_step lowers the reward with one "
+         "probe, and is not shown to train with the exact trace, where no probe adds variance"),
+        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, FOUR: HIGHER, SIXTEEN: UNCLEAR}, "not settled: ode_step is not shown to "
+         "train with one probe, and is not shown to train with 16 probes, yet it trains with 4 probes"),
+        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}, "not settled: ode_step is not shown to train with one "
+         "probe, and is not shown to train with 16 probes; the exact trace is not yet run"),
         ({SDE: HIGHER, ONE_PROBE: ONE}, "cannot be settled: ode_step with one probe needs"),
         ({SDE: UNCLEAR, ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, is not shown to train"),
         ({ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, needs"),
     ],
-)
+)  # fmt: skip
 def test_the_verdict_on_the_ratio(gains: dict[Form, Estimate], verdict: str) -> None:
     assert ratio_verdict(gains).startswith(verdict)
 
 
+def test_more_probes_are_the_cure_only_if_they_do_better_than_one() -> None:
+    gains = {SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: HIGHER}
+    assert ratio_verdict(gains, advantage=HIGHER).startswith(
+        "holds: ode_step is not shown to train with one probe, and"
+    )
+    assert ratio_verdict(gains, advantage=UNCLEAR).startswith("not settled")
+
+
 @pytest.mark.parametrize(
-    ("uphill", "words"),
+    ("uphill", "verdict", "words"),
     [
-        ((-0.2, -0.3, -0.1), "points down the reward"),
-        ((0.2, 0.1, 0.3), "points up the reward"),
-        ((0.1, -0.1, 0.3), "is not shown to point up the reward"),
+        ((-0.2, -0.3, -0.1), "holds in part", "but with the exact trace, too, its gradient points down the reward"),
+        ((0.2, 0.1, 0.3), "not settled", "although its gradient with the exact trace points up the reward"),
+        ((0.1, -0.1, 0.3), "holds in part", "its gradient is not shown to point up the reward"),
     ],
 )
 def test_without_a_run_of_the_exact_trace_the_verdict_goes_by_its_gradient(
-    uphill: tuple[float, ...], words: str
+    uphill: tuple[float, ...], verdict: str, words: str
 ) -> None:
     row = {"form": "ode_step", "probes": 0, "source": "uphill", "batches": 9, **dict(zip(NUMBERS, uphill, strict=True))}
-    gains = {SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}
-    assert ratio_verdict(gains, [row]).endswith(f"nor with 16; with the exact trace its gradient {words}")
+    found = ratio_verdict({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}, [row])
+    assert found.startswith(verdict)
+    assert found.endswith(words)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +338,8 @@ def test_without_a_run_of_the_exact_trace_the_verdict_goes_by_its_gradient(
         (0.8, 0.9, Estimate(0.8, 0.75, 0.9, 9), "follows diversity closely"),
         (0.8, 0.9, Estimate(0.5, 0.3, 0.7, 9), "follows diversity loosely"),
         (0.8, 0.9, Estimate(0.1, -0.2, 0.4, 9), "is not shown to follow diversity"),
-        (0.8, 0.9, Estimate(-0.5, -0.7, -0.3, 9), "runs against diversity"),
+        (0.8, 0.9, Estimate(-0.5, -0.7, -0.3, 9), "goes with diversity between runs, and against it within them"),
+        (-0.2, 0.9, Estimate(-0.5, -0.7, -0.3, 9), "runs against diversity"),
         (-0.9, -0.8, Estimate(0.8, 0.75, 0.9, 9), "runs against diversity"),
     ],
 )
@@ -378,3 +431,7 @@ def test_claims_that_did_not_take_the_searchs_best_settings_say_so() -> None:
     assert "GRPO (best: GRPO lr 0.003)" in warning(None, default, faster)
     assert warning(3e-3, default, faster) == ""
     assert warning(None, default) == ""  # the recipe's own rate
+    more = tried("GRPO", 3e-3, 0.6)
+    more.overrides = {**more.overrides, "train.updates_per_epoch": 4}  # what the search did not find best
+    late = {"claims": [more], "search": [faster]}
+    assert "GRPO (best: GRPO lr 0.003)" in untuned(SimpleNamespace(of=late.get))  # type: ignore[arg-type]

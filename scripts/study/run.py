@@ -15,10 +15,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
+from ml_collections import ConfigDict
+
+from flow_grpo.errors import ConfigError
+from scripts.cli import one_sentence_errors
 from scripts.study import plan
 from scripts.study.demo import RECIPES, ROOT, TRAIN_SCRIPT
 from scripts.study.plan import StudyRun
+
+# settings that say where a run goes, how it is reported and how it is started: none changes what is trained
+NOT_TRAINED = ("logdir", "run_name", "trackers", "project", "resume_from", "num_processes")
 
 
 class State(Enum):
@@ -30,19 +38,34 @@ class State(Enum):
 
 
 def state_of(run: StudyRun, out: Path) -> State:
-    """By the latest checkpoint in the run's folder; one that was trained with other settings does not count."""
-    from flow_grpo.settings import checkpoint_state, finished_checkpoints, is_over, leaves
+    """By the latest checkpoint in the run's folder; one that was trained with any other setting does not count.
+
+    Raises ConfigError where the folder is damaged.
+    """
+    from config.grpo import get_config
+    from flow_grpo.settings import checkpoint_state, finished_checkpoints, is_over
     from scripts.diversity_metrics.checkpoints import read_config
 
     folder = out / run.name
     finished = finished_checkpoints(folder / "checkpoints")
     if not finished:
         return State.NEW
-    config, counters = read_config(folder, {}), checkpoint_state(finished[max(finished)])["counters"]
-    values = dict(leaves(config))
-    if config.recipe != run.recipe or any(values[key] != value for key, value in run.settings.items()):
+    try:
+        config, counters = read_config(folder, {}), checkpoint_state(finished[max(finished)])["counters"]
+    except ConfigError as error:
+        raise ConfigError(f"{str(error).rstrip('.')}; delete {folder} to train this run again.") from None
+    expected = get_config(run.recipe)
+    expected.update_from_flattened_dict(run.settings)
+    if _trained(config) != _trained(expected):
         return State.NEW
     return State.DONE if is_over(config, counters["epoch"], counters["seconds"]) else State.BEGUN
+
+
+def _trained(config: ConfigDict) -> dict[str, Any]:
+    """The settings that decide what is trained, and what is measured of it."""
+    from flow_grpo.settings import leaves
+
+    return {key: value for key, value in leaves(config) if key not in NOT_TRAINED}
 
 
 def command(run: StudyRun, out: Path, state: State) -> list[str]:
@@ -83,6 +106,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--out", type=Path, default=Path("logs/study"), help="folder (default: logs/study)")
     args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} is not allowed; it takes a whole number from 1 on")
     plan_runs = plan.quick() if args.quick else plan.whole()
     words = [word.strip() for word in args.only.split(",") if word.strip()]
     args.runs = [run for run in plan_runs if not words or any(word in run.name for word in words)]
@@ -92,9 +117,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; 0, or 1 after naming the runs that failed."""
+    """Train; 0, or 1 after naming the runs that failed. A damaged folder ends the process with 2, and a sentence."""
     args = parse(arguments)
-    failed = train_all(args.runs, args.out.resolve(), args.jobs)
+    with one_sentence_errors():
+        failed = train_all(args.runs, args.out.resolve(), args.jobs)
     if failed:
         print(f"error: {', '.join(failed)} failed; their logs are in {args.out}.", file=sys.stderr)
     return 1 if failed else 0

@@ -168,8 +168,9 @@ def speed_section(study: Study) -> Section:
             f"{untuned(study)}"
         ),
         rule=(
-            "Measured for each seed: when DRTune's reward, interpolated between evaluations, first reaches GRPO's "
-            f"final one. Far faster means: both intervals below {FAR:.0%}, and no seed that never gets there."
+            "Measured for each seed: when DRTune's reward reaches GRPO's final one. DRTune's is smoothed to rise "
+            "(isotonic regression over evaluations), so that no upward fluctuation counts, and interpolated. Far "
+            f"faster means: both intervals below {FAR:.0%}, and no seed that never gets there."
         ),
         sentences=[f"At equal time DRTune's reward minus GRPO's is {words(gap, '+.4f')}: {direction(gap)}."],
         tables=[_methods_table(study), _crossings_table(crossings)],
@@ -185,10 +186,13 @@ def untuned(study: Study) -> str:
     for method, ran in {record.method: record for record in study.of("claims")}.items():
         tried = [record for record in study.of("search") if record.method == method]
         best = max(tried, key=lambda record: record.final(REWARD), default=ran)
-        settings = dict(leaves(get_config(ran.recipe))) | dict(ran.overrides)
-        if any(settings[key] != value for key, value in best.overrides.items()):
+        if _settings(best) != _settings(ran):
             late.append(f"{method} (best: {best.label})")
     return f" These runs do not have the settings that the search found best: {listed(late)}." if late else ""
+
+
+def _settings(record: StudyRecord) -> dict[str, Any]:
+    return dict(leaves(get_config(record.recipe))) | dict(record.overrides)
 
 
 def speed_verdict(crossings: Sequence[SeedCrossing]) -> str:
@@ -203,7 +207,8 @@ def speed_verdict(crossings: Sequence[SeedCrossing]) -> str:
         return "cannot be said: one seed has no interval"
     fractions = [mean_interval(f.seconds for f in reached), mean_interval(f.network_evaluations for f in reached)]
     if all(fraction.below(FAR) for fraction in fractions):
-        return "holds"
+        some = f", in the {len(risen)} of {len(crossings)} seeds where GRPO's reward rose"
+        return "holds" + (some if len(risen) < len(crossings) else "")
     if all(fraction.below(1) for fraction in fractions):
         return f"holds in part: faster, but not shown to take less than {FAR:.0%}"
     return "does not hold" if any(fraction.above(1) for fraction in fractions) else "not shown"
@@ -264,17 +269,22 @@ def diversity_section(results: Results) -> Section:
         command,
         summary=(
             f"Vendi score, DRTune minus GRPO: {words(at_time[VENDI], '+.2f')} at equal time, "
-            f"{words(at_reward[VENDI], '+.2f')} at equal reward."
+            f"{words(at_reward[VENDI], '+.2f')} at equal reward{_of_seeds(at_reward[VENDI], pairs)}."
         ),
         rule=(
             "Lower or higher means that the interval of the paired difference excludes zero. The honest comparison is "
-            "at equal reward: DRTune where it first reaches the final reward of GRPO's run of the same seed. At equal "
-            "time the faster method has simply gone further."
+            "at equal reward: DRTune where its reward, smoothed as above, is the final one of GRPO's run of the same "
+            "seed. At equal time the faster method has simply gone further."
         ),
         sentences=[f"From the base model to DRTune's end, {listed(changes)}.", *_against(at_reward)],
         tables=[_diversity_table(study, at_time, at_reward)],
         figures=["diversity_vs_seconds", "diversity_vs_reward", *(["samples"] if results.samples else [])],
     )
+
+
+def _of_seeds(estimate: Estimate, pairs: Sequence[Any]) -> str:
+    """How many seeds a comparison rests on, where that is not all of them."""
+    return "" if estimate.count == len(pairs) else f" ({estimate.count} of {len(pairs)} seeds)"
 
 
 def _against(at_reward: Mapping[str, Estimate]) -> list[str]:
@@ -421,6 +431,8 @@ def proxy_words(rho: RankCorrelation) -> str:
     if all(low > 0 for low in lows):
         return "follows diversity loosely"
     if rho.high < 0 or rho.within.below(0):
+        if rho.low > 0:
+            return "goes with diversity between runs, and against it within them"
         return "runs against diversity"
     return "is not shown to follow diversity"
 
@@ -482,7 +494,7 @@ def ratio_section(study: Study, noise: Sequence[Mapping[str, Any]]) -> Section:
     gains = {form: mean_interval(record.gain(REWARD) for record in records) for form, records in forms.items()}
     return Section(
         *head,
-        ratio_verdict(gains, noise),
+        ratio_verdict(gains, noise, _advantage(forms)),
         command,
         summary="; ".join(f"{form.title}: {words(gains[form], '+.4f')}" for form in _telling(gains))
         + " reward gained.",
@@ -490,13 +502,23 @@ def ratio_section(study: Study, noise: Sequence[Mapping[str, Any]]) -> Section:
             "A form trains if the interval of its reward gain lies above zero. `sde` is GRPO's own ratio, the control; "
             "`ode_step` the original experiment with both sides reduced alike; `ode_path` the density of the image, "
             "with the transport term that `ode_step` drops; `cfm` a ratio of flow-matching losses. Learning rate, clip "
-            "range and all else are GRPO's, so a form's failure may also be one of tuning; updates train 2 of the 10 "
-            "steps (the forms that score images train the image), and all forms make the same number of them."
+            "range and all else are GRPO's, so a form's failure may also be one of tuning; all forms make the same "
+            "number of updates. With the exact trace an epoch would take three quarters of an hour, so no run has it: "
+            "only its gradient was measured, and held against the gradient of the evaluated reward "
+            "(scripts/study/gradient_noise.py says how, and what its columns are; intervals over groups, jackknife)."
         ),
         sentences=ratio_sentences(gains, noise),
         tables=[_ratio_table(study, gains), _statistics_table(forms), *_noise_tables(noise)],
         figures=["ratios", "ratio_statistics", *(["gradient_noise"] if noise else [])],
     )
+
+
+def _advantage(forms: Mapping[Form, Sequence[StudyRecord]]) -> Estimate | None:
+    """Reward gained by ode_step with most probes minus that with one; seeds paired."""
+    one, most = Form("ode_step", 1), _most_probes(forms, "ode_step")
+    if one not in forms or most is None:
+        return None
+    return mean_interval(a.gain(REWARD) - b.gain(REWARD) for a, b in paired(forms[most], forms[one]))
 
 
 def _telling(gains: Mapping[Form, Estimate]) -> list[Form]:
@@ -512,42 +534,75 @@ def outcome(gain: Estimate) -> str:
     return direction(gain, "lowers the reward", "trains", "is not shown to train")
 
 
-def _most_probes(gains: Mapping[Form, Estimate], ratio: str) -> Form | None:
+def _most_probes(gains: Iterable[Form], ratio: str) -> Form | None:
     """The form with the least variance: the exact trace if it was run."""
     found = [form for form in gains if form.ratio == ratio]
     return max(found, key=lambda form: form.probes or math.inf, default=None)
 
 
-def ratio_verdict(gains: Mapping[Form, Estimate], noise: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Claim 4 in a few words."""
-    trains = {form for form, gain in gains.items() if gain.above(0)}
+def ratio_verdict(
+    gains: Mapping[Form, Estimate],
+    noise: Sequence[Mapping[str, Any]] = (),
+    advantage: Estimate | None = None,
+) -> str:
+    """Claim 4 in a few words.
+
+    Args:
+        gains: reward gained, by form.
+        noise: rows of gradient_noise.py.
+        advantage: of ode_step with most probes over one probe, in reward gained; seeds paired.
+    """
     one, most = Form("ode_step", 1), _most_probes(gains, "ode_step")
-    if Form("sde", 1) not in gains or gains[Form("sde", 1)].count < 2:
-        return "cannot be settled: the control, sde, needs at least two seeds"
-    if Form("sde", 1) not in trains:
-        return "cannot be settled: the control, sde, is not shown to train either"
-    if one not in gains or gains[one].count < 2:
-        return "cannot be settled: ode_step with one probe needs at least two seeds"
-    if one in trains:
+    lacking = _lacking(gains)
+    if lacking or most is None:
+        return f"cannot be settled: {lacking}"
+    if gains[one].above(0):
         return "does not hold: ode_step trains with one probe"
-    if most in trains and most is not None:
-        return f"holds: ode_step does not train with one probe, and does with {most.title.partition(', ')[2]}"
+    found = f"ode_step {outcome(gains[one])} with one probe"
+    if most != one:
+        found += f", and {outcome(gains[most])} with {_amount(most)}"
+    if gains[most].above(0):
+        told = advantage is not None and advantage.above(0)
+        return f"holds: {found}" if told else f"not settled: {found}, but the two are not told apart"
+    between = [form for form in gains if form.ratio == "ode_step" and gains[form].above(0)]
+    if between:
+        return f"not settled: {found}, yet it trains with {listed(map(_amount, between))}"
     if most == Form("ode_step", 0):
-        return (
-            "holds in part: ode_step does not train, but not for the probes' variance; nor does it with the exact trace"
-        )
-    more = f"nor with {most.probes}" if most is not None and most != one else "other numbers are not yet run"
-    exact = gradients(noise).get(Form("ode_step", 0))
-    bias = "the exact trace is not yet run" if exact is None else f"with the exact trace its gradient {heads(exact)}"
-    return f"holds in part: ode_step is not shown to train with one probe, {more}; {bias}"
+        return f"holds in part: {found}, where no probe adds variance"
+    return _by_gradient(found, gradients(noise).get(Form("ode_step", 0)))
+
+
+def _lacking(gains: Mapping[Form, Estimate]) -> str:
+    """What is missing to say anything; empty where nothing is."""
+    control, one = Form("sde", 1), Form("ode_step", 1)
+    if control not in gains or gains[control].count < 2:
+        return "the control, sde, needs at least two seeds"
+    if not gains[control].above(0):
+        return "the control, sde, is not shown to train either"
+    return "" if one in gains and gains[one].count > 1 else "ode_step with one probe needs at least two seeds"
+
+
+def _by_gradient(found: str, exact: Mapping[str, Estimate] | None) -> str:
+    """The verdict where nothing trains, and the exact trace was not run but had its gradient measured."""
+    if exact is None:
+        return f"not settled: {found}; the exact trace is not yet run"
+    if exact["uphill"].above(0):
+        return f"not settled: {found}, although its gradient with the exact trace {heads(exact)}"
+    return f"holds in part: {found}, but with the exact trace, too, its gradient {heads(exact)}"
+
+
+def _amount(form: Form) -> str:
+    """Its probes in words."""
+    return "the exact trace" if form.probes == 0 else form.title.partition(", ")[2]
 
 
 def gradients(noise: Sequence[Mapping[str, Any]]) -> dict[Form, dict[str, Estimate]]:
     """What gradient_noise.py measured, by form and source."""
     found: dict[Form, dict[str, Estimate]] = {}
     for row in noise:
-        numbers = (math.nan if row[name] is None else row[name] for name in ("value", "low", "high"))
-        found.setdefault(Form(row["form"], row["probes"]), {})[row["source"]] = Estimate(*numbers, row["batches"])
+        value, low, high = (math.nan if row[name] is None else row[name] for name in ("value", "low", "high"))
+        estimate = Estimate(value, low, high, row["batches"])
+        found.setdefault(Form(row["form"], row["probes"]), {})[row["source"]] = estimate
     return found
 
 
@@ -562,19 +617,30 @@ def gradient_sentences(noise: Sequence[Mapping[str, Any]]) -> list[str]:
     """What probes add to the gradient's noise, and where the gradient points without them."""
     found = gradients(noise)
     shares = [
-        f"{1 / (1 + sources['probes'].mean):.0%} with {form.probes}"
+        f"{words(_probe_share(sources['probes']), '.0%')} with {form.probes}"
         for form, sources in found.items()
         if form.ratio == "ode_step" and "probes" in sources
     ]
     ways = [
         f"that of {form.title} {heads(sources)} ({words(sources['uphill'], '+.3f')} of its length)"
         for form, sources in found.items()
-        if "uphill" in sources
+    ]
+    behind = [
+        f"{form.title} {words(sources['over_sde'], '+.3f')}: {direction(sources['over_sde'])}"
+        for form, sources in found.items()
+        if "over_sde" in sources
     ]
     return [
         f"The share of the probes in the squared length of `ode_step`'s gradient on a group: {', '.join(shares)}.",
         f"Where the gradients of a group point, on average: {'; '.join(ways)}.",
+        f"That share of the length, minus that of sde's gradient on the same groups: {'; '.join(behind)}.",
     ]
+
+
+def _probe_share(snr: Estimate) -> Estimate:
+    """Of E|g|^2, what other probes for the same images change: 1 / (1 + signal to noise), within [0, 1]."""
+    share, low, high = (1 / (1 + max(value, 0.0)) for value in (snr.mean, snr.high, snr.low))
+    return Estimate(share, low, high, snr.count)
 
 
 def ratio_sentences(gains: Mapping[Form, Estimate], noise: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -590,10 +656,8 @@ def ratio_sentences(gains: Mapping[Form, Estimate], noise: Sequence[Mapping[str,
         if form.ratio == "ode_path"
     ]
     found = [
-        f"Variance: with one probe `ode_step` {answer('ode_step', 1)}; with 4 {answer('ode_step', 4)}; with 16 "
-        f"{answer('ode_step', 16)}.",
-        f"Bias: with the exact trace, where no probe adds variance, `ode_step` {answer('ode_step', 0)}"
-        + (" (its gradient is below)." if Form("ode_step", 0) in gradients(noise) else "."),
+        f"With one probe `ode_step` {answer('ode_step', 1)}; with 4 {answer('ode_step', 4)}; with 16 "
+        f"{answer('ode_step', 16)}; with the exact trace it {answer('ode_step', 0)}.",
         f"The density itself: `ode_path` with {'; with '.join(paths)}." if paths else f"`ode_path`: {NOT_RUN}.",
     ]
     return [*found, *(gradient_sentences(noise) if noise else [f"Signal-to-noise of the gradient: {NOT_RUN}."])]
@@ -651,13 +715,17 @@ def _noise_tables(noise: Sequence[Mapping[str, Any]]) -> list[Table]:
     """A row for each form; gradient_noise.py says what the columns are."""
     if not noise:
         return []
-    specs = {"probes": ".3g", "batches": ".3g", "uphill": "+.3f", "cosine": "+.2f"}
+    specs = {"probes": ".3g", "batches": ".3g", "uphill": "+.3f", "over_sde": "+.3f", "cosine": "+.2f"}
     rows = [
-        [form.title, *(_known(found[name], spec) if name in found else "" for name, spec in specs.items())]
+        [
+            form.title,
+            str(found["uphill"].count),
+            *(_known(found[name], spec) if name in found else "" for name, spec in specs.items()),
+        ]
         for form, found in gradients(noise).items()
     ]
-    header = ["ratio", "signal / noise, other probes", "signal / noise, other images", "uphill, of its length",
-              "cosine with the reward's gradient"]  # fmt: skip
+    header = ["ratio", "groups", "signal / noise, other probes", "signal / noise, other images",
+              "uphill, of its length", "minus sde's, same groups", "cosine with the reward's gradient"]  # fmt: skip
     return [Table("The gradient of a group of 8 images, at the base model:", header, rows)]
 
 
@@ -719,7 +787,7 @@ def frontier_section(results: Results) -> Section:
 
 
 def _at_equal_reward(records: Sequence[StudyRecord], control: Sequence[StudyRecord]) -> str:
-    """Vendi score where a run first has the final reward of GRPO's of the same seed, minus that of GRPO's."""
+    """Vendi score where a run has the final reward of GRPO's of the same seed, minus that of GRPO's."""
     if not records or records[0].method == "GRPO":
         return ""
     return words(equal_reward_difference(paired(records, control), VENDI), _signed(VENDI))

@@ -260,7 +260,7 @@ def gradient_noise_figure(noise: Sequence[Mapping[str, Any]]) -> Figure:
         "uphill": "share of its length\nthat points up the reward",
     }
     for axes, (source, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        rows = [row for row in noise if row["source"] == source and row["value"] is not None]
+        rows = [row for row in noise if row["source"] == source and None not in (row["value"], row["low"])]
         forms = [Form(row["form"], row["probes"]) for row in rows]
         for place, (row, form) in enumerate(zip(rows, forms, strict=True)):
             bar = [[row["value"] - row["low"]], [row["high"] - row["value"]]]

@@ -39,11 +39,37 @@ def read_results(out: Path, validation: Path = VALIDATION) -> Results:
 
     rows, study = json.loads(validation.read_text())["rows"], read_study(out / RUNS_FILE)
     grids = [sample for sample in samples(study) if (out / sample.file).is_file()]
-    return Results(study, _list(out / NOISE_FILE), _list(out / SCALES_FILE), rows, grids)
+    noise = _list(out / NOISE_FILE, ("form", "probes", "source", "batches", "value", "low", "high"), "gradient_noise")
+    return Results(study, noise, _scales(out / SCALES_FILE, study), rows, grids)
 
 
-def _list(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.is_file() else []
+def _scales(path: Path, study: Study) -> list[dict[str, Any]]:
+    """The scaled LoRAs; ConfigError where they are of other runs than those of the study."""
+    from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
+    from scripts.study.results import rounded
+
+    found = _list(path, ("label", "method", "seed", "scale", "seconds", REWARD, VENDI, RKE, ACCURACY), "lora_scales")
+    trained = {(record.label, record.seed, rounded(record.final("seconds"))) for record in study.of("claims")}
+    for entry in found:
+        if (entry["label"], entry["seed"], entry["seconds"]) not in trained:
+            raise ConfigError(
+                f"{path} has {entry['label']}, seed {entry['seed']}, trained for {entry['seconds']} s, which is no run "
+                f"of {path.parent / 'runs.json'}: run scripts/study/lora_scales.py again."
+            )
+    return found
+
+
+def _list(path: Path, keys: Sequence[str], script: str) -> list[dict[str, Any]]:
+    """The objects of a file, each with these keys; none if there is no file."""
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text())
+        if not all(set(keys) <= set(entry) for entry in found):
+            raise ValueError(f"an entry lacks one of {', '.join(keys)}")
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is not what scripts/study/{script}.py writes: {error}.") from None
+    return found
 
 
 # --- pages ------------------------------------------------------------------------------------------------
@@ -173,6 +199,8 @@ def write_all(args: argparse.Namespace) -> int:
 
     if args.logs is not None:
         found = collect(plan.whole(), args.logs)
+        if not found.records:
+            raise ConfigError(f"--logs {args.logs} holds no finished run of the study; what is committed is kept.")
         write_study(found, args.out / RUNS_FILE)
         copy_grids(found, args.logs, args.out)
     results = read_results(args.out)
