@@ -13,7 +13,7 @@ from typing import Any
 
 SECONDS = 150.0
 QUICK_SECONDS = 60.0
-RATIO_EPOCHS = 20
+RATIO_EPOCHS = 15
 NO_LIMIT = 1_000_000  # epochs: the clock stops a run
 
 # How all runs are evaluated. Samples are shared, so that diversity costs no further image.
@@ -132,7 +132,7 @@ def ratios(seeds: Sequence[int], epochs: int) -> list[StudyRun]:
             "tiny_sd3",
             seed,
             0.0,
-            10,
+            5,
             {**GRPO, "num_epochs": epochs, "train.ratio": form, "train.ratio_probes": probes},
         )
         for form, probes in forms
