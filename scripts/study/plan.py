@@ -14,6 +14,7 @@ from typing import Any
 SECONDS = 150.0
 QUICK_SECONDS = 60.0
 RATIO_EPOCHS = 15
+GENTLER = "DRTune lr 0.001"
 NO_LIMIT = 1_000_000  # epochs: the clock stops a run
 
 # How all runs are evaluated. Samples are shared, so that diversity costs no further image.
@@ -142,15 +143,15 @@ def ratios(seeds: Sequence[int], epochs: int) -> list[StudyRun]:
 
 def frontier(seeds: Sequence[int], seconds: float) -> list[StudyRun]:
     """Reward against diversity: DRTune with a KL penalty or gentler, GRPO with other advantages."""
-    gentler: list[tuple[str, Mapping[str, Any]]] = [
-        (f"beta {b:g}", {**DRTUNE, "train.beta": b}) for b in (0.01, 0.1, 1.0)
-    ]
-    gentler += [("lr 0.001", {"train.learning_rate": 1e-3})]
+    changes: dict[str, Mapping[str, Any]] = {
+        f"DRTune beta {beta:g}": {**DRTUNE, "train.beta": beta} for beta in (0.01, 0.1, 1.0)
+    }
+    changes[GENTLER] = {"train.learning_rate": 1e-3}
     runs = []
     for seed in seeds:
         runs += [
-            StudyRun("frontier", f"DRTune {name}", "tiny_sd3_use_gradient", seed, seconds, 8, overrides)
-            for name, overrides in gentler
+            StudyRun("frontier", label, "tiny_sd3_use_gradient", seed, seconds, 8, overrides)
+            for label, overrides in changes.items()
         ]
         runs += [
             StudyRun("frontier", f"GRPO {mode}", "tiny_sd3", seed, seconds, 15, {**GRPO, "train.advantage_mode": mode})

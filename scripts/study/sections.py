@@ -276,7 +276,7 @@ def diversity_section(results: Results) -> Section:
             "at equal reward: DRTune where its reward, smoothed as above, is the final one of GRPO's run of the same "
             "seed. At equal time the faster method has simply gone further."
         ),
-        sentences=[f"From the base model to DRTune's end, {listed(changes)}.", *_against(at_reward)],
+        sentences=[f"From the base model to DRTune's end, {listed(changes)}.", *_against(at_reward), *_gentler(study)],
         tables=[_diversity_table(study, at_time, at_reward)],
         figures=["diversity_vs_seconds", "diversity_vs_reward", *(["samples"] if results.samples else [])],
     )
@@ -296,6 +296,20 @@ def _against(at_reward: Mapping[str, Estimate]) -> list[str]:
         return [f"Against the claim: where DRTune has GRPO's reward, it keeps *more* {listed(higher)} than GRPO."]
     unclear = [_short(name) for name in CLAIMED if not at_reward[name].below(0)]
     return [f"At equal reward these do not show the claim: {listed(unclear)}."] if unclear else []
+
+
+def _gentler(study: Study) -> list[str]:
+    """Whether what is seen at equal reward is the method's, or its learning rate's."""
+    control = by_label(study.of("claims")).get("GRPO", [])
+    pairs = paired(by_label(study.of("frontier")).get(plan.GENTLER, []), control)
+    found = {name: equal_reward_difference(pairs, name) for name in DIVERSITY}
+    if found[VENDI].count < 2:
+        return []
+    differences = [f"{_short(n)} {words(e, _signed(n))}: {direction(e)}" for n, e in found.items()]
+    return [
+        f"The learning rate matters: {plan.GENTLER}, which the search found slower, minus GRPO at equal reward "
+        f"({found[VENDI].count} seeds): {'; '.join(differences)}."
+    ]
 
 
 def diversity_verdict(at_time: Mapping[str, Estimate], at_reward: Mapping[str, Estimate]) -> str:
@@ -503,9 +517,10 @@ def ratio_section(study: Study, noise: Sequence[Mapping[str, Any]]) -> Section:
             "`ode_step` the original experiment with both sides reduced alike; `ode_path` the density of the image, "
             "with the transport term that `ode_step` drops; `cfm` a ratio of flow-matching losses. Learning rate, clip "
             "range and all else are GRPO's, so a form's failure may also be one of tuning; all forms make the same "
-            "number of updates. The exact trace takes 256 products where a probe takes one, too many for a run: only its "
-            "gradient was measured, and held against the gradient of the evaluated reward (scripts/study/gradient_noise.py "
-            "says how, and what its columns are; intervals over groups, by the jackknife)."
+            "number of updates. The exact trace takes 256 products where a probe takes one, too many for a run: only "
+            "its gradient was measured, and held against the gradient of the evaluated reward. "
+            "scripts/study/gradient_noise.py says how, and what its columns are; its intervals are over groups, by the "
+            "jackknife."
         ),
         sentences=ratio_sentences(gains, noise),
         tables=[_ratio_table(study, gains), _statistics_table(forms), *_noise_tables(noise)],
