@@ -783,7 +783,7 @@ def frontier_section(results: Results) -> Section:
     header = ["", "seeds", "seconds", "reward", "Vendi score", "RKE", "judge accuracy",
               "of DRTune's loss of Vendi, undone", "of DRTune's reward gain, kept",
               "Vendi minus GRPO's, at GRPO's reward"]  # fmt: skip
-    absent = [] if study.of("frontier") else [f"KL penalties and advantage modes: {NOT_RUN}."]
+    absent = [] if study.of("frontier") else [f"KL penalties: {NOT_RUN}."]
     absent += [] if results.scales else [f"LoRA scaled at sampling time: {NOT_RUN}."]
     return Section(
         *head,

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, PercentFormatter
 
-from scripts.study.figures import AXIS_LABELS, BASE_COLOUR, COLOURS, REWARD_LABEL, State
+from scripts.study.figures import BASE_COLOUR, COLOURS, REWARD_LABEL, State
 from scripts.study.figures import samples_figure as grids_figure
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, Evaluation
 from scripts.study.results import (
@@ -90,15 +90,20 @@ def save_figures(figures: Mapping[str, Figure], out: Path) -> None:
 
 
 def reward_figure(records: Sequence[StudyRecord]) -> Figure:
-    """Reward against seconds and against network evaluations."""
-    figure = Figure(figsize=(12.5, 4.4), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2, sharey=True), ("seconds", "network_evaluations"), strict=True):
+    """Reward against seconds, against network evaluations and against images."""
+    figure = Figure(figsize=(13.5, 4.2), layout="constrained")
+    quantities = {
+        "seconds": "training time,\nevaluation not counted (s)",
+        "network_evaluations": "network evaluations in training\n(one image through the transformer once)",
+        "images": "images sampled in training",
+    }
+    for axes, (quantity, name) in zip(figure.subplots(1, 3, sharey=True), quantities.items(), strict=True):
         axes.axhline(records[0].base(REWARD), color=BASE_COLOUR, linestyle=":", label="base")
         for label in METHODS:
             _draw(axes, by_label(records).get(label, []), quantity, REWARD, COLOURS[label], label)
-        axes.set_xlabel(AXIS_LABELS[quantity].replace("training (", "training\n("))
+        axes.set_xlabel(name)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         _plain(axes)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     figure.axes[0].set_ylabel(REWARD_LABEL)
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", frameon=False, title=_seeds_note(records))
@@ -270,7 +275,10 @@ def gradient_noise_figure(noise: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_yticks(range(len(rows)), [form.title for form in forms], fontsize=9)
         axes.invert_yaxis()
         axes.set_xlabel(label)
-        axes.axvline(0, color="#777777", lw=0.8)
+        if source == "probes":
+            axes.set_xscale("log")
+        else:
+            axes.axvline(0, color="#777777", lw=0.8)
         _plain(axes, "x")
     figure.suptitle("the gradient of GRPO's loss on a group of 8 images; bars: 95 % intervals", fontsize=10)
     return figure
