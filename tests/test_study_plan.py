@@ -252,8 +252,8 @@ def test_runs_can_be_chosen_by_part_of_their_name_and_a_misspelt_one_is_refused(
 ) -> None:
     trained: list[str] = []
     monkeypatch.setattr(run, "train_all", lambda runs, out, jobs: trained.extend(one.label for one in runs) or [])
-    assert main(["--only", "claims, grpo-negative", "--out", str(tmp_path)]) == 0
-    assert set(trained) == {"DRTune", "GRPO", "GRPO negative"}
+    assert main(["--only", "claims, drtune-beta-1-", "--out", str(tmp_path)]) == 0
+    assert set(trained) == {"DRTune", "GRPO", "DRTune beta 1"}
     with pytest.raises(SystemExit):
         main(["--only", "claimed"])
     assert "--only claimed: no run has such a name" in capsys.readouterr().err

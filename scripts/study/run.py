@@ -1,6 +1,6 @@
 """Train the study's runs: those that are done are skipped, those that were cut short go on from their last checkpoint.
 
-    python scripts/study/run.py [--quick] [--only claims,grpo-negative] [--jobs 2] [--out logs/study]
+    python scripts/study/run.py [--quick] [--only claims,ratio-sde] [--jobs 2] [--out logs/study]
 
 Every run has one thread, and --jobs of them train at once; their seconds are comparable only with each other's.
 """
