@@ -574,8 +574,9 @@ def ratio_verdict(
     if gains[one].above(0):
         return "does not hold: ode_step trains with one probe"
     found = f"ode_step {outcome(gains[one])} with one probe"
-    if most != one:
-        found += f", and {outcome(gains[most])} with {_amount(most)}"
+    if most == one:
+        return f"not settled: {found}; more probes are not yet run"
+    found += f", and {outcome(gains[most])} with {_amount(most)}"
     if gains[most].above(0):
         told = advantage is not None and advantage.above(0)
         return f"holds: {found}" if told else f"not settled: {found}, but the two are not told apart"
