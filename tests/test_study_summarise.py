@@ -298,7 +298,7 @@ SDE, ONE_PROBE, FOUR, SIXTEEN, EXACT = Form("sde", 1), *(Form("ode_step", probes
          "train with one probe, and is not shown to train with 16 probes, yet it trains with 4 probes"),
         ({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}, "holds in part: ode_step is not shown to train with one "
          "probe, and is not shown to train with 16 probes; the exact trace is not yet run"),
-        ({SDE: HIGHER, ONE_PROBE: LOWER}, "not settled: ode_step lowers the reward with one probe; more probes are not"),
+        ({SDE: HIGHER, ONE_PROBE: LOWER}, "not settled: ode_step lowers the reward with one probe; more"),
         ({SDE: HIGHER, ONE_PROBE: ONE}, "cannot be settled: ode_step with one probe needs"),
         ({SDE: UNCLEAR, ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, is not shown to train"),
         ({ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, needs"),

@@ -132,7 +132,10 @@ def _environment(environment: Mapping[str, Any]) -> str:
 def readme_block(found: Sequence[Section], out: Path, folder: Path) -> str:
     """The README's part, markers included; `folder` is the README's."""
     found = [section for section in found if section.anchor != "search"]
-    rows = [f"| {section.claim} | {section.answer} | `{section.command}` |" for section in found]
+    rows = [
+        f"| {section.claim} | {section.answer} | {_first_figure(section, out, folder)} | `{section.command}` |"
+        for section in found
+    ]
     drawn = {name for section in found for name in section.figures} & {"reward", "frontier"}
     pictures = [f"![{link['title']}]({link['link']})" for link in _links(sorted(drawn, reverse=True), out, folder)]
     lines = [
@@ -141,13 +144,17 @@ def readme_block(found: Sequence[Section], out: Path, folder: Path) -> str:
         "[docs/study.md](docs/study.md) has the rules behind the verdicts, every table and every figure.",
         "`make study` trains it all again, `make study-quick` a part of it, to be held against these intervals.",
         "",
-        "| claim or question | answer | made by |",
-        "|---|---|---|",
+        "| claim or question | answer | figure | made by |",
+        "|---|---|---|---|",
         *rows,
         *(["", *pictures] if pictures else []),
         END,
     ]
     return "\n".join(lines)
+
+
+def _first_figure(section: Section, out: Path, folder: Path) -> str:
+    return "".join(f"[{link['title']}]({link['link']})" for link in _links(section.figures[:1], out, folder))
 
 
 def with_block(text: str, block: str) -> str:
