@@ -189,7 +189,7 @@ def test_the_frontier_reads_an_entry_for_each_seed_and_scale_and_the_runs_are_le
     assert [(entry["seed"], entry["scale"]) for entry in found] == [(0, 0.5), (0, 0.8), (1, 0.5), (1, 0.8)]
     assert len((tmp_path / "new" / "out" / "lora_scales.json").read_text().splitlines()) == len(found) + 2
     points = frontier(Study((), {}, ()), found)
-    assert {point.label for point in points} == {"DRTune, LoRA scaled by 0.5", "DRTune, LoRA scaled by 0.8"}
+    assert {point.label for point in points} == {"DRTune LoRA scaled by 0.5", "DRTune LoRA scaled by 0.8"}
     expected, seconds = model.evaluate(0.5), evaluations(logs)[-1]["seconds"]
     for point in (points[0], points[2]):  # the runs are copies
         assert point.method == "DRTune"

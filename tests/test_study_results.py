@@ -374,7 +374,7 @@ def test_the_frontier_has_every_seed_and_where_drtune_would_have_been_stopped() 
     points = {point.label: point for point in frontier(whole, scales)}
     stopped = points["DRTune stopped at GRPO's reward"]
     assert (stopped.seconds, stopped.reward, stopped.vendi) == pytest.approx((15, 0.75, 2.0))
-    assert points["DRTune, LoRA scaled by 0.5"].vendi == 3.2
+    assert points["DRTune LoRA scaled by 0.5"].vendi == 3.2
     assert len(points) == 5
     base = {REWARD: 0.5, VENDI: 4.0}
     undone, kept = shares_kept(list(points.values()), "DRTune beta 1", base)

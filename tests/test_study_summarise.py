@@ -187,7 +187,7 @@ def test_optional_results_are_shown_where_they_are(place: Place) -> None:
     assert f"| ode_step, exact trace | 9 |  | {shown} | {signed} | {signed} | not told from 0 |" in text
     assert "squared length of `ode_step`'s gradient on a group: 89% (83% to 91%) with 1" in text  # 1 / (1 + snr)
     assert f"that of ode_step, exact trace points up the reward ({signed} of its length)" in text
-    assert re.search(r"\| DRTune, LoRA scaled by 0\.5 \| 1 \| \d+ \(one seed\) \| 0\.5500 \(one seed\) \| 2\.71", text)
+    assert re.search(r"\| DRTune LoRA scaled by 0\.5 \| 1 \| \d+ \(one seed\) \| 0\.5500 \(one seed\) \| 2\.71", text)
     assert (place.out / "gradient_noise.png").is_file()
 
 
@@ -281,6 +281,13 @@ def test_the_verdict_on_diversity(at_time: list[Estimate], at_reward: list[Estim
     found = diversity_verdict(dict(zip(names, at_time, strict=True)), dict(zip(names, at_reward, strict=True)))
     assert found.startswith(verdict)
     assert ("higher by Vendi score" in found) == (at_reward[0] is HIGHER and at_time[0] is LOWER)
+
+
+@pytest.mark.parametrize(("slowly", "depends"), [(HIGHER, True), (UNCLEAR, True), (LOWER, False)])
+def test_what_holds_at_one_learning_rate_only_is_not_the_methods(slowly: Estimate, depends: bool) -> None:
+    lower = dict.fromkeys((VENDI, RKE, SPREAD), LOWER)
+    found = diversity_verdict(lower, lower, {VENDI: slowly})
+    assert found.endswith("it depends on DRTune's learning rate" if depends else "at equal time and at equal reward")
 
 
 SDE, ONE_PROBE, FOUR, SIXTEEN, EXACT = Form("sde", 1), *(Form("ode_step", probes) for probes in (1, 4, 16, 0))

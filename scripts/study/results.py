@@ -576,7 +576,7 @@ def frontier(study: Study, scales: Sequence[Mapping[str, Any]] = ()) -> list[Poi
             values = [drtune.where_reward_is(level, name) for name in ("seconds", REWARD, VENDI, RKE, ACCURACY)]
             points.append(Point("DRTune stopped at GRPO's reward", "DRTune", drtune.seed, *values))
     for entry in scales:
-        label = f"{entry['label']}, LoRA scaled by {entry['scale']:g}"
+        label = f"{entry['label']} LoRA scaled by {entry['scale']:g}"
         values = [entry[name] for name in ("seconds", REWARD, VENDI, RKE, ACCURACY)]
         points.append(Point(label, entry["method"], entry["seed"], *values))
     return points

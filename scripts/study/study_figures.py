@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
 from scripts.study.figures import BASE_COLOUR, COLOURS, REWARD_LABEL, State
 from scripts.study.figures import samples_figure as grids_figure
@@ -251,7 +251,8 @@ def ratio_statistics_figure(forms: Mapping[Form, Sequence[StudyRecord]]) -> Figu
     figure.axes[0].xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     figure.axes[1].set_xscale("log")
     figure.axes[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    figure.axes[1].xaxis.set_major_formatter(LogFormatter(minor_thresholds=(math.inf, math.inf)))
+    figure.axes[1].xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    figure.axes[1].xaxis.set_minor_formatter(NullFormatter())
     figure.suptitle("a point for each seed; hollow: first epoch, filled: mean over all epochs", fontsize=10)
     return figure
 
