@@ -5,7 +5,6 @@ Curves have a thin line for each seed, a thick one for their mean and a band fro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
