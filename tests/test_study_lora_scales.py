@@ -6,8 +6,10 @@ import json
 import math
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from flow_grpo import drtune
 from flow_grpo.diffusers_patch.velocity import guided_velocity
 from flow_grpo.evaluation import build_evaluators
+from flow_grpo.settings import leaves
 from flow_grpo.tracking import read_history
 from flow_grpo.trainer import fit
 from flow_grpo.types import PromptEmbeds
@@ -36,7 +39,7 @@ OTHERS = [
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[str, Path]:
+def kept() -> dict[str, Any]:
     """What the first test trained, for the others."""
     return {}
 
@@ -44,11 +47,12 @@ def kept() -> dict[str, Path]:
 @pytest.fixture
 def logs(config, build, kept, monkeypatch) -> Path:
     """Folders of two DRTune runs of 2 epochs, the second a copy with another seed; they are the planned ones."""
-    monkeypatch.setattr(plan, "whole", lambda: [*RUNS[::-1], *OTHERS])
+    monkeypatch.setattr(plan, "whole", lambda: [*kept["planned"][::-1], *OTHERS])
     if kept:
         return kept["logs"]
     config.update_from_flattened_dict({**RUNS[0].settings, "recipe": RUNS[0].recipe, "use_reward_gradient": True})
     config.run_name = RUNS[0].name
+    kept["planned"] = [replace(run, overrides=dict(leaves(config)) | {"seed": run.seed}) for run in RUNS]
     parts = build(config)
     evaluators = build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
     evaluators += build_diversity_evaluators(parts.settings, parts.run, parts.accelerator.device)

@@ -533,10 +533,10 @@ def ratio_section(study: Study, noise: Sequence[Mapping[str, Any]]) -> Section:
             "`ode_step` the original experiment with both sides reduced alike; `ode_path` the density of the image, "
             "with the transport term that `ode_step` drops; `cfm` a ratio of flow-matching losses. Learning rate, clip "
             "range and all else are GRPO's, so a form's failure may also be one of tuning; all forms make the same "
-            "number of updates (their seconds are indicative: other work ran beside them). The exact trace takes 256 products where a probe takes one, too many for a run: only "
-            "its gradient was measured, and held against the gradient of the evaluated reward. "
-            "scripts/study/gradient_noise.py says how, and what its columns are; its intervals are over groups, by the "
-            "jackknife."
+            "number of updates (their seconds are indicative: other work ran beside them). The exact trace takes 256 "
+            "products where a probe takes one, too many for a run: only its gradient was measured, and held against "
+            "the gradient of the evaluated reward. scripts/study/gradient_noise.py says how, and what its columns are; "
+            "its intervals are over groups, by the jackknife."
         ),
         sentences=ratio_sentences(gains, noise),
         tables=[_ratio_table(study, gains), _statistics_table(forms), *_noise_tables(noise)],
