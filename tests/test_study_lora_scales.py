@@ -255,12 +255,15 @@ def test_no_finished_run_is_one_sentence(refused, tmp_path):
     assert "holds no finished DRTune run" in refused.by()
 
 
-def test_a_run_that_cannot_be_read_is_one_sentence(refused):
+def test_a_run_that_cannot_be_read_is_one_sentence(refused, kept, monkeypatch):
     (refused.run / "diversity" / "bandwidth.json").rename(refused.run / "kept.json")
     assert f"{refused.run / 'diversity/bandwidth.json'} is missing" in refused.by()
     (refused.run / "kept.json").rename(refused.run / "diversity" / "bandwidth.json")
     edit(refused.run / "config.json", use_lora=False)
-    assert f"{refused.run} has no LoRA to scale" in refused.by()
+    without = replace(kept["planned"][1], overrides={**kept["planned"][1].overrides, "use_lora": False})
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "whole", lambda: [without])
+        assert f"{refused.run} has no LoRA to scale" in refused.by()
     edit(refused.run / "config.json", use_lora=True)
     weights = next(refused.run.glob("checkpoints/*/training_state.pt"))
     state = torch.load(weights, weights_only=True)

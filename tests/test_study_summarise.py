@@ -140,7 +140,7 @@ def test_what_is_missing_is_said(committed: Place) -> None:
         assert f"{name} ({reason})" in text
     assert f"LoRA scaled at sampling time: {NOT_RUN}" in text
     assert f"Signal-to-noise of the gradient: {NOT_RUN}" in text
-    assert "with the exact trace it is not yet run" in text
+    assert "with the exact trace it was not run" in text
 
 
 def test_every_figure_that_a_page_shows_is_there_and_legible(committed: Place) -> None:

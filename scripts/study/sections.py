@@ -678,7 +678,7 @@ def ratio_sentences(gains: Mapping[Form, Estimate], noise: Sequence[Mapping[str,
 
     def answer(ratio: str, probes: int) -> str:
         gain = gains.get(Form(ratio, probes))
-        return f"is {NOT_RUN}" if gain is None else f"{outcome(gain)}: {words(gain, '+.4f')}"
+        return "was not run" if gain is None else f"{outcome(gain)}: {words(gain, '+.4f')}"
 
     paths = [
         f"{form.title.partition(', ')[2]} {answer('ode_path', form.probes)}"
