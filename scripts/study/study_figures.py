@@ -279,6 +279,7 @@ def gradient_noise_figure(noise: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_xscale("log")
         else:
             axes.axvline(0, color="#777777", lw=0.8)
+            axes.locator_params(axis="x", nbins=4)
         _plain(axes, "x")
     figure.suptitle("the gradient of GRPO's loss on a group of 8 images; bars: 95 % intervals", fontsize=10)
     return figure

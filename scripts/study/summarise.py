@@ -88,7 +88,7 @@ def page(results: Results, found: Sequence[Section], out: Path, folder: Path) ->
         sections=shown,
         missing=_missing(results.study),
         notes=_notes(results.study),
-        environments=[_environment(environment) for environment in results.study.environments],
+        environments=_environments(results.study.environments),
         out="assets/study" if out == OUT else out.name,
     )
 
@@ -120,13 +120,15 @@ def _notes(study: Study) -> list[str]:
     return found
 
 
-def _environment(environment: Mapping[str, Any]) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
-    return (
-        f"{environment['device']}, {environment['threads']} thread(s) a run, Python {environment['python']}, "
-        f"{packages}; code at {environment['revision'] or 'no commit'}{changes}"
-    )
+def _environments(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each machine with its packages, and the revisions of the code that ran there."""
+    revisions: dict[str, list[str]] = {}
+    for found in environments:
+        packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version)
+        machine = f"{found['device']}, {found['threads']} thread(s) a run, Python {found['python']}, {packages}"
+        changes = " with uncommitted changes" if found["uncommitted_changes"] else ""
+        revisions.setdefault(machine, []).append(f"{(found['revision'] or 'no commit')[:10]}{changes}")
+    return [f"{machine}; code at {', '.join(code)}" for machine, code in revisions.items()]
 
 
 def readme_block(found: Sequence[Section], out: Path, folder: Path) -> str:
