@@ -70,6 +70,9 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("study")
     runs = [*plan.search(), *plan.claims(range(3), SECONDS), *plan.ratios(range(2), EPOCHS)]
     runs += plan.frontier(range(2), SECONDS)
+    stale = Place(folder).out / "grids/claims-drtune-seed0_000007.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier study")
     for run in runs[:-1]:
         gradient, beta = "use_gradient" in run.recipe, run.overrides.get("train.beta", 0.0)
         gain = GAINS[run.overrides["train.ratio"]] if run.group == "ratio" else 0.1 if gradient else 0.03
@@ -82,6 +85,8 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Place:
         patch.setattr(plan, "whole", lambda: runs)
         assert main(["--logs", str(folder / "logs"), *place.arguments]) == 0
     shutil.rmtree(folder / "logs")  # nothing below may need it
+    assert not stale.exists()
+    assert len(list(stale.parent.iterdir())) == 4
     return place
 
 

@@ -227,11 +227,14 @@ def write_all(args: argparse.Namespace) -> int:
 
 
 def copy_grids(study: Study, logs: Path, out: Path) -> None:
-    """The few image grids that are committed."""
+    """The few image grids that are committed; those of earlier results go."""
     from flow_grpo.tracking import IMAGE_FOLDER
     from scripts.study.results import samples
 
-    for sample in samples(study):
+    chosen = samples(study)
+    for old in set((out / "grids").glob("*.png")) - {out / sample.file for sample in chosen}:
+        old.unlink()
+    for sample in chosen:
         (out / sample.file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(logs / sample.run / IMAGE_FOLDER / f"eval_{sample.step:06d}.png", out / sample.file)
 
