@@ -30,6 +30,7 @@ from scripts.study.sections import (
     Results,
     diversity_verdict,
     entropy_section,
+    gradient_sentences,
     hacking_section,
     proxy_words,
     ratio_verdict,
@@ -336,6 +337,19 @@ def test_more_probes_are_the_cure_only_if_they_do_better_than_one() -> None:
         ((0.1, -0.1, 0.3), "its exact gradient is not shown to point up the reward"),
     ],
 )
+def test_probes_whose_noise_is_small_stand_in_for_the_exact_trace() -> None:
+    row = {"form": "ode_step", "batches": 9, "low": 0.1, "high": 0.2}
+    rows = [{**row, "probes": 16, "source": source, "value": 0.15} for source in ("uphill", "over_sde")]
+
+    def said(snr: float) -> str:
+        probes = {**row, "probes": 16, "source": "probes", "value": snr, "low": 0.8 * snr, "high": 1.2 * snr}
+        return gradient_sentences([*rows, probes])[0]
+
+    assert said(60.0).endswith("2% (1% to 2%) with 16. So a run with the exact trace would follow nearly the gradients "
+                               "of one with 16.")  # fmt: skip
+    assert said(9.0).endswith("10% (8% to 12%) with 16.")
+
+
 def test_without_a_run_of_the_exact_trace_the_verdict_tells_of_its_gradient(
     uphill: tuple[float, ...], words: str
 ) -> None:

@@ -44,6 +44,7 @@ from scripts.study.results import (
 NOT_RUN, NOT_MEASURED = "not yet run", "not measured"
 FAR = 0.2  # "far faster": in less than a fifth
 CLOSE = 0.7  # "a close proxy": rank correlations above
+SMALL = 0.05  # a share of the gradient's noise that makes no odds
 NAMES = {
     REWARD: "reward",
     ACCURACY: "judge accuracy",
@@ -646,11 +647,16 @@ def heads(found: Mapping[str, Estimate]) -> str:
 def gradient_sentences(noise: Sequence[Mapping[str, Any]]) -> list[str]:
     """What probes add to the gradient's noise, and where the gradient points without them."""
     found = gradients(noise)
-    shares = [
-        f"{words(_probe_share(sources['probes']), '.0%')} with {form.probes}"
+    probed = {
+        form: _probe_share(sources["probes"])
         for form, sources in found.items()
         if form.ratio == "ode_step" and "probes" in sources
-    ]
+    }
+    shares = [f"{words(share, '.0%')} with {form.probes}" for form, share in probed.items()]
+    most = max(probed, key=lambda form: form.probes, default=None)
+    near = ""
+    if most is not None and probed[most].below(SMALL):
+        near = f" So a run with the exact trace would follow nearly the gradients of one with {most.probes}."
     ways = [
         f"that of {form.title} {heads(sources)} ({words(sources['uphill'], '+.3f')} of its length)"
         for form, sources in found.items()
@@ -661,7 +667,7 @@ def gradient_sentences(noise: Sequence[Mapping[str, Any]]) -> list[str]:
         if "over_sde" in sources
     ]
     return [
-        f"The share of the probes in the squared length of `ode_step`'s gradient on a group: {', '.join(shares)}.",
+        f"The probes' share in the squared length of `ode_step`'s gradient on a group: {', '.join(shares)}.{near}",
         f"Where the gradients of a group point, on average: {'; '.join(ways)}.",
         f"That share of the length, minus that of sde's gradient on the same groups: {'; '.join(behind)}.",
     ]
