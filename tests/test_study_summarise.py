@@ -329,14 +329,6 @@ def test_more_probes_are_the_cure_only_if_they_do_better_than_one() -> None:
     assert ratio_verdict(gains, advantage=UNCLEAR).startswith("not settled")
 
 
-@pytest.mark.parametrize(
-    ("uphill", "words"),
-    [
-        ((-0.2, -0.3, -0.1), "its exact gradient points down the reward"),
-        ((0.2, 0.1, 0.3), "its exact gradient points up the reward"),
-        ((0.1, -0.1, 0.3), "its exact gradient is not shown to point up the reward"),
-    ],
-)
 def test_probes_whose_noise_is_small_stand_in_for_the_exact_trace() -> None:
     row = {"form": "ode_step", "batches": 9, "low": 0.1, "high": 0.2}
     rows = [{**row, "probes": 16, "source": source, "value": 0.15} for source in ("uphill", "over_sde")]
@@ -350,6 +342,14 @@ def test_probes_whose_noise_is_small_stand_in_for_the_exact_trace() -> None:
     assert said(9.0).endswith("10% (8% to 12%) with 16.")
 
 
+@pytest.mark.parametrize(
+    ("uphill", "words"),
+    [
+        ((-0.2, -0.3, -0.1), "its exact gradient points down the reward"),
+        ((0.2, 0.1, 0.3), "its exact gradient points up the reward"),
+        ((0.1, -0.1, 0.3), "its exact gradient is not shown to point up the reward"),
+    ],
+)
 def test_without_a_run_of_the_exact_trace_the_verdict_tells_of_its_gradient(
     uphill: tuple[float, ...], words: str
 ) -> None:
