@@ -826,7 +826,9 @@ def _at_equal_reward(records: Sequence[StudyRecord], control: Sequence[StudyReco
     """Vendi score where a run has the final reward of GRPO's of the same seed, minus that of GRPO's."""
     if not records or records[0].method == "GRPO":
         return ""
-    return words(equal_reward_difference(paired(records, control), VENDI), _signed(VENDI))
+    pairs = paired(records, control)
+    found = equal_reward_difference(pairs, VENDI)
+    return f"{words(found, _signed(VENDI))}{_of_seeds(found, pairs)}" if found.count else "not reached"
 
 
 def undoing_verdict(shares: Mapping[str, Estimate]) -> str:
