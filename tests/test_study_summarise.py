@@ -30,6 +30,7 @@ from scripts.study.sections import (
     Results,
     diversity_verdict,
     entropy_section,
+    frontier_section,
     gradient_sentences,
     hacking_section,
     proxy_words,
@@ -372,6 +373,17 @@ def test_without_a_run_of_the_exact_trace_the_verdict_tells_of_its_gradient(
 )
 def test_the_verdict_on_a_proxy(low: float, high: float, within: Estimate, words: str) -> None:
     assert proxy_words(RankCorrelation((low + high) / 2, low, high, 100, 9, within)) == words
+
+
+def test_a_method_that_never_has_grpos_reward_is_said_not_to_reach_it() -> None:
+    diversity = {"vendi": (4.0, 3.0, 1.0), "rke": (4.0, 3.0, 1.0), "accuracy": (0.8, 0.9, 0.7)}
+    runs = [record(**diversity), record("GRPO", reward=(0.5, 0.6, 0.75), **diversity)]
+    runs += [record("DRTune beta 1", reward=(0.5, 0.55, 0.6), group="frontier", **diversity)]
+    runs += [record("DRTune beta 0.1", reward=(0.5, 0.6, 0.8), group="frontier", **diversity)]
+    rows = frontier_section(Results(study_of(runs), [], [], [], [])).tables[0].rows
+    last = {row[0]: row[-1] for row in rows}
+    assert last["DRTune beta 1"] == "not reached"
+    assert last["DRTune beta 0.1"] == "+0.50 (one seed)"  # 0.75 lies three quarters of the way from 3 to 1
 
 
 def test_the_verdict_on_what_undoes_the_collapse() -> None:
