@@ -14,7 +14,7 @@ from flow_grpo import grpo
 from flow_grpo.likelihood_ratio import OdeStepLikelihood, SdeLikelihood
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.prompts import PromptDataset, epoch_prompts
-from scripts.study import gradient_noise
+from scripts.study import gradient_noise, plan
 from scripts.study.gradient_noise import (
     direction,
     jackknife,
@@ -27,9 +27,8 @@ from scripts.study.gradient_noise import (
     signal_to_noise,
     squared_mean,
     uphill_difference,
-    write,
 )
-from scripts.study.results import mean_interval
+from scripts.study.results import mean_interval, write_rows
 
 P = 50
 
@@ -237,7 +236,7 @@ def test_the_rewards_gradient_is_its_slope_through_the_whole_sampler(small, buil
 
 def test_the_file_is_strict_json_with_null_for_what_cannot_be_had(tmp_path: Path):
     row = {"form": "ode_step", "probes": 0, "source": "cosine", "batches": 12}
-    write([{**row, "value": float("nan"), "low": -0.123456789, "high": 1.0}], tmp_path / "found" / "noise.json")
+    write_rows([{**row, "value": float("nan"), "low": -0.123456789, "high": 1.0}], tmp_path / "found" / "noise.json")
     found = json.loads((tmp_path / "found" / "noise.json").read_text())
     assert found == [{**row, "value": None, "low": -0.123457, "high": 1.0}]
 
@@ -275,7 +274,7 @@ def test_every_form_is_measured_by_every_measure_that_it_has(small, monkeypatch)
         (form, probes): always
         | ({"over_sde"} if form != "sde" else set())
         | ({"probes"} if form != "sde" and probes > 0 else set())
-        for form, probes in gradient_noise.FORMS
+        for form, probes in plan.FORMS
     }
 
 

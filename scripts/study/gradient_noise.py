@@ -46,11 +46,7 @@ if TYPE_CHECKING:
     from flow_grpo.rewards import WeightedReward
     from flow_grpo.settings import Settings
 
-RECIPE, SEED = "tiny_sd3", 100  # a seed that no claim uses
-FORMS = (  # `sde` first: the others are held against it
-    ("sde", 1), ("ode_step", 1), ("ode_step", 4), ("ode_step", 16), ("ode_step", 0), ("ode_path", 1), ("ode_path", 4),
-    ("cfm", 5),
-)  # fmt: skip
+RECIPE, SEED = "tiny_sd3", plan.SEARCH_SEED  # a seed that no claim uses
 STEPS_OF_A_BATCH = 2
 REPEATS, REPEATED_BATCHES = 4, 12  # probes drawn for each of so many batches
 REWARD_BATCHES, REWARD_IMAGES = 16, 40
@@ -118,13 +114,10 @@ def direction(gradients: np.ndarray, uphill: np.ndarray) -> dict[str, Measured]:
     """
     n, own = len(gradients), gradients @ gradients.T
     signal = _interval(*jackknife(lambda kept: squared_mean(own[np.ix_(kept, kept)]), n), n)
-    unknown = Measured(math.nan, math.nan, math.nan)
-    found = {
-        name: _over_both(_share(gradients, uphill, power), n, len(uphill))
-        for name, power in (("uphill", mean_square), ("cosine", squared_mean))
-        if name == "uphill" or signal.low > 0
-    }
-    return {"cosine": unknown, **found}
+    cosine = Measured(math.nan, math.nan, math.nan)
+    if signal.low > 0:
+        cosine = _over_both(_share(gradients, uphill, squared_mean), n, len(uphill))
+    return {"uphill": _over_both(_share(gradients, uphill, mean_square), n, len(uphill)), "cosine": cosine}
 
 
 def uphill_difference(first: np.ndarray, second: np.ndarray, uphill: np.ndarray) -> Measured:
@@ -261,11 +254,12 @@ def measure(batches: int, exact_batches: int) -> list[dict[str, Any]]:
 
     settings, accelerator = launch(recipe({}))
     policy, reward = Policy.load(settings, accelerator), build_reward(settings.config, accelerator.device)
-    rollouts = [rollout(policy, reward, batch_settings("sde", 1), i) for i in tqdm(range(batches), "rollouts")]
+    sampling = batch_settings("sde", 1)
+    rollouts = [rollout(policy, reward, sampling, i) for i in tqdm(range(batches), "rollouts")]
     uphill = np.stack([reward_gradient(policy, reward, settings, i) for i in tqdm(range(REWARD_BATCHES), "reward")])
     rows: list[dict[str, Any]] = []
     control = np.empty(0)
-    for form, probes in FORMS:
+    for form, probes in plan.FORMS:
         of_form, exact = batch_settings(form, probes), probes == 0
         name = f"{form} {'exact' if exact else probes}"
         used = rollouts[: exact_batches if exact else batches]
@@ -277,8 +271,10 @@ def measure(batches: int, exact_batches: int) -> list[dict[str, Any]]:
             found["over_sde"] = uphill_difference(gradients, control[: len(used)], uphill)
         if form != "sde" and not exact:
             again = [
-                [loss_gradient(policy, experience, of_form, repeat) for repeat in range(REPEATS)]
-                for experience in tqdm(rollouts[:REPEATED_BATCHES], f"{name}, repeated")
+                [first, *(loss_gradient(policy, experience, of_form, repeat) for repeat in range(1, REPEATS))]
+                for first, experience in zip(
+                    gradients[:REPEATED_BATCHES], tqdm(rollouts[:REPEATED_BATCHES], f"{name}, repeated"), strict=True
+                )
             ]
             found["probes"] = noise_of_repeats(np.array(again))
         rows += [
@@ -286,16 +282,6 @@ def measure(batches: int, exact_batches: int) -> list[dict[str, Any]]:
             for source, measured in found.items()
         ]
     return rows
-
-
-def write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A line for each row; nan is written as null."""
-    from flow_grpo.tracking import strict_json, write_atomically
-    from scripts.study.results import rounded
-
-    lines = [strict_json({k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}) for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -316,12 +302,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
     from scripts.diversity_metrics.checkpoints import output_folder
-    from scripts.study.results import NOISE_FILE
+    from scripts.study.results import NOISE_FILE, write_rows
 
     args = parse(arguments)
     with cli.one_sentence_errors():
         path = output_folder(args.out) / NOISE_FILE
-        write(measure(args.batches, args.exact_batches), path)
+        write_rows(measure(args.batches, args.exact_batches), path)
 
 
 if __name__ == "__main__":

@@ -132,8 +132,6 @@ def entries(logs: Path, scales: Sequence[float]) -> list[dict[str, Any]]:
 
 def entry(record: StudyRecord, model: TrainedModel, scale: float) -> dict[str, Any]:
     """One scaled LoRA; ConfigError, with the run's name, if it cannot be evaluated."""
-    from scripts.study.results import rounded
-
     try:
         metrics = model.evaluate(scale)
     except ConfigError as error:
@@ -144,7 +142,7 @@ def entry(record: StudyRecord, model: TrainedModel, scale: float) -> dict[str, A
         "seed": record.seed,
         "scale": scale,
         "seconds": record.final("seconds"),
-        **{name: rounded(value) for name, value in metrics.items()},
+        **metrics,
     }
 
 
@@ -181,11 +179,9 @@ def write_scales(args: argparse.Namespace) -> None:
     scales, out = parse_scales(args.scales), output_folder(args.out)
     found = entries(args.logs, scales)
 
-    from flow_grpo.tracking import strict_json, write_atomically
-    from scripts.study.results import SCALES_FILE
+    from scripts.study.results import SCALES_FILE, write_rows
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / SCALES_FILE, "[\n" + ",\n".join(map(strict_json, found)) + "\n]\n")
+    write_rows(found, out / SCALES_FILE)
     print(f"{len(found)} scaled LoRAs in {out / SCALES_FILE}")
 
 

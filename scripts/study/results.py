@@ -211,6 +211,15 @@ def rounded(value: float | None) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
+def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Write a list of objects: strict JSON, a line for each, numbers rounded."""
+    from flow_grpo.tracking import strict_json, write_atomically
+
+    lines = [strict_json({k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
 def write_study(study: Study, path: Path) -> None:
     """Write runs.json: strict JSON, a line for each run."""
     from flow_grpo.tracking import strict_json, write_atomically
@@ -668,7 +677,7 @@ def _values_at_end(record: StudyRecord, references: Sequence[StudyRecord]) -> li
 def _speed(
     pair: tuple[StudyRecord, StudyRecord], references: Sequence[tuple[StudyRecord, StudyRecord]]
 ) -> list[tuple[str, float, list[float]]]:
-    """Nothing if GRPO had not risen by then: there is no speed to compare."""
+    """Its values are nan where GRPO had not risen by then: there is no speed to compare."""
     drtune, grpo = pair
     end = _common_end(grpo, [reference for _, reference in references])
 
@@ -676,8 +685,6 @@ def _speed(
         spent = {"network_evaluations": end, "seconds": runs[1].at("network_evaluations", end, "seconds")}
         return crossing(*runs, at=spent).network_evaluations
 
-    if grpo.at("network_evaluations", end, REWARD) <= grpo.base(REWARD):
-        return []
     name = f"seed {drtune.seed}: network evaluations of DRTune until GRPO's reward / GRPO's"
     return [(name, fraction(pair), [fraction(reference) for reference in references])]
 
