@@ -29,11 +29,12 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from flow_grpo.entropy import NonFiniteError, divergence, draw_probes
+from flow_grpo.files import strict_json, write_atomically
 from flow_grpo.ode_log_prob import estimator_of, probe_generators
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.settings import Settings
-from flow_grpo.tracking import Run, strict_json, write_atomically
+from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
 
 MAX_CURVES = 8  # steps drawn against training

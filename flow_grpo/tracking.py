@@ -17,7 +17,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import math
 import netrc
 import os
 import platform
@@ -44,6 +43,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import strict_json, write_atomically
 
 if TYPE_CHECKING:
     from flow_grpo.settings import Settings
@@ -381,35 +381,12 @@ def _append_line(path: Path, record: Mapping[str, Any]) -> None:
         file.flush()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file in one piece: a reader, or a crash, sees the old text or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 # --- values ---------------------------------------------------------------------------------------------
 
 
 def _number(value: Any) -> int | float:
     """A Python number of a number, a numpy scalar or a tensor of one element."""
     return value if isinstance(value, int) else float(value)
-
-
-def _finite(value: Any) -> Any:
-    """The value with every NaN and infinity in it replaced by None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
-
-
-def strict_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: NaN and infinities are null."""
-    return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 
 def _is_plain(value: Any) -> bool:

@@ -23,11 +23,12 @@ from PIL import Image
 from flow_grpo import checkpoint, drtune
 from flow_grpo.evaluation import draw_samples, sample_evaluators, view
 from flow_grpo.evaluation import test_request as evaluated_request
+from flow_grpo.files import strict_json
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
 from flow_grpo.step_visualizer import film_strip
-from flow_grpo.tracking import Run, strict_json
+from flow_grpo.tracking import Run
 from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.checkpoint_figures import (
     BLOCK_GAP,

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import strict_json, write_atomically
 from scripts import cli
 from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder, read_config
@@ -168,8 +169,6 @@ def stored_bandwidth(folder: Path, extractor: str) -> float | None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Strict JSON, in a folder made if needed."""
-    from flow_grpo.tracking import strict_json, write_atomically
-
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, strict_json(value, indent=1) + "\n")
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import strict_json
 from scripts import cli
 from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, read_config
 from scripts.diversity_metrics.features import load_pixels
@@ -356,7 +357,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
-    from flow_grpo.tracking import log_checkpoints, strict_json
+    from flow_grpo.tracking import log_checkpoints
 
     settings, accelerator = launch(config)
     prompts = evaluated_prompts(config)

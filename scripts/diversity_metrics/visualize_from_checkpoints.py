@@ -30,6 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import strict_json
 from flow_grpo.settings import finished_checkpoints
 from scripts import cli
 from scripts.diversity_metrics.checkpoint_figures import (
@@ -494,7 +495,7 @@ def visualize(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
-    from flow_grpo.tracking import log_checkpoints, strict_json
+    from flow_grpo.tracking import log_checkpoints
 
     settings, accelerator = launch(config)
     room = (MAX_WIDTH - LEFT) // len(models) // (cell_side(config.resolution) + GAP)

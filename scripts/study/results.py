@@ -18,6 +18,7 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import chi2, rankdata, t
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import strict_json, write_atomically
 from scripts.study.plan import StudyRun
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, RunRecord, first_crossing, load_runs
 
@@ -213,8 +214,6 @@ def rounded(value: float | None) -> float | None:
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Write a list of objects: strict JSON, a line for each, numbers rounded."""
-    from flow_grpo.tracking import strict_json, write_atomically
-
     lines = [strict_json({k: rounded(v) if isinstance(v, float) else v for k, v in row.items()}) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "[\n" + ",\n".join(lines) + "\n]\n")
@@ -222,8 +221,6 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 def write_study(study: Study, path: Path) -> None:
     """Write runs.json: strict JSON, a line for each run."""
-    from flow_grpo.tracking import strict_json, write_atomically
-
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = ",\n".join(strict_json(asdict(record)) for record in study.records)
     head = f'"environments": {strict_json(list(study.environments))},\n"missing": {strict_json(dict(study.missing))}'
