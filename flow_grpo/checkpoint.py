@@ -1,123 +1,454 @@
 """Checkpoints: what is needed to continue exactly, and the trained weights in the formats others load.
 
     checkpoints/checkpoint-000010/
-        state.json                              counters, evaluation score, what the weights belong to
-        training_state.pt                       trained weights, their average, optimizer
+        state.json                              counters, score, settings, what the weights belong to, plain numbers
+        training_state.safetensors              trained weights, their average, the optimizer's moments
         lora/  lora_ema/                        adapter_config.json + adapter_model.safetensors: peft
                                                 pytorch_lora_weights.safetensors: pipe.load_lora_weights
         transformer/  transformer_ema/          instead of lora/ in full fine-tuning: from_pretrained
+        manifest.json                           size and SHA-256 of all these, written last
 
 Random numbers are keyed (flow_grpo/randomness.py), so the counters are the whole state of every generator and sampler.
+A checkpoint is written under another name, forced to the disk, and then renamed: it is there whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import pickle
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from flow_grpo.errors import ConfigError
+from flow_grpo.files import strict_json, sync_tree
 from flow_grpo.policy import Policy
-from flow_grpo.settings import (
+from flow_grpo.runs.folder import HISTORY_FILE
+from flow_grpo.runs.history import digest_of_history
+from flow_grpo.runs.manifest import write_manifest
+from flow_grpo.runs.saved import (
     CHECKPOINT_STATE,
-    TRAINING_STATE,
-    Settings,
-    find_checkpoint,
+    CHECKPOINTS,
+    FORMAT,
+    OLD_TENSORS,
+    TENSORS,
+    checkpoint_damage,
+    checkpoint_state,
+    drop,
     finished_checkpoints,
-    weights_record,
+    replace_folder,
+    set_aside,
 )
+from flow_grpo.settings import Settings, weights_record
 from flow_grpo.tracking import Run
 
-
-def save(policy: Policy, run: Run, settings: Settings, score: float | None) -> None:
-    """Write the checkpoint of the epochs completed so far, whole or not at all; then drop those no longer kept.
-
-    Args:
-        score: the evaluation's `reward/total` at this epoch, which decides the best; None: not evaluated.
-    """
-    if run.is_main:
-        folder = run.folder / "checkpoints" / f"checkpoint-{run.counters.epoch:06d}"
-        partial = folder.with_name(f".partial-{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(policy, run, settings, score, partial)
-        _replace(partial, folder)
-        _drop_old(folder.parent, settings.config.num_checkpoint_limit)
-    policy.accelerator.wait_for_everyone()
+WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "optimizer"  # "weights.NAME", ..., "optimizer.exp_avg.NAME"
 
 
-def load(policy: Policy, run: Run, folder: Path) -> None:
-    """Set the policy and the run's counters to a checkpoint, which `settings.resolve` has found to fit."""
-    state = json.loads((folder / CHECKPOINT_STATE).read_text())
-    saved = torch.load(folder / TRAINING_STATE, map_location=policy.device, weights_only=True)
-    with torch.no_grad():
-        for parameter, value in zip(policy.trainable, saved["trainable"], strict=True):
-            parameter.copy_(value)
-    _load_optimizer(policy, saved["optimizer"])
+@dataclass(frozen=True)
+class Score:
+    """What decides which checkpoint is the best: a metric of the evaluation, higher is better."""
+
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that training changes, as it is kept on disk."""
+
+    tensors: Mapping[str, Tensor]  # by the names above
+    plain: Mapping[str, Any]  # numbers of the average, the loss scaler and the policy
+    counters: Mapping[str, int | float]
+    evaluated: bool  # whether the evaluation that is due at this epoch has been made
+
+    def to_cpu(self) -> TrainingState:
+        """A copy in main memory that training does not change."""
+        copies = {name: value.detach().to("cpu", copy=True) for name, value in self.tensors.items()}
+        return TrainingState(copies, self.plain, self.counters, self.evaluated)
+
+
+# --- the state in memory --------------------------------------------------------------------------------
+
+
+def collect(policy: Policy, run: Run, evaluated: bool) -> TrainingState:
+    """The state as it is now; its tensors are those that training goes on to change."""
+    tensors = trained_tensors(policy)
+    for number, moments in policy.optimizer.state_dict()["state"].items():
+        name = list(policy.named_trainable)[number]
+        tensors |= {f"{MOMENTS}.{moment}.{name}": torch.as_tensor(value) for moment, value in moments.items()}
+    plain: dict[str, Any] = {"skipped_in_a_row": policy.skipped_in_a_row}
     if policy.ema is not None:
-        policy.ema.load_state_dict(saved["ema"] | {"decay": policy.ema.decay})
+        plain["average"] = {k: v for k, v in policy.ema.state_dict().items() if k != "shadow_params"}
     if policy.accelerator.scaler is not None:
-        policy.accelerator.scaler.load_state_dict(saved["scaler"])
-    run.counters.load_state_dict(state["counters"])
+        plain["scaler"] = policy.accelerator.scaler.state_dict()
+    return TrainingState(tensors, plain, run.counters.state_dict(), evaluated)
 
 
-def _load_optimizer(policy: Policy, saved: dict[str, Any]) -> None:
-    """Load the optimizer's moments; learning rate and the like stay those of the present configuration."""
-    configured = [{k: v for k, v in group.items() if k != "params"} for group in policy.optimizer.param_groups]
-    policy.optimizer.load_state_dict(saved)
-    for group, values in zip(policy.optimizer.param_groups, configured, strict=True):
-        group.update(values)
+def restore(policy: Policy, run: Run, state: TrainingState, source: str) -> None:
+    """Set the policy and the run's counters to a state.
+
+    Learning rate and the like, and the decay of the average, stay those of the present configuration.
+
+    Raises:
+        ConfigError: naming `source`, if its tensors are not those of this policy, or not finite; nothing is set then.
+    """
+    if broken := _not_finite({k: v for k, v in state.tensors.items() if not k.startswith(MOMENTS)}):
+        raise ConfigError(f"{source}: {broken} holds values that are not finite numbers.")
+    weights = matching_weights(policy, state.tensors, WEIGHTS, source)
+    average = None if policy.ema is None else matching_weights(policy, state.tensors, AVERAGE, source)
+    moments = _moments(policy, state.tensors, source)
+    with torch.no_grad():
+        for parameter, value in zip(policy.trainable, weights, strict=True):
+            parameter.copy_(value)
+    policy.optimizer.load_state_dict(policy.optimizer.state_dict() | {"state": moments})
+    if policy.ema is not None and average is not None:
+        kept = {"decay": policy.ema.decay, "shadow_params": [value.clone() for value in average]}
+        policy.ema.load_state_dict({**state.plain["average"], **kept})
+        policy.ema.to(policy.device)
+    if policy.accelerator.scaler is not None:
+        policy.accelerator.scaler.load_state_dict(state.plain["scaler"])
+    policy.skipped_in_a_row = state.plain.get("skipped_in_a_row", 0)
+    run.counters.load_state_dict(state.counters)
+
+
+def matching_weights(policy: Policy, tensors: Mapping[str, Tensor], kind: str, source: str) -> list[Tensor]:
+    """The tensors of one kind in the order of `policy.trainable`; ConfigError, naming `source`, unless each fits."""
+    return [
+        _matching(tensors, f"{kind}.{name}", parameter, source) for name, parameter in policy.named_trainable.items()
+    ]
+
+
+def _matching(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, source: str) -> Tensor:
+    value = tensors.get(name)
+    if value is None:
+        raise ConfigError(f"{source} has no {name}: it is of another model, or has no such weights.")
+    if value.shape != parameter.shape:
+        raise ConfigError(
+            f"{source}: {name} has the shape {tuple(value.shape)}, where the model has {tuple(parameter.shape)}."
+        )
+    if not value.is_floating_point():
+        raise ConfigError(f"{source}: {name} holds {value.dtype} instead of floating-point numbers.")
+    return value
+
+
+def _moments(policy: Policy, tensors: Mapping[str, Tensor], source: str) -> dict[int, dict[str, Tensor]]:
+    """The optimizer's state as torch numbers it; empty before the first update."""
+    names = {name: number for number, name in enumerate(policy.named_trainable)}
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition(".")
+        if kind != MOMENTS:
+            continue
+        moment, _, name = rest.partition(".")
+        if name not in names or (value.dim() and value.shape != policy.named_trainable[name].shape):
+            raise ConfigError(f"{source}: {key} does not fit the model.")
+        found.setdefault(names[name], {})[moment] = value
+    return found
+
+
+# --- going on -------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> TrainingState:
+    """The state in a checkpoint that was found whole.
+
+    Raises:
+        ConfigError: it cannot be read after all.
+    """
+    state = checkpoint_state(folder)
+    if "format" not in state:
+        return _read_old(folder, state)
+    tensors = read_tensors(folder)
+    plain, evaluated = state.get("plain"), state.get("evaluated", True)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{folder / CHECKPOINT_STATE} is damaged: it has no plain numbers.")
+    return TrainingState(tensors, plain, state["counters"], bool(evaluated))
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, on the CPU; ConfigError if the file is damaged."""
+    if (folder / OLD_TENSORS).is_file():
+        return _old_tensors(_read_pickle(folder / OLD_TENSORS))
+    try:
+        return load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder / TENSORS} is damaged: {_first_line(error)}.") from None
+
+
+def _read_old(folder: Path, state: Mapping[str, Any]) -> TrainingState:
+    """Of a checkpoint of before the manifest, whose tensors have numbers instead of names."""
+    saved = _read_pickle(folder / OLD_TENSORS)
+    plain: dict[str, Any] = {}
+    if saved.get("ema") is not None:
+        plain["average"] = {name: value for name, value in saved["ema"].items() if name != "shadow_params"}
+    if saved.get("scaler") is not None:
+        plain["scaler"] = saved["scaler"]
+    return TrainingState(_old_tensors(saved), plain, state["counters"], evaluated=True)
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{path} is damaged: {_first_line(error)}.") from None
+    if not isinstance(saved, dict) or not isinstance(saved.get("trainable"), list):
+        raise ConfigError(f"{path} is damaged: it holds no trained weights.")
+    return saved
+
+
+def _old_tensors(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """By kind and number; `_named` gives them the names of a policy's weights."""
+    tensors = {f"{WEIGHTS}.{number}": value for number, value in enumerate(saved["trainable"])}
+    if saved.get("ema") is not None:
+        tensors |= {f"{AVERAGE}.{number}": value for number, value in enumerate(saved["ema"]["shadow_params"])}
+    for number, moments in saved.get("optimizer", {}).get("state", {}).items():
+        tensors |= {f"{MOMENTS}.{moment}.{number}": torch.as_tensor(value) for moment, value in moments.items()}
+    return tensors
+
+
+def named_as(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an old checkpoint under the names of this policy's weights; those of a new one as they are."""
+    names = list(policy.named_trainable)
+
+    def named(key: str) -> str:
+        front, _, last = key.rpartition(".")
+        return f"{front}.{names[int(last)]}" if last.isdecimal() and int(last) < len(names) else key
+
+    return {named(key): value for key, value in tensors.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
+
+
+def resume(policy: Policy, run: Run, settings: Settings) -> bool:
+    """Continue from the run's checkpoint, if it has one; whether an evaluation of these weights is still due.
+
+    In the same run folder, what was logged after that checkpoint is forgotten, and later checkpoints are set aside in
+    checkpoints/abandoned/: they belong to a history that is now written anew.
+
+    Raises:
+        ConfigError: on every process, if the checkpoint does not fit the model.
+    """
+    if run.checkpoint is None:
+        return True
+    state = read(run.checkpoint)
+    state = TrainingState(named_as(policy, state.tensors), state.plain, state.counters, state.evaluated)
+    restore(policy, run, state, str(run.checkpoint))
+    if "groups" not in state.counters:  # of before it was counted
+        run.counters.groups = run.counters.epoch * settings.plan.groups
+    if run.resumed:
+        history = checkpoint_state(run.checkpoint).get("history")
+        run.truncate_history(run.counters.epoch, evaluation_redone=not state.evaluated, expected=history)
+        _set_aside_later(run)
+    return not state.evaluated
 
 
 def _set_aside_later(run: Run) -> None:
     """Move checkpoints of later epochs than the run's out of the way."""
     if not run.is_main:
         return
-    for epoch, folder in finished_checkpoints(run.folder / "checkpoints").items():
+    for epoch, folder in finished_checkpoints(run.folder / CHECKPOINTS).items():
         if epoch > run.counters.epoch:
-            target = folder.parent / "abandoned" / folder.name
-            target.parent.mkdir(exist_ok=True)
-            _replace(folder, target)
+            set_aside(folder, "abandoned")
 
 
-def resume(policy: Policy, run: Run, settings: Settings) -> None:
-    """Continue from `config.resume_from`, if it is given.
+# --- writing --------------------------------------------------------------------------------------------
 
-    In the same run folder, what was logged after that checkpoint is forgotten, and later checkpoints are set aside in
-    checkpoints/abandoned/: they belong to a history that is now written anew.
+
+class Saver:
+    """Writes a run's checkpoints. What cannot be written now, such as on a full disk, is told and stays owed.
+
+    Attributes:
+        owed: whether the last attempt failed; the same on every process.
+        updates: optimizer steps that the last checkpoint of this session holds; -1: there is none.
     """
-    if not settings.config.resume_from:
-        return
-    load(policy, run, find_checkpoint(settings.config.resume_from))
-    if run.resumed:
-        run.truncate_history(run.counters.epoch, evaluation_redone=False)
-        _set_aside_later(run)
+
+    def __init__(self, policy: Policy, run: Run, settings: Settings) -> None:
+        self.policy, self.run, self.settings = policy, run, settings
+        self.owed = False
+        self.updates = -1
+        self._last: TrainingState | None = None  # of the main process
+
+    def remember(self, evaluated: bool) -> None:
+        """Keep a copy of the present state, from which `save_remembered` writes; only the main process needs it."""
+        if not self.run.is_main:
+            return
+        if self._last is not None and self._last.counters == self.run.counters.state_dict():
+            self._last = replace(self._last, evaluated=evaluated)  # the weights are the same
+        else:
+            self._last = collect(self.policy, self.run, evaluated).to_cpu()
+
+    def save(self, score: Score | None, evaluated: bool = True) -> bool:
+        """Collective: write the checkpoint of the epochs completed so far, whole or not at all; whether it was written.
+
+        Then those that are no longer kept are dropped. Weights that are not finite are not written.
+        """
+        problem = self.run.from_main(lambda: self._attempt(score, evaluated))
+        self.owed = problem is not None
+        if problem is None:
+            self.updates = self.run.counters.updates
+        else:
+            self.run.tell(f"no checkpoint of epoch {self.run.counters.epoch}: {problem}.")
+        return problem is None
+
+    def save_remembered(self) -> str:
+        """Collective: go back to what was remembered and write it, unless it is saved already.
+
+        Returns:
+            what there is to go on from, in words, the same on every process.
+        """
+        return self.run.from_main(self._save_remembered)
+
+    def _save_remembered(self) -> str:
+        run, state = self.run, self._last
+        assert state is not None, "remember comes first"
+        restore(self.policy, run, state, "the state of the last epoch")
+        folder = checkpoint_folder(run)
+        if _holds(folder, state):
+            return f"{folder.name} is whole, go on with --config.resume_from={run.folder}"
+        problem = self._attempt(None, state.evaluated)
+        if problem is None:
+            return f"{folder.name} is written, go on with --config.resume_from={run.folder}"
+        saved = finished_checkpoints(run.folder / CHECKPOINTS)
+        kept = f"{saved[max(saved)].name} is the newest" if saved else "there is none"
+        return f"its checkpoint could not be written ({problem}): {kept}"
+
+    def _attempt(self, score: Score | None, evaluated: bool) -> str | None:
+        """Write the checkpoint; what is in the way, in words."""
+        if broken := _not_finite(trained_tensors(self.policy)):
+            return f"{broken} is no longer finite"
+        folder = checkpoint_folder(self.run)
+        partial = folder.with_name(f".partial-{folder.name}")
+        try:
+            folder.parent.mkdir(exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            self._write(partial, score, evaluated)
+            replace_folder(partial, folder)
+            self._drop_old(folder.parent)
+        except (OSError, SafetensorError, ConfigError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            return f"{folder} cannot be written ({getattr(error, 'strerror', None) or _first_line(error)})"
+        return None
+
+    def _write(self, folder: Path, score: Score | None, evaluated: bool) -> None:
+        state = collect(self.policy, self.run, evaluated)
+        save_file({name: value.cpu().contiguous() for name, value in state.tensors.items()}, folder / TENSORS)
+        export(self.policy, folder, "")
+        if self.policy.ema is not None:
+            with self.policy.ema_weights():
+                export(self.policy, folder, "_ema")
+        record = {
+            "format": FORMAT,
+            "counters": state.counters,
+            "evaluated": evaluated,
+            "score": None if score is None else score.value,
+            "score_of": None if score is None else score.metric,
+            "best": self._best_with(folder, score),
+            "weights": weights_record(self.settings.config),
+            "base_sha256": self._base_sha256(),
+            "plain": state.plain,
+            "run_id": self.run.run_id,
+            "history": digest_of_history(self.run.folder / HISTORY_FILE),
+            "config": json.loads(strict_json(self.settings.config.to_dict() | {"run_name": self.run.name})),
+        }
+        (folder / CHECKPOINT_STATE).write_text(strict_json(record, indent=2), encoding="utf-8")
+        sync_tree(folder)
+        write_manifest(folder)
+
+    def _base_sha256(self) -> str | None:
+        """None, and a word, where the base model's folder has gone: the run does without it."""
+        try:
+            return self.run.base_sha256
+        except ConfigError as error:
+            self.run.tell(f"the base model's files have changed: {error}")
+            return None
+
+    def _best_with(self, partial: Path, score: Score | None) -> str | None:
+        """The name of the best checkpoint once this one is there; it is told when there is a new one."""
+        name = partial.name.removeprefix(".partial-")
+        scores = scores_of([f for f in finished_checkpoints(partial.parent).values() if f.name != name])
+        if score is not None:
+            scores[partial.with_name(name)] = score
+        best = best_of(scores)
+        if best is not None and best.name == name and score is not None:
+            self.run.tell(f"{name} is the best so far: {score.metric} {score.value:.4f}.")
+        return None if best is None else best.name
+
+    def _drop_old(self, checkpoints: Path) -> None:
+        """Keep the latest `num_checkpoint_limit` whole ones and the best; 0 keeps all. Damaged ones are left alone."""
+        limit = self.settings.config.num_checkpoint_limit
+        if limit == 0:
+            return
+        found = list(finished_checkpoints(checkpoints).values())
+        whole = [folder for folder in found if checkpoint_damage(folder, deep=False) is None]
+        for folder in set(found) - set(whole):
+            self.run.tell(f"{folder} is damaged ({checkpoint_damage(folder, deep=False)}): it is left as it is.")
+        keep = {*whole[-limit:], best_of(scores_of(whole))}
+        for folder in whole:
+            if folder not in keep:
+                drop(folder)
 
 
-# --- writing -------------------------------------------------------------------------------------------
+def checkpoint_folder(run: Run) -> Path:
+    """Of the epochs completed so far."""
+    return run.folder / CHECKPOINTS / f"checkpoint-{run.counters.epoch:06d}"
 
 
-def _write(policy: Policy, run: Run, settings: Settings, score: float | None, folder: Path) -> None:
-    scaler = policy.accelerator.scaler
-    training_state = {
-        "trainable": [parameter.detach() for parameter in policy.trainable],
-        "optimizer": policy.optimizer.state_dict(),
-        "ema": None if policy.ema is None else policy.ema.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
-    torch.save(training_state, folder / TRAINING_STATE)
-    export(policy, folder, "")
+def scores_of(checkpoints: Sequence[Path]) -> dict[Path, Score]:
+    """The scores of those that were evaluated, oldest first; a damaged one has none."""
+    scores = {}
+    for folder in checkpoints:
+        try:
+            state = checkpoint_state(folder)
+        except ConfigError:
+            continue
+        if isinstance(state.get("score"), float | int):
+            scores[folder] = Score(str(state.get("score_of")), float(state["score"]))
+    return scores
+
+
+def best_of(scores: Mapping[Path, Score]) -> Path | None:
+    """The highest score of the metric that the newest has; of equals, the newest."""
+    if not scores:
+        return None
+    metric = list(scores.values())[-1].metric
+    comparable = [folder for folder, score in scores.items() if score.metric == metric]
+    return max(reversed(comparable), key=lambda folder: scores[folder].value)
+
+
+def _holds(folder: Path, state: TrainingState) -> bool:
+    """Whether a checkpoint of this very state is on disk, whole."""
+    if checkpoint_damage(folder, deep=False) is not None:
+        return False
+    saved = checkpoint_state(folder)
+    return saved["counters"] == state.counters and saved.get("evaluated") == state.evaluated
+
+
+def trained_tensors(policy: Policy) -> dict[str, Tensor]:
+    """The trained weights and their average, by their names in a checkpoint."""
+    tensors = {f"{WEIGHTS}.{name}": value.detach() for name, value in policy.named_trainable.items()}
     if policy.ema is not None:
-        with policy.ema_weights():
-            export(policy, folder, "_ema")
-    state = {"counters": run.counters.state_dict(), "score": score, "weights": weights_record(settings.config)}
-    (folder / CHECKPOINT_STATE).write_text(json.dumps(state, indent=2))
+        pairs = zip(policy.named_trainable, policy.ema.shadow_params, strict=True)
+        tensors |= {f"{AVERAGE}.{name}": value for name, value in pairs}
+    return tensors
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first that holds a value which is not finite."""
+    finite = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
+    return next((name for name, fine in zip(tensors, finite, strict=True) if not fine), None)
 
 
 def export(policy: Policy, folder: Path, suffix: str) -> None:
@@ -136,26 +467,3 @@ def export(policy: Policy, folder: Path, suffix: str) -> None:
     scale = adapter.lora_alpha / adapter.r
     folded = {name: value * scale if ".lora_B." in name else value for name, value in weights.items()}
     StableDiffusion3Pipeline.save_lora_weights(target, transformer_lora_layers=folded)
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    """Put a complete folder in its place; one that was there before goes only once the new one stands."""
-    stale = folder.with_name(f".stale-{folder.name}")
-    shutil.rmtree(stale, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, stale)
-    os.replace(partial, folder)
-    shutil.rmtree(stale, ignore_errors=True)
-
-
-def _drop_old(checkpoints: Path, limit: int) -> None:
-    """Keep the `limit` latest and the one with the best score; 0 keeps all."""
-    found = list(finished_checkpoints(checkpoints).values())
-    if limit == 0 or not found:
-        return
-    scores = {folder: json.loads((folder / CHECKPOINT_STATE).read_text())["score"] for folder in found}
-    scored = [folder for folder in found if scores[folder] is not None]
-    keep = set(found[-limit:]) | set(sorted(scored, key=lambda folder: scores[folder])[-1:])
-    for folder in found:
-        if folder not in keep:
-            shutil.rmtree(folder)

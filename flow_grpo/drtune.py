@@ -164,12 +164,13 @@ def train_epoch(
     """One epoch: `plan.updates` updates, each on fresh images of the epoch's prompts. Returns what is logged."""
     config, plan = settings.config, settings.plan
     epoch = run.counters.epoch
-    batch = epoch_prompts(prompts, plan, config.seed, epoch, policy.accelerator.process_index)
+    batch = epoch_prompts(prompts, plan, config.seed, run.counters.groups, policy.accelerator.process_index)
     metrics = MeanMetrics()
     for update in run.progress(range(plan.updates), "DRTune updates"):
         chain = _epoch_chain(policy, settings, epoch, update)
         loss, rewards = torch.zeros((), device=policy.device), []
         for chunk in plan.update_indices(update).split(config.train.batch_size):
+            run.check_stop()
             weight = len(chunk) / plan.images_per_update
             value, scores = _train_microbatch(policy, batch, chunk, chain, reward, settings, epoch, weight)
             loss += weight * (value.loss + value.penalty)

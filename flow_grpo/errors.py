@@ -1,4 +1,6 @@
-"""The two ways a run ends early with one sentence instead of a traceback."""
+"""The ways a run ends early with one sentence instead of a traceback."""
+
+import signal
 
 
 class ConfigError(ValueError):
@@ -7,3 +9,12 @@ class ConfigError(ValueError):
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; what was saved is intact (exit code 1)."""
+
+
+class Interrupted(Exception):
+    """Somebody asked the process to stop, and it has saved what there was (exit code 128 + signal)."""
+
+    def __init__(self, number: int, what: str) -> None:
+        """`number` is that of the signal, `what` completes "stopped by SIGTERM ..."."""
+        super().__init__(f"stopped by {signal.Signals(number).name} {what}.")
+        self.number, self.exit_code = number, 128 + number

@@ -65,6 +65,7 @@ def evaluate(
     samples = draw_samples(policy, prompts, settings, run, requests, prefix)
     metrics: dict[str, float] = {}
     for evaluator in run.progress(evaluators, "evaluating"):
+        run.check_stop()
         if run.is_main or evaluator.collective:
             seen = view(samples, evaluator.request or tested)
             metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
@@ -104,8 +105,12 @@ def draw_samples(
     ids = [(p, s) for p, text in enumerate(chosen) for s in range(counts.get(text, 0))]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
     images, latents = [], []
-    batches = [share[i : i + config.batch_size] for i in range(0, len(share), config.batch_size)]
-    for batch in run.progress(batches, "evaluation samples"):
+    batches = -(-len(ids) // (settings.num_processes * config.batch_size))  # of the process that has most
+    for number in run.progress(range(batches), "evaluation samples"):
+        run.check_stop()
+        batch = share[number * config.batch_size :][: config.batch_size]
+        if not batch:
+            continue
         generators = evaluation_generators(config.seed, [ids[i] for i in batch])
         with torch.no_grad():
             x_0 = policy.sample_ode([chosen[ids[i][0]] for i in batch], generators).final_latents

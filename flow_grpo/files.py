@@ -104,7 +104,8 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON ({error.msg}, line {error.lineno}, column {error.colno}).") from None
+        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
+        raise ConfigError(f"{where} is not JSON ({error.msg}, {place}).") from None
     except RecursionError:
         raise ConfigError(f"{where} is JSON nested too deep to be read.") from None
     except ValueError:  # Python's bound on the digits of a whole number

@@ -52,7 +52,7 @@ def train_epoch(
 ) -> dict[str, float]:
     """One epoch: sample the groups, then `num_inner_epochs` passes of `plan.updates` updates."""
     config, plan = settings.config, settings.plan
-    batch = epoch_prompts(prompts, plan, config.seed, run.counters.epoch, policy.accelerator.process_index)
+    batch = epoch_prompts(prompts, plan, config.seed, run.counters.groups, policy.accelerator.process_index)
     metrics = MeanMetrics()
     experience = collect(policy, batch, reward, settings, run, metrics)
     run.counters.images += plan.images
@@ -77,6 +77,7 @@ def collect(
     trajectories, totals = [], []
     chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     for chunk in run.progress(chunks, "sampling"):
+        run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
         generators = sample_generators(config.seed, "noise", epoch, batch.sample_ids[chunk])
         trajectory = pipeline_with_logprob(
@@ -146,6 +147,7 @@ def _with_old_log_probs(policy: Policy, experience: Experience, settings: Settin
         passes = (_trained_slots(experience, settings, inner, update) for inner in range(config.train.num_inner_epochs))
         asked_for = sorted(set().union(*passes))
         for chunk in plan.update_indices(update).split(config.train.batch_size):
+            run.check_stop()
             minibatch = _minibatch(policy, experience, chunk, config)
             for slot in asked_for:
                 with torch.no_grad():
@@ -188,6 +190,7 @@ def _train_update(
     loss, ratio_error = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
     chunks = plan.update_indices(update).split(config.train.batch_size)
     for chunk in run.progress(chunks, "training"):
+        run.check_stop()
         minibatch = _minibatch(policy, experience, chunk, config)
         weight = len(chunk) / plan.images_per_update / len(slots)
         for slot in slots:

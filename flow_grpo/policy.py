@@ -55,7 +55,7 @@ class Policy:
 
     Attributes:
         transformer, vae: the modules themselves.
-        trainable: the trained parameters, in a fixed order.
+        trainable, named_trainable: the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
         network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
@@ -79,7 +79,8 @@ class Policy:
             self._train_everything(keep_reference=config.train.beta > 0)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.trainable = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.named_trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        self.trainable = list(self.named_trainable.values())
         self.optimizer = accelerator.prepare(self._adamw())
         self.ema = EMAModel(self.trainable, decay=config.train.ema_decay) if config.train.ema else None
         self._encode_one = lru_cache(maxsize=config.prompt_cache_size)(self._encode_uncached)

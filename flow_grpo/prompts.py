@@ -1,8 +1,8 @@
 """Prompt files, and which prompts an epoch trains on.
 
-The order of the prompts is an infinite stream: one keyed permutation of the dataset after another. Epoch e takes the
-entries e * groups ... (e + 1) * groups - 1, so that any epoch is known without drawing those before it, whatever the
-number of processes, and every prompt is used once before any is used again.
+The order of the prompts is an infinite stream: one keyed permutation of the dataset after another. An epoch takes the
+next `groups` entries, from a position that checkpoints keep, whatever the number of processes; every prompt is used
+once before any is used again, also where the number of groups changes on the way.
 """
 
 from __future__ import annotations
@@ -54,14 +54,17 @@ class PromptDataset:
         return PromptDataset(prompts, metadata)
 
 
-def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, epoch: int, rank: int) -> PromptBatch:
-    """The prompts of the images that process `rank` makes in `epoch`: each of the epoch's prompts `group_size` times.
+def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int, rank: int) -> PromptBatch:
+    """The prompts of the images that process `rank` makes in an epoch: each of its prompts `group_size` times.
 
     A group may be split between processes; its members share `group_ids`.
+
+    Args:
+        start: position in the stream, the number of prompts that the epochs before have drawn.
     """
     sample_ids = torch.arange(plan.images)[plan.process_slice(rank)]  # (N,)
     group_ids = sample_ids // plan.group_size  # (N,)
-    drawn = _stream(len(dataset), seed, start=epoch * plan.groups, count=plan.groups)
+    drawn = _stream(len(dataset), seed, start=start, count=plan.groups)
     rows = [drawn[group] for group in group_ids.tolist()]
     return PromptBatch(
         prompts=tuple(dataset.prompts[row] for row in rows),

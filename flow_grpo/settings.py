@@ -17,12 +17,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.registry import check_checkpoint, validate_rewards
+from flow_grpo.runs.saved import checkpoint_state, find_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHECKPOINT_STATE = "state.json"  # the file that makes a folder a finished checkpoint
-TRAINING_STATE = "training_state.pt"  # the tensors beside it
 HUB_PIXELS_PER_TOKEN = 16  # SD3's VAE shrinks an image by 8, its transformer takes patches of 2
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
 
@@ -536,30 +535,6 @@ def _check_diversity(config: ConfigDict, found: int) -> None:
         )
 
 
-def find_checkpoint(resume_from: str) -> Path:
-    """The checkpoint to continue: the given one, or the latest of a run folder or of its checkpoints folder.
-
-    Raises ConfigError where there is none that was finished.
-    """
-    given = Path(resume_from)
-    if (given / CHECKPOINT_STATE).is_file():
-        return given
-    finished = finished_checkpoints(given) | finished_checkpoints(given / "checkpoints")
-    if not finished:
-        raise ConfigError(
-            f"config.resume_from = {resume_from!r} holds no checkpoint; it takes a run folder, its checkpoints folder, "
-            f"or one checkpoint-XXXXXX folder with a {CHECKPOINT_STATE}."
-        )
-    return finished[max(finished)]
-
-
-def finished_checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a folder that were written whole: epoch -> folder, oldest first."""
-    states = folder.glob(f"checkpoint-*/{CHECKPOINT_STATE}")
-    named = ((state.parent.name.removeprefix("checkpoint-"), state.parent) for state in states)
-    return dict(sorted((int(epoch), path) for epoch, path in named if epoch.isdecimal()))
-
-
 def is_over(config: ConfigDict | FrozenConfigDict, epochs: int, seconds: float) -> bool:
     """Whether a run has come to its configured number of epochs, or of seconds of training."""
     return epochs >= config.num_epochs or 0 < config.max_seconds <= seconds
@@ -577,18 +552,6 @@ def weights_record(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
         record |= {"lora.rank": config.lora.rank, "lora.alpha": config.lora.alpha}
         record["lora.target_modules"] = list(config.lora.target_modules)
     return record
-
-
-def checkpoint_state(checkpoint: Path, subject: str = "") -> dict[str, Any]:
-    """What a checkpoint's state.json says; ConfigError, beginning with `subject`, unless the checkpoint is whole."""
-    try:
-        state = json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{subject}{checkpoint / CHECKPOINT_STATE} is not JSON ({error}).") from None
-    whole = isinstance(state, dict) and {"weights", "counters"} <= state.keys()
-    if not whole or not (checkpoint / TRAINING_STATE).is_file():
-        raise ConfigError(f"{subject}the checkpoint {checkpoint} is damaged; it takes a whole one.")
-    return state
 
 
 def weights_mismatch(config: ConfigDict | FrozenConfigDict, state: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

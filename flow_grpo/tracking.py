@@ -1,21 +1,13 @@
-"""A run's folder, counters, history and trackers: the only file that knows wandb and tensorboard.
+"""A run: counters, history and trackers; the only file that knows wandb and tensorboard.
 
-    logs/<run_name>/config.json        the resolved configuration
-                    environment.json   versions, revision, device and command line; one entry per resumption
-                    metrics.jsonl      one strict JSON object a line; NaN and infinities are written as null
-                    images/            <name>_<step>.png
-                    steps/ diversity/  <label>_<step>.json: what evaluators keep of one evaluation
-                    checkpoints/       flow_grpo/checkpoint.py
-                    tensorboard/ wandb/
-
-Everything a report shows is rebuilt from that folder. Only the main process writes.
+Everything that a report shows is rebuilt from the run's folder, flow_grpo/runs/folder.py; only the main process writes.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import itertools
+import io
 import json
 import netrc
 import os
@@ -26,12 +18,13 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
 import numpy as np
@@ -42,17 +35,33 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
 
-from flow_grpo.errors import ConfigError
-from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
+from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.messages import say
+from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    HISTORY_FILE,
+    IMAGE_FOLDER,
+    RECORD_FOLDERS,
+    TRACKERS,
+    OpenFolder,
+    config_digest,
+    flatten,
+    keep_damaged,
+    open_folder,
+)
+from flow_grpo.runs.history import append_line, salvage_history, starts_with, write_history
+from flow_grpo.runs.saved import checkpoint_state
+from flow_grpo.runs.stopping import StopWatch
 
 if TYPE_CHECKING:
     from flow_grpo.settings import Settings
 
-TRACKERS = ("wandb", "tensorboard")  # wandb first: the one that may have to be started twice
-CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER = "config.json", "environment.json", "metrics.jsonl", "images"
-RECORD_FOLDERS = ("steps", "diversity")  # of evaluators: <label>_<step>.json
-# what a run writes before it has done anything: a folder that holds no more than this may be used again
-EMPTY_RUN = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, *TRACKERS})
+
+FAILURE = 255  # in the place of a signal's number: the main process cannot write
+WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
 @dataclass
@@ -65,57 +74,88 @@ class Counters:
     images: int = 0  # images sampled
     updates: int = 0  # optimizer steps taken
     nonfinite_updates: int = 0  # updates skipped for a non-finite loss or gradient
+    groups: int = 0  # prompts drawn: the position in the stream of prompts
 
     def state_dict(self) -> dict[str, int | float]:
         """The counters by name, for a checkpoint."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set every counter in place; a missing one is a KeyError."""
+        """Set every counter in place. One that is missing, as in the state of an older version, is left as it is."""
         for field in fields(self):
             kind = type(getattr(self, field.name))
-            setattr(self, field.name, kind(state[field.name]))
+            setattr(self, field.name, kind(state.get(field.name, getattr(self, field.name))))
+
+
+T = TypeVar("T")
 
 
 class Run:
     """One training run: its folder, and everything that is written to it.
 
-    Construct it on every process: it is collective, and all of them agree on the folder. With
-    `config.resume_from` inside a run folder and no other `config.run_name`, that folder is appended to.
+    Construct it on every process: it is collective, and all of them agree on the folder, which is locked until
+    `finish`. With `config.resume_from` inside a run folder and no other `config.run_name`, that folder is appended to.
+
+    Attributes:
+        checkpoint: the one to go on from, whole; None: training begins.
+        resumed: whether the folder is an earlier run's that goes on.
 
     Raises:
-        ConfigError: on every process, if the folder already holds something and is not being resumed.
+        ConfigError: on every process, if the folder already holds something and is not being resumed, is being
+            written by another process, or cannot be written; or there is no whole checkpoint to go on from.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+    def __init__(self, settings: Settings, accelerator: Accelerator, stop: StopWatch | None = None) -> None:
+        """`stop`: None, no signal is looked at."""
         self.settings = settings
         self.accelerator = accelerator
         self.is_main: bool = accelerator.is_main_process
         self.counters = Counters()
-        self.folder, self.resumed = self._agree_on_folder()
-        if self.is_main:
-            environment = self._write_records()
-            start_trackers(accelerator, settings.config, self.folder, environment["run_id"])
+        self._stop = stop or StopWatch({})
+        self._opened: OpenFolder | None = None  # of the main process
+        self._failure = ""  # why the main process can no longer write metrics
+        self._told: set[str] = set()
+        self.folder, self.resumed, self.checkpoint = self.from_main(self._open)
+        self.run_id: str = self.from_main(self._begin)
 
     @property
     def name(self) -> str:
         """The name of the run: that of its folder."""
         return self.folder.name
 
+    @cached_property
+    def base_sha256(self) -> str | None:
+        """Digest of the base model's files; None where they cannot be found."""
+        pretrained = self.settings.config.pretrained
+        return base_digest(pretrained.model, pretrained.revision)
+
     # --- metrics and images ---------------------------------------------------------------------------
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append metrics and counters to metrics.jsonl and send them to the trackers; `step` is epochs completed."""
+        """Append metrics and counters to metrics.jsonl and send them to the trackers; `step` is epochs completed.
+
+        Where that cannot be written, the next `check_stop` ends the training.
+        """
         if not self.is_main:
             return
         spent = self.counters.state_dict()
-        del spent["epoch"]  # the step says it
+        del spent["epoch"], spent["groups"]  # the step says them
         values = {name: _number(value) for name, value in (spent | dict(metrics)).items()}
-        _append_line(self.folder / HISTORY_FILE, {"step": int(step)} | values)
-        self.accelerator.log(values, step=step)
+        try:
+            append_line(self.folder / HISTORY_FILE, {"step": int(step)} | values)
+        except OSError as error:
+            self._failure = (
+                f"{self.folder / HISTORY_FILE} cannot be written ({error.strerror}) after {self.counters.epoch} "
+                "epochs; the checkpoints that were saved are intact"
+            )
+        try:
+            self.accelerator.log(values, step=step)
+        except OSError as error:
+            self.tell(f"a tracker cannot write ({error.strerror}): the run goes on without trackers.")
+            self.accelerator.trackers.clear()
 
     def log_image(self, name: str, image: Image.Image | np.ndarray, step: int) -> None:
-        """Write images/<name>_<step>.png and send it to the trackers.
+        """Write images/<name>_<step>.png and send it to the trackers; one that cannot be written is told and left out.
 
         An array is (H, W) or (H, W, 3), of uint8 or of floats in [0, 1].
         """
@@ -123,29 +163,84 @@ class Run:
             return
         pixels = _pixels(image)  # (H, W, 3)
         path = self.folder / IMAGE_FOLDER / f"{name}_{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-        for tracker in self.accelerator.trackers:
-            _log_image(tracker, name, pixels, step)
+        with self.writing(str(path)):
+            path.parent.mkdir(exist_ok=True)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            write_atomically(path, buffer.getvalue())
+            for tracker in self.accelerator.trackers:
+                _log_image(tracker, name, pixels, step)
 
-    def truncate_history(self, step: int, evaluation_redone: bool = True) -> None:
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """For records that a run can do without: an OSError inside the block is told once, and no more."""
+        try:
+            yield
+        except OSError as error:
+            self.tell(f"{what} could not be written ({error.strerror}); the run goes on.", key="record")
+
+    def tell(self, text: str, key: str = "") -> None:
+        """Say something on the terminal, once: texts with the same key count as the same."""
+        if self.is_main and (key or text) not in self._told:
+            self._told.add(key or text)
+            say(text)
+
+    def truncate_history(
+        self, step: int, evaluation_redone: bool = True, expected: Mapping[str, Any] | None = None
+    ) -> None:
         """Forget what a resumed run will do again: metrics later than `step`, its checkpoint's epoch.
 
         The evaluation at `step` itself is forgotten too, unless it is not `evaluation_redone`; so are the evaluators'
         own records, files named <label>_<step>.json. The history is replaced in one piece; a last line torn by a crash
-        goes with it.
+        goes with it, and so do damaged lines, in a file of their own.
+
+        Args:
+            expected: size and digest of the history at `step`, as the checkpoint has them; it is checked against them.
         """
         if not self.is_main:
             return
-        path, last_evaluation = self.folder / HISTORY_FILE, step - 1 if evaluation_redone else step
-        if path.exists():
-            lines = read_history(path)
-            kept = [line for line in lines if line["step"] <= (last_evaluation if _is_evaluation(line) else step)]
-            write_atomically(path, "".join(strict_json(line) + "\n" for line in kept))
+        last_evaluation = step - 1 if evaluation_redone else step
+        if (self.folder / HISTORY_FILE).exists():
+            self._truncate_lines(self.folder / HISTORY_FILE, step, last_evaluation, expected)
         for record in (file for folder in RECORD_FOLDERS for file in (self.folder / folder).glob("*_*.json")):
             number = record.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > last_evaluation:
                 record.unlink()
+
+    def _truncate_lines(self, path: Path, step: int, last_evaluation: int, expected: Mapping[str, Any] | None) -> None:
+        """Of the history: byte for byte where it is as it was, else line by line."""
+        if expected is not None and starts_with(path, expected):
+            os.truncate(path, expected["size"])
+            return
+        if expected is not None:
+            self.tell(f"{path} is not what it was when the checkpoint was saved: what can be read of it is kept.")
+        lines, lost = salvage_history(path)
+        if lost:
+            self.tell(f"{path} has {lost} damaged lines: as it was, it is now {keep_damaged(path)}.")
+        kept = [line for line in lines if line["step"] <= (last_evaluation if _is_evaluation(line) else step)]
+        write_history(path, kept)
+
+    # --- stopping -------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """From now on, note a signal instead of ending at once; `check_stop` raises it."""
+        self._stop.armed = True
+
+    def check_stop(self) -> None:
+        """Collective: every process asks, after the same minibatches, and all are told the same.
+
+        Raises:
+            Interrupted: some process was asked to stop.
+            TrainingStopped: the main process can no longer write metrics.
+        """
+        code = FAILURE if self._failure else self._stop.reason()
+        if self.accelerator.num_processes > 1:
+            codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
+            code = int(codes.max())
+        if code == FAILURE:
+            raise TrainingStopped(self._failure or "the main process can no longer write the run's metrics")
+        if code:
+            raise Interrupted(code, f"after epoch {self.counters.epoch}")
 
     # --- progress and time ----------------------------------------------------------------------------
 
@@ -178,69 +273,141 @@ class Run:
         yield
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
-        self.counters.seconds += self._from_main(time.perf_counter() - start)
+        self.counters.seconds += self._broadcast(time.perf_counter() - start)
 
     def finish(self) -> None:
-        """Close the trackers and leave the process group. Nothing can be logged to trackers afterwards."""
-        self.accelerator.end_training()
-        self.accelerator.trackers.clear()
+        """Close the trackers, leave the process group, and unlock the folder. Nothing can be logged afterwards."""
+        try:
+            self.accelerator.end_training()
+        finally:
+            self.accelerator.trackers.clear()
+            if self._opened is not None:
+                self._opened.lock.release()
 
     # --- setting up -----------------------------------------------------------------------------------
 
-    def _from_main(self, value: Any) -> Any:
+    def from_main(self, function: Callable[[], T]) -> T:
+        """Collective: what `function` returns on the main process, on every process; so is what it refuses."""
+        answer: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                answer[0] = function()
+            except (ConfigError, TrainingStopped) as error:
+                answer[1] = error
+        value, refusal = self._broadcast(answer)
+        if refusal is not None:
+            self._release_refused()
+            raise refusal
+        return value
+
+    def _broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""
         return broadcast_object_list([value])[0]
 
-    def _agree_on_folder(self) -> tuple[Path, bool]:
-        """The folder chosen by the main process, and whether it is resumed; its refusal is raised on every process."""
-        answer: tuple[Path, bool] | ConfigError | None = None
-        if self.is_main:
-            try:
-                answer = _choose_folder(self.settings.config)
-            except ConfigError as refusal:
-                answer = refusal
-        answer = self._from_main(answer)
-        if isinstance(answer, ConfigError):
-            raise answer
-        assert answer is not None
-        return answer
+    def _release_refused(self) -> None:
+        """Unlock a folder that this run turned out not to use."""
+        if self._opened is not None and not hasattr(self, "run_id"):
+            self._opened.lock.release()
 
-    def _write_records(self) -> dict[str, Any]:
-        """Write config.json and environment.json; a resumed run keeps what the earlier session wrote."""
+    def _open(self) -> tuple[Path, bool, Path | None]:
+        self._opened = opened = open_folder(self.settings.config)
+        if opened.checkpoint is not None:
+            self._check_base(opened.checkpoint)
+        return opened.path, opened.resumed, opened.checkpoint
+
+    def _check_base(self, checkpoint: Path) -> None:
+        """ConfigError if the checkpoint is of other base weights than those in the configuration's folder."""
+        if problem := base_mismatch(checkpoint, self.base_sha256):
+            raise ConfigError(f"config.pretrained.model = {self.settings.config.pretrained.model!r} {problem}")
+
+    def _begin(self) -> str:
+        """Write the records and start the trackers; the run's id."""
+        run_id = self._write_records()
+        purge = None
+        if self.resumed and self.checkpoint is not None:
+            purge = checkpoint_state(self.checkpoint)["counters"]["epoch"] + 1
+        try:
+            start_trackers(self.accelerator, self.settings.config, self.folder, run_id, purge)
+        except OSError as error:
+            self.tell(f"the trackers cannot write ({error.strerror}): the run goes on without them.")
+            self.accelerator.trackers.clear()
+        return run_id
+
+    def _write_records(self) -> str:
+        """Write config.json and environment.json; a resumed run keeps what the earlier session wrote. The run's id."""
         config = json.loads(strict_json(self.settings.config.to_dict() | {"run_name": self.name}))
         environment = describe_environment(self.settings, self.accelerator)
-        earlier_file = self.folder / ENVIRONMENT_FILE
-        if self.resumed and earlier_file.exists():
-            earlier = json.loads(earlier_file.read_text())
-            before = flatten(json.loads((self.folder / CONFIG_FILE).read_text()))
-            changes = {key: [before.get(key), new] for key, new in flatten(config).items() if before.get(key) != new}
-            sessions = [*earlier.pop("earlier_sessions"), earlier]
-            environment |= {"run_id": earlier["run_id"], "config_changes": changes, "earlier_sessions": sessions}
-        write_atomically(self.folder / CONFIG_FILE, strict_json(config, indent=2) + "\n")
-        write_atomically(earlier_file, strict_json(environment, indent=2) + "\n")
-        return environment
+        if self.resumed:
+            environment |= self._earlier(config)
+        text = strict_json(config, indent=2) + "\n"
+        environment["config_sha256"] = config_digest(text.encode())
+        try:
+            write_atomically(self.folder / CONFIG_FILE, text)
+            write_atomically(self.folder / ENVIRONMENT_FILE, strict_json(environment, indent=2) + "\n")
+        except OSError as error:
+            raise ConfigError(f"{self.folder} cannot be written ({error.strerror}).") from None
+        return str(environment["run_id"])
+
+    def _earlier(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What environment.json takes over from the sessions before; a damaged one is kept under another name."""
+        assert self.checkpoint is not None  # a resumed run has one
+        found: dict[str, Any] = {}
+        if run_id := checkpoint_state(self.checkpoint).get("run_id"):
+            found["run_id"] = run_id
+        before = self._readable(CONFIG_FILE)
+        if before is not None:
+            old, new = flatten(before), flatten(config)
+            found["config_changes"] = {key: [old.get(key), new[key]] for key in new if old.get(key) != new[key]}
+        earlier = self._readable(ENVIRONMENT_FILE)
+        if earlier is not None and isinstance(earlier.get("run_id"), str):
+            sessions = earlier.pop("earlier_sessions", [])
+            sessions = sessions if isinstance(sessions, list) else []
+            found |= {"run_id": earlier["run_id"], "earlier_sessions": [*sessions, earlier]}
+        return found
+
+    def _readable(self, name: str) -> dict[str, Any] | None:
+        """A record of the run; None for one that is missing or damaged, which is told and kept."""
+        path = self.folder / name
+        try:
+            return read_object(path)
+        except ConfigError as error:
+            if path.exists():
+                self.tell(f"{str(error).rstrip('.')}: it is written anew, and the old one is now {keep_damaged(path)}.")
+            return None
 
 
 # --- trackers -------------------------------------------------------------------------------------------
 
 
-def start_trackers(accelerator: Accelerator, config: Any, folder: Path, run_id: str) -> None:
-    """Start the configured trackers of a run folder; one that is not installed or not reachable never fails the run."""
+def start_trackers(
+    accelerator: Accelerator, config: Any, folder: Path, run_id: str, purge_step: int | None = None
+) -> None:
+    """Start the configured trackers of a run folder; one that is not installed or not reachable never fails the run.
+
+    Args:
+        purge_step: of a run that goes on, the first step that is done again: tensorboard forgets it and later ones.
+    """
     names = [name for name in TRACKERS if name in config.trackers and _is_installed(name)]
     if "wandb" not in names:
-        return _init_trackers(accelerator, config, folder, names, run_id, mode="")
+        return _init_trackers(accelerator, config, folder, names, run_id, purge_step, mode="")
     from wandb.errors import Error as WandbError
 
     try:
-        _init_trackers(accelerator, config, folder, names, run_id, wandb_mode())
+        _init_trackers(accelerator, config, folder, names, run_id, purge_step, wandb_mode())
     except WandbError as error:
         warnings.warn(f"wandb could not start ({error}); this run is kept offline in {folder}", stacklevel=2)
         accelerator.trackers.clear()
-        _init_trackers(accelerator, config, folder, names, run_id, mode="offline")
+        _init_trackers(accelerator, config, folder, names, run_id, purge_step, mode="offline")
 
 
 def _init_trackers(
-    accelerator: Accelerator, config: Any, folder: Path, names: list[str], run_id: str, mode: str
+    accelerator: Accelerator,
+    config: Any,
+    folder: Path,
+    names: list[str],
+    run_id: str,
+    purge_step: int | None,
+    mode: str,
 ) -> None:
     wandb_options = {"name": folder.name, "dir": str(folder), "mode": mode}
     if mode == "online":  # an offline start after a failed online one must not claim the same id
@@ -249,7 +416,7 @@ def _init_trackers(
     if "wandb" in names:
         trackers["wandb"] = WandBTracker(config.project, **wandb_options)
     if "tensorboard" in names:
-        trackers["tensorboard"] = TensorBoardTracker("tensorboard", folder)
+        trackers["tensorboard"] = TensorBoardTracker("tensorboard", folder, purge_step=purge_step)
     hyperparameters = {
         key: value if _is_plain(value) else str(value) for key, value in flatten(config.to_dict()).items()
     }
@@ -277,8 +444,8 @@ def log_checkpoints(
         ConfigError: the folder is not that of a run.
     """
     try:
-        run_id = json.loads((folder / ENVIRONMENT_FILE).read_text())["run_id"]
-    except (OSError, ValueError, KeyError):
+        run_id = read_object(folder / ENVIRONMENT_FILE)["run_id"]
+    except (ConfigError, KeyError):
         raise ConfigError(f"{folder / ENVIRONMENT_FILE} does not name a run: {folder} is no run folder.") from None
     start_trackers(accelerator, config, folder, run_id)
     for tracker in accelerator.trackers:
@@ -302,85 +469,6 @@ def _log_image(tracker: GeneralTracker, name: str, pixels: np.ndarray, step: int
     tracker.log_images({name: pixels[None]}, step=step, **layout)
 
 
-# --- folders --------------------------------------------------------------------------------------------
-
-
-def fresh_folder(folder: Path) -> Path:
-    """Create and return `folder`, or `folder-2`, `folder-3`, ...: the first that does not exist."""
-    for number in itertools.count(1):
-        candidate = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        try:
-            candidate.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return candidate
-    raise AssertionError("unreachable")
-
-
-def _choose_folder(config: Any) -> tuple[Path, bool]:
-    """The run's folder, created, and whether it is an earlier run's that goes on."""
-    logdir, name = Path(config.logdir), config.run_name
-    resumed = run_folder_of(config.resume_from)
-    if resumed is not None and (not name or resumed.resolve() == (logdir / name).resolve()):
-        return resumed, True
-    if not name:
-        now = datetime.now(UTC)
-        return fresh_folder(logdir / f"{config.recipe or 'run'}-{now:%Y%m%d-%H%M%S}"), False
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"run_name={name!r} must name a folder under logdir={config.logdir!r}.")
-    folder = logdir / name
-    folder.mkdir(parents=True, exist_ok=True)
-    if {entry.name for entry in folder.iterdir()} - EMPTY_RUN:
-        raise ConfigError(
-            f"run_name={name!r}: {folder} already holds a run, which is not overwritten; choose another run_name, "
-            f"or continue it with resume_from={str(folder)!r}."
-        )
-    return folder, False
-
-
-def run_folder_of(resume_from: str) -> Path | None:
-    """The run folder that `resume_from` (itself, its checkpoints or one of them) lies in; None: no run's."""
-    if not resume_from:
-        return None
-    path = Path(resume_from)
-    candidates = (path, *path.resolve().parents[:2])
-    return next((folder for folder in candidates if (folder / ENVIRONMENT_FILE).is_file()), None)
-
-
-# --- history --------------------------------------------------------------------------------------------
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, in order; a last line torn by a crash is left out.
-
-    Raises:
-        ConfigError: if another line is not a JSON object with a step.
-    """
-    lines = path.read_text().splitlines()
-    history = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                break
-            raise ConfigError(f"{path}, line {number}, is not JSON: {line[:60]!r}.") from None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ConfigError(f"{path}, line {number}, is not an object with an integer 'step': {line[:60]!r}.")
-        history.append(record)
-    return history
-
-
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith(("eval/", "eval_ema/")) for name in line)
-
-
-def _append_line(path: Path, record: Mapping[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(strict_json(record) + "\n")
-        file.flush()
-
-
 # --- values ---------------------------------------------------------------------------------------------
 
 
@@ -389,16 +477,12 @@ def _number(value: Any) -> int | float:
     return value if isinstance(value, int) else float(value)
 
 
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith(("eval/", "eval_ema/")) for name in line)
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"sample": {"num_steps": 10}} -> {"sample.num_steps": 10}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
@@ -414,8 +498,15 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def wandb_mode() -> str:
-    """The environment's WANDB_MODE; without one, or without a key, "online" becomes "offline": wandb never asks."""
-    mode = os.environ.get("WANDB_MODE", "online")
+    """The environment's WANDB_MODE; without one, or without a key, "online" becomes "offline": wandb never asks.
+
+    Raises:
+        ConfigError: WANDB_MODE is none that wandb knows.
+    """
+    given = os.environ.get("WANDB_MODE") or "online"
+    mode = given.lower()
+    if mode not in WANDB_MODES:
+        raise ConfigError(f"WANDB_MODE={given} is not allowed; it takes {', '.join(WANDB_MODES)}.")
     return "offline" if mode == "online" and not _has_wandb_key() else mode
 
 
@@ -491,6 +582,6 @@ def _device_name(device: torch.device) -> str:
     if device.type != "cpu":
         return device.type
     information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
+    lines = information.read_text(encoding="utf-8", errors="replace").splitlines() if information.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"cpu ({models[0] if models else platform.machine()})"

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from flow_grpo import checkpoint
-from flow_grpo.errors import TrainingStopped
+from torch.distributed import DistError
+
+from flow_grpo.checkpoint import Saver, Score
+from flow_grpo.errors import Interrupted, TrainingStopped
 from flow_grpo.evaluation import Evaluator, evaluate
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.settings import Settings, is_over
 from flow_grpo.tracking import Run
+
+# gloo's words, which come as plain RuntimeErrors
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
 
 TrainEpoch = Callable[[Policy, PromptDataset, WeightedReward, Settings, Run], dict[str, float]]
 
@@ -26,30 +31,83 @@ def fit(
     evaluators: Sequence[Evaluator],
     settings: Settings,
     run: Run,
+    evaluation_due: bool = True,
 ) -> None:
     """Train until `num_epochs` or `max_seconds`, from wherever `run.counters` stand.
 
+    Args:
+        evaluation_due: whether the present weights are evaluated first; `checkpoint.resume` knows.
+
     Raises:
-        TrainingStopped: as `train_epoch` does; the history then ends with `train/stopped`.
+        TrainingStopped: as `train_epoch` does (the history then ends with `train/stopped`); or nothing can be written;
+            or another process of the run has gone.
+        Interrupted: the run was asked to stop, and what its last finished epoch left is saved.
     """
+    saver = Saver(policy, run, settings)
+    try:
+        run.arm()
+        _loop(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run, saver, evaluation_due)
+    except Interrupted as stop:
+        raise Interrupted(stop.number, f"after epoch {run.counters.epoch}: {saver.save_remembered()}") from None
+    except RuntimeError as error:
+        if is_lost_process(error, settings.num_processes):
+            raise TrainingStopped("another process of this run has ended; what was saved is intact") from None
+        raise
+
+
+def _loop(
+    policy: Policy,
+    train_epoch: TrainEpoch,
+    prompts: PromptDataset,
+    test_prompts: PromptDataset,
+    reward: WeightedReward,
+    evaluators: Sequence[Evaluator],
+    settings: Settings,
+    run: Run,
+    saver: Saver,
+    evaluation_due: bool,
+) -> None:
+    """Evaluate and save, then train the next epoch; what is remembered after each is what a stop goes back to."""
     config, counters = settings.config, run.counters
-    if counters.epoch == 0:
-        evaluate_weights(policy, test_prompts, [e for e in evaluators if e.freq > 0], settings, run)
-    epochs = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
+    saver.remember(evaluated=not evaluation_due)
+    if evaluation_due:
+        _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+    bar = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
     limit = ""
     if config.max_seconds > 0:  # the clock, not the number of epochs, says how far the run is
-        epochs.total, limit = None, f"/{config.max_seconds:.0f}"
-    for _ in epochs:
-        metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
-        epochs.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
-        last = is_over(config, counters.epoch, counters.seconds)
-        due = [e for e in evaluators if _due(e.freq, counters.epoch, last)]
-        score = evaluate_weights(policy, test_prompts, due, settings, run)
-        if _due(config.save_freq, counters.epoch, last) and policy.skipped_in_a_row == 0:  # not of broken weights
-            checkpoint.save(policy, run, settings, score)
-        if last and counters.epoch < config.num_epochs:  # the clock has stopped the run
-            break
-    epochs.close()
+        bar.total, limit = None, f"/{config.max_seconds:.0f}"
+    with bar:
+        while not is_over(config, counters.epoch, counters.seconds):
+            metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
+            bar.update()
+            bar.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
+            saver.remember(evaluated=False)
+            _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+
+
+def _evaluate(
+    policy: Policy,
+    prompts: PromptDataset,
+    evaluators: Sequence[Evaluator],
+    settings: Settings,
+    run: Run,
+    saver: Saver,
+) -> None:
+    """What is due after an epoch, or before the first: evaluation, then a checkpoint."""
+    config, counters = settings.config, run.counters
+    run.check_stop()
+    first, last = counters.epoch == 0, is_over(config, counters.epoch, counters.seconds)
+    due = [e for e in evaluators if (e.freq > 0 if first else _due(e.freq, counters.epoch, last))]
+    score = evaluate_weights(policy, prompts, due, settings, run)
+    run.check_stop()
+    saver.remember(evaluated=True)
+    if first and not last:
+        return
+    new = last or saver.owed or counters.updates > saver.updates  # skipped updates leave the weights as they were
+    if saver.owed or (new and _due(config.save_freq, counters.epoch, last)):
+        saver.save(score)
+    if last and saver.owed:
+        raise TrainingStopped(f"the last checkpoint could not be written; what was saved in {run.folder} is intact")
 
 
 def _one_epoch(
@@ -69,6 +127,7 @@ def _one_epoch(
         run.log({"train/stopped": 1.0}, run.counters.epoch)
         raise
     run.counters.epoch += 1
+    run.counters.groups += settings.plan.groups
     run.counters.network_evaluations += policy.network_evaluations * settings.num_processes
     run.log({f"train/{name}": value for name, value in metrics.items()}, run.counters.epoch)
     return metrics
@@ -76,12 +135,11 @@ def _one_epoch(
 
 def evaluate_weights(
     policy: Policy, prompts: PromptDataset, evaluators: Sequence[Evaluator], settings: Settings, run: Run
-) -> float | None:
+) -> Score | None:
     """Evaluate the current weights and, if there are any, the averaged ones; log both.
 
     Returns:
-        On the main process `reward/total` of the averaged weights, or of the current ones without an average; None on
-        other processes, if it was not measured, or if it is not finite.
+        On the main process, what the best checkpoint is chosen by: see `score_of`.
     """
     if not evaluators:
         return None
@@ -93,8 +151,27 @@ def evaluate_weights(
     if not run.is_main:
         return None
     run.log(metrics, run.counters.epoch)
-    score = metrics.get("eval_ema/reward/total" if averaged else "eval/reward/total")
-    return score if score is not None and math.isfinite(score) else None
+    return score_of(metrics, settings, "eval_ema" if averaged else "eval")
+
+
+def score_of(metrics: Mapping[str, float], settings: Settings, label: str) -> Score | None:
+    """The metric that says how good a checkpoint is; None if it was not measured or is not finite.
+
+    The judge's accuracy where there is a judge; else the first reward of `config.eval.rewards` that is not trained on;
+    else the training reward on the evaluation's noise, whose highest value may be the most exploited one.
+    """
+    config = settings.config
+    held_out = [f"reward/{name}" for name in config.eval.rewards if not config.reward_fn.get(name, 0.0)]
+    metric = f"{label}/{'judge/accuracy' if config.eval.judge else [*held_out, 'reward/total'][0]}"
+    value = metrics.get(metric)
+    return Score(metric, value) if value is not None and math.isfinite(value) else None
+
+
+def is_lost_process(error: RuntimeError, num_processes: int) -> bool:
+    """Whether this is what torch.distributed raises when another process has ended."""
+    if num_processes == 1 or isinstance(error, TrainingStopped):
+        return False
+    return isinstance(error, DistError) or any(words in str(error) for words in LOST_PROCESS)
 
 
 def _due(every: int, epoch: int, last: bool) -> bool:

@@ -95,19 +95,25 @@ class Parts(SimpleNamespace):
 
 @pytest.fixture
 def build():
-    """A function: configuration -> Parts, on one CPU process."""
+    """A function: configuration -> Parts, on one CPU process; the run that it made before has ended by then."""
+    runs: list[Run] = []
 
     def build_parts(config: ConfigDict) -> Parts:
+        while runs:
+            runs.pop().finish()
         settings = resolve(config, num_processes=1, cuda=False)
         AcceleratorState._reset_state(reset_partial_state=True)  # it is one per process, with one precision
         accelerator = Accelerator(mixed_precision=settings.config.mixed_precision, cpu=True)
+        runs.append(Run(settings, accelerator))
         return Parts(
             settings=settings,
             accelerator=accelerator,
             policy=Policy.load(settings, accelerator),
             reward=build_reward(settings.config, accelerator.device),
             prompts=PromptDataset.load(settings.config.prompts.train),
-            run=Run(settings, accelerator),
+            run=runs[-1],
         )
 
-    return build_parts
+    yield build_parts
+    while runs:
+        runs.pop().finish()

@@ -12,8 +12,8 @@ from peft import PeftModel
 from flow_grpo import checkpoint, drtune, grpo
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import draw_samples
-from flow_grpo.settings import find_checkpoint
-from flow_grpo.tracking import read_history
+from flow_grpo.runs.history import read_history
+from flow_grpo.runs.saved import find_checkpoint
 from flow_grpo.trainer import fit
 
 METHODS = {"grpo": grpo, "drtune": drtune}
@@ -105,7 +105,7 @@ def trained(config, build):
     parts = build(config)
     for _ in range(3):
         parts.train(drtune)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     return parts, find_checkpoint(str(parts.run.folder))
 
 
@@ -175,7 +175,7 @@ def test_the_latest_and_the_best_are_kept(config, build):
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole(config, build, monkeypatch):
     parts = build(config)
     parts.run.counters.epoch = 1
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     state = (parts.run.folder / "checkpoints" / "checkpoint-000001" / "state.json").read_text()
 
     def full_disk(*args):
@@ -185,7 +185,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole(config, build, mo
     for epoch in (1, 2):
         parts.run.counters.epoch = epoch
         with pytest.raises(OSError, match="no space"):
-            checkpoint.save(parts.policy, parts.run, parts.settings, None)
+            checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     latest = find_checkpoint(str(parts.run.folder))
     assert latest.name == "checkpoint-000001"
     assert (latest / "state.json").read_text() == state
@@ -194,7 +194,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole(config, build, mo
 
 def test_a_checkpoint_of_other_weights_is_refused(config, build):
     parts = build(config)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     folder = find_checkpoint(str(parts.run.folder))
     records = {name: (parts.run.folder / name).read_bytes() for name in ("config.json", "environment.json")}
     config.resume_from, config.lora.rank = str(folder), 2
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_other_weights_is_refused(config, build):
 
 def test_a_damaged_checkpoint_is_one_sentence(config, build):
     parts = build(config)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     folder = find_checkpoint(str(parts.run.folder))
     config.resume_from = str(folder)
     (folder / "training_state.pt").unlink()

@@ -128,7 +128,7 @@ def test_a_resumed_run_keeps_its_bandwidth(parts, config, build):
     (evaluator,) = build_diversity_evaluators(parts.settings, parts.run, CPU)
     evaluated(parts, [evaluator])
     parts.train(drtune)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     (again,) = resumed(config, build, parts.run.folder)
     assert again.bandwidth == evaluator.bandwidth
     config.run_name = "elsewhere"
@@ -139,7 +139,7 @@ def test_a_resumed_run_keeps_its_bandwidth(parts, config, build):
 
 def test_a_resumed_run_without_a_bandwidth_is_one_sentence_unless_one_is_given(parts, config, build):
     parts.train(drtune)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     with pytest.raises(ConfigError, match=r"config\.diversity\.bandwidth"):
         resumed(config, build, parts.run.folder)
     config.diversity.bandwidth = 0.7
@@ -167,7 +167,7 @@ def test_a_bandwidth_of_other_features_is_refused(parts, config, build):
     (evaluator,) = build_diversity_evaluators(parts.settings, parts.run, CPU)
     evaluated(parts, [evaluator])
     parts.train(drtune)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     config.diversity.model = config.reward_model.pickscore
     with pytest.raises(ConfigError, match="bandwidth of other features"):
         resumed(config, build, parts.run.folder)
@@ -232,7 +232,7 @@ def trained(parts):
     logged = {0: evaluated(parts, [evaluator])}
     for _ in range(3):
         parts.train(drtune)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     logged[3] = evaluated(parts, [evaluator])
     parts.run.finish()
     return parts.run.folder, logged

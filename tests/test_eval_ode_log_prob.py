@@ -50,7 +50,7 @@ def trained(config, build, kept):
     for epoch in (1, 2):
         parts.train(drtune)
         parts.run.log({}, epoch)
-        checkpoint.save(parts.policy, parts.run, parts.settings, None)
+        checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
         densities[f"checkpoint-00000{epoch}"] = direct()
     with parts.policy.ema_weights():
         averaged = direct()

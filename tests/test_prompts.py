@@ -21,7 +21,7 @@ def dataset(size: int) -> PromptDataset:
 
 def all_ranks(data: PromptDataset, groups: int, size: int, processes: int, epoch: int = 0) -> list[PromptBatch]:
     plan = plan_batches(groups, size, updates=1, num_processes=processes)
-    return [epoch_prompts(data, plan, SEED, epoch, rank) for rank in range(processes)]
+    return [epoch_prompts(data, plan, SEED, epoch * plan.groups, rank) for rank in range(processes)]
 
 
 def joined(batches: list[PromptBatch]) -> tuple[list[str], list[dict], list[int], list[int]]:
@@ -74,7 +74,7 @@ def test_a_sampler_keyed_by_process_would_cut_groups_into_other_prompts():
 def test_every_prompt_is_used_once_before_any_is_used_again(size, groups):
     data = dataset(size)
     plan = plan_batches(groups, group_size=2, updates=1, num_processes=1)
-    stream = [p for epoch in range(3 * size) for p in epoch_prompts(data, plan, SEED, epoch, 0).prompts[::2]]
+    stream = [p for epoch in range(3 * size) for p in epoch_prompts(data, plan, SEED, epoch * groups, 0).prompts[::2]]
     for start in range(0, len(stream) - size + 1, size):
         assert sorted(stream[start : start + size]) == sorted(data.prompts)
 
@@ -82,17 +82,26 @@ def test_every_prompt_is_used_once_before_any_is_used_again(size, groups):
 def test_the_order_changes_from_pass_to_pass_and_with_the_seed():
     data, plan = dataset(20), plan_batches(20, 1, 1, 1)
     first = epoch_prompts(data, plan, SEED, 0, 0).prompts
-    assert first != epoch_prompts(data, plan, SEED, 1, 0).prompts
+    assert first != epoch_prompts(data, plan, SEED, 20, 0).prompts
     assert first != epoch_prompts(data, plan, SEED + 1, 0, 0).prompts
     assert first != data.prompts
 
 
 def test_a_resumed_epoch_is_drawn_as_if_the_earlier_ones_had_been():
     data, plan = dataset(7), plan_batches(3, 4, 2, 2)
-    unbroken = [epoch_prompts(data, plan, SEED, epoch, 1) for epoch in range(6)]
-    resumed = epoch_prompts(data, plan, SEED, 5, 1)
+    unbroken = [epoch_prompts(data, plan, SEED, 3 * epoch, 1) for epoch in range(6)]
+    resumed = epoch_prompts(data, plan, SEED, 15, 1)
     assert resumed.prompts == unbroken[5].prompts
     assert torch.equal(resumed.sample_ids, unbroken[5].sample_ids)
+
+
+def test_another_number_of_groups_on_the_way_neither_repeats_nor_skips_a_prompt():
+    """7 prompts: epochs of 3 groups, then of 2."""
+    data, few, fewer = dataset(7), plan_batches(3, 1, 1, 1), plan_batches(2, 1, 1, 1)
+    drawn = [*epoch_prompts(data, few, SEED, 0, 0).prompts]
+    for start in (3, 5):
+        drawn += epoch_prompts(data, fewer, SEED, start, 0).prompts
+    assert sorted(drawn) == sorted(data.prompts)
 
 
 def test_sampling_does_not_touch_the_global_random_state():

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from config.base import get_config as base_config
 from flow_grpo.errors import ConfigError
-from flow_grpo.settings import OPEN_GROUPS, RULES, BatchPlan, Settings, find_checkpoint, leaves, plan_batches, resolve
+from flow_grpo.runs.saved import find_checkpoint
+from flow_grpo.settings import OPEN_GROUPS, RULES, BatchPlan, Settings, leaves, plan_batches, resolve
 
 GRID = [
     (groups, size, updates, processes)
@@ -333,7 +334,8 @@ def test_the_latest_finished_checkpoint_is_found_from_the_run_its_folder_or_itse
     for name in ("checkpoint-000002", "checkpoint-000010", "checkpoint-000012", "checkpoint-tmp", "best"):
         (checkpoints / name).mkdir(parents=True)
     for name in ("checkpoint-000002", "checkpoint-000010", "checkpoint-tmp"):  # 12 was not finished
-        (checkpoints / name / "state.json").write_text("{}")
+        (checkpoints / name / "state.json").write_text('{"weights": {}, "counters": {"epoch": 1, "seconds": 1}}')
+        (checkpoints / name / "training_state.pt").write_bytes(b"")
     assert find_checkpoint(str(tmp_path / "run")) == checkpoints / "checkpoint-000010"
     assert find_checkpoint(str(checkpoints)) == checkpoints / "checkpoint-000010"
     assert find_checkpoint(str(checkpoints / "checkpoint-000002")) == checkpoints / "checkpoint-000002"

@@ -106,7 +106,7 @@ def test_a_resumed_run_goes_on_with_the_history_up_to_its_checkpoint(parts, samp
         visualizer.evaluate(samples)
         parts.train(drtune)
         if epoch == 0:
-            checkpoint.save(parts.policy, parts.run, parts.settings, None)
+            checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     parts.run.finish()
     config.resume_from = str(parts.run.folder)
     again = build(config)
@@ -150,13 +150,13 @@ def test_a_record_is_replaced_in_one_piece(parts, samples, monkeypatch):
     visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
     visualizer.evaluate(samples)
     record = parts.run.folder / "steps/eval_000000.json"
-    before, write = record.read_text(), Path.write_text
+    before, write = record.read_text(), Path.write_bytes
 
-    def torn(path, text, *arguments, **options):
-        write(path, text[: len(text) // 2], *arguments, **options)
+    def torn(path, content):
+        write(path, content[: len(content) // 2])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(Path, "write_bytes", torn)
     with pytest.raises(OSError, match="no space left"):
         visualizer.evaluate(samples)
     assert record.read_text() == before

@@ -19,8 +19,10 @@ from PIL import Image
 
 from config.base import get_config
 from flow_grpo.errors import ConfigError
+from flow_grpo.runs.folder import fresh_folder
+from flow_grpo.runs.history import read_history
 from flow_grpo.settings import Settings, plan_batches
-from flow_grpo.tracking import Counters, Run, _git_state, fresh_folder, read_history, wandb_mode
+from flow_grpo.tracking import Counters, Run, _git_state, wandb_mode
 
 NewRun = Callable[..., Run]
 
@@ -39,6 +41,14 @@ def new_run(tmp_path: Path) -> NewRun:
 
 def lines(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def finished_checkpoint(folder: Path, epoch: int) -> None:
+    """What a run of before manifests would have left."""
+    checkpoint = folder / f"checkpoints/checkpoint-{epoch:06d}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"weights": {}, "counters": Counters(epoch=epoch).state_dict()}))
+    (checkpoint / "training_state.pt").write_bytes(b"")
 
 
 # --- history --------------------------------------------------------------------------------------------
@@ -178,6 +188,8 @@ def test_images_are_written_as_png_pixel_for_pixel(new_run: NewRun) -> None:
 def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(new_run: NewRun) -> None:
     run = new_run()
     run.log({"train/reward": 0.1}, step=1)
+    finished_checkpoint(run.folder, 1)
+    run.finish()
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError, match=r"run_name='run'.*already holds a run"):
         new_run(seed=7)
@@ -185,7 +197,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(new_run: NewRun
 
 
 def test_a_run_that_failed_before_its_first_result_does_not_block_its_name(new_run: NewRun) -> None:
-    new_run()
+    new_run().finish()
     assert json.loads((new_run(seed=7).folder / "config.json").read_text())["seed"] == 7
 
 
@@ -193,7 +205,8 @@ def test_a_run_that_failed_before_its_first_result_does_not_block_its_name(new_r
 def test_resuming_appends_to_the_run_folder_and_keeps_its_records(new_run: NewRun, inside: str) -> None:
     first = new_run()
     first.log({"train/reward": 0.1}, step=1)
-    (first.folder / "checkpoints/checkpoint-000010").mkdir(parents=True)
+    finished_checkpoint(first.folder, 10)
+    first.finish()
     second = new_run(run_name="", resume_from=str(first.folder / inside), num_epochs=7)
     second.log({"train/reward": 0.2}, step=2)
     assert second.folder.resolve() == first.folder.resolve()
@@ -208,6 +221,7 @@ def test_resuming_appends_to_the_run_folder_and_keeps_its_records(new_run: NewRu
 def test_resuming_under_another_name_branches_off_into_a_new_folder(new_run: NewRun) -> None:
     first = new_run()
     first.log({"train/reward": 0.1}, step=1)
+    finished_checkpoint(first.folder, 1)
     branch = new_run(run_name="branch", resume_from=str(first.folder))
     branch.truncate_history(1)
     assert branch.folder != first.folder

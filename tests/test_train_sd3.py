@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from config.grpo import RECIPES, get_config
 from flow_grpo import drtune, grpo
 from flow_grpo.evaluation import evaluate, sample_evaluators
-from flow_grpo.tracking import read_history
+from flow_grpo.runs.history import read_history
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = "scripts/train/train_sd3.py"

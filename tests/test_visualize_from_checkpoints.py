@@ -79,7 +79,7 @@ def trained(config, build, kept):
     for epoch in EPOCHS:
         parts.train(drtune)
         parts.run.log({}, epoch)
-        checkpoint.save(parts.policy, parts.run, parts.settings, None)
+        checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
         direct.append(measured(parts))
         pictures.append(pictures_of(parts))
     with parts.policy.ema_weights():

@@ -5,8 +5,6 @@ A command that reads a run takes its configuration from the folder; nothing repe
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,10 @@ from ml_collections import ConfigDict
 
 from config.base import get_config
 from flow_grpo.errors import ConfigError
-from flow_grpo.settings import TRAINING_STATE, checkpoint_state, finished_checkpoints, leaves, weights_mismatch
+from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.folder import CONFIG_FILE, run_config
+from flow_grpo.runs.saved import checkpoint_damage, checkpoint_state, finished_checkpoints
+from flow_grpo.settings import leaves, weights_mismatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,10 +40,8 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ConfigDict:
     Raises:
         ConfigError: config.json is missing, or is not a configuration of this project.
     """
-    from flow_grpo.tracking import CONFIG_FILE, flatten
-
     path, config = folder / CONFIG_FILE, get_config()
-    values = flatten(_read_object(path))
+    values = run_config(folder)
     unknown = sorted(values.keys() - dict(leaves(config)).keys())
     missing = sorted(dict(leaves(config)).keys() - values.keys())
     if unknown or "pretrained.model" in missing:  # a key that came later has its default
@@ -55,18 +54,6 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ConfigDict:
         except (TypeError, ValueError):
             raise ConfigError(f"{path}: config.{key} = {value!r} is of another kind than config/base.py's.") from None
     return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{path} cannot be read: {path.parent} is not a whole run or checkpoint folder.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object.")
-    return value
 
 
 def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list[Model]:
@@ -84,8 +71,9 @@ def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list
     models = [
         Model(found[step].name if step else "base", step, found[step] if step else None) for step in sorted(steps)
     ]
+    digest = base_digest(config.pretrained.model, config.pretrained.revision)
     for model in models:
-        _check_weights(model, config)
+        _check_weights(model, config, digest)
     return models
 
 
@@ -103,19 +91,23 @@ def _steps_of(word: str, found: Mapping[int, Path], run: Path) -> set[int]:
     return {int(word)}
 
 
-def _check_weights(model: Model, config: ConfigDict) -> None:
-    """The checkpoint is whole, and of the weights that the configuration describes."""
+def _check_weights(model: Model, config: ConfigDict, digest: str | None) -> None:
+    """The checkpoint is whole, every byte, and of the weights that the configuration describes."""
     if model.folder is None:
         return
+    if problem := checkpoint_damage(model.folder, deep=True):
+        raise ConfigError(f"the checkpoint {model.folder} is damaged: {problem}.")
     if mismatch := weights_mismatch(config, checkpoint_state(model.folder)):
         key, value, made_with = mismatch
         raise ConfigError(
             f"config.{key} of the run is {value!r}, but the checkpoint {model.folder} was made with {made_with!r}."
         )
+    if problem := base_mismatch(model.folder, digest):
+        raise ConfigError(f"config.pretrained.model = {config.pretrained.model!r} of the run {problem}")
 
 
 class Bars:
-    """The one thing that `prompt_log_densities` asks of a run: `progress`."""
+    """What sampling and `prompt_log_densities` ask of a run."""
 
     def progress(self, iterable: Iterable[Any], description: str) -> Iterable[Any]:
         """A progress bar that leaves nothing behind."""
@@ -123,24 +115,21 @@ class Bars:
 
         return tqdm(iterable, desc=description, leave=False, delay=1.0)
 
+    def check_stop(self) -> None:
+        """Nothing is lost when a command that only measures is ended at once."""
+
 
 def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool) -> None:
     """Set the trained weights to those of a model; `base` are those of the pretrained one."""
     import torch
 
+    from flow_grpo import checkpoint
+
     values = base
     if model.folder is not None:
-        path = model.folder / TRAINING_STATE
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
-        try:
-            values = saved["ema"]["shadow_params"] if ema else saved["trainable"]
-        except (KeyError, TypeError):
-            raise ConfigError(f"{path} is damaged: it lacks {'averaged' if ema else 'trained'} weights.") from None
-        if [value.shape for value in values] != [parameter.shape for parameter in base]:
-            raise ConfigError(f"{path} holds weights of other shapes than the run's model: of another base model?")
+        tensors = checkpoint.named_as(policy, checkpoint.read_tensors(model.folder))
+        kind = checkpoint.AVERAGE if ema else checkpoint.WEIGHTS
+        values = checkpoint.matching_weights(policy, tensors, kind, str(model.folder))
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, values, strict=True):
             parameter.copy_(value)

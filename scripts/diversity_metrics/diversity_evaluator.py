@@ -26,6 +26,8 @@ import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.runs.saved import find_checkpoint
 from scripts import cli
 from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder, read_config
@@ -81,8 +83,6 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
     Raises:
         ConfigError: the extractor cannot be loaded; a resumed run has no bandwidth, or has it of other features.
     """
-    from flow_grpo.tracking import run_folder_of
-
     config = settings.config
     if not config.eval_diversity:
         return []
@@ -231,7 +231,6 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Diversity]:
     """Of the base model and of a checkpoint, on the noise of the run's own evaluations."""
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
-    from flow_grpo.settings import find_checkpoint
 
     checkpoint = find_checkpoint(args.checkpoint).resolve()
     run, epoch = checkpoint.parents[1], checkpoint.name.removeprefix("checkpoint-")
@@ -305,8 +304,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
     """Measure, write the files, print the tables."""
     if args.checkpoint:
-        from flow_grpo.settings import find_checkpoint
-
         checkpoint = find_checkpoint(args.checkpoint).resolve()
         default = checkpoint.parents[1] / FOLDER / (checkpoint.name + ("_ema" if args.ema else ""))
     else:

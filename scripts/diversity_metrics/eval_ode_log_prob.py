@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import strict_json
+from flow_grpo.runs.folder import flatten
 from scripts import cli
 from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, read_config
 from scripts.diversity_metrics.features import load_pixels
@@ -203,8 +204,6 @@ def entropy_change(first: PromptLogDensities, other: PromptLogDensities) -> Mean
 
 def results(measured: Sequence[Measured], config: Any, run: Path, ema: bool) -> dict[str, Any]:
     """What ode_log_prob.json holds, nan included."""
-    from flow_grpo.tracking import flatten
-
     flat = flatten(config.to_dict())
     return {
         "run": run.resolve().name,

@@ -31,7 +31,8 @@ from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import strict_json
-from flow_grpo.settings import finished_checkpoints
+from flow_grpo.runs.folder import CONFIG_FILE, flatten
+from flow_grpo.runs.saved import finished_checkpoints
 from scripts import cli
 from scripts.diversity_metrics.checkpoint_figures import (
     GAP,
@@ -91,8 +92,6 @@ class Measured:
 
 def run_folder(given: str) -> Path:
     """The run whose checkpoints folder, or which itself, is given; ConfigError if it is neither."""
-    from flow_grpo.tracking import CONFIG_FILE
-
     folder = Path(given)
     run = folder.resolve().parent if folder.resolve().name == "checkpoints" else folder
     if not (run / CONFIG_FILE).is_file():
@@ -283,8 +282,6 @@ def std_standard_error(log_prob: np.ndarray) -> float:
 
 def results(measured: Sequence[Measured], instruments: Instruments, ema: bool) -> dict[str, Any]:
     """What results.json holds, nan included: every model has the keys that the base model has."""
-    from flow_grpo.tracking import flatten
-
     config, base = instruments.config, measured[0]
     assert base.densities is not None  # or measuring it had raised
     assert base.strip is not None

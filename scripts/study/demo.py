@@ -76,7 +76,7 @@ def train_command(method: Method, out: Path, seconds: float, seed: int, train_sc
 def run_demo(out: Path, seconds: float, seed: int, train_script: Path = TRAIN_SCRIPT) -> int:
     """Train both, build the report, print the outcome; the exit code is that of the first command that fails."""
     from flow_grpo.errors import ConfigError
-    from flow_grpo.tracking import fresh_folder
+    from flow_grpo.runs.folder import fresh_folder
     from scripts.study.report import build_report
 
     start = time.monotonic()

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.tracking import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, flatten, read_history
+from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, flatten
+from flow_grpo.runs.history import read_history
 
 QUANTITIES = ("seconds", "network_evaluations")  # what training spends
 REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"

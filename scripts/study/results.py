@@ -149,7 +149,8 @@ def collect(runs: Sequence[StudyRun], logs: Path) -> Study:
 
 
 def _record(run: StudyRun, found: RunRecord, environments: list[dict[str, Any]]) -> StudyRecord:
-    from flow_grpo.tracking import HISTORY_FILE, read_history
+    from flow_grpo.runs.folder import HISTORY_FILE
+    from flow_grpo.runs.history import read_history
 
     environment = _environment(found.environment)
     if environment not in environments:

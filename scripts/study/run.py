@@ -43,7 +43,8 @@ def state_of(run: StudyRun, out: Path) -> State:
     Raises ConfigError where the folder is damaged.
     """
     from config.grpo import get_config
-    from flow_grpo.settings import checkpoint_state, finished_checkpoints, is_over
+    from flow_grpo.runs.saved import checkpoint_state, finished_checkpoints
+    from flow_grpo.settings import is_over
     from scripts.diversity_metrics.checkpoints import read_config
 
     folder = out / run.name

@@ -228,7 +228,7 @@ def write_all(args: argparse.Namespace) -> int:
 
 def copy_grids(study: Study, logs: Path, out: Path) -> None:
     """The few image grids that are committed; those of earlier results go."""
-    from flow_grpo.tracking import IMAGE_FOLDER
+    from flow_grpo.runs.folder import IMAGE_FOLDER
     from scripts.study.results import samples
 
     chosen = samples(study)

@@ -19,24 +19,26 @@ def main(config) -> None:
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.rewards import build_reward
+    from flow_grpo.runs.stopping import watching
     from flow_grpo.tracking import Run
     from flow_grpo.trainer import fit
     from scripts.diversity_metrics.diversity_evaluator import build_diversity_evaluators
 
-    settings, accelerator = launch(config)
-    config = settings.config
-    train_epoch = drtune.train_epoch if config.use_reward_gradient else grpo.train_epoch
-    prompts, test_prompts = PromptDataset.load(config.prompts.train), PromptDataset.load(config.prompts.test)
-    run = Run(settings, accelerator)
-    try:
-        reward = build_reward(config, accelerator.device)
-        policy = Policy.load(settings, accelerator)
-        evaluators: list[Evaluator] = build_evaluators(policy, reward, settings, run)
-        evaluators += build_diversity_evaluators(settings, run, accelerator.device)
-        checkpoint.resume(policy, run, settings)
-        fit(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run)
-    finally:
-        run.finish()
+    with watching() as stop:
+        settings, accelerator = launch(config)
+        config = settings.config
+        train_epoch = drtune.train_epoch if config.use_reward_gradient else grpo.train_epoch
+        prompts, test_prompts = PromptDataset.load(config.prompts.train), PromptDataset.load(config.prompts.test)
+        run = Run(settings, accelerator, stop)
+        try:
+            reward = build_reward(config, accelerator.device)
+            policy = Policy.load(settings, accelerator)
+            evaluators: list[Evaluator] = build_evaluators(policy, reward, settings, run)
+            evaluators += build_diversity_evaluators(settings, run, accelerator.device)
+            due = checkpoint.resume(policy, run, settings)
+            fit(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run, due)
+        finally:
+            run.finish()
 
 
 if __name__ == "__main__":

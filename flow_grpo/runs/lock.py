@@ -1,0 +1,71 @@
+"""One writer for a run's folder, for as long as it lives.
+
+The lock is the operating system's (flock, by the filelock library), so it ends with its process, however that ends; on
+file systems without flock the library falls back to a file that names its owner. Beside it stands who holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object, strict_json, write_atomically
+
+LOCK_FILE, OWNER_FILE = "run.lock", "run.lock.json"
+
+
+class RunLock:
+    """The right to write a run's folder.
+
+    Raises:
+        ConfigError: another process has it; the sentence says who, since when and on which host. Or the folder cannot
+            be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._owner = folder / OWNER_FILE
+        self._lock = FileLock(folder / LOCK_FILE, timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ConfigError(f"{folder} is being written by {_holder(self._owner)}; wait for it or stop it.") from None
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be written ({error.strerror}).") from None
+        try:
+            write_atomically(self._owner, strict_json(_this_process(), indent=2) + "\n")
+        except OSError as error:
+            self._lock.release()
+            raise ConfigError(f"{folder} cannot be written ({error.strerror}).") from None
+
+    def release(self) -> None:
+        """Let another process have the folder; the lock's file stays, for those who wait on it."""
+        if self._lock.is_locked:
+            with suppress(OSError):  # the folder may have gone
+                self._owner.unlink(missing_ok=True)
+            self._lock.release()
+
+
+def _this_process() -> dict[str, str | int]:
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, in words."""
+    try:
+        owner = read_object(path)
+        return f"process {owner['process']} on {owner['host']} since {owner['since']}"
+    except (ConfigError, KeyError):
+        return "another process"
