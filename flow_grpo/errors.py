@@ -6,9 +6,13 @@ import signal
 class ConfigError(ValueError):
     """Bad input, found before any model loads: names the key, its value and what is allowed (exit code 2)."""
 
+    exit_code = 2
+
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; what was saved is intact (exit code 1)."""
+
+    exit_code = 1
 
 
 class Interrupted(Exception):

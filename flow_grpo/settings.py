@@ -535,6 +535,20 @@ def _check_diversity(config: ConfigDict, found: int) -> None:
         )
 
 
+# On resuming a run, a change of these would change what is drawn or measured from there on.
+SEEN = (
+    "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
+    "prompts.", "reward_fn.", "reward_model.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
+    "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
+)  # fmt: skip
+NOT_SEEN = ("batch_size", "num_grid_prompts", "num_grid_images", "num_strip_prompts")  # last parts of names
+
+
+def decides_what_is_seen(key: str) -> bool:
+    """Whether a key decides which images are drawn, what they are rewarded for, or what is measured of them."""
+    return key.startswith(SEEN) and key.split(".")[-1] not in NOT_SEEN
+
+
 def is_over(config: ConfigDict | FrozenConfigDict, epochs: int, seconds: float) -> bool:
     """Whether a run has come to its configured number of epochs, or of seconds of training."""
     return epochs >= config.num_epochs or 0 < config.max_seconds <= seconds

@@ -117,6 +117,8 @@ class Run:
         self._told: set[str] = set()
         self.folder, self.resumed, self.checkpoint = self.from_main(self._open)
         self.run_id: str = self.from_main(self._begin)
+        if self.checkpoint is not None:
+            self.tell(f"going on from {self.checkpoint}{'' if self.resumed else f' in the new folder {self.folder}'}.")
 
     @property
     def name(self) -> str:

@@ -1,16 +1,19 @@
 """The command line of every script: `--config FILE.py:NAME --config.KEY=VALUE ...`, and one sentence for a mistake.
 
 Overrides are ml_collections' (absl flags). What can be wrong with them is found here, so that it reads as a sentence.
+With --config.resume_from the settings are those that the run was started with, not those of a recipe; what the command
+line changes is said, and refused where it would change what is drawn or measured, unless --allow-changes is given.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
+import itertools
 import re
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,9 +24,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from config import grpo
-from flow_grpo.errors import ConfigError, TrainingStopped
-from flow_grpo.settings import leaves
+from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
+from flow_grpo.messages import PatientStream, say
+from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.settings import decides_what_is_seen, leaves
+from scripts.run_config import read_config
 
+ALLOW_CHANGES = "--allow-changes"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: 'a quoted tuple such as ("a", "b")'}
 
 
@@ -38,36 +45,106 @@ def run(main: Callable[[ConfigDict], None], doc: str) -> None:
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn ConfigError into exit code 2 and TrainingStopped into 1; each machine's first process says why."""
+    """Turn ConfigError into exit code 2, TrainingStopped into 1, Interrupted into 128 + the signal's number.
+
+    Each machine's first process says why. Output that nobody can read any more, or in letters that the terminal lacks,
+    ends nothing.
+    """
+    with _patient_output():
+        try:
+            yield
+        except (ConfigError, TrainingStopped, Interrupted) as error:
+            say(str(error) if isinstance(error, Interrupted) else f"error: {error}")
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt:
+            say("stopped by SIGINT.")
+            raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextmanager
+def _patient_output() -> Iterator[None]:
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = PatientStream(sys.stdout), PatientStream(sys.stderr)  # type: ignore[assignment]
     try:
         yield
-    except (ConfigError, TrainingStopped) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 def parse_config(argv: Sequence[str], doc: str) -> ConfigDict:
     """The locked configuration described by `argv` (as sys.argv: the program comes first); `--help` prints and exits.
 
-    Raises ConfigError for a missing --config, an unknown file, recipe or key, and a value of the wrong kind.
+    Raises ConfigError for a missing --config, an unknown file, recipe or key, a value of the wrong kind, and changes of
+    a run that goes on.
     """
     if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv[1:]):
         print(_help(doc))
         raise SystemExit(0)
-    recipe, overrides = _split(argv[1:])
-    config = _load(recipe)
+    recipe, overrides, allow_changes = _split(argv[1:])
+    before = _settings_of_run(_value_of("resume_from", overrides), recipe)
+    config = _load(recipe) if before is None else before
     declared = dict(leaves(config))
     for override in overrides:
         _check_key(override, declared)
-    return _apply(config, [argv[0], *overrides], declared)
+    config = _apply(config, [argv[0], *overrides], declared)
+    if before is not None:
+        _check_changes(declared, dict(leaves(config)), allow_changes)
+    return config
+
+
+# --- a run that goes on ---------------------------------------------------------------------------------
+
+
+def _settings_of_run(resume_from: str, recipe: str) -> ConfigDict | None:
+    """The settings of the run that is continued, its folder's present place included; None: none is, or none are known.
+
+    Raises ConfigError where a recipe is named besides that is another than the run's.
+    """
+    folder = run_folder_of(resume_from)
+    if folder is None:
+        if resume_from and not recipe:
+            raise ConfigError(
+                f"config.resume_from = {resume_from!r} holds no checkpoint of a run whose settings are known; "
+                "it takes a run folder, its checkpoints folder or one checkpoint of it."
+            )
+        return None
+    config = read_config(folder, {}, num_processes=None)
+    _, _, name = recipe.partition(":")
+    if name and config.recipe and name != config.recipe:
+        raise ConfigError(
+            f"--config {recipe} is not the recipe of {folder}, {config.recipe!r}: a run goes on with its own settings; "
+            "leave --config out, and change keys one by one."
+        )
+    config.update({"logdir": str(folder.resolve().parent), "run_name": folder.resolve().name})
+    return config
+
+
+def _check_changes(before: Mapping[str, Any], after: Mapping[str, Any], allowed: bool) -> None:
+    """Say what the command line changes of a run; ConfigError for what would change what is drawn or measured."""
+    changes = {key: f"{key} {before[key]!r} -> {new!r}" for key, new in after.items() if before[key] != new}
+    changes.pop("resume_from", None)
+    goes_on = _folder_of(before) == _folder_of(after)
+    if goes_on:
+        changes.pop("logdir", None)  # the same, written otherwise
+    refused = [text for key, text in changes.items() if decides_what_is_seen(key)]
+    if refused and goes_on and not allowed:
+        raise ConfigError(
+            f"config.{refused[0]} would change what the run draws or measures from here on; leave it as it was, give "
+            "--allow-changes if that is meant, or begin another run with another config.run_name."
+        )
+    if changes:
+        say(f"changed: {', '.join(changes.values())}")
+
+
+def _folder_of(values: Mapping[str, Any]) -> Path:
+    return Path(values["logdir"], values["run_name"]).expanduser().resolve()
 
 
 # --- the recipe -----------------------------------------------------------------------------------------
 
 
-def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """The value of --config, and the arguments besides."""
+def _split(arguments: Sequence[str]) -> tuple[str, list[str], bool]:
+    """The value of --config (empty: a run's settings), the arguments besides, and whether --allow-changes is one."""
     recipes, others, rest = [], [], iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -75,10 +152,23 @@ def _split(arguments: Sequence[str]) -> tuple[str, list[str]]:
             recipes.append(value if equals else next(rest, ""))
         else:
             others.append(argument)
-    if not recipes or not recipes[-1]:
+    allow_changes = ALLOW_CHANGES in others
+    others = [argument for argument in others if argument != ALLOW_CHANGES]
+    resumes = bool(_value_of("resume_from", others)) and not recipes
+    if not resumes and (not recipes or not recipes[-1]):
         names = ", ".join(grpo.RECIPES)
         raise ConfigError(f"--config is missing; give --config config/grpo.py:NAME, NAME one of {names}.")
-    return recipes[-1], others
+    return "" if resumes else recipes[-1], others, allow_changes
+
+
+def _value_of(key: str, arguments: Sequence[str]) -> str:
+    """What the last --config.KEY=VALUE (or --config.KEY VALUE) of a key says; empty: there is none."""
+    found = ""
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == f"config.{key}":
+            found = value if equals else following
+    return found
 
 
 def _load(recipe: str) -> ConfigDict:
@@ -173,6 +263,8 @@ def _help(doc: str) -> str:
         f"{inspect.cleandoc(doc)}\n\n"
         "arguments:\n"
         "  --config FILE.py:NAME   the recipe\n"
-        "  --config.KEY=VALUE      change one key; config/base.py lists them all with their meaning\n\n"
+        "  --config.KEY=VALUE      change one key; config/base.py lists them all with their meaning\n"
+        "  --config.resume_from=RUN   go on with a run, by its own settings: give no --config then\n"
+        "  --allow-changes         with it: also change what is drawn or measured\n\n"
         f"recipes of config/grpo.py:\n{recipes}"
     )

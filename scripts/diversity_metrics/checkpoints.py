@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from config.base import get_config
 from flow_grpo.errors import ConfigError
 from flow_grpo.runs.digest import base_digest, base_mismatch
-from flow_grpo.runs.folder import CONFIG_FILE, run_config
 from flow_grpo.runs.saved import checkpoint_damage, checkpoint_state, finished_checkpoints
-from flow_grpo.settings import leaves, weights_mismatch
+from flow_grpo.settings import weights_mismatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,28 +30,6 @@ class Model:
     name: str
     step: int  # epochs of training; 0: base
     folder: Path | None  # None: base
-
-
-def read_config(folder: Path, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The configuration of a run folder, for one process, with some of its keys replaced.
-
-    Raises:
-        ConfigError: config.json is missing, or is not a configuration of this project.
-    """
-    path, config = folder / CONFIG_FILE, get_config()
-    values = run_config(folder)
-    unknown = sorted(values.keys() - dict(leaves(config)).keys())
-    missing = sorted(dict(leaves(config)).keys() - values.keys())
-    if unknown or "pretrained.model" in missing:  # a key that came later has its default
-        wrong = f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
-        raise ConfigError(f"{path} {wrong}: it is not a configuration of this project.")
-    values |= {"resume_from": "", "num_processes": 1, **overrides}
-    for key, value in values.items():
-        try:
-            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path}: config.{key} = {value!r} is of another kind than config/base.py's.") from None
-    return config
 
 
 def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list[Model]:

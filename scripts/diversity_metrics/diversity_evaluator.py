@@ -30,11 +30,12 @@ from flow_grpo.runs.folder import run_folder_of
 from flow_grpo.runs.saved import find_checkpoint
 from scripts import cli
 from scripts.diversity_metrics import diversity
-from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder, read_config
+from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder
 from scripts.diversity_metrics.diversity import Diversity
 from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, load_extractor, read_images
 from scripts.diversity_metrics.rke import median_bandwidth
 from scripts.diversity_metrics.vendi import check_bandwidth
+from scripts.run_config import read_config
 
 if TYPE_CHECKING:
     import torch

@@ -32,8 +32,9 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import strict_json
 from flow_grpo.runs.folder import flatten
 from scripts import cli
-from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, read_config
+from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights
 from scripts.diversity_metrics.features import load_pixels
+from scripts.run_config import read_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

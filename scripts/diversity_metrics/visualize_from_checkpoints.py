@@ -52,7 +52,8 @@ from scripts.diversity_metrics.checkpoint_figures import (
     t_half_widths,
     thumbnails,
 )
-from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder, read_config
+from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder
+from scripts.run_config import read_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -54,7 +54,8 @@ class TrainedModel:
         Raises:
             ConfigError: it is damaged, has no LoRA, or no bandwidth.
         """
-        from scripts.diversity_metrics.checkpoints import choose_models, load_weights, read_config
+        from scripts.diversity_metrics.checkpoints import choose_models, load_weights
+        from scripts.run_config import read_config
 
         config = read_config(folder, {"logdir": str(scratch), "run_name": folder.name, "trackers": ()})
         if not config.use_lora:

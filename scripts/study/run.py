@@ -45,7 +45,7 @@ def state_of(run: StudyRun, out: Path) -> State:
     from config.grpo import get_config
     from flow_grpo.runs.saved import checkpoint_state, finished_checkpoints
     from flow_grpo.settings import is_over
-    from scripts.diversity_metrics.checkpoints import read_config
+    from scripts.run_config import read_config
 
     folder = out / run.name
     finished = finished_checkpoints(folder / "checkpoints")
