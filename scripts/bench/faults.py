@@ -1,0 +1,189 @@
+"""Break runs off in every way, a thousand times, and count what was lost.
+
+    python scripts/bench/faults.py --quick [--out logs/bench/faults] [--only kills,damage] [--seed 0]
+
+Runs of seconds on a random tiny SD3 are started by forking a process that has loaded everything already (some are
+started anew), two at a time. Each ends like an unbroken run of the same kind, or is counted. It writes `faults.json`
+and `table.md`; the exit code is 1 if anything was counted. `--quick` does a part of it in less than ten minutes.
+
+- kills: a run of GRPO or DRTune, of one process or two, is killed (SIGKILL) up to four times and goes on each time. Two
+  of the four kills come just before a call on the file system, drawn from all calls that write a checkpoint; the others
+  at a moment, or at a call while the run opens. Of two processes one or both are killed.
+- signals: SIGTERM, SIGINT and SIGHUP at a moment, to one process or all; a second signal to a run that does not look
+  at the first; FLOW_GRPO_DEADLINE; torchrun killed, whose processes have to end by themselves.
+- damage: in a run that had ended, LoRA or full fine-tuning, one file of one kind (every file of a checkpoint, and of
+  the run, is a kind) has a bit flipped, is cut, emptied, filled with zeros or deleted; then it goes on for an epoch.
+- races: two to four processes begin, or go on with, one run at the same moment, or while it runs.
+- disks: a tmpfs that is too small for the run (as root), a limit on the size of files, a run folder that is moved away,
+  one that can no longer be written; then there is room again.
+
+What is counted:
+
+- lost: a checkpoint that had been written whole is neither there nor a newer one; or a run that was broken off and
+  went on does not end with the bytes of training_state.safetensors, the lines of metrics.jsonl (less `seconds`) and the
+  evaluators' records of the unbroken run.
+- loaded damaged: a run went on from a checkpoint, a history or settings in which something was changed, or measured
+  something else because of it, without a word that it is damaged.
+- tracebacks: starts that wrote one. Hangs: processes that had not ended in time.
+- other: an exit code or a sentence that is not the promised one, or files left behind.
+
+A power cut is not tried: after SIGKILL the kernel still writes what it was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from scripts.bench import faults_files, faults_stops
+from scripts.bench.faults_runs import FAULTS, Kind, Lab, Result
+
+TOGETHER = 2  # trials at a time
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the table."""
+
+    plan: Callable[[Random, bool], Sequence[Any]]
+    run: Callable[[Lab, int, Any], Result]
+    done: str  # what is counted as done
+
+
+PARTS = {
+    "kills": Part(faults_stops.plan_kills, faults_stops.run_kills, "SIGKILLs"),
+    "signals": Part(faults_stops.plan_stops, faults_stops.run_stops, "stops"),
+    "damage": Part(faults_files.plan_damage, faults_files.run_damage, "damaged files"),
+    "races": Part(faults_files.plan_races, faults_files.run_races, "starts"),
+    "disks": Part(faults_files.plan_disks, faults_files.run_disks, "broken disks"),
+}
+
+
+def prepare(lab: Lab, kinds: set[Kind]) -> None:
+    """The models and the unbroken runs."""
+    lab.build()
+    for kind in sorted(kinds, key=str):
+        lab.refer(kind)
+        if kind.records:
+            faults_files.make_continuation(lab, kind)
+
+
+def run_trial(lab: Lab, part: str, numbered: tuple[int, Any]) -> Result:
+    """One trial of a part, in a process of the pool."""
+    return PARTS[part].run(lab, *numbered)
+
+
+def run_part(lab: Lab, part: str, plan: Sequence[tuple[int, Any]]) -> list[Result]:
+    """All trials of a part; those that found something are told at once."""
+    results = []
+    with multiprocessing.get_context("fork").Pool(TOGETHER) as pool:
+        for result in tqdm(pool.imap_unordered(partial(run_trial, lab, part), plan), desc=part, total=len(plan)):
+            results.append(result)
+            if result.faults:
+                tqdm.write(describe(result), file=sys.stderr)
+    return sorted(results, key=lambda result: result.number)
+
+
+def describe(result: Result) -> str:
+    """A trial that found something: which, what, and the end of the log."""
+    lines = "\n    ".join(line for line in result.log.splitlines()[-12:] if line.strip())
+    return f"{result.part} {result.number}: {'; '.join(result.notes)}\n  {result.plan}\n    {lines}"
+
+
+# --- output ---------------------------------------------------------------------------------------------
+
+
+def count(results: Sequence[Result]) -> dict[str, int]:
+    """Trials, what was done in them, and how many showed each fault."""
+    faults = {fault: sum(fault in result.faults for result in results) for fault in FAULTS}
+    return {"trials": len(results), "done": sum(result.done for result in results), **faults}
+
+
+def table(counts: dict[str, dict[str, int]]) -> str:
+    """A row for each part."""
+    lines = [f"| part | trials | done | {' | '.join(FAULTS)} |", "|" + "---|" * (3 + len(FAULTS))]
+    for part, row in counts.items():
+        numbers = " | ".join(str(row[fault]) for fault in FAULTS)
+        lines.append(f"| {part} | {row['trials']} | {row['done']} {PARTS[part].done} | {numbers} |")
+    return "\n".join(lines) + "\n"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="logs/bench/faults", help="folder to write (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a part of it, in less than ten minutes")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas (default: %(default)s)")
+    parser.add_argument("--trials", default="", help="numbers of trials, with commas, to repeat those of one part")
+    parser.add_argument("--seed", type=int, default=0, help="of the plan (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def plans(args: argparse.Namespace) -> dict[str, list[tuple[int, Any]]]:
+    """The numbered trials of each part that is asked for."""
+    chosen = {int(number) for number in args.trials.split(",") if number}
+    found = {}
+    for part in args.only.split(","):
+        numbered = list(enumerate(PARTS[part].plan(Random(f"{part} {args.seed}"), args.quick)))
+        found[part] = [(number, trial) for number, trial in numbered if not chosen or number in chosen]
+    return found
+
+
+def unmount(folder: Path) -> None:
+    """What an interrupted trial has left mounted."""
+    for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
+        if line.split()[1].startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", line.split()[1]], check=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts and write; 1 if anything was counted, 2 after one sentence about bad input."""
+    args = parse(arguments)
+    if unknown := set(args.only.split(",")) - PARTS.keys():
+        print(f"--only is {args.only!r}: {sorted(unknown)[0]!r} is no part; {', '.join(PARTS)} are.", file=sys.stderr)
+        return 2
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, which may be killed holding it
+    start, planned = time.monotonic(), plans(args)
+    results: dict[str, list[Result]] = {}
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
+        lab = Lab(Path(name))
+        try:
+            prepare(lab, {trial.kind for plan in planned.values() for _, trial in plan})
+            for part, plan in planned.items():
+                results[part] = run_part(lab, part, plan)
+        finally:
+            unmount(lab.folder)
+    return write(results, args, time.monotonic() - start)
+
+
+def write(results: dict[str, list[Result]], args: argparse.Namespace, seconds: float) -> int:
+    """Faults.json and table.md; the exit code."""
+    counts = {part: count(found) for part, found in results.items()}
+    failed = [asdict(result) for found in results.values() for result in found if result.faults]
+    report = {"quick": args.quick, "seed": args.seed, "seconds": round(seconds, 1), "counts": counts, "failed": failed}
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "faults.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (out / "table.md").write_text(table(counts), encoding="utf-8")
+    print(table(counts) + f"\n{seconds:.0f} s")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
