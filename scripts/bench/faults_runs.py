@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from flow_grpo import checkpoint
+from flow_grpo.errors import ConfigError
 from flow_grpo.runs.folder import HISTORY_FILE, RECORD_FOLDERS
 from flow_grpo.runs.history import read_history
 from flow_grpo.runs.saved import CHECKPOINTS, TENSORS, checkpoint_damage, checkpoint_state, finished_checkpoints
@@ -33,6 +33,7 @@ SCRIPT = "scripts/train/train_sd3.py"
 PROMPTS = ("a bag", "a boot", "a red coat", "a sandal")
 EPOCHS = 4
 LIMIT = 120.0  # seconds after which a start hangs
+BY_ITSELF, AFTER_TERM = 3.0, 3.0  # of a process that has lost another; torchrun gives it 0 and 30 seconds
 LITTER = (".partial-*", ".stale-*", ".dropped-*", "*.tmp")
 LOST, LOADED, TRACEBACK, HANG, OTHER = FAULTS = ("lost", "loaded damaged", "tracebacks", "hangs", "other")
 PRELOADED = (diversity_evaluator,)  # what training imports late: the children have it already
@@ -130,6 +131,18 @@ class Session:
             time.sleep(0.003)
         return True
 
+    def _launched(self) -> bool:
+        """Wait as torchrun does: once one of several has failed, SIGTERM to the others, and SIGKILL after a while."""
+        end = time.monotonic() + LIMIT
+        while self.running() and not any(self.codes.values()) and time.monotonic() < end:
+            self.wait(0.05)
+        if not any(self.codes.values()) or self.wait(BY_ITSELF):
+            return not self.running()
+        self.send(signal.SIGTERM)
+        if not self.wait(AFTER_TERM):
+            self.send(signal.SIGKILL)
+        return self.wait()
+
     def send(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """A signal to the processes that have not ended, or to some of them."""
         chosen = self.pids if ranks is None else [self.pids[rank] for rank in ranks if rank < len(self.pids)]
@@ -138,7 +151,7 @@ class Session:
 
     def ends(self, result: Result) -> list[int]:
         """The exit codes, once all have ended; what hangs is counted and killed. What they said is looked through."""
-        if not self.wait():
+        if not self._launched():
             result.add(HANG, f"a process had not ended after {LIMIT:g} s")
             self.send(signal.SIGKILL)
             self.wait()
@@ -361,21 +374,23 @@ def last_tensors(run: Path) -> bytes:
     return folder.name.encode() + (folder / TENSORS).read_bytes()
 
 
-def records(run: Path) -> dict[str, Any]:
+def records(run: Path) -> dict[str, bytes]:
     """The evaluators' own files."""
-    files = (file for folder in RECORD_FOLDERS for file in (run / folder).glob("*.json"))
-    return {file.name: json.loads(file.read_bytes()) for file in files}
+    return {file.name: file.read_bytes() for folder in RECORD_FOLDERS for file in (run / folder).glob("*.json")}
 
 
-def differences(run: Path, unbroken: Path) -> list[str]:
-    """How a run that was broken and went on differs from the unbroken one, in words."""
+def differences(run: Path, unbroken: Path, without: str = "") -> list[str]:
+    """How a run that was broken and went on differs from the unbroken one, in words; one record may be left out."""
+    ours, theirs = records(run), records(unbroken)
+    for found in (ours, theirs):
+        found.pop(without, None)
     try:
         same = {
             "tensors": last_tensors(run) == last_tensors(unbroken),
             "metrics": history(run) == history(unbroken),
-            "records": records(run) == records(unbroken),
+            "records": ours == theirs,
         }
-    except Exception as error:  # of whatever was written: it is the thing examined
+    except (ConfigError, OSError, IndexError) as error:  # of whatever was written: it is the thing examined
         return [f"unreadable: {error}"]
     return [f"other {name}" for name, equal in same.items() if not equal]
 

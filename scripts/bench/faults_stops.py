@@ -102,10 +102,10 @@ def run_kills(lab: Lab, number: int, kill: Kill) -> Result:
             if blow.where != "stopped":
                 result.done += -signal.SIGKILL in codes
             newest = _still_there(run, newest, result)
-            if result.faults or 0 in codes:  # it ended before the blow
+            if result.faults or newest == EPOCHS:
                 break
         if not result.faults:
-            finish(_start(lab, kill.kind, run, folder / "last.log"), run, reference.folder, result)
+            _go_on(lab, kill.kind, run, folder / "last.log", reference, result)
     return result
 
 
@@ -114,19 +114,19 @@ def _start(
     kind: Kind,
     run: Path,
     log: Path,
-    reference: Reference | None = None,
-    blow: Blow | None = None,
-    newest: int = -1,
+    reference: Reference,
+    blow: Blow,
+    newest: int,
 ) -> Session:
     """Begin or go on."""
     arguments = lab.beginning(kind, run) if newest_whole(run) < 0 else resuming(run)
     before: Callable[[], None] = nothing
-    if blow is not None and reference is not None and blow.where == "saving":
+    if blow.where == "saving":
         saves = EPOCHS - max(newest, 0)
         before = kill_at(SAVING, 1 + int(blow.at * reference.calls * saves))
-    elif blow is not None and blow.where == "opening":
+    elif blow.where == "opening":
         before = kill_at(OPENING, 1 + int(blow.at * OPENING_CALLS))
-    return Session(arguments, log, kind.processes, before=before, program=REAL if blow and blow.real else ())
+    return Session(arguments, log, kind.processes, before=before, program=REAL if blow.real else ())
 
 
 def _strike(session: Session, blow: Blow, reference: Reference, newest: int) -> None:
@@ -219,9 +219,11 @@ def _signalled(stop: Stop, arguments: list[str], log: Path, run: Path, reference
 
 
 def _expect(codes: list[int], number: int, ranks: tuple[int, ...], result: Result) -> None:
-    """All ended by the signal, or were over; one that lost another process before training began says so (1)."""
-    allowed = {128 + number, -number}
-    if any(code not in allowed | {0} for code in codes) and not (len(set(ranks)) < len(codes) and 1 in codes):
+    """All ended by the signal, or were over before; the others, where some had none, as they do without those."""
+    allowed = {0, 128 + number, -number}
+    if len(set(ranks)) < len(codes):
+        allowed |= {1, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL}
+    if not set(codes) <= allowed:
         result.add(OTHER, f"exit codes {codes} instead of {128 + number}")
 
 
