@@ -79,7 +79,7 @@ def prepare(lab: Lab, kinds: set[Kind]) -> None:
     lab.build()
     for kind in sorted(kinds, key=str):
         lab.refer(kind)
-        if kind.records:
+        if kind.more:
             faults_files.make_continuation(lab, kind)
 
 

@@ -44,7 +44,7 @@ from scripts.bench.faults_runs import (
 # --- damage ---------------------------------------------------------------------------------------------
 
 WAYS = ("flip", "truncate", "delete", "empty", "zero")
-DAMAGED_KINDS = (Kind(records=True), Kind(lora=False, records=True))
+DAMAGED_KINDS = (Kind(records=True, more=True), Kind(lora=False, records=True, more=True))
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class Disk:
 def plan_disks(random: Random, quick: bool) -> list[Disk]:
     """Both loops."""
     hows = ("full", "full", "limit", "vanish", "read-only")
-    kinds = (Kind(), Kind("drtune"))
+    kinds = (Kind(records=True), Kind("drtune"))
     return [Disk(hows[n % 5], kinds[n // 5 % 2], random.random()) for n in range(20 if quick else 60)]
 
 
@@ -362,6 +362,8 @@ def _vanish(lab: Lab, disk: Disk, folder: Path, reference: Reference, result: Re
         result.add(OTHER, f"it made the folder again: {sorted(path.name for path in run.iterdir())}")
         return
     away.rename(run)
+    for half in run.rglob("*.tmp"):  # that no process could find any more
+        half.unlink()
     check_end(code, session.said(), run, result)
     if not result.faults:
         _whole_again(lab, disk, run, folder, reference, result)
@@ -371,8 +373,6 @@ def _read_only(lab: Lab, disk: Disk, folder: Path, reference: Reference, result:
     """Its folders lose the right to be written, for a user who is not root."""
     run = folder / "logs" / "run"
     run.parent.mkdir()
-    for path in (lab.folder, folder.parent, folder):
-        path.chmod(0o755)
     run.parent.chmod(0o777)
     user = (lambda: os.setuid(NOBODY)) if os.geteuid() == 0 else (lambda: None)
     session = Session(lab.beginning(disk.kind, run), folder / "first.log", before=user)

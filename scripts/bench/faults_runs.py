@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from flow_grpo import checkpoint
+from flow_grpo import checkpoint, drtune, evaluation, grpo, launch, policy, rewards, step_visualizer, trainer
 from flow_grpo.errors import ConfigError
 from flow_grpo.runs.folder import HISTORY_FILE, RECORD_FOLDERS
 from flow_grpo.runs.history import read_history
@@ -36,7 +36,8 @@ LIMIT = 120.0  # seconds after which a start hangs
 BY_ITSELF, AFTER_TERM = 3.0, 3.0  # of a process that has lost another; torchrun gives it 0 and 30 seconds
 LITTER = (".partial-*", ".stale-*", ".dropped-*", "*.tmp")
 LOST, LOADED, TRACEBACK, HANG, OTHER = FAULTS = ("lost", "loaded damaged", "tracebacks", "hangs", "other")
-PRELOADED = (diversity_evaluator,)  # what training imports late: the children have it already
+# what training imports late: the children have it already
+PRELOADED = (diversity_evaluator, drtune, evaluation, grpo, launch, policy, rewards, step_visualizer, trainer)
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,7 +48,13 @@ class Kind:
     loop: str = "grpo"  # or "drtune"
     processes: int = 1
     lora: bool = True  # False: full fine-tuning
-    records: bool = False  # every evaluator's files besides, and every checkpoint kept
+    records: bool = False  # every evaluator's files besides
+    more: bool = False  # an epoch less, which is done when the run goes on, and every checkpoint kept
+
+    @property
+    def epochs(self) -> int:
+        """Of the unbroken run."""
+        return EPOCHS - 1 if self.more else EPOCHS
 
     def __str__(self) -> str:
         return f"{self.loop} x {self.processes}{'' if self.lora else ', full'}"
@@ -180,6 +187,7 @@ def become_training(
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
+    sys.stdout, sys.stderr = (open(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
     os.environ.update(environment)
     os.chdir(ROOT)
     code = 1
@@ -292,12 +300,14 @@ class Lab:
         for part in tiny_models.build_clip(0, vision_width=32, vision_layers=2, vision_heads=2):
             part.save_pretrained(self.folder / "clip")
         (self.folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+        for path in [self.folder, *self.folder.rglob("*")]:  # read by trials under another user
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
     def beginning(self, kind: Kind, run: Path) -> list[str]:
         """The arguments that begin a run in a folder."""
         clip, prompts = self.folder / "clip", self.folder / "prompts.txt"
         values: dict[str, Any] = {
-            "logdir": run.parent, "run_name": run.name, "trackers": (), "num_epochs": EPOCHS, "save_freq": 1,
+            "logdir": run.parent, "run_name": run.name, "trackers": (), "num_epochs": kind.epochs, "save_freq": 1,
             "pretrained.model": self.folder / "sd3", "prompts.train": prompts, "prompts.test": prompts,
             "prompts.eval_diversity": prompts, "reward_model.pickscore": clip, "reward_model.clipscore": clip,
             "diversity.model": clip, "num_seeds": 4, "eval.judge": clip, "eval.modes": "",
@@ -309,7 +319,8 @@ class Lab:
         if kind.records:
             values |= {"visualize_steps": True, "visualize_steps_freq": 2, "entropy.num_image_per_prompt": 2}
             values |= {"eval_ode_log_prob": True, "eval_ode_log_prob_freq": 2, "entropy.num_probes": 1}
-            values |= {"num_epochs": EPOCHS - 1, "num_checkpoint_limit": 0}
+        if kind.more:
+            values |= {"num_checkpoint_limit": 0}
         recipe = "tiny_sd3_use_gradient" if kind.loop == "drtune" else "tiny_sd3"
         return [f"--config=config/grpo.py:{recipe}", *(f"--config.{key}={value}" for key, value in values.items())]
 
@@ -402,6 +413,8 @@ def finish(session: Session, run: Path, unbroken: Path, result: Result) -> None:
         result.add(LOST, f"the last start ended with {codes}")
     elif different := differences(run, unbroken):
         result.add(LOST, "; ".join(different))
+    elif left := litter(run):
+        result.add(OTHER, f"left {left}")
 
 
 @contextmanager
