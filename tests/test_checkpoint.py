@@ -315,9 +315,7 @@ def test_without_the_digests_a_flipped_bit_goes_unnoticed(two_saved, config, bui
 def test_a_run_whose_checkpoints_are_all_damaged_is_one_sentence(two_saved, config, build):
     for folder in checkpoints(two_saved).iterdir():
         (folder / "manifest.json").write_text("{")
-    with pytest.raises(
-        ConfigError, match=r"only damaged checkpoints; the newest, .*checkpoint-000002: .*not JSON"
-    ):
+    with pytest.raises(ConfigError, match=r"only damaged checkpoints; the newest, .*checkpoint-000002: .*not JSON"):
         build(config)
 
 
@@ -351,9 +349,7 @@ def test_other_base_weights_under_the_same_name_are_refused(two_saved, config, b
     shutil.copytree(random_models / "sd3", tmp_path / "other" / "sd3")
     flip(tmp_path / "other" / "sd3" / "transformer" / "diffusion_pytorch_model.safetensors", -3)
     config.pretrained.model = str(tmp_path / "other" / "sd3")
-    with pytest.raises(
-        ConfigError, match=r"pretrained.model = .* holds other weights .* than those that .*000002"
-    ):
+    with pytest.raises(ConfigError, match=r"pretrained.model = .* holds other weights .* than those that .*000002"):
         build(config)
 
 
