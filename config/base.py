@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
     config.sample.sde_window_range = (0, 0)  # GRPO: first and one-past-last step the window may cover; (0, 0): all
     config.sample.groups_per_epoch = 10  # prompts drawn per epoch, over all processes
     config.sample.num_image_per_prompt = 8  # group size: images per drawn prompt
-    config.sample.batch_size = 80  # GRPO: images per forward, per process; below float32, take train.batch_size's
+    config.sample.batch_size = 80  # GRPO: images per forward, per process; in bf16 and fp16, train.batch_size is taken
 
     # --- training, both loops -----------------------------------------------------------------------
     config.train = ConfigDict()

@@ -279,6 +279,7 @@ class Saver:
         self.owed = False
         self.updates = -1
         self._last: TrainingState | None = None  # of the main process
+        self._best: str | None = None  # of the main process: name of the best checkpoint
 
     def remember(self, evaluated: bool) -> None:
         """Keep a copy of the present state, from which `save_remembered` writes; only the main process needs it."""
@@ -298,6 +299,8 @@ class Saver:
         self.owed = problem is not None
         if problem is None:
             self.updates = self.run.counters.updates
+            if score is not None and self._best == checkpoint_folder(self.run).name:
+                self.run.tell(f"{self._best} is the best so far: {score.metric} {score.value:.4f}.")
         else:
             self.run.tell(f"no checkpoint of epoch {self.run.counters.epoch}: {problem}.")
         return problem is None
@@ -376,15 +379,14 @@ class Saver:
             return None
 
     def _best_with(self, partial: Path, score: Score | None) -> str | None:
-        """The name of the best checkpoint once this one is there; it is told when there is a new one."""
+        """The name of the best checkpoint once this one is there."""
         name = partial.name.removeprefix(".partial-")
         scores = scores_of([f for f in finished_checkpoints(partial.parent).values() if f.name != name])
         if score is not None:
             scores[partial.with_name(name)] = score
         best = best_of(scores)
-        if best is not None and best.name == name and score is not None:
-            self.run.tell(f"{name} is the best so far: {score.metric} {score.value:.4f}.")
-        return None if best is None else best.name
+        self._best = None if best is None else best.name
+        return self._best
 
     def _drop_old(self, checkpoints: Path) -> None:
         """Keep the latest `num_checkpoint_limit` whole ones and the best; 0 keeps all. Damaged ones are left alone."""

@@ -75,7 +75,7 @@ def collect(
     config, epoch = settings.config, run.counters.epoch
     window = sde_window(settings, epoch)
     trajectories, totals = [], []
-    chunks = torch.arange(len(batch)).split(config.sample.batch_size)
+    chunks = sampling_minibatches(settings)
     for chunk in run.progress(chunks, "sampling"):
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
@@ -95,13 +95,27 @@ def collect(
         trajectories.append(trajectory)
         totals.append(scores.total)
         metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
-    rewards = torch.cat(totals)
+    rewards, trajectory = torch.cat(totals), Trajectory.cat(trajectories)
+    order = torch.cat(chunks).argsort().to(policy.device)  # back to that of the sample ids
+    if (order.diff() != 1).any():
+        rewards, trajectory = rewards[order], trajectory[order]
     advantages = _advantages(policy, batch, rewards, settings, metrics)
-    trajectory = Trajectory.cat(trajectories)
     experience = Experience(
         batch.prompts, batch.sample_ids, epoch, trajectory, rewards, advantages, old_log_probs=trajectory.log_probs
     )
     return experience if likelihood_of(config).recorded else _with_old_log_probs(policy, experience, settings, run)
+
+
+def sampling_minibatches(settings: Settings) -> list[Tensor]:
+    """Which of this process's images are sampled together: each once, int64.
+
+    In float32 `sample.batch_size` consecutive ones. Below it an image's velocity depends a little on how many are
+    computed with it, and a ratio that should be 1 is not: the very minibatches of training are then sampled.
+    """
+    config, plan = settings.config, settings.plan
+    if config.mixed_precision == "no" or not likelihood_of(config).recorded:
+        return list(torch.arange(plan.images_per_process).split(config.sample.batch_size))
+    return [chunk for u in range(plan.updates) for chunk in plan.update_indices(u).split(config.train.batch_size)]
 
 
 def sde_window(settings: Settings, epoch: int) -> range:
@@ -289,6 +303,6 @@ def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
         raise TrainingStopped(
             f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
             f"sampling and training compute different velocities, as they do when their guidance, precision or "
-            f"sampler differ, and in bf16 when sample.batch_size and train.batch_size do; what was saved is intact"
+            f"sampler differ; what was saved is intact"
         )
     return error

@@ -586,7 +586,7 @@ def _check_resume(config: ConfigDict, checkpoint: Path) -> None:
         )
     counters = state["counters"]
     epochs, seconds = counters["epoch"], counters["seconds"]
-    if is_over(config, epochs, seconds):
+    if is_over(config, epochs, seconds) and state.get("evaluated", True):
         raise ConfigError(
             f"config.resume_from: {checkpoint} has {epochs} epochs and {seconds:.0f} s of training behind it; to go "
             f"on, raise config.num_epochs = {config.num_epochs} or config.max_seconds = {config.max_seconds}."

@@ -1,8 +1,11 @@
-"""Checkpoints: exact continuation, retention, and the exported weights in the libraries that load them."""
+"""Checkpoints: exact continuation, what damage does, retention, and the exported weights where others load them."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import stat
 
 import pytest
 import torch
@@ -10,11 +13,13 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 
 from flow_grpo import checkpoint, drtune, grpo
+from flow_grpo.checkpoint import Score
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import draw_samples
 from flow_grpo.runs.history import read_history
-from flow_grpo.runs.saved import find_checkpoint
+from flow_grpo.runs.saved import checkpoint_damage, drop, find_checkpoint, finished_checkpoints
 from flow_grpo.trainer import fit
+from tests.saved_runs import edit_state, edit_tensors, make_old, read_state
 
 METHODS = {"grpo": grpo, "drtune": drtune}
 
@@ -22,8 +27,10 @@ METHODS = {"grpo": grpo, "drtune": drtune}
 def train(config, build, method):
     """scripts/train/train_sd3.py without evaluators: fit, and give the parts back."""
     parts = build(config)
-    checkpoint.resume(parts.policy, parts.run, parts.settings)
-    fit(parts.policy, method.train_epoch, parts.prompts, parts.prompts, parts.reward, (), parts.settings, parts.run)
+    due = checkpoint.resume(parts.policy, parts.run, parts.settings)
+    fit(
+        parts.policy, method.train_epoch, parts.prompts, parts.prompts, parts.reward, (), parts.settings, parts.run, due
+    )  # fmt: skip
     return parts
 
 
@@ -163,33 +170,82 @@ def names(parts):
     return sorted(p.name for p in (parts.run.folder / "checkpoints").iterdir())
 
 
+def save(parts, epoch=0, score=None):
+    """The checkpoint of an epoch; whether it was written."""
+    parts.run.counters.epoch = epoch
+    return checkpoint.Saver(parts.policy, parts.run, parts.settings).save(
+        None if score is None else Score("eval/judge/accuracy", score)
+    )
+
+
+def checkpoints(parts):
+    return parts.run.folder / "checkpoints"
+
+
 def test_the_latest_and_the_best_are_kept(config, build):
     config.num_checkpoint_limit = 2
     parts = build(config)
     for epoch, score in enumerate([0.1, 0.9, 0.3, None, 0.2], start=1):
-        parts.run.counters.epoch = epoch
-        checkpoint.save(parts.policy, parts.run, parts.settings, score)
+        save(parts, epoch, score)
     assert names(parts) == ["checkpoint-000002", "checkpoint-000004", "checkpoint-000005"]
 
 
-def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole(config, build, monkeypatch):
+def test_the_state_says_which_checkpoint_is_the_best_and_by_what(config, build, capsys):
     parts = build(config)
-    parts.run.counters.epoch = 1
-    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
-    state = (parts.run.folder / "checkpoints" / "checkpoint-000001" / "state.json").read_text()
+    for epoch, score in enumerate([0.1, 0.9, 0.3], start=1):
+        save(parts, epoch, score)
+    state = read_state(checkpoints(parts) / "checkpoint-000003")
+    assert (state["best"], state["score"], state["score_of"]) == ("checkpoint-000002", 0.3, "eval/judge/accuracy")
+    assert "checkpoint-000002 is the best so far: eval/judge/accuracy 0.9000." in capsys.readouterr().err
+
+
+def test_scores_of_another_metric_are_not_compared(config, build):
+    config.num_checkpoint_limit = 1
+    parts = build(config)
+    save(parts, 1, 0.9)
+    edit_state(checkpoints(parts) / "checkpoint-000001", score_of="eval/reward/total")
+    for epoch, score in ((2, 0.3), (3, 0.2)):
+        save(parts, epoch, score)
+    assert names(parts) == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole_and_no_litter(config, build, monkeypatch, capsys):
+    parts = build(config)
+    assert save(parts, 1)
+    state = (checkpoints(parts) / "checkpoint-000001" / "state.json").read_text()
 
     def full_disk(*args):
-        raise OSError("no space left on device")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "export", full_disk)
-    for epoch in (1, 2):
-        parts.run.counters.epoch = epoch
-        with pytest.raises(OSError, match="no space"):
-            checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
-    latest = find_checkpoint(str(parts.run.folder))
-    assert latest.name == "checkpoint-000001"
-    assert (latest / "state.json").read_text() == state
-    checkpoint.load(parts.policy, parts.run, latest)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "export", full_disk)
+        assert not any(save(parts, epoch) for epoch in (1, 2))
+    assert "checkpoint-000002 cannot be written (No space left on device)" in capsys.readouterr().err
+    assert names(parts) == ["checkpoint-000001"]
+    assert (checkpoints(parts) / "checkpoint-000001" / "state.json").read_text() == state
+    checkpoint.restore(parts.policy, parts.run, checkpoint.read(find_checkpoint(str(parts.run.folder))), "it")
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, build, capsys):
+    parts = build(config)
+    with torch.no_grad():
+        parts.policy.trainable[3][0] = float("inf")
+    assert not save(parts, 1)
+    name = list(parts.policy.named_trainable)[3]
+    assert f"no checkpoint of epoch 1: weights.{name} is no longer finite." in capsys.readouterr().err
+    assert not checkpoints(parts).exists()
+
+
+def test_files_follow_the_umask(config, build):
+    parts = build(config)
+    before = os.umask(0o027)
+    try:
+        save(parts, 1)
+    finally:
+        os.umask(before)
+    files = [path for path in (checkpoints(parts) / "checkpoint-000001").rglob("*") if path.is_file()]
+    assert len(files) > 6
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 def test_a_checkpoint_of_other_weights_is_refused(config, build):
@@ -203,17 +259,179 @@ def test_a_checkpoint_of_other_weights_is_refused(config, build):
     assert all((parts.run.folder / name).read_bytes() == content for name, content in records.items())
 
 
-def test_a_damaged_checkpoint_is_one_sentence(config, build):
+# --- damage ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_saved(config, build):
+    """A run of two epochs, a checkpoint each, that has ended; and the configuration that goes on with it."""
+    config.save_freq = 1
+    parts = train(config, build, grpo)
+    parts.run.finish()
+    config.resume_from, config.num_epochs = str(parts.run.folder), 3
+    return parts
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
+
+
+FILES = ["state.json", "training_state.safetensors", "manifest.json", "lora/adapter_model.safetensors",
+         "lora/adapter_config.json", "lora_ema/pytorch_lora_weights.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "delete"])
+def test_a_damaged_newest_checkpoint_is_named_and_set_aside_and_the_one_before_it_taken(
+    two_saved, config, build, capsys, file, harm
+):
+    newest = checkpoints(two_saved) / "checkpoint-000002"
+    path = newest / file
+    size = path.stat().st_size
+    if harm == "flip":
+        flip(path, size // 2)
+    elif harm == "delete":
+        path.unlink()
+    else:
+        os.truncate(path, size // 2 if harm == "truncate" else 0)
+    again = build(config)
+    assert again.run.checkpoint == checkpoints(two_saved) / "checkpoint-000001"
+    said = capsys.readouterr().err
+    assert f"the checkpoint {newest} is damaged (" in said
+    assert f"moved to {checkpoints(two_saved) / 'damaged' / newest.name}" in said
+    assert names(again) == ["checkpoint-000001", "damaged"]
+
+
+def test_without_the_digests_a_flipped_bit_goes_unnoticed(two_saved, config, build):
+    """The broken twin: sizes alone."""
+    newest = checkpoints(two_saved) / "checkpoint-000002"
+    flip(newest / "training_state.safetensors", -2)
+    assert checkpoint_damage(newest, deep=False) is None
+    assert checkpoint_damage(newest, deep=True) == "the content of training_state.safetensors has changed"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_one_sentence(two_saved, config, build):
+    for folder in checkpoints(two_saved).iterdir():
+        (folder / "manifest.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"only damaged checkpoints; the newest, .*checkpoint-000002: .*not JSON"):
+        build(config)
+
+
+def test_a_damaged_checkpoint_that_is_named_itself_is_refused(two_saved, config, build):
+    newest = checkpoints(two_saved) / "checkpoint-000002"
+    (newest / "state.json").write_text("[" * 100_000)
+    config.resume_from = str(newest)
+    with pytest.raises(ConfigError, match=r"checkpoint-000002' is damaged: .*state.json is JSON nested too deep"):
+        build(config)
+
+
+@pytest.mark.parametrize("counters", [{"epoch": "2"}, {"epoch": True}, {"epoch": -1}, {"epoch": 10**400}, [], None])
+def test_counters_that_are_no_numbers_are_damage(two_saved, config, build, capsys, counters):
+    newest = checkpoints(two_saved) / "checkpoint-000002"
+    edit_state(newest, counters={"epoch": 2, "seconds": 1.0} | counters if isinstance(counters, dict) else counters)
+    assert build(config).run.checkpoint.name == "checkpoint-000001"
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_a_tensor_of_another_shape_is_refused_and_not_broadcast(two_saved, config, build):
+    newest = checkpoints(two_saved) / "checkpoint-000002"
+    edit_tensors(newest, lambda name, value: value[:1].clone() if name.startswith("weights.") else value)
     parts = build(config)
-    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
-    folder = find_checkpoint(str(parts.run.folder))
-    config.resume_from = str(folder)
-    (folder / "training_state.pt").unlink()
-    with pytest.raises(ConfigError, match="is damaged"):
+    before = weights(parts)
+    with pytest.raises(ConfigError, match=r"checkpoint-000002: weights\..* has the shape \(1, .*where the model has"):
+        checkpoint.resume(parts.policy, parts.run, parts.settings)
+    assert all(torch.equal(a, b) for a, b in zip(weights(parts), before, strict=True))
+
+
+def test_other_base_weights_under_the_same_name_are_refused(two_saved, config, build, random_models, tmp_path):
+    shutil.copytree(random_models / "sd3", tmp_path / "other" / "sd3")
+    flip(tmp_path / "other" / "sd3" / "transformer" / "diffusion_pytorch_model.safetensors", -3)
+    config.pretrained.model = str(tmp_path / "other" / "sd3")
+    with pytest.raises(ConfigError, match=r"pretrained.model = .* holds other weights .* than those that .*000002"):
         build(config)
-    (folder / "state.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
-        build(config)
+
+
+def test_the_same_base_weights_in_a_folder_that_has_moved_are_taken(two_saved, config, build, random_models, tmp_path):
+    shutil.copytree(random_models / "sd3", tmp_path / "other" / "sd3")
+    config.pretrained.model = str(tmp_path / "other" / "sd3")
+    assert build(config).run.checkpoint.name == "checkpoint-000002"
+
+
+def test_a_checkpoint_of_before_the_manifest_goes_on_exactly_with_a_word(config, build, capsys):
+    config.save_freq, config.run_name, config.num_epochs = 1, "unbroken", 3
+    unbroken = train(config, build, grpo)
+    config.run_name, config.num_epochs = "old", 2
+    old = train(config, build, grpo)
+    for folder in checkpoints(old).iterdir():
+        make_old(folder, list(old.policy.named_trainable))
+    config.resume_from, config.num_epochs = str(old.run.folder), 3
+    again = train(config, build, grpo)
+    assert "checkpoint-000002 is of before checkpoints had a manifest" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(weights(again), weights(unbroken), strict=True))
+    assert again.run.counters.groups == unbroken.run.counters.groups
+
+
+def test_a_damaged_older_checkpoint_never_stops_a_save(two_saved, config, build, capsys):
+    (checkpoints(two_saved) / "checkpoint-000001" / "state.json").write_bytes(b"\xff")
+    config.num_checkpoint_limit = 1
+    again = train(config, build, grpo)
+    assert names(again) == ["checkpoint-000001", "checkpoint-000003"]
+    assert "checkpoint-000001 is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json"])
+def test_a_damaged_record_is_told_kept_and_written_anew(two_saved, config, build, capsys, name):
+    folder = two_saved.run.folder
+    run_id = json.loads((folder / "environment.json").read_text())["run_id"]
+    (folder / name).write_bytes(b'{"torn')
+    build(config)
+    said = capsys.readouterr().err
+    assert f"{folder / name} is not JSON" in said
+    assert f"the old one is now {folder / name}.damaged" in said
+    assert json.loads((folder / "environment.json").read_text())["run_id"] == run_id
+    assert json.loads((folder / "config.json").read_text())["num_epochs"] == 3
+
+
+def test_a_damaged_history_is_told_kept_and_what_can_be_read_goes_on(two_saved, config, build, capsys):
+    path = two_saved.run.folder / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"\xff" + first + second)
+    again = train(config, build, grpo)
+    assert [line["step"] for line in read_history(path)] == [2, 3]
+    said = capsys.readouterr().err
+    assert f"{path} is not what it was when the checkpoint was saved" in said
+    assert "has 1 damaged lines" in said
+    assert (again.run.folder / "metrics.jsonl.damaged").read_bytes() == b"\xff" + first + second
+
+
+def test_a_number_changed_in_the_history_is_noticed(two_saved, config, build, capsys):
+    path = two_saved.run.folder / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"images": 8', '"images": 9'))
+    train(config, build, grpo)
+    assert "is not what it was when the checkpoint was saved" in capsys.readouterr().err
+
+
+# --- what a kill leaves ---------------------------------------------------------------------------------
+
+
+def test_what_a_kill_left_of_writing_is_tidied_and_what_it_was_about_to_replace_comes_back(two_saved, config, build):
+    folder = checkpoints(two_saved)
+    (folder / "checkpoint-000002").rename(folder / ".stale-checkpoint-000002")
+    for name in (".partial-checkpoint-000002", ".dropped-checkpoint-000000"):
+        (folder / name / "lora").mkdir(parents=True)
+    assert build(config).run.checkpoint == folder / "checkpoint-000002"
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-000001", "checkpoint-000002"]
+
+
+def test_a_checkpoint_is_dropped_under_another_name(config, build, monkeypatch):
+    """A kill halfway through deleting leaves nothing that looks like a checkpoint."""
+    parts = build(config)
+    save(parts, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # killed at once
+    drop(checkpoints(parts) / "checkpoint-000001")
+    assert finished_checkpoints(checkpoints(parts)) == {}
 
 
 def test_the_state_says_what_was_spent(config, build):

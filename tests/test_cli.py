@@ -1,5 +1,8 @@
 """scripts/cli.py: overrides, --help, and one sentence with exit code 2 for every mistake."""
 
+import hashlib
+import json
+import os
 import subprocess
 import sys
 import time
@@ -9,8 +12,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError, TrainingStopped
-from flow_grpo.settings import resolve
+from flow_grpo.settings import leaves, resolve
 from scripts.cli import parse_config, run
+from tests.synthetic_runs import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 TINY = "--config=config/grpo.py:tiny_sd3"
@@ -100,6 +104,87 @@ def test_help_answers_fast_lists_the_recipes_and_loads_no_torch():
     assert "pickscore_sd3_fast_nocfg" in done.stdout
     code = "import sys, scripts.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# --- a run that goes on ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A run that was started with other settings than its recipe's, by an earlier version that lacked a key."""
+    config = parse(TINY, "--config.train.batch_size=8", "--config.num_epochs=40", "--config.seed=5").to_dict()
+    del config["train"]["ratio_probes"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = json.dumps(config)
+    (folder / "config.json").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT | {"config_sha256": digest}))
+    return folder
+
+
+def test_a_resumed_run_takes_its_own_settings_and_needs_no_recipe(earlier, capsys):
+    for recipe in ((), (TINY,)):
+        config = parse(*recipe, f"--config.resume_from={earlier}")
+        assert (config.train.batch_size, config.num_epochs, config.seed) == (8, 40, 5)
+        assert (config.logdir, config.run_name) == (str(earlier.parent), "run")
+        assert config.train.ratio_probes == 1  # the default of a key that came later
+    assert capsys.readouterr().err == ""
+
+
+def test_what_the_command_line_changes_of_a_resumed_run_is_said(earlier, capsys):
+    config = parse(f"--config.resume_from={earlier}", "--config.num_epochs=80", "--config.train.batch_size=8")
+    assert config.num_epochs == 80
+    assert capsys.readouterr().err == "changed: num_epochs 40 -> 80\n"
+
+
+SEEN = ["sample.num_image_per_prompt=4", "eval.num_steps=3", "seed=6", "prompts.test=x.txt", "reward_fn.clipscore=1"]
+
+
+@pytest.mark.parametrize("change", SEEN)
+def test_a_change_of_what_is_drawn_or_measured_is_refused_unless_it_is_meant(earlier, change, capsys):
+    arguments = (f"--config.resume_from={earlier}", f"--config.{change}")
+    with pytest.raises(ConfigError, match=rf"config\.{change.split('=')[0]} .* -> .*--allow-changes"):
+        parse(*arguments)
+    key, _, value = change.partition("=")
+    assert str(dict(leaves(parse(*arguments, "--allow-changes")))[key]) in (value, f"{value}.0")
+    assert f"changed: {key} " in capsys.readouterr().err
+
+
+def test_under_another_name_a_resumed_run_may_draw_what_it_likes(earlier, capsys):
+    config = parse(f"--config.resume_from={earlier}", "--config.run_name=branch", "--config.seed=6")
+    assert (config.seed, config.train.batch_size) == (6, 8)
+    assert "run_name 'run' -> 'branch'" in capsys.readouterr().err
+
+
+def test_another_recipe_than_the_runs_is_refused(earlier):
+    with pytest.raises(ConfigError, match=r"tiny_sd3_use_gradient is not the recipe of .*, 'tiny_sd3'"):
+        parse("--config=config/grpo.py:tiny_sd3_use_gradient", f"--config.resume_from={earlier}")
+
+
+def test_without_a_recipe_what_is_resumed_must_be_a_run(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.resume_from = .* holds no checkpoint"):
+        parse(f"--config.resume_from={tmp_path}")
+
+
+def test_settings_that_were_changed_after_they_were_written_are_not_taken(earlier):
+    text = (earlier / "config.json").read_text().replace('"seed": 5', '"seed": 4')
+    (earlier / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config.json is damaged or missing \(it has changed since it was written\)"):
+        parse(f"--config.resume_from={earlier}")
+
+
+def test_damaged_settings_are_taken_from_the_newest_checkpoint(earlier, capsys):
+    state = {
+        "weights": {},
+        "counters": {"epoch": 3, "seconds": 1},
+        "config": json.loads((earlier / "config.json").read_text()),
+    }
+    (earlier / "checkpoints/checkpoint-000003").mkdir(parents=True)
+    (earlier / "checkpoints/checkpoint-000003/state.json").write_text(json.dumps(state))
+    (earlier / "config.json").write_bytes(b"\0" * 100)
+    assert parse(f"--config.resume_from={earlier}").seed == 5
+    assert "the settings are taken from the newest checkpoint" in capsys.readouterr().err
 
 
 # --- what does not --------------------------------------------------------------------------------------
@@ -192,6 +277,25 @@ def stopping(error: Exception):
         raise error
 
     return main
+
+
+def test_a_terminal_that_has_gone_or_lacks_letters_ends_nothing(tmp_path):
+    """Output into a pipe that nobody reads, in a locale of ASCII."""
+    lines = [
+        "from scripts.cli import one_sentence_errors",
+        "import sys",
+        "with one_sentence_errors():",
+        "    for _ in range(100):",
+        "        print('ein grüner Hund', flush=True)",
+        "        sys.stderr.write('狗')",
+        f"    open({str(tmp_path / 'reached')!r}, 'w').close()",
+    ]
+    (tmp_path / "script.py").write_text("\n".join(lines), encoding="utf-8")
+    command = f"{sys.executable} {tmp_path / 'script.py'} 2>&1 | head -c 10"
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT), "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, shell=True, env=os.environ | env, capture_output=True, check=True)
+    assert done.stdout == b"ein gr\\xfc"
+    assert (tmp_path / "reached").exists()
 
 
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("bad\n input."), 2), (TrainingStopped("bad\n input."), 1)])

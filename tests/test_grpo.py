@@ -241,3 +241,37 @@ def test_the_microbatch_size_does_not_change_the_update(config, build):
         parts.train(grpo)
         grads.append(accumulated(parts.policy))
     assert ((grads[1] - grads[0]).norm() / grads[0].norm()).item() < 1e-4
+
+
+def bf16_ratio_error(config, build):
+    """12 images, sampled 5 at a time, trained as 5 + 1 and 5 + 1: the largest |ratio - 1|."""
+    config.mixed_precision, config.train.updates_per_epoch = "bf16", 2
+    config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
+    config.sample.batch_size = config.train.batch_size = 5
+    parts = build(config)
+    perturb(parts.policy, 0.1)
+    _, experience = collect(parts)
+    assert experience.sample_ids.tolist() == list(range(12))
+    chunks = [chunk for update in range(2) for chunk in parts.settings.plan.update_indices(update).split(5)]
+    terms = [
+        grpo.step_loss(minibatch(parts, experience, chunk), slot, parts.settings.config)
+        for chunk in chunks
+        for slot in range(4)
+    ]
+    return max(term["ratio_error"].item() for term in terms)
+
+
+def test_in_bf16_minibatches_of_other_sizes_in_training_still_give_a_ratio_of_exactly_one(config, build):
+    assert bf16_ratio_error(config, build) == 0.0
+
+
+def test_sampled_in_other_minibatches_bf16_would_not(config, build, monkeypatch):
+    """The broken twin: 5 + 5 + 2."""
+    monkeypatch.setattr(grpo, "sampling_minibatches", lambda settings: list(torch.arange(12).split(5)))
+    assert bf16_ratio_error(config, build) > 1e-6
+
+
+def test_in_float32_images_are_sampled_in_the_given_batches(config, build):
+    config.sample.batch_size = 5
+    settings = build(config).settings
+    assert [chunk.tolist() for chunk in grpo.sampling_minibatches(settings)] == [[0, 1, 2, 3, 4], [5, 6, 7]]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +22,11 @@ from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from config.base import get_config
-from flow_grpo.errors import ConfigError
+from flow_grpo import files, tracking
+from flow_grpo.errors import ConfigError, TrainingStopped
+from flow_grpo.files import write_atomically
 from flow_grpo.runs.folder import fresh_folder
-from flow_grpo.runs.history import read_history
+from flow_grpo.runs.history import append_line, read_history
 from flow_grpo.settings import Settings, plan_batches
 from flow_grpo.tracking import Counters, Run, _git_state, wandb_mode
 
@@ -148,8 +154,6 @@ def test_counters_survive_a_checkpoint_in_place() -> None:
     restored = Counters()
     restored.load_state_dict(json.loads(json.dumps(counters.state_dict())))
     assert restored == counters
-    with pytest.raises(KeyError):
-        restored.load_state_dict({"epoch": 1})
 
 
 def test_the_timer_counts_the_block_and_nothing_outside_it(new_run: NewRun) -> None:
@@ -194,6 +198,75 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(new_run: NewRun
     with pytest.raises(ConfigError, match=r"run_name='run'.*already holds a run"):
         new_run(seed=7)
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_is_being_written_is_refused_and_says_by_whom_since_when_and_where(new_run: NewRun) -> None:
+    first = new_run()
+    first.log({"train/reward": 0.1}, step=1)
+    finished_checkpoint(first.folder, 1)
+    for overrides in ({"seed": 7}, {"resume_from": str(first.folder)}):
+        with pytest.raises(
+            ConfigError,
+            match=rf"is being written by process {os.getpid()} on {re.escape(socket.gethostname())} since 20..-",
+        ):
+            new_run(**overrides)
+    first.finish()
+    assert new_run(resume_from=str(first.folder)).resumed
+
+
+def test_a_lock_ends_with_its_process_and_one_that_cannot_be_read_is_still_held(new_run: NewRun) -> None:
+    run = new_run()
+    (run.folder / "run.lock.json").write_text("{")
+    with pytest.raises(ConfigError, match="is being written by another process"):
+        new_run()
+    run.finish()
+    child = "import os, sys; from pathlib import Path; from flow_grpo.runs.lock import RunLock; "
+    child += "RunLock(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", child, str(run.folder)], check=False).returncode == -9
+    assert (run.folder / "run.lock.json").exists()  # of the process that was killed
+    new_run()
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh_under_its_name(
+    new_run: NewRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, value in ((1, 0.1), (2, 0.2)):
+        run = new_run(seed=number)
+        run.log({"train/reward": value}, step=1)
+        (run.folder / "checkpoints/.partial-checkpoint-000001").mkdir(parents=True)
+        run.finish()
+    run = new_run()
+    assert f"it starts afresh; what was there is now in {run.folder / 'earlier-2'}" in capsys.readouterr().err
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        "config.json", "earlier-1", "earlier-2", "environment.json", "run.lock", "run.lock.json",
+    ]  # fmt: skip
+    rewards = [read_history(run.folder / f"earlier-{n}/metrics.jsonl")[0]["train/reward"] for n in (1, 2)]
+    assert rewards == [0.1, 0.2]
+
+
+def test_a_folder_with_something_of_somebody_elses_is_refused_and_left_as_it_was(new_run: NewRun) -> None:
+    run = new_run()
+    run.log({"train/reward": 0.1}, step=1)
+    run.finish()
+    (run.folder / "thesis.tex").write_text("all of it")
+    with pytest.raises(ConfigError, match="already holds a run, which is not overwritten"):
+        new_run()
+    assert (run.folder / "metrics.jsonl").exists()
+
+
+def test_resuming_a_run_that_saved_nothing_says_how_it_is_started_again(new_run: NewRun) -> None:
+    run = new_run()
+    run.log({"train/reward": 0.1}, step=1)
+    run.finish()
+    with pytest.raises(ConfigError, match=r"holds no checkpoint.* start it again under its name"):
+        new_run(resume_from=str(run.folder))
+
+
+@pytest.mark.parametrize("blocked", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, blocked: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run_name='run': no folder can be made in logdir="):
+        Run(make_settings(tmp_path / blocked), Accelerator(cpu=True))
 
 
 def test_a_run_that_failed_before_its_first_result_does_not_block_its_name(new_run: NewRun) -> None:
@@ -246,6 +319,66 @@ def test_fresh_folder_counts_up(tmp_path: Path) -> None:
     assert [fresh_folder(tmp_path / "demo").name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
 
 
+# --- what cannot be written -----------------------------------------------------------------------------
+
+
+def full(*arguments: Any, **options: Any) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+def test_metrics_that_cannot_be_written_stop_the_training_with_a_sentence(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    run.log({"train/reward": 0.1}, step=1)
+    monkeypatch.setattr(tracking, "append_line", full)
+    run.log({"train/reward": 0.2}, step=2)
+    with pytest.raises(TrainingStopped, match=r"metrics.jsonl cannot be written \(No space left on device\)"):
+        run.check_stop()
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    """A disk that is full in the middle of a line; /dev/full takes nothing at all."""
+    path = tmp_path / "metrics.jsonl"
+    append_line(path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_line(path, {"step": 2, "train/reward": "x" * 100})
+    finally:
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_an_image_that_cannot_be_written_is_told_once_and_leaves_nothing(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run()
+    monkeypatch.setattr(tracking, "write_atomically", full)
+    for step in (1, 2):
+        run.log_image("eval", np.zeros((2, 2, 3), np.uint8), step)
+    said = capsys.readouterr().err
+    assert said.count("could not be written (No space left on device); the run goes on.") == 1
+    assert list((run.folder / "images").iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_keeps_its_old_content_and_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "record.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(files, "sync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 # --- records --------------------------------------------------------------------------------------------
 
 
@@ -287,6 +420,22 @@ def test_the_git_state_is_none_where_the_code_is_not_tracked(tmp_path: Path, mon
 # --- trackers -------------------------------------------------------------------------------------------
 
 
+def test_tensorboard_forgets_what_a_resumed_run_does_again(new_run: NewRun) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = new_run(trackers=("tensorboard",))
+    for step in (1, 2, 3):
+        run.log({"train/reward": step}, step=step)
+    finished_checkpoint(run.folder, 1)
+    run.finish()
+    again = new_run(trackers=("tensorboard",), resume_from=str(run.folder))
+    for step in (2, 3):
+        again.log({"train/reward": 10 * step}, step=step)
+    again.finish()
+    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/reward")] == [(1, 1), (2, 20), (3, 30)]
+
+
 def test_tensorboard_receives_what_is_logged(new_run: NewRun) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -316,8 +465,12 @@ def test_wandb_is_online_only_with_a_key(tmp_path: Path, no_wandb_key: None, mon
     assert wandb_mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert wandb_mode() == "online"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode() == "disabled"
+    for mode in ("disabled", "DISABLED"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert wandb_mode() == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "off")
+    with pytest.raises(ConfigError, match="WANDB_MODE=off is not allowed; it takes online, offline"):
+        wandb_mode()
 
 
 def test_wandb_without_a_key_runs_offline_and_asks_nothing(

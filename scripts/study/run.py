@@ -52,14 +52,15 @@ def state_of(run: StudyRun, out: Path) -> State:
     if not finished:
         return State.NEW
     try:
-        config, counters = read_config(folder, {}), checkpoint_state(finished[max(finished)])["counters"]
+        config, state = read_config(folder, {}), checkpoint_state(finished[max(finished)])
     except ConfigError as error:
         raise ConfigError(f"{str(error).rstrip('.')}; delete {folder} to train this run again.") from None
     expected = get_config(run.recipe)
     expected.update_from_flattened_dict(run.settings)
     if _trained(config) != _trained(expected):
         return State.NEW
-    return State.DONE if is_over(config, counters["epoch"], counters["seconds"]) else State.BEGUN
+    over = is_over(config, state["counters"]["epoch"], state["counters"]["seconds"]) and state.get("evaluated", True)
+    return State.DONE if over else State.BEGUN
 
 
 def _trained(config: ConfigDict) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+"""The configuration of a run, from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from config.base import get_config
+from flow_grpo.errors import ConfigError
+from flow_grpo.runs.folder import CONFIG_FILE, run_config
+from flow_grpo.settings import leaves
+
+
+def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int | None = 1) -> ConfigDict:
+    """The configuration of a run folder, for so many processes (None: the run's), with some of its keys replaced.
+
+    Raises:
+        ConfigError: config.json is missing, or is not a configuration of this project.
+    """
+    path, config = folder / CONFIG_FILE, get_config()
+    values = run_config(folder)
+    unknown = sorted(values.keys() - dict(leaves(config)).keys())
+    missing = sorted(dict(leaves(config)).keys() - values.keys())
+    if unknown or "pretrained.model" in missing:  # a key that came later has its default
+        wrong = f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
+        raise ConfigError(f"{path} {wrong}: it is not a configuration of this project.")
+    values |= {"resume_from": "", **overrides}
+    if num_processes is not None:
+        values["num_processes"] = num_processes
+    for key, value in values.items():
+        try:
+            config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+        except (TypeError, ValueError):
+            raise ConfigError(f"{path}: config.{key} = {value!r} is of another kind than config/base.py's.") from None
+    return config

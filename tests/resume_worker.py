@@ -1,0 +1,63 @@
+"""Run by test_resume_processes.py on any number of processes: every loop goes on to an epoch, in one launch."""
+
+import sys
+
+from config.base import get_config
+from flow_grpo import checkpoint, drtune, grpo
+from flow_grpo.launch import launch
+from flow_grpo.policy import Policy
+from flow_grpo.prompts import PromptDataset
+from flow_grpo.rewards import build_reward
+from flow_grpo.settings import resolve
+from flow_grpo.tracking import Run
+from flow_grpo.trainer import fit
+
+CASES = {  # name -> (reward gradient, LoRA)
+    "grpo": (False, True),
+    "drtune": (True, True),
+    "grpo_full": (False, False),
+    "drtune_full": (True, False),
+}
+
+
+def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
+    """12 images an epoch: 1, 2 and 3 processes divide them."""
+    config = get_config()
+    config.use_reward_gradient, config.use_lora = CASES[case]
+    config.logdir, config.run_name, config.trackers = out, run_name, ()
+    config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
+    config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
+    config.reward_model.pickscore, config.eval.judge, config.eval.modes = f"{models}/clip", "", ""
+    config.num_epochs, config.save_freq, config.eval_freq = epochs, 1, 0
+    config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
+    config.sample.batch_size, config.train.batch_size, config.train.updates_per_epoch = 4, 4, 2
+    config.sample.num_steps, config.drtune.num_train_steps = 3, 2
+    config.train.learning_rate = 1e-4
+    return config
+
+
+def main(models: str, out: str, name: str, first: str, last: str) -> None:
+    """Each case's run `<name>_<case>`, from epoch `first` to `last`."""
+    accelerator = None
+    for case in CASES:
+        run_name = f"{name}_{case}"
+        config = configuration(case, models, out, run_name, int(last))
+        if int(first) > 0:
+            config.resume_from = f"{out}/{run_name}"
+        if accelerator is None:
+            settings, accelerator = launch(config)
+        else:
+            settings = resolve(config, accelerator.num_processes, cuda=False)
+        prompts = PromptDataset.load(settings.config.prompts.train)
+        run = Run(settings, accelerator)
+        policy = Policy.load(settings, accelerator)
+        due = checkpoint.resume(policy, run, settings)
+        assert run.counters.epoch == int(first)
+        method = drtune if settings.config.use_reward_gradient else grpo
+        reward = build_reward(settings.config, accelerator.device)
+        fit(policy, method.train_epoch, prompts, prompts, reward, (), settings, run, due)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,216 @@
+"""Signals, deadlines and launchers that have gone: a run that is stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from flow_grpo import checkpoint, drtune, grpo
+from flow_grpo.errors import ConfigError, Interrupted
+from flow_grpo.evaluation import sample_evaluators
+from flow_grpo.runs import stopping
+from flow_grpo.runs.history import read_history
+from flow_grpo.runs.stopping import StopWatch, watching
+from flow_grpo.trainer import fit, is_lost_process
+from tests.saved_runs import read_state
+
+METHODS = {"grpo": grpo, "drtune": drtune}
+
+
+class StopAfter(StopWatch):
+    """Asks to stop at the n-th question, by SIGTERM."""
+
+    def __init__(self, questions: int) -> None:
+        super().__init__({})
+        self.left = questions
+
+    def reason(self) -> int:
+        self.left -= 1
+        return int(signal.SIGTERM) if self.left < 0 else 0
+
+
+def train(config, build, stop_after=None):
+    """scripts/train/train_sd3.py with reward and judge; how many questions were left, and the parts."""
+    parts = build(config)
+    parts.run._stop = StopAfter(10**9 if stop_after is None else stop_after)
+    parts.run._stop.run = parts.run
+    due = checkpoint.resume(parts.policy, parts.run, parts.settings)
+    evaluators = sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))
+    method = METHODS["drtune" if config.use_reward_gradient else "grpo"]
+    arguments = (parts.prompts, parts.prompts, parts.reward, evaluators, parts.settings, parts.run, due)
+    fit(parts.policy, method.train_epoch, *arguments)
+    return parts
+
+
+def history(parts):
+    lines = read_history(parts.run.folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture
+def evaluated(config):
+    """2 epochs of 2 updates in minibatches of 2; evaluated and saved after each."""
+    config.eval_freq = config.save_freq = 1
+    config.train.updates_per_epoch, config.train.batch_size, config.sample.batch_size = 2, 2, 4
+    config.eval.batch_size, config.eval.num_prompts = 2, 2
+    return config
+
+
+def questions(config, build):
+    """How often an unbroken run asks whether to stop, and what it leaves."""
+    config.run_name = "unbroken"
+    unbroken = train(config, build)
+    return 10**9 - unbroken.run._stop.left, unbroken
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_stopped_at_any_question_it_goes_on_as_if_it_had_not_been(evaluated, build, method):
+    """Before the first epoch, in sampling, between updates, in evaluation: every few questions of the run."""
+    evaluated.use_reward_gradient = method == "drtune"
+    total, unbroken = questions(evaluated, build)
+    expected = [p.detach().clone() for p in unbroken.policy.trainable]
+    assert total > 15
+    for number in range(0, total, 4):
+        evaluated.run_name, evaluated.resume_from = f"stopped-{number}", ""
+        with pytest.raises(Interrupted, match=r"stopped by SIGTERM after epoch \d: checkpoint-00000\d is w"):
+            train(evaluated, build, stop_after=number)
+        evaluated.resume_from = f"{evaluated.logdir}/stopped-{number}"
+        resumed = train(evaluated, build)
+        assert all(torch.equal(a, b) for a, b in zip(resumed.policy.trainable, expected, strict=True)), number
+        assert history(resumed) == history(unbroken), number
+        state, whole = (read_state(parts.run.folder / "checkpoints/checkpoint-000002") for parts in (resumed, unbroken))
+        assert {**state["counters"], "seconds": 0} == {**whole["counters"], "seconds": 0}
+        assert (state["score"], state["best"]) == (whole["score"], whole["best"])
+
+
+def test_a_stop_that_kept_the_middle_of_an_epoch_would_not_be_exact(evaluated, build, monkeypatch):
+    """The broken twin: the weights of after the first update, with the counters of before."""
+    asked = []
+    monkeypatch.setattr(StopAfter, "reason", lambda self: asked.append(self.run.counters.updates) or 0)
+    _, unbroken = questions(evaluated, build)
+    monkeypatch.undo()
+    first_after_update = asked.index(1)
+    monkeypatch.setattr(checkpoint, "restore", lambda *arguments: None)
+    evaluated.run_name = "stopped"
+    with pytest.raises(Interrupted):
+        train(evaluated, build, stop_after=first_after_update)
+    monkeypatch.undo()
+    evaluated.resume_from = f"{evaluated.logdir}/stopped"
+    resumed = train(evaluated, build)
+    assert not all(torch.equal(a, b) for a, b in zip(resumed.policy.trainable, unbroken.policy.trainable, strict=True))
+
+
+# --- the watch ------------------------------------------------------------------------------------------
+
+
+def test_before_training_a_signal_ends_the_process_and_afterwards_it_is_noted():
+    with watching() as watch, pytest.raises(Interrupted, match="stopped by SIGTERM before training began") as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.exit_code == 143
+    with watching() as watch:
+        watch.armed = True
+        assert watch.reason() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.reason() == signal.SIGINT
+
+
+def test_a_second_signal_ends_at_once_unless_it_is_the_same_request(monkeypatch):
+    ended: list[tuple[int, int]] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ended.append((number, handler)))
+    monkeypatch.setattr(os, "kill", lambda process, number: ended.append((process, number)))
+    clock = iter([100.0, 100.5, 101.5])
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
+    watch = StopWatch({})
+    watch.armed = True
+    watch.handle(signal.SIGTERM, None)
+    watch.handle(signal.SIGTERM, None)  # passed on by a launcher
+    assert ended == []
+    watch.handle(signal.SIGTERM, None)
+    assert ended == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]
+
+
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored():
+    """nohup, and what a shell starts in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with watching() as watch:
+            watch.armed = True
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert watch.reason() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+DEADLINES = [
+    ({"FLOW_GRPO_DEADLINE": 1000}, 880),
+    ({"SLURM_JOB_END_TIME": 1000}, 880),
+    ({"FLOW_GRPO_DEADLINE": 1000, "SLURM_JOB_END_TIME": 5000}, 880),
+    ({"SLURM_JOB_END_TIME": 1000, "FLOW_GRPO_DEADLINE_MARGIN": 10}, 990),
+]
+
+
+@pytest.mark.parametrize(("environment", "stops_at"), DEADLINES)
+def test_a_deadline_stops_as_sigterm_does_two_minutes_before(monkeypatch, environment, stops_at):
+    watch = StopWatch({name: str(value) for name, value in environment.items()})
+    monkeypatch.setattr(stopping.time, "time", lambda: stops_at - 0.5)
+    assert watch.reason() == 0
+    monkeypatch.setattr(stopping.time, "time", lambda: stops_at)
+    assert watch.reason() == signal.SIGTERM
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", ""])
+def test_a_deadline_that_is_no_time_is_one_sentence(value):
+    with pytest.raises(ConfigError, match=f"FLOW_GRPO_DEADLINE={value} is not allowed; it takes seconds"):
+        StopWatch({"FLOW_GRPO_DEADLINE": value})
+
+
+def test_a_launcher_that_has_gone_stops_its_process_but_a_shell_that_has_gone_does_not(monkeypatch):
+    launched, alone = StopWatch({"LOCAL_RANK": "0"}), StopWatch({})
+    assert launched.reason() == 0
+    monkeypatch.setattr(stopping.os, "getppid", lambda: 1)
+    assert launched.reason() == signal.SIGTERM
+    assert alone.reason() == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "processes", "lost"),
+    [
+        ("[pair.cc:553] Connection closed by peer", 2, True),
+        ("Connection closed by peer", 1, False),
+        ("x", 2, False),
+    ],
+)
+def test_a_process_that_has_gone_is_told_from_other_errors(message, processes, lost):
+    assert is_lost_process(RuntimeError(message), processes) is lost
+
+
+# --- as a command ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]], ids=["1", "2"])
+def test_a_real_signal_ends_every_process_with_one_sentence_and_a_checkpoint(random_models, tmp_path, launcher):
+    """The first epoch's line is in the history: the signal comes in the middle of training."""
+    from tests.test_train_sd3 import ROOT, SCRIPT, overrides
+
+    recipe = ["--config", "config/grpo.py:tiny_sd3", "--config.num_epochs=1000", "--config.save_freq=0"]
+    command = [sys.executable, *launcher, SCRIPT, *overrides(random_models, tmp_path), *recipe, "--config.eval_freq=0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 1):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    if not launcher:
+        assert process.returncode == 143
+        assert "Traceback" not in said
+    assert said.count("stopped by SIGTERM after epoch") == 1
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"{saved.name} is written, go on with --config.resume_from={tmp_path / 'run'}" in said
+    assert checkpoint.checkpoint_damage(saved, deep=True) is None
