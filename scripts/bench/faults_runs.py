@@ -187,7 +187,7 @@ def become_training(
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
-    sys.stdout, sys.stderr = (open(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(standard, "w", buffering=1, closefd=False) for standard in (1, 2))
     os.environ.update(environment)
     os.chdir(ROOT)
     code = 1
