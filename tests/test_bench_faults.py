@@ -9,8 +9,9 @@ from random import Random
 
 import pytest
 
-from scripts.bench import faults, faults_files
-from scripts.bench.faults_runs import FAULTS, OTHER, SAVING, Calls, Reference, Result, Session, free_port, litter
+from scripts.bench import faults, faults_damage
+from scripts.bench.faults_processes import FAULTS, OTHER, SAVING, Calls, Result, Session, free_port
+from scripts.bench.faults_runs import Reference, litter, other_metrics
 from scripts.bench.faults_stops import children_of, is_alive, moment
 
 
@@ -37,16 +38,16 @@ def test_two_hundred_damages_take_every_way_in_both_kinds_of_training():
     plan = faults.PARTS["damage"].plan(Random("damage 0"), False)
     assert len(plan) == 200
     ways = {(damage.kind.lora, damage.way) for damage in plan}
-    assert ways == {(lora, way) for lora in (True, False) for way in faults_files.WAYS}
+    assert ways == {(lora, way) for lora in (True, False) for way in faults_damage.WAYS}
 
 
-@pytest.mark.parametrize("way", faults_files.WAYS)
+@pytest.mark.parametrize("way", faults_damage.WAYS)
 @pytest.mark.parametrize("content", [b"", b"x", bytes(range(1, 200))])
 def test_damage_changes_a_file_always(tmp_path, way, content):
     for seed in range(20):
         file = tmp_path / f"{way}-{seed}"
         file.write_bytes(content)
-        faults_files.spoil(file, way, Random(seed))
+        faults_damage.spoil(file, way, Random(seed))
         assert not file.exists() or file.read_bytes() != content
         assert file.exists() == (way != "delete")
 
@@ -54,7 +55,7 @@ def test_damage_changes_a_file_always(tmp_path, way, content):
 def test_a_flip_changes_one_bit(tmp_path):
     file, content = tmp_path / "file", os.urandom(100)
     file.write_bytes(content)
-    faults_files.spoil(file, "flip", Random(0))
+    faults_damage.spoil(file, "flip", Random(0))
     changed = int.from_bytes(file.read_bytes(), "big") ^ int.from_bytes(content, "big")
     assert changed.bit_count() == 1
 
@@ -74,7 +75,7 @@ def test_the_newest_checkpoints_files_are_kinds_of_their_own(tmp_path):
     ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
-    kinds = faults_files.files_by_kind(tmp_path)
+    kinds = faults_damage.files_by_kind(tmp_path)
     assert {name: len(files) for name, files in kinds.items()} == {
         "config.json": 1, "images/*": 2, "diversity/bandwidth.json": 1, "diversity/*": 1, "newest/state.json": 1,
         "older/state.json": 1, "newest/lora/adapter_config.json": 1, "older/lora/adapter_config.json": 1,
@@ -86,7 +87,7 @@ def test_the_newest_checkpoints_files_are_kinds_of_their_own(tmp_path):
 )
 def test_a_refusal_is_one_sentence_and_exit_code_2(tmp_path, code, said, counted):
     result = Result("damage", 0, "")
-    faults_files.judge(code, "config.json", "config.json", tmp_path, tmp_path, said, result)
+    faults_damage.judge(code, "config.json", "config.json", tmp_path, tmp_path, said, result)
     assert result.faults == [OTHER] * counted
 
 
@@ -144,7 +145,7 @@ def test_a_call_on_the_file_system_can_be_the_last(tmp_path):
 def test_litter_moments_ports_and_processes(tmp_path):
     (tmp_path / "checkpoints" / ".partial-checkpoint-000001").mkdir(parents=True)
     (tmp_path / "metrics.jsonl.tmp").write_text("")
-    assert litter(tmp_path) == [".partial-checkpoint-000001", "metrics.jsonl.tmp"]
+    assert litter(tmp_path) == ["checkpoints/.partial-checkpoint-000001", "metrics.jsonl.tmp"]
     reference = Reference(tmp_path, 2.0, 30)
     assert moment(0.5, reference, -1) == pytest.approx(1.0)
     assert moment(0.5, reference, 4) == pytest.approx(0.3)
@@ -161,3 +162,20 @@ def test_litter_moments_ports_and_processes(tmp_path):
 
 def test_the_scope_of_saving_is_there_to_be_counted():
     assert all(callable(getattr(owner, name)) for owner, name in SAVING)
+
+
+def test_a_word_is_about_the_file_that_it_names():
+    assert faults_damage.is_told("the checkpoint x/checkpoint-000003 is damaged (state.json is missing)", "000003")
+    assert not faults_damage.is_told("config.json is damaged\ngoing on from metrics.jsonl", "metrics.jsonl")
+
+
+def test_metrics_that_were_logged_twice_are_named(tmp_path):
+    lines = [{"step": 1, "seconds": 1.0}, {"step": 1, "eval/x": 2.0}, {"step": 2, "seconds": 2.0}]
+    for name, kept in (("once", lines), ("twice", [*lines[:2], *lines[1:]]), ("further", [*lines, {"step": 3}])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    once = tmp_path / "once"
+    assert other_metrics(once, once) == []
+    assert other_metrics(tmp_path / "twice", once) == ["other metrics: 1 1e 1e 2 instead of 1 1e 2"]
+    assert other_metrics(tmp_path / "further", once, prefix=True) == []
+    assert other_metrics(tmp_path / "further", once)

@@ -50,8 +50,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.bench import faults_files, faults_stops
-from scripts.bench.faults_runs import FAULTS, Kind, Lab, Result
+from scripts.bench import faults_damage, faults_stops, faults_writing
+from scripts.bench.faults_processes import FAULTS, Result
+from scripts.bench.faults_runs import Kind, Lab
 
 TOGETHER = 2  # trials at a time
 
@@ -68,9 +69,9 @@ class Part:
 PARTS = {
     "kills": Part(faults_stops.plan_kills, faults_stops.run_kills, "SIGKILLs"),
     "signals": Part(faults_stops.plan_stops, faults_stops.run_stops, "stops"),
-    "damage": Part(faults_files.plan_damage, faults_files.run_damage, "damaged files"),
-    "races": Part(faults_files.plan_races, faults_files.run_races, "starts"),
-    "disks": Part(faults_files.plan_disks, faults_files.run_disks, "broken disks"),
+    "damage": Part(faults_damage.plan_damage, faults_damage.run_damage, "damaged files"),
+    "races": Part(faults_writing.plan_races, faults_writing.run_races, "starts"),
+    "disks": Part(faults_writing.plan_disks, faults_writing.run_disks, "broken disks"),
 }
 
 
@@ -80,7 +81,7 @@ def prepare(lab: Lab, kinds: set[Kind]) -> None:
     for kind in sorted(kinds, key=str):
         lab.refer(kind)
         if kind.more:
-            faults_files.make_continuation(lab, kind)
+            faults_damage.make_continuation(lab, kind)
 
 
 def run_trial(lab: Lab, part: str, numbered: tuple[int, Any]) -> Result:

@@ -15,25 +15,27 @@ from random import Random
 from flow_grpo.runs.folder import HISTORY_FILE
 from flow_grpo.runs.stopping import DEADLINE, MARGIN, SAME_REQUEST
 from flow_grpo.tracking import Run
-from scripts.bench.faults_runs import (
-    EPOCHS,
+from scripts.bench.faults_processes import (
     HANG,
     LOST,
     OPENING,
     OTHER,
     SAVING,
     SCRIPT,
+    Result,
+    Session,
+    kill_at,
+    nothing,
+)
+from scripts.bench.faults_runs import (
+    EPOCHS,
     Kind,
     Lab,
     Reference,
-    Result,
-    Session,
     damaged,
     finish,
-    history,
-    kill_at,
     newest_whole,
-    nothing,
+    other_metrics,
     resuming,
     trial_folder,
 )
@@ -41,6 +43,7 @@ from scripts.bench.faults_runs import (
 KINDS = tuple(Kind(loop, processes) for loop in ("grpo", "drtune") for processes in (1, 2))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OPENING_CALLS = 12  # about as many as there are when a run goes on
+SOON = 2  # epochs within which a kill comes, so that there is something left to be killed again
 STARTING = 0.3  # of an unbroken run's time, before its first epoch
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT)
 REAL = (sys.executable, SCRIPT)
@@ -122,7 +125,7 @@ def _start(
     arguments = lab.beginning(kind, run) if newest_whole(run) < 0 else resuming(run)
     before: Callable[[], None] = nothing
     if blow.where == "saving":
-        saves = EPOCHS - max(newest, 0)
+        saves = min(SOON, EPOCHS - max(newest, 0))
         before = kill_at(SAVING, 1 + int(blow.at * reference.calls * saves))
     elif blow.where == "opening":
         before = kill_at(OPENING, 1 + int(blow.at * OPENING_CALLS))
@@ -133,13 +136,13 @@ def _strike(session: Session, blow: Blow, reference: Reference, newest: int) -> 
     """At the moment; a call that ends the process comes by itself."""
     if blow.where in ("saving", "opening"):
         return
-    session.wait(moment(blow.at, reference, newest) + (7.0 if blow.real else 0.0))
+    session.wait(moment(blow.at, reference, newest, SOON) + (7.0 if blow.real else 0.0))
     session.send(signal.SIGTERM if blow.where == "stopped" else signal.SIGKILL, blow.ranks)
 
 
-def moment(at: float, reference: Reference, newest: int) -> float:
-    """Seconds after the start of a run that goes on from an epoch."""
-    left = (EPOCHS - max(newest, 0)) / EPOCHS
+def moment(at: float, reference: Reference, newest: int, within: int = EPOCHS) -> float:
+    """Seconds after the start of a run that goes on from an epoch; one of the next epochs within so many."""
+    left = min(within, EPOCHS - max(newest, 0)) / EPOCHS
     return at * reference.seconds * (STARTING + (1 - STARTING) * left)
 
 
@@ -201,9 +204,8 @@ def _go_on(lab: Lab, kind: Kind, run: Path, log: Path, reference: Reference, res
     """To the end of the unbroken run, or compare what there is with it where the run has come further."""
     newest = newest_whole(run)
     if newest >= EPOCHS:
-        expected = history(reference.folder)
-        if history(run)[: len(expected)] != expected:
-            result.add(LOST, "other metrics")
+        if different := other_metrics(run, reference.folder, prefix=True):
+            result.add(LOST, different[0])
         return
     arguments = lab.beginning(kind, run) if newest < 0 else resuming(run, f"--config.num_epochs={EPOCHS}")
     finish(Session(arguments, log, kind.processes), run, reference.folder, result)
