@@ -13,7 +13,7 @@ from flow_grpo.runs.folder import CONFIG_FILE, HISTORY_FILE
 from flow_grpo.runs.lock import OWNER_FILE
 from flow_grpo.runs.saved import CHECKPOINTS, finished_checkpoints
 from scripts.bench.faults_processes import LOADED, LOST, OTHER, Result, Session
-from scripts.bench.faults_runs import EPOCHS, Kind, Lab, differences, last_tensors, resuming, sentences, trial_folder
+from scripts.bench.faults_runs import EPOCHS, Kind, Lab, differences, resuming, sentences, trial_folder
 
 WORDS = re.compile(r"damaged|is not what it was|missing|cannot be read")
 WAYS = ("flip", "truncate", "delete", "empty", "zero")

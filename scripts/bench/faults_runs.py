@@ -144,6 +144,11 @@ def newest_whole(run: Path) -> int:
     return max((int(checkpoint_state(path)["counters"]["epoch"]) for path in whole), default=-1)
 
 
+def is_evaluated(run: Path, epoch: int) -> bool:
+    """Whether the evaluation that was due at a whole checkpoint had been made before it was written."""
+    return bool(checkpoint_state(run / CHECKPOINTS / f"checkpoint-{epoch:06d}").get("evaluated", True))
+
+
 def damaged(run: Path) -> list[str]:
     """The checkpoints under their own names that are not whole."""
     found = finished_checkpoints(run / CHECKPOINTS).values()

@@ -29,6 +29,7 @@ from scripts.bench.faults_runs import (
     damaged,
     differences,
     finish,
+    is_evaluated,
     litter,
     newest_whole,
     other_metrics,
@@ -220,7 +221,7 @@ def check_end(code: int, said: str, run: Path, result: Result) -> None:
 
 def _whole_again(lab: Lab, disk: Disk, run: Path, folder: Path, reference: Reference, result: Result) -> None:
     go_on = resuming(run, f"--config.num_epochs={EPOCHS}") if newest_whole(run) >= 0 else lab.beginning(disk.kind, run)
-    if newest_whole(run) < EPOCHS:
+    if newest_whole(run) < EPOCHS or not is_evaluated(run, EPOCHS):
         finish(Session(go_on, folder / "last.log"), run, reference.folder, result)
     elif different := other_metrics(run, reference.folder):
         result.add(LOST, different[0])
