@@ -166,15 +166,16 @@ def run_folder_of(resume_from: str) -> Path | None:
     if not resume_from:
         return None
     path = Path(resume_from)
-    candidates = (path, *path.resolve().parents[:2])
+    candidates = [path]
+    for folder in (path.resolve(), path.resolve().parent):
+        if folder.name == CHECKPOINTS:
+            candidates.append(folder.parent)
     return next((folder for folder in candidates if _is_run(folder)), None)
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run was written here; a run may have lost one of its records."""
-    return any((folder / name).is_file() for name in (ENVIRONMENT_FILE, CONFIG_FILE, HISTORY_FILE)) and (
-        not (folder / "state.json").is_file()
-    )
+    """Whether a run was written here, which may have lost one of its records."""
+    return any((folder / name).is_file() for name in (ENVIRONMENT_FILE, CONFIG_FILE, HISTORY_FILE))
 
 
 # --- records --------------------------------------------------------------------------------------------
