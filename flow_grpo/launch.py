@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.rewards import REWARDS, reward_names
 from flow_grpo.settings import Settings, resolve
 
@@ -26,12 +27,18 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
     """Resolve the configuration for the processes that were launched, and make their accelerator.
 
     Raises:
-        ConfigError: see `settings.resolve`; or a model that is neither here nor on the hub; or a launcher, FSDP or
-            DeepSpeed plugin that is not supported.
+        ConfigError: see `launcher.read_launcher` and `settings.resolve`; or a model that is neither here nor on the
+            hub.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and by accelerate launch
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
-    settings = resolve(config, num_processes, cuda)
+    launched = read_launcher()
+    cuda = torch.cuda.is_available() and not launched.use_cpu
+    if cuda and launched.local_processes > (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={launched.local_processes} processes share {gpus} GPUs of this machine; start at most "
+            "one for each, or set ACCELERATE_USE_CPU=true."
+        )
+    settings = resolve(config, launched.num_processes, cuda)
+    check_precision(settings.config.mixed_precision)
     if settings.config.num_threads > 0:
         torch.set_num_threads(settings.config.num_threads)
     diffusers.utils.logging.disable_progress_bar()  # our own bars tell what is worth telling
@@ -42,7 +49,7 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
         cpu=not cuda,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    _check_launcher(accelerator, num_processes)
+    _check_launcher(accelerator, launched.num_processes)
     return settings, accelerator
 
 
