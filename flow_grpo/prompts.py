@@ -23,7 +23,7 @@ import torch
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, parse_json, read_bytes
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.settings import BatchPlan
+from flow_grpo.settings import BatchPlan, text_fault
 from flow_grpo.types import PromptBatch
 
 FETCHED_FOLDER = "assets/prompts/pickscore"
@@ -196,24 +196,16 @@ def _parse_json(line: str) -> Entry:
         raise ConfigError(' must be an object whose "prompt" is a string that is not empty.')
     if not _depth_is_at_most(MAX_NESTING, entry):
         raise ConfigError(f" is JSON nested more than {MAX_NESTING} deep.")
-    if "\\u" in line:  # nothing else writes what is no Unicode character
-        _check_encodable(json.dumps([prompt, entry], ensure_ascii=False))
+    if "\\u" in line and (fault := text_fault(json.dumps(entry, ensure_ascii=False))):  # what else is no text?
+        raise ConfigError(f" {fault}.")
     return _checked(prompt), entry
 
 
 def _checked(prompt: str) -> str:
     """The prompt without the blanks around it."""
-    if "\0" in prompt:
-        raise ConfigError(" has a null character; it takes UTF-8 text.")
+    if fault := text_fault(prompt):
+        raise ConfigError(f" {fault}.")
     return prompt.strip()
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        raise ConfigError(f" has \\u{code:04x}, half of a surrogate pair, which is no character.") from None
 
 
 def _depth_is_at_most(depth: int, value: Any) -> bool:

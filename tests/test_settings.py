@@ -43,6 +43,9 @@ def config(tmp_path: Path) -> ConfigDict:
     config.pretrained.model = write_model(tmp_path / "model")
     clip = tmp_path / "clip"
     clip.mkdir()
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+        (clip / name).write_text('{"added_tokens": []}')
+    (clip / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     config.reward_model.pickscore = config.reward_model.clipscore = config.eval.judge = str(clip)
     config.reward_fn.pickscore = 1.0
     for name in ("train", "test"):
