@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
+from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.policy import check_lora_targets, noise_levels
 from flow_grpo.rewards import REWARDS, reward_names
-from flow_grpo.settings import Settings, resolve
+from flow_grpo.settings import Settings, pixels_per_token, resolve
 
 # The other processes wait in the next collective call while the main one evaluates: however long that takes, they must
 # not give up. A process that dies is noticed all the same, by the launcher, which ends the others.
@@ -44,6 +49,7 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
     diffusers.utils.logging.disable_progress_bar()  # our own bars tell what is worth telling
     transformers.utils.logging.disable_progress_bar()
     _check_hub(settings)
+    _check_pipeline(settings)
     accelerator = Accelerator(
         mixed_precision=settings.config.mixed_precision,
         cpu=not cuda,
@@ -74,6 +80,29 @@ def _check_hub(settings: Settings) -> None:
             raise ConfigError(
                 f"config.{key} = {model!r} is no folder here, and cannot be fetched from the hub: {reason}"
             ) from error
+
+
+def _check_pipeline(settings: Settings) -> None:
+    """What its own classes make of the settings in a pipeline's folder; that of a hub id is checked when it loads."""
+    config = settings.config
+    folder = Path(config.pretrained.model)
+    if not os.path.isdir(folder):
+        return
+    files = (folder / "scheduler/scheduler_config.json", folder / "transformer/config.json")
+    scheduler_settings, transformer_settings = (read_object(file, "config.pretrained.model: ") for file in files)
+    try:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_settings)
+        with torch.device("meta"):  # shapes and names alone
+            transformer = SD3Transformer2DModel.from_config(transformer_settings)
+    except LOADING_ERRORS as error:
+        raise ConfigError(
+            f"config.pretrained.model: {folder} has settings that make no model: {first_line(error)}"
+        ) from error
+    tokens = (config.resolution // pixels_per_token(folder)) ** 2
+    for steps in (config.sample.num_steps, config.eval.num_steps):
+        noise_levels(scheduler, steps, tokens)
+    if config.use_lora:
+        check_lora_targets(transformer, config.lora.target_modules)
 
 
 def _check_launcher(accelerator: Accelerator, num_processes: int) -> None:

@@ -5,6 +5,7 @@ No model loads for it. What is not found here is found when the model loads: see
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ PART_NEEDS: dict[str, Needs] = {  # of the folder of a pipeline, by the first wo
     "transformer": MODEL_NEEDS,
     "vae": MODEL_NEEDS,
     "text": MODEL_NEEDS,
-    "tokenizer": (TOKENIZER,),
+    "tokenizer": (TOKENIZER, ("tokenizer_config.json",)),
     "scheduler": (("scheduler_config.json",),),
 }
 
@@ -49,7 +50,7 @@ def check_files(folder: Path, subject: str, needs: Needs) -> None:
         if not any(any(folder.glob(name)) for name in names):
             raise ConfigError(f"{subject}{folder} has no {' or '.join(names)}.")
     for name, key in SETTINGS.items():
-        if (folder / name).exists() and key not in {"", *read_object(folder / name, subject)}:
+        if os.path.exists(folder / name) and key not in {"", *read_object(folder / name, subject)}:
             raise ConfigError(f'{subject}{folder / name} has no "{key}".')
     for path in sorted(folder.glob("*.safetensors")):
         _check_header(path, subject)

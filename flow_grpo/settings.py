@@ -337,12 +337,14 @@ SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effec
     "use_karras_sigmas": _or_null(_YES_OR_NO),
     "use_exponential_sigmas": _or_null(_YES_OR_NO),
     "use_beta_sigmas": _or_null(_YES_OR_NO),
-    "base_shift": _or_null(_FINITE),
-    "max_shift": _or_null(_FINITE),
-    "base_image_seq_len": _or_null(_whole(1)),
-    "max_image_seq_len": _or_null(_whole(1)),
     "shift_terminal": _or_null(_number("a number from 0 to below 1", lambda x: 0 <= x < 1)),
     "time_shift_type": _choice("exponential", "linear"),
+}
+DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shifting
+    "base_shift": _FINITE,
+    "max_shift": _FINITE,
+    "base_image_seq_len": _whole(1),
+    "max_image_seq_len": _whole(1),
 }
 
 
@@ -530,17 +532,28 @@ def _check_model(config: ConfigDict) -> None:
     model = config.pretrained.model
     check_checkpoint("config.pretrained.model", model)
     pixels, largest = HUB_PIXELS_PER_TOKEN, math.inf
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         _check_pipeline(Path(model))
         pixels = pixels_per_token(Path(model))
         side = _setting(Path(model, "transformer/config.json"), "pos_embed_max_size", _whole(1), default=96)
         largest = pixels * side
+        _check_latents(Path(model))
     if config.resolution % pixels or config.resolution > largest:
         limit = "" if largest == math.inf else f", at most {largest}"
         raise ConfigError(
             f"config.resolution = {config.resolution} does not fit the model {model}; it takes a multiple of "
             f"{pixels}{limit}."
         )
+
+
+def _check_latents(model: Path) -> None:
+    """The VAE's latents are those of the transformer, and their scale is known."""
+    vae, transformer = (model / part / "config.json" for part in ("vae", "transformer"))
+    for key in ("scaling_factor", "shift_factor"):
+        _setting(vae, key, _FINITE, default=0.0)
+    channels = _setting(vae, "latent_channels", _whole(1), default=16)
+    _setting(transformer, "in_channels", _only(channels, f"{channels}, as the VAE's latents have"), default=channels)
+    _setting(transformer, "out_channels", _or_null(_only(channels, f"{channels}, or null")), default=None)
 
 
 def pixels_per_token(model: Path) -> int:
@@ -561,7 +574,22 @@ def _setting(path: Path, key: str, rule: Rule, default: Any) -> Any:
 
 def _check_pipeline(model: Path) -> None:
     """The folder is a StableDiffusion3Pipeline's, with all the parts it names, whole, and a scheduler that is ours."""
-    if not (model / "model_index.json").exists():
+    index = _pipeline_index(model)
+    for name, part in index.items():
+        if (needs := PART_NEEDS.get(name.split("_")[0])) is not None:
+            _check_part(model, name, part, needs, optional=name in WITHOUT_T5)
+    for clip in ("", "_2"):
+        if f"tokenizer{clip}" in index:
+            _check_length(model, f"tokenizer{clip}", f"text_encoder{clip}")
+    if not index.get("tokenizer_3", [None])[0] and index.get("text_encoder_3", [None])[0]:
+        raise ConfigError(f"{PIPELINE}{model} has a text_encoder_3 without a tokenizer_3.")
+    if "scheduler" in index:
+        check_scheduler(read_object(model / "scheduler/scheduler_config.json", PIPELINE), index["scheduler"][1])
+
+
+def _pipeline_index(model: Path) -> dict[str, Any]:
+    """What model_index.json says: the class of the pipeline, and name: [library, class] of its parts."""
+    if not os.path.lexists(model / "model_index.json"):
         raise ConfigError(
             f"config.pretrained.model = {str(model)!r} has no model_index.json; it takes the folder of a "
             "StableDiffusion3Pipeline."
@@ -569,14 +597,16 @@ def _check_pipeline(model: Path) -> None:
     index = read_object(model / "model_index.json", PIPELINE)
     kind = index.get("_class_name")
     if kind != "StableDiffusion3Pipeline":
-        raise ConfigError(f"config.pretrained.model = {str(model)!r} is a {kind}; it takes a StableDiffusion3Pipeline.")
-    for name, part in index.items():
-        if (needs := PART_NEEDS.get(name.split("_")[0])) is not None:
-            _check_part(model, name, part, needs, optional=name in WITHOUT_T5)
-    if not index.get("tokenizer_3", [None])[0] and index.get("text_encoder_3", [None])[0]:
-        raise ConfigError(f"{PIPELINE}{model} has a text_encoder_3 without a tokenizer_3.")
-    if "scheduler" in index:
-        check_scheduler(read_object(model / "scheduler/scheduler_config.json", PIPELINE), index["scheduler"][1])
+        raise ConfigError(
+            f"config.pretrained.model = {str(model)!r} is a {kind!s:.80}; it takes a StableDiffusion3Pipeline."
+        )
+    return index
+
+
+def _check_length(model: Path, tokenizer: str, encoder: str) -> None:
+    """A CLIP's tokenizer cuts prompts to what its text encoder takes."""
+    longest = _setting(model / encoder / "config.json", "max_position_embeddings", _whole(1), default=77)
+    _setting(model / tokenizer / "tokenizer_config.json", "model_max_length", _whole(1, longest), default=None)
 
 
 def _check_part(model: Path, name: str, part: Any, needs: Needs, optional: bool) -> None:
@@ -593,9 +623,13 @@ def check_scheduler(settings: Mapping[str, Any], kind: str) -> None:
     """ConfigError unless a pipeline's scheduler, of the class `kind`, gives noise levels that our samplers take."""
     if kind != SCHEDULER:
         raise ConfigError(f"{PIPELINE}its scheduler is a {kind}, whose steps are not ours; it takes a {SCHEDULER}.")
-    for key, rule in SCHEDULER_RULES.items():
+    dynamic = settings.get("use_dynamic_shifting")
+    rules = {**SCHEDULER_RULES, **(DYNAMIC_SHIFT_RULES if dynamic else {})}
+    for key, rule in rules.items():
         if key in settings and not rule.accepts(settings[key]):
-            raise ConfigError(f'{PIPELINE}its scheduler says "{key}": {settings[key]!r}; it takes {rule.allowed}.')
+            raise ConfigError(f'{PIPELINE}its scheduler says "{key}": {settings[key]!r:.200}; it takes {rule.allowed}.')
+    if dynamic and settings.get("base_image_seq_len", 256) == settings.get("max_image_seq_len", 4096):
+        raise ConfigError(f"{PIPELINE}its scheduler's base_image_seq_len and max_image_seq_len must differ.")
 
 
 def _check_scorers(config: ConfigDict) -> None:
