@@ -76,9 +76,8 @@ def _check_hub(settings: Settings) -> None:
         try:
             hf_hub_download(model, file, revision=revision)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"config.{key} = {model!r} is no folder here, and cannot be fetched from the hub: {reason}"
+                f"config.{key} = {model!r} is no folder here, and cannot be fetched from the hub: {first_line(error)}"
             ) from error
 
 

@@ -41,23 +41,14 @@ def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
         ConfigError: it is no StableDiffusion3Pipeline, or is damaged, or lacks a part of its weights, which the library
             would fill with random numbers.
     """
-    pretrained, dtype = settings.config.pretrained, DTYPES[settings.config.mixed_precision]
-    revision, missing = pretrained.revision or None, []
+    pretrained = settings.config.pretrained
     try:
         with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             folder = pretrained.model
             if not os.path.isdir(folder):
-                folder = StableDiffusion3Pipeline.download(folder, revision=revision)
-            index = StableDiffusion3Pipeline.load_config(folder)
-            parts: dict[str, Any] = {name: None for name in WITHOUT_T5 if not index.get(name, [None])[0]}
-            for name in [name for name in NETWORKS if name not in parts]:
-                kind = getattr(import_module(index[name][0]), index[name][1])
-                precision = torch.float32 if name == "vae" else dtype
-                part = kind.from_pretrained(os.path.join(folder, name), torch_dtype=precision, output_loading_info=True)
-                parts[name], found = part
-                missing += [f"{name}.{weight}" for weight in sorted(found["missing_keys"])]
-            pipeline = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, **parts)
+                folder = StableDiffusion3Pipeline.download(folder, revision=pretrained.revision or None)
+            pipeline, missing = _load_parts(folder, DTYPES[settings.config.mixed_precision])
     except LOADING_ERRORS as error:
         raise ConfigError(
             f"pretrained.model {pretrained.model!r} cannot be loaded as an SD3 pipeline: {first_line(error)}"
@@ -69,6 +60,22 @@ def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
         )
     check_scheduler(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
     return pipeline
+
+
+def _load_parts(folder: str, dtype: torch.dtype) -> tuple[StableDiffusion3Pipeline, list[str]]:
+    """The pipeline in a folder, and the names of the weights that its files lack. The VAE is float32."""
+    index = StableDiffusion3Pipeline.load_config(folder)
+    parts: dict[str, Any] = {name: None for name in WITHOUT_T5 if not index.get(name, [None])[0]}
+    missing = []
+    for name in [name for name in NETWORKS if name not in parts]:
+        library, kind = index[name]
+        parts[name], found = getattr(import_module(library), kind).from_pretrained(
+            os.path.join(folder, name),
+            torch_dtype=torch.float32 if name == "vae" else dtype,
+            output_loading_info=True,
+        )
+        missing += [f"{name}.{weight}" for weight in sorted(found["missing_keys"])]
+    return StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, **parts), missing
 
 
 def noise_levels(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, tokens: int) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import write_atomically
@@ -62,17 +63,22 @@ def read_captions(dataset: str, column: str, split: str) -> Iterator[str | None]
         else:
             rows = load_dataset(dataset, split=split, streaming=True)
         for row in tqdm(rows, desc="reading", unit=" rows"):  # streamed: most reading happens here
-            if column not in row:
-                raise ConfigError(f"--column {column} is not in {dataset}; there are {', '.join(sorted(row))}.")
-            if not isinstance(row[column], str | None):
-                raise ConfigError(f"--column {column} of {dataset} is not text but {row[column]!r:.80}.")
-            yield row[column]
+            yield _caption(row, column, dataset)
     except ConfigError:
         raise
     except StopIteration:
         raise ConfigError(f"--dataset {dataset} cannot be read: it has no row.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--dataset {dataset} (split {split}) cannot be read: {error}") from None
+
+
+def _caption(row: Mapping[str, Any], column: str, dataset: str) -> str | None:
+    """The value of the column; ConfigError if there is none, or it is no text."""
+    if column not in row:
+        raise ConfigError(f"--column {column} is not in {dataset}; there are {', '.join(sorted(row))}.")
+    if not isinstance(row[column], str | None):
+        raise ConfigError(f"--column {column} of {dataset} is not text but {row[column]!r:.80}.")
+    return row[column]
 
 
 def distinct(captions: Iterable[str | None]) -> list[str]:
