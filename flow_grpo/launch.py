@@ -50,11 +50,15 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
     transformers.utils.logging.disable_progress_bar()
     _check_hub(settings)
     _check_pipeline(settings)
-    accelerator = Accelerator(
-        mixed_precision=settings.config.mixed_precision,
-        cpu=not cuda,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.config.mixed_precision,
+            cpu=not cuda,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except torch.distributed.DistError as error:
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise ConfigError(f"{address}: the processes cannot meet there ({first_line(error)}).") from error
     _check_launcher(accelerator, launched.num_processes)
     return settings, accelerator
 

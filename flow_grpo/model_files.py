@@ -8,14 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 from safetensors import SafetensorError, safe_open
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import open_regular, read_object
 
-# What diffusers and transformers end with when a folder's settings or weights are damaged, or do not fit each other.
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError)
+# What diffusers, transformers and torch end with when a folder's settings or weights are damaged, or do not fit.
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+    SafetensorError,
+)
 
 # What a folder needs: of each group, one.
 Needs = Sequence[Sequence[str]]

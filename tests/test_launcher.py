@@ -1,5 +1,7 @@
 """flow_grpo/launcher.py: what the environment of a process may say."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.launch import launch
 from flow_grpo.launcher import Launched, check_precision, read_launcher, speaks
 
+ROOT = Path(__file__).parents[1]
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1", "GROUP_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "0",
@@ -95,6 +99,46 @@ def test_a_launcher_that_asks_for_another_precision_is_refused(asked, precision)
         check_precision(precision, {"ACCELERATE_MIXED_PRECISION": asked})
 
 
+BEFORE_ANYTHING_LOADS = [
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4"),
+    ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set"),
+    ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "ACCELERATE_MIXED_PRECISION=bf16"),
+]
+
+
+@pytest.mark.parametrize(("environment", "message"), BEFORE_ANYTHING_LOADS)
+def test_a_process_is_not_started_in_an_environment_that_is_refused(config, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("flow_grpo.launch.Accelerator", lambda **_: pytest.fail("accelerate was set up"))
+    with pytest.raises(ConfigError, match=message):
+        launch(config)
+
+
+def test_more_processes_than_gpus_are_refused(config, monkeypatch):
+    for name, value in (TORCHRUN | {"RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE=2 processes share 1 GPUs"):
+        launch(config)
+
+
+def test_an_address_where_processes_cannot_meet_is_one_sentence():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "ACCELERATE_USE_CPU": "1"}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        command = [sys.executable, "scripts/train/train_sd3.py", "--config", "config/grpo.py:tiny_sd3"]
+        environment = os.environ | TORCHRUN | alone | address
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"error: MASTER_ADDR=127.0.0.1, MASTER_PORT={address['MASTER_PORT']}: the processes cannot" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_one_process_of_a_machine_speaks_and_one_that_cannot_tell():
     assert [speaks({"LOCAL_RANK": rank}) for rank in ("0", "1", "x", "")] == [True, False, True, True]
     assert speaks({})
@@ -102,4 +146,4 @@ def test_one_process_of_a_machine_speaks_and_one_that_cannot_tell():
 
 def test_reading_the_environment_loads_no_torch():
     code = "import sys, flow_grpo.launcher; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from ml_collections import ConfigDict
+from peft import LoraConfig
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.launch import _check_pipeline
@@ -250,6 +251,14 @@ def test_damaged_weights_of_a_clip_are_named_before_it_loads(config, clip, key, 
     assert f"{clip / 'model.safetensors'} is damaged" in refusal(config)
 
 
+@pytest.mark.parametrize("content", [b"", bytes(99), b"version https://git-lfs.github.com/spec/v1"])
+def test_damaged_weights_of_the_older_kind_are_one_sentence(config, clip, content):
+    (clip / "model.safetensors").unlink()
+    (clip / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.reward_model\.pickscore = .* cannot be loaded"):
+        build_reward(resolve(config, 1, False).config, "cpu")
+
+
 def test_a_clip_whose_settings_do_not_fit_its_weights_is_one_sentence(config, clip):
     change(clip / "config.json", projection_dim=3)
     with pytest.raises(ConfigError, match=r"config\.reward_model\.pickscore = .* cannot be loaded"):
@@ -280,8 +289,9 @@ def test_a_lora_target_whose_modules_are_all_without_effect_counts_as_found(conf
 
 
 @pytest.mark.parametrize(("alpha", "written"), [(24.5, 24.5), (8, 8), (8.0, 8)])
-def test_alpha_may_be_any_number_above_0(config, build, alpha, written):
+def test_alpha_may_be_any_number_above_0(config, build, tmp_path, alpha, written):
     config.lora.alpha = alpha
     transformer = build(config).policy.transformer
     assert transformer.transformer_blocks[0].attn.to_k.scaling == {"default": alpha / 4}
-    assert repr(transformer.peft_config["default"].lora_alpha) == repr(written)
+    transformer.peft_config["default"].save_pretrained(tmp_path / "adapter")
+    assert repr(LoraConfig.from_pretrained(tmp_path / "adapter").lora_alpha) == repr(written)
