@@ -78,7 +78,7 @@ def evaluate(
 def test_request(prompts: PromptDataset, settings: Settings) -> SampleRequest:
     """`num_image_per_prompt` images of each of the first `num_prompts` test prompts."""
     config = settings.config.eval
-    return SampleRequest(prompts.prompts[: config.num_prompts or None], config.num_image_per_prompt)
+    return SampleRequest(tuple(prompts.prompts[: config.num_prompts or None]), config.num_image_per_prompt)
 
 
 def draw_samples(
@@ -96,12 +96,12 @@ def draw_samples(
     on every process.
     """
     config, requests = settings.config.eval, requests or [test_request(prompts, settings)]
-    chosen = tuple(dict.fromkeys([*prompts.prompts, *(text for request in requests for text in request.prompts)]))
+    rows = {text: row for row, text in enumerate(prompts.prompts)}
+    chosen = tuple(dict.fromkeys([*rows, *(text for request in requests for text in request.prompts)]))
     counts: dict[str, int] = {}
     for request in requests:
         for text in request.prompts:
             counts[text] = max(counts.get(text, 0), request.num_image_per_prompt)
-    metadata = dict(zip(prompts.prompts, prompts.metadata, strict=True))
     ids = [(p, s) for p, text in enumerate(chosen) for s in range(counts.get(text, 0))]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
     images, latents = [], []
@@ -120,7 +120,7 @@ def draw_samples(
         images=_gather_in_order(images, share),
         latents=_gather_in_order(latents, share),
         prompts=tuple(chosen[p] for p, _ in ids),
-        metadata=tuple(metadata.get(chosen[p], {}) for p, _ in ids),
+        metadata=tuple(prompts.metadata[rows[chosen[p]]] if chosen[p] in rows else {} for p, _ in ids),
         prompt_ids=torch.tensor([p for p, _ in ids]),
         sample_ids=torch.tensor([s for _, s in ids]),
         label=label,

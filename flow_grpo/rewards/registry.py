@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.model_files import LOADING_ERRORS, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -114,8 +115,18 @@ def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple
         return factory()
     key = (spec.scorer, config.reward_model[spec.name])
     if key not in scorers:
-        scorers[key] = _import(spec.scorer)(key[1], device)
+        scorers[key] = _load_scorer(f"config.reward_model.{spec.name}", *key, device)
     return factory(scorers[key])
+
+
+def _load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
+    scorer = _import(place)
+    try:
+        return scorer(model, device)
+    except ConfigError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{subject} = {model!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _import(place: str) -> Any:
