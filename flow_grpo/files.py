@@ -50,6 +50,7 @@ MEBIBYTE = 1 << 20
 LIMITS = {
     "json": Limit("FLOW_GRPO_MAX_JSON_MIB", 64, "MiB", MEBIBYTE),
     "history": Limit("FLOW_GRPO_MAX_HISTORY_MIB", 1024, "MiB", MEBIBYTE),  # a run's metrics.jsonl
+    "image": Limit("FLOW_GRPO_MAX_IMAGE_MEGAPIXELS", 64, "megapixels", 1_000_000),  # of an image that is read
 }
 
 
