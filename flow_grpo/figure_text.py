@@ -11,7 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 WIDTH, LINES = 60, 2  # letters in a line, and lines, unless a figure has less room
@@ -93,7 +93,7 @@ def _fonts_for(text: str) -> list[tuple[str, str]]:
     return found
 
 
-@lru_cache(maxsize=1)
+@cache
 def _installed_fonts() -> list[tuple[str, str]]:
     """Family and file: DejaVu Sans, then one of each family of the system, Noto's sans-serif fonts first."""
     from matplotlib import get_data_path
@@ -110,7 +110,7 @@ def _installed_fonts() -> list[tuple[str, str]]:
     return [("DejaVu Sans", own), *others[:MAX_FONTS]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyphs(file: str) -> frozenset[int]:
     """The characters that a font has; none if it cannot be read, or consists of pictures of one size."""
     from matplotlib.ft2font import FT2Font

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def test_a_configured_bandwidth_is_kept_with_the_run(config, build):
     assert json.loads((parts.run.folder / "diversity/bandwidth.json").read_text())["bandwidth"] == 0.7
 
 
-@pytest.mark.parametrize("bandwidth", ["0", "-1", "NaN", "null", "[]"])
+@pytest.mark.parametrize("bandwidth", ["0", "-1", "NaN", "[]", '"0.7"', "1" + 400 * "0"])
 def test_a_damaged_bandwidth_is_refused_and_not_chosen_again(tmp_path, bandwidth):
     path = tmp_path / "bandwidth.json"
     path.write_text(f'{{"bandwidth": {bandwidth}, "features": "clip:x"}}')
@@ -173,11 +174,33 @@ def test_a_bandwidth_of_other_features_is_refused(parts, config, build):
         resumed(config, build, parts.run.folder)
 
 
-def test_an_evaluator_that_fails_stops_the_run(parts, monkeypatch):
+@pytest.mark.parametrize("value", [math.nan, 0.5])  # one colour: no two images differ
+def test_samples_that_cannot_be_measured_do_not_end_the_run(parts, monkeypatch, value):
     (evaluator,) = build_diversity_evaluators(parts.settings, parts.run, CPU)
-    monkeypatch.setattr(parts.policy, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), torch.nan))
-    with pytest.raises(ConfigError, match="not finite"):
+    good = parts.policy.decode
+    monkeypatch.setattr(parts.policy, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), value))
+    with pytest.warns(UserWarning, match="no diversity at epoch 0" if math.isnan(value) else "RKE is not measured"):
+        logged = evaluated(parts, [evaluator])
+    assert set(logged) == {f"eval/{name}" for name in diversity.METRICS}
+    assert math.isnan(logged["eval/diversity/rke"])
+    assert logged["eval/diversity/vendi"] == pytest.approx(value * 2, nan_ok=True)
+    monkeypatch.setattr(parts.policy, "decode", good)
+    logged = evaluated(parts, [evaluator])
+    assert logged["eval/diversity/vendi"] > 1
+    assert math.isnan(logged["eval/diversity/rke"])  # a bandwidth of later weights would say nothing
+
+
+def test_a_run_whose_base_model_gave_no_bandwidth_can_be_resumed(parts, config, build, monkeypatch):
+    (evaluator,) = build_diversity_evaluators(parts.settings, parts.run, CPU)
+    monkeypatch.setattr(parts.policy, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), 0.5))
+    with pytest.warns(UserWarning, match="RKE is not measured"):
         evaluated(parts, [evaluator])
+    assert json.loads((parts.run.folder / "diversity/bandwidth.json").read_text())["bandwidth"] is None
+    monkeypatch.undo()
+    parts.train(drtune)
+    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    (again,) = resumed(config, build, parts.run.folder)
+    assert math.isnan(again.bandwidth)
 
 
 def test_without_it_nothing_is_built(parts, config, build):

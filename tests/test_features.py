@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from open_clip import pretrained as open_clip_pretrained
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitImageProcessor, CLIPProcessor, Dinov2Config, Dinov2Model

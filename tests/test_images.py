@@ -71,8 +71,8 @@ def test_groups_and_images_stand_as_people_count(tmp_path: Path) -> None:
 
 
 def test_numbers_within_names_count() -> None:
-    names = ["02", "2", "10", "a2b", "a9", "a10", "b"]
-    assert sorted(reversed(names), key=natural_key) == names
+    names = ["b", "a10", "10", "a2b", "a9", "2"]
+    assert sorted(names, key=natural_key) == ["2", "10", "a2b", "a9", "a10", "b"]
 
 
 def test_what_systems_leave_behind_is_passed_over(tmp_path: Path) -> None:
