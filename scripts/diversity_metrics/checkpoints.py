@@ -5,7 +5,6 @@ A command that reads a run takes its configuration from the folder; nothing repe
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 
 from config.base import get_config
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
 from flow_grpo.settings import TRAINING_STATE, checkpoint_state, finished_checkpoints, leaves, weights_mismatch
 
 if TYPE_CHECKING:
@@ -39,10 +39,9 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ConfigDict:
     Raises:
         ConfigError: config.json is missing, or is not a configuration of this project.
     """
-    from flow_grpo.tracking import CONFIG_FILE, flatten
+    from flow_grpo.tracking import CONFIG_FILE
 
-    path, config = folder / CONFIG_FILE, get_config()
-    values = flatten(_read_object(path))
+    path, config, values = folder / CONFIG_FILE, get_config(), flat_config(folder)
     unknown = sorted(values.keys() - dict(leaves(config)).keys())
     missing = sorted(dict(leaves(config)).keys() - values.keys())
     if unknown or "pretrained.model" in missing:  # a key that came later has its default
@@ -57,16 +56,15 @@ def read_config(folder: Path, overrides: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def flat_config(folder: Path) -> dict[str, Any]:
+    """What a run folder's config.json holds, "sample.num_steps" -> 10; ConfigError if it cannot be read."""
+    from flow_grpo.tracking import CONFIG_FILE, flatten
+
+    path = folder / CONFIG_FILE
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{path} cannot be read: {path.parent} is not a whole run or checkpoint folder.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object.")
-    return value
+        return flatten(read_object(path))
+    except RecursionError:
+        raise ConfigError(f"{path} is JSON nested too deep to be read.") from None
 
 
 def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list[Model]:
