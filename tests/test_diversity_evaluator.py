@@ -248,6 +248,40 @@ def test_a_folder_equals_its_own_reference(random_models, pictures, tmp_path, ca
     assert "against 12 reference images" in capsys.readouterr().out
 
 
+def test_identical_images_have_a_vendi_score_and_no_rke(random_models, tmp_path, capsys):
+    for i in range(5):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="RKE is not measured"):
+        record = command(random_models, tmp_path / "out", "--images", str(tmp_path))[tmp_path.name]
+    assert record["within"]["vendi"]["estimate"] == pytest.approx(1)
+    assert record["bandwidth"] is record["within"]["rke"]["estimate"] is None
+    assert "RKE is not measured" in capsys.readouterr().out
+
+
+def test_results_of_folders_of_one_name_are_kept_apart(random_models, pictures, tmp_path, monkeypatch, capsys):
+    other = Path(shutil.copytree(pictures, tmp_path / "other" / pictures.name))
+    Image.new("RGB", (32, 32)).save(other / "a bag/0.png")
+    monkeypatch.chdir(tmp_path)
+    for folder in (pictures, other):
+        main(["--images", str(folder), "--model", str(random_models / "judge"), "--draws", "100"])
+    assert capsys.readouterr().out.splitlines()[-1] == "written to logs/diversity/pictures-2"
+    first, second = (Path("logs/diversity", name, "diversity.json") for name in ("pictures", "pictures-2"))
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_numbers_are_written_before_a_figure_is_tried(random_models, pictures, tmp_path, monkeypatch, capsys):
+    def fail(found):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(diversity, "figure", fail)
+    with pytest.warns(UserWarning, match="could not be drawn"):
+        record = command(random_models, tmp_path / "out", "--images", str(pictures))
+    assert record["pictures"]["counts"] == {"a bag": 6, "a boot": 6}
+    out = capsys.readouterr().out
+    assert "mean over prompts" in out
+    assert out.splitlines()[-1] == f"written to {tmp_path / 'out'}"
+
+
 @pytest.fixture
 def trained(parts):
     """One epoch, with the base model measured and a checkpoint."""
@@ -296,7 +330,7 @@ def test_folders_that_cannot_be_measured_are_one_sentence(random_models, picture
     (pictures / "a bag/0.png").write_bytes(b"no image")
     assert "0.png cannot be read as an image" in refusal(capsys, *options)
     main([*options, "--keep-readable"])
-    assert "left out, unreadable" in capsys.readouterr().out
+    assert "left out, unreadable: 1 in" in capsys.readouterr().out
     Image.new("RGB", (48, 32)).save(pictures / "a bag/0.png")
     assert "48 x 32" in refusal(capsys, *options)
     shutil.rmtree(pictures / "a boot")
@@ -338,6 +372,7 @@ def test_options_that_a_run_decides_are_refused(pictures, capsys):
         ("--checkpoint", "x", "--extractor", "dinov2"),
         ("--images", str(pictures), "--run", "x", "--model", "y"),
         ("--images", str(pictures), "--ema"),
+        ("--images", str(pictures), "--bandwidth", "nan"),
     ):
         refusal(capsys, *arguments)
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from flow_grpo.errors import ConfigError
-from scripts.study.figures import COLOURS, states, vendi_rke_figure
+from scripts.study.figures import COLOURS, samples_figure, states, vendi_rke_figure
 from scripts.study.records import compare, crossing, first_crossing, load_runs
 from scripts.study.report import build_report, main, notes
 from tests.synthetic_runs import write_demo_pair, write_run
@@ -224,6 +224,13 @@ def test_one_run_alone_and_three_runs_have_a_report(pair: tuple[Path, Path], tmp
     third = write_run(tmp_path / "grpo_again", [0.5, 0.7], [0, 100], gradient=False)
     report = build_report([*pair, third], tmp_path / "three")
     assert [run.label for run in report.runs] == ["DRTune", "GRPO grpo", "GRPO grpo_again"]
+
+
+def test_many_runs_have_figures_of_bounded_size(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run {i}", [0.5, 0.7], [0, 100], gradient=False) for i in range(12)]
+    drawn = samples_figure(states(load_runs(runs), []))
+    assert len(drawn.axes) == 8
+    assert drawn.get_suptitle() == "the first 8 of 13; 5 are not shown"
 
 
 def test_runs_of_the_same_name_are_told_apart_by_their_parents(pair: tuple[Path, Path], tmp_path: Path) -> None:

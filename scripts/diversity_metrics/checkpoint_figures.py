@@ -47,7 +47,7 @@ def shown_metrics(record: Mapping[str, Any]) -> list[str]:
 # --- pictures of images -------------------------------------------------------------------------------------
 
 LEFT, HEADER, GAP, BLOCK_GAP = 170, 48, 2, 12  # of the margins of a sheet, and between cells and blocks; pixels
-FONT_SIZE, LINE_HEIGHT, LETTERS, FRAME = 14, 18, 20, 3
+FONT_SIZE, LINE_HEIGHT, LETTERS, FRAME = 14, 18, 18, 3
 LEAST_CELL, MOST_CELL, MAX_WIDTH = 64, 128, 1500  # pixels
 
 

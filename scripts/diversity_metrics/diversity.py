@@ -184,7 +184,7 @@ def figure(found: Diversity) -> Figure:
     from matplotlib.figure import Figure
 
     names = list(found.groups)[:MAX_ROWS]
-    texts = [figure_text(f"{one_line(name, 2 * NAME_WIDTH - 8)} ({found.counts[name]})", NAME_WIDTH) for name in names]
+    texts = [f"{figure_text(name, NAME_WIDTH)} ({found.counts[name]})" for name in names]
     panels: list[tuple[str, str, Callable[[Scores], Interval]]] = [
         (f"Vendi score (q = {found.order:g}, cosine)", BLUE, lambda scores: scores.vendi)
     ]
@@ -202,6 +202,7 @@ def figure(found: Diversity) -> Figure:
         axes.errorbar(values, positions, xerr=np.abs(ends - values), fmt="o", color=colour, capsize=3)
         axes.set_xlabel(f"{label},\neffective number of images")
         axes.set_yticks(positions, texts, fontsize=8)
+        axes.set_ylim(-0.75, len(names) - 0.25)
         axes.spines[["top", "right"]].set_visible(False)
     title = "Diversity within a prompt, 95 % intervals; line and band: mean over prompts"
     more = len(found.groups) - len(names)

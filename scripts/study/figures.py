@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from PIL import Image
 
-from flow_grpo.figure_text import figure_text
+from flow_grpo.figure_text import figure_text, one_line
 from scripts.diversity_metrics.images import read_rgb
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, Crossing, Evaluation, RunRecord
 
@@ -26,7 +26,8 @@ AXIS_LABELS = {
     "network_evaluations": "network evaluations in training (one image through the transformer once)",
 }
 REWARD_LABEL = "reward on held-out noise"
-LEGEND = 34  # letters in a line of a legend
+LEGEND, SHORT = 34, 24  # letters in a line of a legend, and of a run's label in a sentence
+MAX_PANELS = 8  # sample grids side by side
 MAX_MODES = 24  # in the figure of modes
 
 
@@ -89,7 +90,7 @@ def reward_figure(runs: Sequence[RunRecord], crossings: Sequence[Crossing], quan
         )
         if len(runs) == 2:
             unit = f"{spent:.1f} s" if quantity == "seconds" else f"{spent:,.0f} network evaluations"
-            runner, target = crossing.runner.label, crossing.target.label
+            runner, target = (one_line(run.label, SHORT) for run in (crossing.runner, crossing.target))
             lines = (f"{runner} reaches {target}'s final reward", f"after {unit}, {fraction:.1%} of {target}'s")
             _annotate(axes, "\n".join(map(figure_text, lines)), spent, level, end)
     axes.legend(loc="best", frameon=False)
@@ -234,7 +235,8 @@ def modes_figure(shown: Sequence[State]) -> Figure:
 
 
 def samples_figure(shown: Sequence[State]) -> Figure:
-    """The sample grids side by side: the same prompts and the same noise in each."""
+    """The first MAX_PANELS sample grids side by side: the same prompts and the same noise in each."""
+    every, shown = len(shown), shown[:MAX_PANELS]
     grids = [_scaled(Image.fromarray(read_rgb(state.image))) for state in shown]
     titles = [figure_text(state.label, 34, 3) for state in shown]
     height = 3.2 * grids[0].height / grids[0].width + 0.55
@@ -245,6 +247,8 @@ def samples_figure(shown: Sequence[State]) -> Figure:
         axes.set_title(f"{title}\nreward {state.evaluation.reward:.4f}", fontsize=10, color=state.colour)
         axes.set_xticks([])
         axes.set_yticks([])
+    if every > len(shown):
+        figure.suptitle(f"the first {len(shown)} of {every}; {every - len(shown)} are not shown", fontsize=10)
     return figure
 
 
