@@ -468,8 +468,9 @@ def test_open_clip_files_that_cannot_be_used_are_one_sentence(models: Path, tmp_
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "cannot be read: No such file or directory."),
+        (None, "cannot be read (No such file or directory)."),
         ("{", "is not JSON"),
+        (100_000 * "[", "JSON nested too deep"),
         ("[1]", "is no open_clip configuration; it needs embed_dim, vision_cfg, text_cfg."),
         ('{"model_cfg": 3}', "is no open_clip configuration"),
         ('{"embed_dim": 8, "vision_cfg": {}}', "is no open_clip configuration"),
