@@ -25,10 +25,11 @@ def figure_text(text: str, width: int = WIDTH, lines: int = LINES) -> str:
     """For any text of a matplotlib figure: call it before the axes are made, for it may add a font to matplotlib's."""
     from matplotlib import rcParams
 
-    fonts = _fonts_for(one_line(text))
+    clean = one_line(text)
+    fonts = _fonts_for(clean)
     families = [*rcParams["font.family"], *(family for family, _ in fonts)]
     rcParams["font.family"] = list(dict.fromkeys(families))
-    return _laid_out(_drawable(one_line(text), [file for _, file in fonts]), width, lines).replace("$", r"\$")
+    return _laid_out(_drawable(clean, [file for _, file in fonts]), width, lines).replace("$", r"\$")
 
 
 def sheet_text(text: str, width: int, lines: int) -> tuple[str, str]:

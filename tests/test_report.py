@@ -335,6 +335,7 @@ def edit_json(file: str, **changes: Any) -> Callable[[Path], None]:
         (without("network_evaluations"), "'network_evaluations' is None, a number is needed"),
         (lambda run: edit_lines(run, lambda line: line | {"seconds": "ten"}), "'seconds' is 'ten', a number"),
         (lambda run: edit_lines(run, lambda line: line | {"seconds": 10**400}), "'seconds' is '1000"),
+        (lambda run: edit_lines(run, lambda line: line | {"step": 10**400}), "'step' is '1000"),
         (lambda run: edit_lines(run, lambda line: line | {"eval/x": "1"}), "'eval/x' is '1', a number or null"),
         (lambda run: edit_lines(run, lambda line: line | {"eval/x": True}), "'eval/x' is 'True', a number or null"),
         (lambda run: edit_lines(run, lambda line: line | {"train/skipped_updates": "1"}), "updates' is '1', a number"),

@@ -257,7 +257,7 @@ def _evaluation(line: Mapping[str, Any], path: Path) -> Evaluation:
         for prefix in ("eval/", "eval_ema/")
     )
     return Evaluation(
-        step=line["step"],
+        step=_spent(line, "step", path),
         seconds=_spent(line, "seconds", path),
         network_evaluations=_spent(line, "network_evaluations", path),
         images=_spent(line, "images", path),
