@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from scipy.stats import entropy
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -143,13 +145,13 @@ def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
 
 
 def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
-    """The first images of the first prompts: a row for each prompt."""
+    """The first images of the first prompts: a row for each prompt; black where an image is not finite."""
     rows = [
         samples.images[samples.prompt_ids == prompt][: config.eval.num_grid_images]
         for prompt in range(min(config.eval.num_grid_prompts, int(samples.prompt_ids.max()) + 1))
     ]
     grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=1, pad_value=1.0)
-    return Image.fromarray((grid.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    return Image.fromarray((grid.nan_to_num().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
 # --- evaluators ----------------------------------------------------------------------------------------
@@ -179,6 +181,7 @@ class JudgeEvaluator:
     """How well a CLIP that is not the reward recognises each image's prompt among the evaluated ones.
 
     `judge/accuracy`: share of images whose best-matching prompt is their own. `judge/similarity`: mean cosine with it.
+    Both are nan if an image is not finite.
     """
 
     name, collective, request = "judge", False, None
@@ -192,8 +195,9 @@ class JudgeEvaluator:
         candidates = tuple(dict.fromkeys(samples.prompts))
         similarity = similarities(self.scorer, samples.images, candidates, self.batch_size)  # (N, candidates)
         own = torch.tensor([candidates.index(prompt) for prompt in samples.prompts])
+        known = bool(similarity.isfinite().all())
         return {
-            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item(),
+            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item() if known else math.nan,
             "judge/similarity": similarity.gather(1, own[:, None]).double().mean().item(),
         }
 
@@ -202,6 +206,7 @@ class ModeEvaluator:
     """Counts the known modes of each prompt, e.g. the colours of "a sneaker", as the judge sees them.
 
     `modes/<mode>`: share of the images. `modes/entropy`: of these shares, in nats; log of the number of modes at most.
+    All are nan if an image is not finite.
     """
 
     name, collective, request = "modes", False, None
@@ -214,21 +219,26 @@ class ModeEvaluator:
 
     @classmethod
     def load(cls, scorer: ClipScorer, path: str, batch_size: int, freq: int = 1) -> ModeEvaluator:
-        """Read the modes from a JSON file."""
-        return cls(scorer, json.loads(Path(path).read_text()), batch_size, freq)
+        """Read the modes from a JSON file; ConfigError if it holds none."""
+        modes = read_object(Path(path), "config.eval.modes: ")
+        for prompt, captions in modes.items():
+            if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
+                raise ConfigError(f"config.eval.modes: {path} has {prompt!r} without an object of mode -> caption.")
+        return cls(scorer, modes, batch_size, freq)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> dict[str, float]:
         """Over the samples of prompts whose modes are known; nothing if there are none."""
-        counts: dict[str, int] = {}
+        counts: dict[str, float] = {}
         for prompt in dict.fromkeys(samples.prompts):
-            if prompt not in self.modes:
+            if not self.modes.get(prompt):
                 continue
             images = samples.images[[i for i, other in enumerate(samples.prompts) if other == prompt]]
             names, captions = zip(*self.modes[prompt].items(), strict=True)
-            best = similarities(self.scorer, images, captions, self.batch_size).argmax(1)
+            found = similarities(self.scorer, images, captions, self.batch_size)
+            best, unknown = found.argmax(1), 0.0 if found.isfinite().all() else math.nan
             for index, name in enumerate(names):
-                counts[name] = counts.get(name, 0) + int((best == index).sum())
+                counts[name] = counts.get(name, 0.0) + int((best == index).sum()) + unknown
         if not counts:
             return {}
         total = sum(counts.values())

@@ -271,6 +271,6 @@ def test_a_run_that_cannot_be_read_is_one_sentence(refused, kept, monkeypatch):
     assert f"{weights} is damaged" in refused.by()
     state["trainable"][0].fill_(math.nan)
     torch.save(state, weights)
-    assert f"{RUNS[1].name}, LoRA scaled by 0.5: the features" in refused.by()
+    assert f"{RUNS[1].name}, LoRA scaled by 0.5: reward/total, diversity/vendi, diversity/rke, judge/" in refused.by()
     (refused.run / "config.json").write_text("{")
     assert "config.json is not JSON" in refused.by()

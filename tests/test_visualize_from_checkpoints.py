@@ -327,6 +327,32 @@ def test_a_sheet_of_long_prompts_keeps_them_beside_its_cells():
     assert (drawn[:HEADER, LEFT:] < 128).any()
 
 
+def test_what_has_no_shape_leaves_no_mark_on_a_sheet():
+    cells = np.zeros((1, 1, 64, 64, 3), np.uint8)
+    clean, written = (np.array(sheet({"base": cells}, [text], "prompt")) for text in ("a bag", "a\n\x1bbag\u202e"))
+    np.testing.assert_array_equal(written, clean)
+    numbers = np.array(sheet({"base": cells}, [r"\U0001f392"], "prompt"))
+    np.testing.assert_array_equal(np.array(sheet({"base": cells}, ["\U0001f392"], "prompt")), numbers)
+
+
+def test_a_figure_that_cannot_be_drawn_loses_only_itself(trained, tmp_path, monkeypatch):
+    def fail(record):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("scripts.diversity_metrics.visualize_from_checkpoints.curves_figure", fail)
+    with pytest.warns(UserWarning, match=r"curves\.png could not be drawn \(no font\)"):
+        record = visualize(trained.folder, tmp_path / "out", "--checkpoint_steps", "3")
+    assert len(record["models"]) == 2
+    assert {path.name for path in (tmp_path / "out").glob("[!s]*.png")} == {"grid.png", "metrics.png"}
+    assert (tmp_path / "out/index.html").is_file()
+
+
+def test_a_run_without_a_bandwidth_says_so(shown):
+    record = json.loads(json.dumps(shown.record))
+    record["models"][0]["diversity"]["bandwidth"] = None
+    assert "RKE (Gaussian kernel, no h fits)" in captions(record)["metrics"]
+
+
 def test_the_page_needs_nothing_else(shown):
     page = (shown.out / "index.html").read_text()
     pictures = sorted(shown.out.glob("*.png"))

@@ -194,13 +194,15 @@ def run_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        config = read_object(path)
+        config = flatten(read_object(path))
         expected = _digest_of_config(folder)
         if expected in (None, config_digest(path.read_bytes())):
-            return flatten(config)
+            return config
         problem = "it has changed since it was written"
     except ConfigError as error:
         problem = str(error).rstrip(".")
+    except RecursionError:
+        problem = f"{path} is JSON nested too deep to be read"
     kept = _config_in_checkpoints(folder)
     if kept is None:
         raise ConfigError(f"{path} is damaged or missing ({problem}), and no checkpoint of {folder} has a copy.")
