@@ -17,15 +17,14 @@ from scipy.stats import entropy
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from flow_grpo.errors import ConfigError
-from flow_grpo.files import read_object
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.settings import Settings
+from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer
+from flow_grpo.settings import Settings, read_modes
 from flow_grpo.step_visualizer import StepVisualizer
 from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
@@ -70,7 +69,8 @@ def evaluate(
         run.check_stop()
         if run.is_main or evaluator.collective:
             seen = view(samples, evaluator.request or tested)
-            metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
+            with run.writing(f"what {evaluator.name} keeps of an evaluation"):
+                metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
     if not run.is_main:
         return {}
     run.log_image(prefix, image_grid(view(samples, tested), settings.config), run.counters.epoch)
@@ -219,12 +219,8 @@ class ModeEvaluator:
 
     @classmethod
     def load(cls, scorer: ClipScorer, path: str, batch_size: int, freq: int = 1) -> ModeEvaluator:
-        """Read the modes from a JSON file; ConfigError if it holds none."""
-        modes = read_object(Path(path), "config.eval.modes: ")
-        for prompt, captions in modes.items():
-            if not isinstance(captions, dict) or not all(isinstance(text, str) for text in captions.values()):
-                raise ConfigError(f"config.eval.modes: {path} has {prompt!r} without an object of mode -> caption.")
-        return cls(scorer, modes, batch_size, freq)
+        """Read the modes from a JSON file; ConfigError if it holds something else."""
+        return cls(scorer, read_modes(Path(path), "config.eval.modes: "), batch_size, freq)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> dict[str, float]:
@@ -258,7 +254,7 @@ def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.
     config, freq = settings.config.eval, settings.config.eval_freq
     evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device, freq)]
     if config.judge:
-        scorer = ClipScorer(config.judge, device)
+        scorer: ClipScorer = load_scorer("config.eval.judge", CLIP_SCORER, config.judge, device)
         evaluators.append(JudgeEvaluator(scorer, config.batch_size, freq))
         if config.modes:
             evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size, freq))

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo import checkpoint, drtune
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import SampleRequest, draw_samples, evaluate, view
+from flow_grpo.runs.manifest import write_manifest
 from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.diversity_evaluator import (
     build_diversity_evaluators,
@@ -29,6 +31,7 @@ from scripts.diversity_metrics.diversity_evaluator import (
 )
 from scripts.diversity_metrics.rke import median_bandwidth
 from tests.conftest import PROMPTS
+from tests.saved_runs import edit_tensors
 
 CPU = torch.device("cpu")
 
@@ -352,12 +355,12 @@ def test_a_lora_of_another_base_model_is_one_sentence(trained, capsys):
 
 
 def test_weights_of_other_shapes_are_one_sentence(trained, capsys):
-    path = trained[0] / "checkpoints/checkpoint-000003/training_state.pt"
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"trainable": [torch.zeros(2, 2) for _ in saved["trainable"]]}, path)
-    assert "weights of other shapes" in refusal(capsys, "--checkpoint", str(trained[0]))
-    torch.save({}, path)
-    assert "lacks trained weights" in refusal(capsys, "--checkpoint", str(trained[0]))
+    checkpoint = trained[0] / "checkpoints/checkpoint-000003"
+    edit_tensors(checkpoint, lambda name, value: torch.zeros(2, 2))
+    assert "has the shape (2, 2), where the model has" in refusal(capsys, "--checkpoint", str(trained[0]))
+    save_file({}, checkpoint / "training_state.safetensors")
+    write_manifest(checkpoint)
+    assert "has no weights." in refusal(capsys, "--checkpoint", str(trained[0]))
 
 
 def test_a_checkpoint_of_another_name_is_one_sentence(trained, capsys):

@@ -23,6 +23,7 @@ from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities, sample
 from flow_grpo.randomness import keyed_generator
 from scripts.diversity_metrics.checkpoints import load_weights
 from scripts.diversity_metrics.eval_ode_log_prob import ImageFile, data_log_densities, encode_images, main, pairing
+from tests.saved_runs import spoil
 
 PROMPTS = ("a bag", "a boot")
 IDS = [(p, s) for p in range(2) for s in range(2)]
@@ -330,7 +331,7 @@ def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(trained, 
     state = run / "checkpoints" / "checkpoint-000001" / "state.json"
     state.write_text(state.read_text().replace('"use_lora": true', '"use_lora": false'))
     assert "config.use_lora of the run is True" in refusal(capsys, "--run", str(run))
-    (run / "checkpoints" / "checkpoint-000002" / "training_state.pt").write_bytes(b"torn")
+    (run / "checkpoints" / "checkpoint-000002" / "training_state.safetensors").write_bytes(b"torn")
     assert "is damaged" in refusal(capsys, "--run", str(run), "--checkpoints", "2")
     shutil.rmtree(run / "checkpoints")
     assert "holds no checkpoint" in refusal(capsys, "--run", str(run))
@@ -346,10 +347,7 @@ def test_averaged_weights_of_a_run_without_them_are_one_sentence(trained, tmp_pa
 
 def test_a_velocity_that_is_not_finite_is_one_sentence_that_names_the_model(trained, tmp_path, capsys):
     run = copied(trained["folder"], tmp_path / "run")
-    path = run / "checkpoints" / "checkpoint-000002" / "training_state.pt"
-    state = torch.load(path, weights_only=True)
-    state["trainable"][0].fill_(float("nan"))
-    torch.save(state, path)
+    spoil(run / "checkpoints" / "checkpoint-000002")
     message = refusal(capsys, "--run", str(run), "--checkpoints", "2")
     assert "checkpoint-000002 has no log-density: step 0 of 4: the velocity is not finite at sigma = 1.0" in message
 

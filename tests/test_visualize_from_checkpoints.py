@@ -54,6 +54,7 @@ from scripts.diversity_metrics.visualize_from_checkpoints import (
     notes,
     std_standard_error,
 )
+from tests import saved_runs
 
 EPOCHS = (1, 2, 3)
 NAMES = ["base", "checkpoint-000001", "checkpoint-000002", "checkpoint-000003"]
@@ -156,10 +157,7 @@ def copied(run: Path, target: Path) -> Path:
 
 def spoil(run: Path, epoch: int) -> None:
     """Make a checkpoint's weights nan."""
-    path = run / "checkpoints" / f"checkpoint-{epoch:06d}" / "training_state.pt"
-    state = torch.load(path, weights_only=True)
-    state["trainable"][0].fill_(math.nan)
-    torch.save(state, path)
+    saved_runs.spoil(run / "checkpoints" / f"checkpoint-{epoch:06d}")
 
 
 # --- numbers --------------------------------------------------------------------------------------------

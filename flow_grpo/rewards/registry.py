@@ -46,13 +46,13 @@ class RewardSpec:
     scorer: str | None = None  # loads config.reward_model.<name>: scorer(checkpoint, device); None: no checkpoint
 
 
-_CLIP = "flow_grpo.rewards.clip:ClipScorer"
+CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
 
 REWARDS: dict[str, RewardSpec] = {
     spec.name: spec
     for spec in (
-        RewardSpec("pickscore", True, "flow_grpo.rewards.clip:PickScore", _CLIP),
-        RewardSpec("clipscore", True, "flow_grpo.rewards.clip:ClipScore", _CLIP),
+        RewardSpec("pickscore", True, "flow_grpo.rewards.clip:PickScore", CLIP_SCORER),
+        RewardSpec("clipscore", True, "flow_grpo.rewards.clip:ClipScore", CLIP_SCORER),
         RewardSpec("jpeg_compressibility", False, "flow_grpo.rewards.jpeg:JpegCompressibility"),
         RewardSpec("jpeg_incompressibility", False, "flow_grpo.rewards.jpeg:JpegIncompressibility"),
     )
@@ -115,11 +115,12 @@ def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple
         return factory()
     key = (spec.scorer, config.reward_model[spec.name])
     if key not in scorers:
-        scorers[key] = _load_scorer(f"config.reward_model.{spec.name}", *key, device)
+        scorers[key] = load_scorer(f"config.reward_model.{spec.name}", *key, device)
     return factory(scorers[key])
 
 
-def _load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
+def load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
+    """What the class at `place` makes of a model; ConfigError, beginning with `subject`, if that cannot be loaded."""
     scorer = _import(place)
     try:
         return scorer(model, device)

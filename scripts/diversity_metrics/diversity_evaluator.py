@@ -88,7 +88,9 @@ class DiversityEvaluator:
         if self.bandwidth is None:
             self.bandwidth = choose_bandwidth(features, self.extractor.name, folder)
         found = measure(features, self.bandwidth, self.extractor.name, self.config)
-        write_json(folder / f"{samples.label}_{self.run.counters.epoch:06d}.json", diversity.record(found))
+        record = folder / f"{samples.label}_{self.run.counters.epoch:06d}.json"
+        with self.run.writing(str(record)):
+            write_json(record, diversity.record(found))
         return diversity.metrics(found)
 
 
@@ -105,7 +107,7 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
     bandwidth = config.diversity.bandwidth or None
     if bandwidth is not None and run.is_main:
         write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
-    if bandwidth is None and config.resume_from:
+    if bandwidth is None and not run.begins:
         source = run_folder_of(config.resume_from)
         bandwidth = None if source is None else stored_bandwidth(source / FOLDER, extractor.name)
         if bandwidth is None:

@@ -33,6 +33,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import figure_text, one_line, optional_figure
 from flow_grpo.files import strict_json, write_atomically
 from flow_grpo.runs.folder import flatten, fresh_folder
+from flow_grpo.settings import text_fault
 from scripts import cli
 from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights
 from scripts.diversity_metrics.images import listing, read_rgb, stack
@@ -92,6 +93,20 @@ def evaluated_prompts(config: ConfigDict) -> tuple[str, ...]:
     return tuple(dict.fromkeys(evaluated))[: config.entropy.num_prompts]
 
 
+def _prompts_of(count: int, prompt: str, prompts_file: str) -> Sequence[str]:
+    """The prompt of each of `count` images; ConfigError unless one way of saying it is given, and fits."""
+    from flow_grpo.prompts import PromptDataset
+
+    if bool(prompt) == bool(prompts_file):
+        raise ConfigError("--images needs either --prompt, one for all, or --prompts, a file with one for each.")
+    if fault := text_fault(prompt):
+        raise ConfigError(f"--prompt {fault}; it takes text.")
+    prompts = PromptDataset.load(prompts_file).prompts if prompts_file else (prompt,) * count
+    if len(prompts) != count:
+        raise ConfigError(f"--prompts {prompts_file} has {len(prompts)} prompts for {count} images.")
+    return prompts
+
+
 def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -> list[ImageFile]:
     """The images of a folder in the order of their names, 2 before 10, each with its prompt.
 
@@ -100,10 +115,6 @@ def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -
     Raises:
         ConfigError: a file that is no image, or of another size; no image; not as many prompts as images.
     """
-    from flow_grpo.prompts import PromptDataset
-
-    if bool(prompt) == bool(prompts_file):
-        raise ConfigError("--images needs either --prompt, one for all, or --prompts, a file with one for each.")
     if not folder.is_dir():
         raise ConfigError(f"--images {folder} is not a folder.")
     paths, folders = listing(folder)
@@ -111,9 +122,7 @@ def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -
         raise ConfigError(f"--images {folder} holds a folder ({folders[0].name}); it takes images only.")
     if not paths:
         raise ConfigError(f"--images {folder} holds no image.")
-    prompts = PromptDataset.load(prompts_file).prompts if prompts_file else (prompt,) * len(paths)
-    if len(prompts) != len(paths):
-        raise ConfigError(f"--prompts {prompts_file} has {len(prompts)} prompts for {len(paths)} images in {folder}.")
+    prompts = _prompts_of(len(paths), prompt, prompts_file)
     for path in paths:
         height, width = read_rgb(path).shape[:2]
         if (width, height) != (resolution, resolution):

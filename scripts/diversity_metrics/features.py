@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_json
+from flow_grpo.model_files import LOADING_ERRORS
 from flow_grpo.rewards.registry import check_checkpoint
 
 if TYPE_CHECKING:
@@ -252,15 +252,11 @@ def _tag_or_file(name: str, pretrained: str) -> str:
 @contextmanager
 def _one_sentence(subject: str) -> Iterator[None]:
     """Turn what the libraries raise for files that are missing, damaged, or of something else into ConfigError."""
-    from safetensors import SafetensorError
-
-    damaged = (OSError, EOFError, pickle.UnpicklingError, SafetensorError)
-    other = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
     try:
         yield
     except ConfigError:
         raise
-    except (*damaged, *other, StopIteration) as error:
+    except (*LOADING_ERRORS, LookupError, ArithmeticError, AssertionError, StopIteration) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         shown = reason if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]} ..."
         raise ConfigError(f"{subject}: {shown}") from error
