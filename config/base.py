@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     config.use_lora = True  # False: fine-tune every weight of the transformer
     config.lora = ConfigDict()
     config.lora.rank = 16
-    config.lora.alpha = 32  # the update is scaled by alpha / rank
+    config.lora.alpha = 32.0  # the update is scaled by alpha / rank
     config.lora.target_modules = (  # ends of module names; modules without effect on the output are left out
         "attn.add_k_proj",
         "attn.add_q_proj",

@@ -226,7 +226,7 @@ def _sd3_5_medium(config: ConfigDict) -> None:
     config.max_sequence_length = 128
     config.mixed_precision = "bf16"
     config.lora.rank = 32
-    config.lora.alpha = 64
+    config.lora.alpha = 64.0
     config.prompts.train = "assets/prompts/pickscore/train.txt"
     config.prompts.test = "assets/prompts/pickscore/test.txt"
     config.prompts.eval_diversity = "assets/prompts/pickscore/test.txt"

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import strict_json, sync_tree
+from flow_grpo.model_files import first_line
 from flow_grpo.policy import Policy
 from flow_grpo.runs.folder import HISTORY_FILE
 from flow_grpo.runs.history import digest_of_history
@@ -182,7 +183,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{folder / TENSORS} is damaged: {_first_line(error)}.") from None
+        raise ConfigError(f"{folder / TENSORS} is damaged: {first_line(error)}.") from None
 
 
 def _read_old(folder: Path, state: Mapping[str, Any]) -> TrainingState:
@@ -200,7 +201,7 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{path} is damaged: {_first_line(error)}.") from None
+        raise ConfigError(f"{path} is damaged: {first_line(error)}.") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("trainable"), list):
         raise ConfigError(f"{path} is damaged: it holds no trained weights.")
     return saved
@@ -225,10 +226,6 @@ def named_as(policy: Policy, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         return f"{front}.{names[int(last)]}" if last.isdecimal() and int(last) < len(names) else key
 
     return {named(key): value for key, value in tensors.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
 def resume(policy: Policy, run: Run, settings: Settings) -> bool:
@@ -342,7 +339,7 @@ class Saver:
             self._drop_old(folder.parent)
         except (OSError, SafetensorError, ConfigError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            return f"{folder} cannot be written ({getattr(error, 'strerror', None) or _first_line(error)})"
+            return f"{folder} cannot be written ({getattr(error, 'strerror', None) or first_line(error)})"
         return None
 
     def _write(self, folder: Path, score: Score | None, evaluated: bool) -> None:

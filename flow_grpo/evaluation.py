@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.settings import Settings
+from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer
+from flow_grpo.settings import Settings, read_modes
 from flow_grpo.step_visualizer import StepVisualizer
 from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
@@ -68,7 +69,8 @@ def evaluate(
         run.check_stop()
         if run.is_main or evaluator.collective:
             seen = view(samples, evaluator.request or tested)
-            metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
+            with run.writing(f"what {evaluator.name} keeps of an evaluation"):
+                metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
     if not run.is_main:
         return {}
     run.log_image(prefix, image_grid(view(samples, tested), settings.config), run.counters.epoch)
@@ -78,7 +80,7 @@ def evaluate(
 def test_request(prompts: PromptDataset, settings: Settings) -> SampleRequest:
     """`num_image_per_prompt` images of each of the first `num_prompts` test prompts."""
     config = settings.config.eval
-    return SampleRequest(prompts.prompts[: config.num_prompts or None], config.num_image_per_prompt)
+    return SampleRequest(tuple(prompts.prompts[: config.num_prompts or None]), config.num_image_per_prompt)
 
 
 def draw_samples(
@@ -96,12 +98,12 @@ def draw_samples(
     on every process.
     """
     config, requests = settings.config.eval, requests or [test_request(prompts, settings)]
-    chosen = tuple(dict.fromkeys([*prompts.prompts, *(text for request in requests for text in request.prompts)]))
+    rows = {text: row for row, text in enumerate(prompts.prompts)}
+    chosen = tuple(dict.fromkeys([*rows, *(text for request in requests for text in request.prompts)]))
     counts: dict[str, int] = {}
     for request in requests:
         for text in request.prompts:
             counts[text] = max(counts.get(text, 0), request.num_image_per_prompt)
-    metadata = dict(zip(prompts.prompts, prompts.metadata, strict=True))
     ids = [(p, s) for p, text in enumerate(chosen) for s in range(counts.get(text, 0))]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
     images, latents = [], []
@@ -120,7 +122,7 @@ def draw_samples(
         images=_gather_in_order(images, share),
         latents=_gather_in_order(latents, share),
         prompts=tuple(chosen[p] for p, _ in ids),
-        metadata=tuple(metadata.get(chosen[p], {}) for p, _ in ids),
+        metadata=tuple(prompts.metadata[rows[chosen[p]]] if chosen[p] in rows else {} for p, _ in ids),
         prompt_ids=torch.tensor([p for p, _ in ids]),
         sample_ids=torch.tensor([s for _, s in ids]),
         label=label,
@@ -143,13 +145,13 @@ def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
 
 
 def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
-    """The first images of the first prompts: a row for each prompt."""
+    """The first images of the first prompts: a row for each prompt; black where an image is not finite."""
     rows = [
         samples.images[samples.prompt_ids == prompt][: config.eval.num_grid_images]
         for prompt in range(min(config.eval.num_grid_prompts, int(samples.prompt_ids.max()) + 1))
     ]
     grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=1, pad_value=1.0)
-    return Image.fromarray((grid.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    return Image.fromarray((grid.nan_to_num().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
 # --- evaluators ----------------------------------------------------------------------------------------
@@ -179,6 +181,7 @@ class JudgeEvaluator:
     """How well a CLIP that is not the reward recognises each image's prompt among the evaluated ones.
 
     `judge/accuracy`: share of images whose best-matching prompt is their own. `judge/similarity`: mean cosine with it.
+    Both are nan if an image is not finite.
     """
 
     name, collective, request = "judge", False, None
@@ -192,8 +195,9 @@ class JudgeEvaluator:
         candidates = tuple(dict.fromkeys(samples.prompts))
         similarity = similarities(self.scorer, samples.images, candidates, self.batch_size)  # (N, candidates)
         own = torch.tensor([candidates.index(prompt) for prompt in samples.prompts])
+        known = bool(similarity.isfinite().all())
         return {
-            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item(),
+            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item() if known else math.nan,
             "judge/similarity": similarity.gather(1, own[:, None]).double().mean().item(),
         }
 
@@ -202,6 +206,7 @@ class ModeEvaluator:
     """Counts the known modes of each prompt, e.g. the colours of "a sneaker", as the judge sees them.
 
     `modes/<mode>`: share of the images. `modes/entropy`: of these shares, in nats; log of the number of modes at most.
+    All are nan if an image is not finite.
     """
 
     name, collective, request = "modes", False, None
@@ -214,21 +219,22 @@ class ModeEvaluator:
 
     @classmethod
     def load(cls, scorer: ClipScorer, path: str, batch_size: int, freq: int = 1) -> ModeEvaluator:
-        """Read the modes from a JSON file."""
-        return cls(scorer, json.loads(Path(path).read_text()), batch_size, freq)
+        """Read the modes from a JSON file; ConfigError if it holds something else."""
+        return cls(scorer, read_modes(Path(path), "config.eval.modes: "), batch_size, freq)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> dict[str, float]:
         """Over the samples of prompts whose modes are known; nothing if there are none."""
-        counts: dict[str, int] = {}
+        counts: dict[str, float] = {}
         for prompt in dict.fromkeys(samples.prompts):
-            if prompt not in self.modes:
+            if not self.modes.get(prompt):
                 continue
             images = samples.images[[i for i, other in enumerate(samples.prompts) if other == prompt]]
             names, captions = zip(*self.modes[prompt].items(), strict=True)
-            best = similarities(self.scorer, images, captions, self.batch_size).argmax(1)
+            found = similarities(self.scorer, images, captions, self.batch_size)
+            best, unknown = found.argmax(1), 0.0 if found.isfinite().all() else math.nan
             for index, name in enumerate(names):
-                counts[name] = counts.get(name, 0) + int((best == index).sum())
+                counts[name] = counts.get(name, 0.0) + int((best == index).sum()) + unknown
         if not counts:
             return {}
         total = sum(counts.values())
@@ -248,7 +254,7 @@ def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.
     config, freq = settings.config.eval, settings.config.eval_freq
     evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device, freq)]
     if config.judge:
-        scorer = ClipScorer(config.judge, device)
+        scorer: ClipScorer = load_scorer("config.eval.judge", CLIP_SCORER, config.judge, device)
         evaluators.append(JudgeEvaluator(scorer, config.batch_size, freq))
         if config.modes:
             evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size, freq))

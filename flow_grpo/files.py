@@ -50,6 +50,9 @@ MEBIBYTE = 1 << 20
 LIMITS = {
     "json": Limit("FLOW_GRPO_MAX_JSON_MIB", 64, "MiB", MEBIBYTE),
     "history": Limit("FLOW_GRPO_MAX_HISTORY_MIB", 1024, "MiB", MEBIBYTE),  # a run's metrics.jsonl
+    "prompts": Limit("FLOW_GRPO_MAX_PROMPTS_MIB", 256, "MiB", MEBIBYTE),  # a prompt file
+    "prompt": Limit("FLOW_GRPO_MAX_PROMPT_KIB", 64, "KiB", 1024),  # a line of it: tokenizers take seconds for more
+    "image": Limit("FLOW_GRPO_MAX_IMAGE_MEGAPIXELS", 64, "megapixels", 1_000_000),  # of an image that is read
 }
 
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
+from flow_grpo.launcher import check_precision, read_launcher
+from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.policy import check_lora_targets, noise_levels
 from flow_grpo.rewards import REWARDS, reward_names
-from flow_grpo.settings import Settings, resolve
+from flow_grpo.settings import Settings, pixels_per_token, resolve
 
 # The other processes wait in the next collective call while the main one evaluates: however long that takes, they must
 # not give up. A process that dies is noticed all the same, by the launcher, which ends the others.
@@ -26,23 +32,34 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
     """Resolve the configuration for the processes that were launched, and make their accelerator.
 
     Raises:
-        ConfigError: see `settings.resolve`; or a model that is neither here nor on the hub; or a launcher, FSDP or
-            DeepSpeed plugin that is not supported.
+        ConfigError: see `launcher.read_launcher` and `settings.resolve`; or a model that is neither here nor on the
+            hub.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and by accelerate launch
-    cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
-    settings = resolve(config, num_processes, cuda)
+    launched = read_launcher()
+    cuda = torch.cuda.is_available() and not launched.use_cpu
+    if cuda and launched.local_processes > (gpus := torch.cuda.device_count()):
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={launched.local_processes} processes share {gpus} GPUs of this machine; start at most "
+            "one for each, or set ACCELERATE_USE_CPU=true."
+        )
+    settings = resolve(config, launched.num_processes, cuda)
+    check_precision(settings.config.mixed_precision)
     if settings.config.num_threads > 0:
         torch.set_num_threads(settings.config.num_threads)
     diffusers.utils.logging.disable_progress_bar()  # our own bars tell what is worth telling
     transformers.utils.logging.disable_progress_bar()
     _check_hub(settings)
-    accelerator = Accelerator(
-        mixed_precision=settings.config.mixed_precision,
-        cpu=not cuda,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
-    _check_launcher(accelerator, num_processes)
+    _check_pipeline(settings)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.config.mixed_precision,
+            cpu=not cuda,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except torch.distributed.DistError as error:
+        address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise ConfigError(f"{address}: the processes cannot meet there ({first_line(error)}).") from error
+    _check_launcher(accelerator, launched.num_processes)
     return settings, accelerator
 
 
@@ -63,10 +80,32 @@ def _check_hub(settings: Settings) -> None:
         try:
             hf_hub_download(model, file, revision=revision)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"config.{key} = {model!r} is no folder here, and cannot be fetched from the hub: {reason}"
+                f"config.{key} = {model!r} is no folder here, and cannot be fetched from the hub: {first_line(error)}"
             ) from error
+
+
+def _check_pipeline(settings: Settings) -> None:
+    """What its own classes make of the settings in a pipeline's folder; that of a hub id is checked when it loads."""
+    config = settings.config
+    folder = Path(config.pretrained.model)
+    if not os.path.isdir(folder):
+        return
+    files = (folder / "scheduler/scheduler_config.json", folder / "transformer/config.json")
+    scheduler_settings, transformer_settings = (read_object(file, "config.pretrained.model: ") for file in files)
+    try:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_settings)
+        with torch.device("meta"):  # shapes and names alone
+            transformer = SD3Transformer2DModel.from_config(transformer_settings)
+    except LOADING_ERRORS as error:
+        raise ConfigError(
+            f"config.pretrained.model: {folder} has settings that make no model: {first_line(error)}"
+        ) from error
+    tokens = (config.resolution // pixels_per_token(folder)) ** 2
+    for steps in (config.sample.num_steps, config.eval.num_steps):
+        noise_levels(scheduler, steps, tokens)
+    if config.use_lora:
+        check_lora_targets(transformer, config.lora.target_modules)
 
 
 def _check_launcher(accelerator: Accelerator, num_processes: int) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, TextIO
 
-
-def is_speaker() -> bool:
-    """Whether this process speaks: the first on its machine."""
-    return os.environ.get("LOCAL_RANK", "0") in ("", "0")
+from flow_grpo.launcher import speaks
 
 
 def say(text: str) -> None:
     """Write one line to stderr, above any progress bar."""
-    if is_speaker():
+    if speaks():
         from tqdm import tqdm
 
         tqdm.write(" ".join(text.split()), file=sys.stderr)

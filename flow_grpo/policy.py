@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
@@ -19,32 +25,90 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
+from flow_grpo.model_files import LOADING_ERRORS, first_line
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.settings import Settings
+from flow_grpo.settings import WITHOUT_T5, Settings, check_scheduler
 from flow_grpo.types import PromptEmbeds, Trajectory
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # the parts that have weights
 
 
 def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
     """Load `config.pretrained.model`: weights in the dtype of `mixed_precision`, the VAE in float32.
 
     Raises:
-        ConfigError: it is no StableDiffusion3Pipeline.
+        ConfigError: it is no StableDiffusion3Pipeline, or is damaged, or lacks a part of its weights, which the library
+            would fill with random numbers.
     """
     pretrained = settings.config.pretrained
-    dtype = {"default": DTYPES[settings.config.mixed_precision], "vae": torch.float32}
     try:
         with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            return StableDiffusion3Pipeline.from_pretrained(
-                pretrained.model, revision=pretrained.revision or None, torch_dtype=dtype
-            )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+            folder = pretrained.model
+            if not os.path.isdir(folder):
+                folder = StableDiffusion3Pipeline.download(folder, revision=pretrained.revision or None)
+            pipeline, missing = _load_parts(folder, DTYPES[settings.config.mixed_precision])
+    except LOADING_ERRORS as error:
         raise ConfigError(
-            f"pretrained.model {pretrained.model!r} cannot be loaded as an SD3 pipeline: {reason}"
+            f"pretrained.model {pretrained.model!r} cannot be loaded as an SD3 pipeline: {first_line(error)}"
         ) from error
+    if missing:
+        raise ConfigError(
+            f"pretrained.model {pretrained.model!r} is not whole: {missing[0]} is the first of {len(missing)} weights "
+            "that it lacks."
+        )
+    check_scheduler(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
+    return pipeline
+
+
+def _load_parts(folder: str, dtype: torch.dtype) -> tuple[StableDiffusion3Pipeline, list[str]]:
+    """The pipeline in a folder, and the names of the weights that its files lack. The VAE is float32."""
+    index = StableDiffusion3Pipeline.load_config(folder)
+    parts: dict[str, Any] = {name: None for name in WITHOUT_T5 if not index.get(name, [None])[0]}
+    missing = []
+    for name in [name for name in NETWORKS if name not in parts]:
+        library, kind = index[name]
+        parts[name], found = getattr(import_module(library), kind).from_pretrained(
+            os.path.join(folder, name),
+            torch_dtype=torch.float32 if name == "vae" else dtype,
+            output_loading_info=True,
+        )
+        missing += [f"{name}.{weight}" for weight in sorted(found["missing_keys"])]
+    return StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, **parts), missing
+
+
+def noise_levels(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, tokens: int) -> Tensor:
+    """What a scheduler gives a sampler of `num_steps` steps, for images of so many tokens: (num_steps + 1,).
+
+    Raises:
+        ConfigError: they do not fall from at most 1 to 0.
+    """
+    settings, shift = scheduler.config, {}
+    if settings.get("use_dynamic_shifting"):
+        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        shift["mu"] = calculate_shift(tokens, *(settings[key] for key in keys))
+    with np.errstate(all="ignore"):  # what is no number is refused below
+        scheduler.set_timesteps(num_steps, **shift)
+    sigmas = scheduler.sigmas.clone()
+    if not (sigmas[0] <= 1 and (sigmas.diff() < 0).all() and sigmas[-1] == 0):
+        raise ConfigError(
+            f"config.pretrained.model: the noise levels of its scheduler do not fall from 1 to 0 in {num_steps} steps: "
+            f"{', '.join(f'{sigma:.3g}' for sigma in sigmas[:8].tolist())} ...; it takes another scheduler_config.json."
+        )
+    return sigmas
+
+
+def check_lora_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> None:
+    """ConfigError for the first name that is the end of no module's."""
+    modules = [name for name, _ in transformer.named_modules()]
+    ends = {".".join(name.split(".")[2:]) or name for name in modules if name}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            nearest = " or ".join(difflib.get_close_matches(target, sorted(ends), n=2, cutoff=0.0))
+            raise ConfigError(
+                f"config.lora.target_modules: {target!r} is the end of no module's name; the nearest are {nearest}."
+            )
 
 
 class Policy:
@@ -102,9 +166,10 @@ class Policy:
     def _add_lora(self) -> None:
         """LoRA (arXiv 2106.09685) on the transformer; Gaussian A, zero B, the same on every process."""
         lora = self.settings.config.lora
+        check_lora_targets(self.transformer, lora.target_modules)
         adapter = LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.alpha,
+            lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # as peft writes it
             init_lora_weights="gaussian",
             target_modules=list(lora.target_modules),
             exclude_modules=self._modules_without_effect(),
@@ -113,7 +178,7 @@ class Policy:
             torch.manual_seed(keyed_generator(self.settings.config.seed, "lora").initial_seed())
             try:
                 self.transformer.add_adapter(adapter)
-            except ValueError as error:  # peft's word for names that match no module
+            except ValueError as error:  # peft's word for modules that it cannot adapt, or that are all left out
                 raise ConfigError(f"config.lora.target_modules = {tuple(lora.target_modules)}: {error}") from error
         cast_training_params(self.transformer, torch.float32)
 
@@ -198,8 +263,9 @@ class Policy:
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
-        self.pipeline.scheduler.set_timesteps(num_steps)
-        return self.pipeline.scheduler.sigmas.clone()
+        pixels_per_token = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
+        tokens = (self.settings.config.resolution // pixels_per_token) ** 2
+        return noise_levels(self.pipeline.scheduler, num_steps, tokens)
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""

@@ -8,16 +8,22 @@ once before any is used again, also where the number of groups changes on the wa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import operator
+import os
+import re
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import LIMITS, parse_json, read_bytes
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.settings import BatchPlan
+from flow_grpo.settings import BatchPlan, text_fault
 from flow_grpo.types import PromptBatch
 
 FETCHED_FOLDER = "assets/prompts/pickscore"
@@ -27,12 +33,21 @@ FETCH_COMMAND = (
 )
 
 
+LINE = re.compile(rb"[^\r\n]+")  # lines end in "\n", "\r\n" or "\r"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_NESTING = 64  # of what a line of JSON says besides the prompt; Python's own bound depends on who asks
+
+Entry = tuple[str, dict[str, Any]]  # a prompt, and what else its line says
+Parser = Callable[[str], Entry]  # of the text of a line; its ConfigError says what follows "line 3 of the prompt file"
+Item = TypeVar("Item", covariant=True)
+
+
 @dataclass(frozen=True)
 class PromptDataset:
     """The prompts of one file, in its order."""
 
-    prompts: tuple[str, ...]
-    metadata: tuple[Mapping[str, Any], ...]  # what else the line of a .jsonl file says; {} for .txt
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]  # what else the line of a .jsonl file says; {} for .txt
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -41,17 +56,78 @@ class PromptDataset:
     def load(path: str) -> PromptDataset:
         """Read a .txt file (one prompt a line) or a .jsonl file ({"prompt": ..., ...}); blank lines are skipped.
 
-        Raises ConfigError when the file is missing, empty, of another kind, or has a line that is not a prompt.
+        Every line is checked now, and parsed again when it is asked for: only the file's bytes are kept. A file that
+        has not changed since is not read again.
+
+        Raises:
+            ConfigError: the file is missing, empty, too large, of another kind, or has a line that is not a prompt.
         """
-        entries = []
-        parse = _parser(path)
-        for number, line in enumerate(_read(path).split("\n"), start=1):
-            if line.strip():
-                entries.append(parse(line, f"line {number} of the prompt file {path}"))
-        if not entries:
-            raise ConfigError(f"the prompt file {path} is empty: it needs at least one prompt{_how_to_fetch(path)}.")
-        prompts, metadata = zip(*entries, strict=True)
-        return PromptDataset(prompts, metadata)
+        file = os.path.expanduser(path)
+        if not os.path.exists(file):
+            raise ConfigError(f"the prompt file {path} does not exist{_how_to_fetch(path)}.")
+        parse, found = _parser(path), os.stat(file)
+        return _load(path, file, parse, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=4)  # training, test and diversity prompts: the check of a configuration reads them first
+def _load(path: str, file: str, parse: Parser, version: tuple[int, ...]) -> PromptDataset:
+    """`version` changes with the file's content."""
+    content = read_bytes(Path(file), "prompts", "the prompt file ")
+    longest = LIMITS["prompt"].value
+    spans = array("q")  # the first byte, and one past the last, of every line that is not blank
+    for line in LINE.finditer(content, len(BYTE_ORDER_MARK) if content.startswith(BYTE_ORDER_MARK) else 0):
+        try:
+            text = _decoded(line[0], longest)
+            if text.strip():
+                parse(text)
+                spans.extend(line.span())
+        except ConfigError as error:
+            raise ConfigError(f"line {_number(content, line.start())} of the prompt file {path}{error}") from None
+    if not spans:
+        raise ConfigError(f"the prompt file {path} is empty: it needs at least one prompt{_how_to_fetch(path)}.")
+    lines = _Lines(content, spans, parse)
+    return PromptDataset(_Column(lines, 0), _Column(lines, 1))
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The lines of a prompt file that are not blank."""
+
+    content: bytes
+    spans: array[int]  # first byte and one past the last of line 0, of line 1, ...
+    parse: Parser
+
+    def entry(self, index: int) -> Entry:
+        """What a line says."""
+        start, end = self.spans[2 * index : 2 * index + 2]
+        return self.parse(self.content[start:end].decode("utf-8"))
+
+
+class _Column(Sequence[Item]):
+    """One of the two things that every line says. Equal to any sequence of the same items."""
+
+    def __init__(self, lines: _Lines, which: int) -> None:
+        self._lines, self._which = lines, which
+
+    def __len__(self) -> int:
+        return len(self._lines.spans) // 2
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(len(self))[index]  # raises the IndexError
+        if isinstance(places, range):
+            return tuple(self[place] for place in places)
+        return self._lines.entry(places)[self._which]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(other) == len(self) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int, rank: int) -> PromptBatch:
@@ -82,25 +158,18 @@ def _stream(size: int, seed: int, start: int, count: int) -> list[int]:
     return torch.cat(passes)[offset : offset + count].tolist()
 
 
-def _read(path: str) -> str:
-    """The file's text; ConfigError when there is none."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"the prompt file {path} does not exist{_how_to_fetch(path)}.")
-    data = file.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = data[: error.start].count(b"\n") + 1
-        raise ConfigError(f"line {number} of the prompt file {path} is not UTF-8 text.") from None
-
-
 def _how_to_fetch(path: str) -> str:
     """The second half of the sentence about a missing file of fetched prompts."""
     return f"; fetch it with `{FETCH_COMMAND}`" if FETCHED_FOLDER in Path(path).as_posix() else ""
 
 
-def _parser(path: str) -> Callable[[str, str], tuple[str, dict[str, Any]]]:
+def _number(content: bytes, start: int) -> int:
+    """The number of the line that begins at a byte, from 1 on."""
+    before = content[:start].replace(b"\r\n", b"\n")
+    return before.count(b"\n") + before.count(b"\r") + 1
+
+
+def _parser(path: str) -> Parser:
     """The function that reads one line of this kind of file."""
     parsers = {".txt": _parse_text, ".jsonl": _parse_json}
     suffix = Path(path).suffix
@@ -109,16 +178,42 @@ def _parser(path: str) -> Callable[[str, str], tuple[str, dict[str, Any]]]:
     return parsers[suffix]
 
 
-def _parse_text(line: str, where: str) -> tuple[str, dict[str, Any]]:
-    return line.strip(), {}
-
-
-def _parse_json(line: str, where: str) -> tuple[str, dict[str, Any]]:
+def _decoded(line: bytes, longest: int) -> str:
+    """The text of a line of at most so many bytes."""
+    if len(line) > longest:
+        raise ConfigError(f" is longer than {LIMITS['prompt']}.")
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON ({error.msg}, column {error.colno}).") from None
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(" is not UTF-8 text.") from None
+
+
+def _parse_text(line: str) -> Entry:
+    return _checked(line), {}
+
+
+def _parse_json(line: str) -> Entry:
+    entry = parse_json(line, "")
     prompt = entry.pop("prompt", None) if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ConfigError(f'{where} must be an object whose "prompt" is a string that is not empty.')
-    return prompt.strip(), entry
+        raise ConfigError(' must be an object whose "prompt" is a string that is not empty.')
+    if not _depth_is_at_most(MAX_NESTING, entry):
+        raise ConfigError(f" is JSON nested more than {MAX_NESTING} deep.")
+    if "\\u" in line and (fault := text_fault(json.dumps(entry, ensure_ascii=False))):  # what else is no text?
+        raise ConfigError(f" {fault}.")
+    return _checked(prompt), entry
+
+
+def _checked(prompt: str) -> str:
+    """The prompt without the blanks around it."""
+    if fault := text_fault(prompt):
+        raise ConfigError(f" {fault}.")
+    return prompt.strip()
+
+
+def _depth_is_at_most(depth: int, value: Any) -> bool:
+    """Whether a JSON value has at most so many levels of objects and lists."""
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return depth > 0 and all(_depth_is_at_most(depth - 1, item) for item in inner)

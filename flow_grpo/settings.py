@@ -6,8 +6,9 @@ Nothing heavy is imported at the top of this module.
 
 from __future__ import annotations
 
-import json
 import math
+import os
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,16 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.rewards.registry import check_checkpoint, validate_rewards
+from flow_grpo.files import LIMITS, read_object
+from flow_grpo.model_files import CLIP_NEEDS, MODEL_NEEDS, PART_NEEDS, Needs, check_files
+from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
 from flow_grpo.runs.saved import checkpoint_state, find_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
+WITHOUT_T5 = ("text_encoder_3", "tokenizer_3")  # the parts that a pipeline may lack
 HUB_PIXELS_PER_TOKEN = 16  # SD3's VAE shrinks an image by 8, its transformer takes patches of 2
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
 
@@ -86,9 +91,10 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
         num_processes=num_processes,
     )
     _check_model(config)
+    _check_scorers(config)
     _check_prompts(config)
     if config.eval.modes:
-        _read_json("eval.modes", Path(config.eval.modes))
+        read_modes(Path(config.eval.modes), "config.eval.modes: ")
     if config.resume_from:
         _check_resume(config, find_checkpoint(config.resume_from))
     return Settings(FrozenConfigDict(config), plan, num_processes)
@@ -171,18 +177,51 @@ def _each(rule: Rule, allowed: str, low: int = 0, high: int | None = None) -> Ru
     return Rule(accepts, allowed)
 
 
+def _or_null(rule: Rule) -> Rule:
+    return Rule(lambda value: value is None or rule.accepts(value), f"{rule.allowed}, or null")
+
+
+def _only(value: Any, why: str) -> Rule:
+    return Rule(lambda given: given == value, why)
+
+
+def text_fault(text: str) -> str:
+    """What makes a text unfit for tokenizers and files, as the end of a sentence about it; "": nothing."""
+    if "\0" in text:
+        return "has a null character"
+    try:
+        length = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        return f"has \\u{ord(text[error.start]):04x}, half of a surrogate pair, which is no character"
+    return f"is longer than {LIMITS['prompt']}" if length > LIMITS["prompt"].value else ""
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not text_fault(value)
+
+
+def _folder(allowed: str, longest: int = 255) -> Rule:
+    """A path whose folders have names of at most so many bytes, without control characters."""
+
+    def accepts(value: Any) -> bool:
+        fits = _is_text(value) and not any(unicodedata.category(letter) == "Cc" for letter in value)
+        return fits and all(len(part.encode()) <= longest for part in value.split("/")) and len(value.encode()) < 2048
+
+    return Rule(accepts, f"{allowed}, of names of at most {longest} bytes without control characters")
+
+
 _POSITIVE = _number("a number above 0", lambda x: x > 0)
 _NOT_NEGATIVE = _number("a number of at least 0", lambda x: x >= 0)
 _BELOW_ONE = _number("a number from 0 to below 1", lambda x: 0 <= x < 1)
 _FINITE = _number("a finite number", lambda x: True)
 _YES_OR_NO = Rule(lambda value: isinstance(value, bool), "True or False")
-_TEXT = Rule(lambda value: isinstance(value, str), "text")
-_FILLED = Rule(lambda value: isinstance(value, str) and value.strip() != "", "text that is not empty")
+_TEXT = Rule(_is_text, "text")
+_FILLED = Rule(lambda value: _is_text(value) and value.strip() != "", "text that is not empty")
 
 RULES: Mapping[str, Rule] = {
-    "run_name": _TEXT,
-    "recipe": _TEXT,
-    "logdir": _FILLED,
+    "run_name": _folder("a folder under config.logdir"),
+    "recipe": _folder("a name", 200),  # with the time of day, it names a run's folder
+    "logdir": _folder("a folder"),
     "project": _FILLED,
     "trackers": _each(_choice("wandb", "tensorboard"), 'a tuple of "wandb" and "tensorboard", or ()'),
     "seed": _whole(0),
@@ -286,6 +325,27 @@ RULES: Mapping[str, Rule] = {
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": _FINITE, "reward_model": _TEXT}
 
 
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effect, or are the scheduler's to check
+    "num_train_timesteps": _only(1000, "1000, the unit of SD3's noise levels"),
+    "invert_sigmas": _only(False, "false, as the noise must go down"),
+    "stochastic_sampling": _only(False, "false, as config.sample.sde_type is what draws noise"),
+    "shift": _POSITIVE,
+    "use_dynamic_shifting": _YES_OR_NO,
+    "use_karras_sigmas": _or_null(_YES_OR_NO),
+    "use_exponential_sigmas": _or_null(_YES_OR_NO),
+    "use_beta_sigmas": _or_null(_YES_OR_NO),
+    "shift_terminal": _or_null(_number("a number from 0 to below 1", lambda x: 0 <= x < 1)),
+    "time_shift_type": _choice("exponential", "linear"),
+}
+DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shifting
+    "base_shift": _FINITE,
+    "max_shift": _FINITE,
+    "base_image_seq_len": _whole(1),
+    "max_image_seq_len": _whole(1),
+}
+
+
 def _check_values(config: ConfigDict) -> None:
     """Every key of config/base.py is there, has a value of its kind and in its range; there are no others."""
     values = dict(leaves(config))
@@ -314,7 +374,7 @@ def _with_home_expanded(config: ConfigDict) -> ConfigDict:
     copied = ConfigDict(config.to_dict())
     for key, value in list(leaves(copied)):
         if isinstance(value, str) and value.startswith("~/"):
-            copied.update_from_flattened_dict({key: str(Path(value).expanduser())})
+            copied.update_from_flattened_dict({key: os.path.expanduser(value)})
     return copied
 
 
@@ -469,40 +529,140 @@ def _check_model(config: ConfigDict) -> None:
     """The model is a hub id, or a folder with an SD3 pipeline that can make images of this size."""
     model = config.pretrained.model
     check_checkpoint("config.pretrained.model", model)
-    pixels_per_token, largest = HUB_PIXELS_PER_TOKEN, math.inf
-    if Path(model).is_dir():
-        _check_pipeline_class(Path(model))
-        transformer = _read_json("pretrained.model", Path(model, "transformer/config.json"))
-        vae = _read_json("pretrained.model", Path(model, "vae/config.json"))
-        pixels_per_token = 2 ** (len(vae["block_out_channels"]) - 1) * transformer["patch_size"]
-        largest = pixels_per_token * transformer["pos_embed_max_size"]
-    if config.resolution % pixels_per_token or config.resolution > largest:
+    pixels, largest = HUB_PIXELS_PER_TOKEN, math.inf
+    if os.path.isdir(model):
+        _check_pipeline(Path(model))
+        pixels = pixels_per_token(Path(model))
+        side = _setting(Path(model, "transformer/config.json"), "pos_embed_max_size", _whole(1), default=96)
+        largest = pixels * side
+        _check_latents(Path(model))
+    if config.resolution % pixels or config.resolution > largest:
         limit = "" if largest == math.inf else f", at most {largest}"
         raise ConfigError(
             f"config.resolution = {config.resolution} does not fit the model {model}; it takes a multiple of "
-            f"{pixels_per_token}{limit}."
+            f"{pixels}{limit}."
         )
 
 
-def _check_pipeline_class(model: Path) -> None:
-    if not (model / "model_index.json").is_file():
+def _check_latents(model: Path) -> None:
+    """The VAE's latents are those of the transformer, and their scale is known."""
+    vae, transformer = (model / part / "config.json" for part in ("vae", "transformer"))
+    for key in ("scaling_factor", "shift_factor"):
+        _setting(vae, key, _FINITE, default=0.0)
+    channels = _setting(vae, "latent_channels", _whole(1), default=16)
+    _setting(transformer, "in_channels", _only(channels, f"{channels}, as the VAE's latents have"), default=channels)
+    _setting(transformer, "out_channels", _or_null(_only(channels, f"{channels}, or null")), default=None)
+
+
+def pixels_per_token(model: Path) -> int:
+    """The side of the square of pixels that is one token of a pipeline's transformer."""
+    channels = _each(_whole(1), "a list of one or more whole numbers", low=1)
+    stages = _setting(Path(model, "vae/config.json"), "block_out_channels", channels, default=(64,))
+    patch = _setting(Path(model, "transformer/config.json"), "patch_size", _whole(1), default=2)
+    return 2 ** (len(stages) - 1) * patch
+
+
+def _setting(path: Path, key: str, rule: Rule, default: Any) -> Any:
+    """A value of a file of settings; `default`, which is the library's, where the file does not say."""
+    value = read_object(path, PIPELINE).get(key, default)
+    if not rule.accepts(value):
+        raise ConfigError(f'{PIPELINE}{path} says "{key}": {value!r:.200}; it takes {rule.allowed}.')
+    return value
+
+
+def _check_pipeline(model: Path) -> None:
+    """The folder is a StableDiffusion3Pipeline's, with all the parts it names, whole, and a scheduler that is ours."""
+    index = _pipeline_index(model)
+    for name, part in index.items():
+        if (needs := PART_NEEDS.get(name.split("_")[0])) is not None:
+            _check_part(model, name, part, needs, optional=name in WITHOUT_T5)
+    for clip in ("", "_2"):
+        if f"tokenizer{clip}" in index:
+            _check_length(model, f"tokenizer{clip}", f"text_encoder{clip}")
+    if not index.get("tokenizer_3", [None])[0] and index.get("text_encoder_3", [None])[0]:
+        raise ConfigError(f"{PIPELINE}{model} has a text_encoder_3 without a tokenizer_3.")
+    if "scheduler" in index:
+        check_scheduler(read_object(model / "scheduler/scheduler_config.json", PIPELINE), index["scheduler"][1])
+
+
+def _pipeline_index(model: Path) -> dict[str, Any]:
+    """What model_index.json says: the class of the pipeline, and name: [library, class] of its parts."""
+    if not os.path.lexists(model / "model_index.json"):
         raise ConfigError(
             f"config.pretrained.model = {str(model)!r} has no model_index.json; it takes the folder of a "
             "StableDiffusion3Pipeline."
         )
-    kind = _read_json("pretrained.model", model / "model_index.json").get("_class_name")
+    index = read_object(model / "model_index.json", PIPELINE)
+    kind = index.get("_class_name")
     if kind != "StableDiffusion3Pipeline":
-        raise ConfigError(f"config.pretrained.model = {str(model)!r} is a {kind}; it takes a StableDiffusion3Pipeline.")
+        raise ConfigError(
+            f"config.pretrained.model = {str(model)!r} is a {kind!s:.80}; it takes a StableDiffusion3Pipeline."
+        )
+    return index
 
 
-def _read_json(key: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a file that `key` names or holds."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"config.{key}: {path} is not a file that can be read; it takes a JSON file.") from None
-    except ValueError as error:
-        raise ConfigError(f"config.{key}: {path} is not JSON ({error}).") from None
+def _check_length(model: Path, tokenizer: str, encoder: str) -> None:
+    """A CLIP's tokenizer cuts prompts to what its text encoder takes."""
+    longest = _setting(model / encoder / "config.json", "max_position_embeddings", _whole(1), default=77)
+    _setting(model / tokenizer / "tokenizer_config.json", "model_max_length", _whole(1, longest), default=None)
+
+
+def _check_part(model: Path, name: str, part: Any, needs: Needs, optional: bool) -> None:
+    """One entry of model_index.json: [library, class], or [null, null] for none."""
+    if not (isinstance(part, list) and len(part) == 2 and (part == [None, None] or all(map(_is_text, part)))):
+        raise ConfigError(f"{PIPELINE}{model / 'model_index.json'} says {name!r}: {part!r:.200}; it takes two texts.")
+    if part != [None, None]:
+        check_files(model / name, PIPELINE, needs)
+    elif not optional:
+        raise ConfigError(f"{PIPELINE}{model} has no {name}; only the T5, text_encoder_3, may be missing.")
+
+
+def check_scheduler(settings: Mapping[str, Any], kind: str) -> None:
+    """ConfigError unless a pipeline's scheduler, of the class `kind`, gives noise levels that our samplers take."""
+    if kind != SCHEDULER:
+        raise ConfigError(f"{PIPELINE}its scheduler is a {kind}, whose steps are not ours; it takes a {SCHEDULER}.")
+    dynamic = settings.get("use_dynamic_shifting")
+    rules = {**SCHEDULER_RULES, **(DYNAMIC_SHIFT_RULES if dynamic else {})}
+    for key, rule in rules.items():
+        if key in settings and not rule.accepts(settings[key]):
+            raise ConfigError(f'{PIPELINE}its scheduler says "{key}": {settings[key]!r:.200}; it takes {rule.allowed}.')
+    if dynamic and settings.get("base_image_seq_len", 256) == settings.get("max_image_seq_len", 4096):
+        raise ConfigError(f"{PIPELINE}its scheduler's base_image_seq_len and max_image_seq_len must differ.")
+
+
+def _check_scorers(config: ConfigDict) -> None:
+    """The folders of the CLIPs, and of the extractor of features, are whole."""
+    models = {
+        f"reward_model.{name}": config.reward_model[name] for name in reward_names(config) if REWARDS[name].scorer
+    }
+    models |= {"eval.judge": config.eval.judge} if config.eval.judge else {}
+    for key, model in models.items():
+        _check_folder(key, model, CLIP_NEEDS)
+    if config.eval_diversity and config.diversity.extractor != "open_clip":
+        _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
+
+
+def _check_folder(key: str, model: str, needs: Needs) -> None:
+    """A folder has what it needs; a hub id is asked for when the processes start."""
+    if os.path.isdir(model):
+        check_files(Path(model), f"config.{key}: ", needs)
+
+
+def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:
+    """The known modes of prompts, {prompt: {mode: caption}}; ConfigError, beginning with `subject`, for other files.
+
+    A file without a prompt, {}, is allowed: nothing is counted then.
+    """
+    modes = read_object(path, subject)
+    for prompt, captions in modes.items():
+        if not isinstance(captions, dict) or not captions:
+            raise ConfigError(
+                f"{subject}{path}: {prompt!r} must have an object of one or more modes, with a caption each."
+            )
+        for text in (prompt, *captions, *captions.values()):
+            if not _FILLED.accepts(text):
+                raise ConfigError(f"{subject}{path}: {text!r:.80}, of {prompt!r:.80}, must be {_FILLED.allowed}.")
+    return modes
 
 
 def _check_prompts(config: ConfigDict) -> None:

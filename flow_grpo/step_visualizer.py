@@ -13,8 +13,8 @@ there but is not drawn, and neither is a record that cannot be read.
 from __future__ import annotations
 
 import itertools
-import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from flow_grpo.entropy import NonFiniteError, divergence, draw_probes
-from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.errors import ConfigError
+from flow_grpo.figure_text import optional_figure
+from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.ode_log_prob import estimator_of, probe_generators
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.settings import Settings
-from flow_grpo.tracking import Run
+from flow_grpo.tracking import IMAGE_FOLDER, Run
 from flow_grpo.types import Samples
 
 MAX_CURVES = 8  # steps drawn against training
@@ -99,9 +101,14 @@ class StepVisualizer:
             return {}
         self._write(samples.label, step, prompts, strip)
         history = self._read(samples.label, step)
-        self.run.log_image(f"{samples.label}_strip", strip_image(strip), step)
-        self.run.log_image(f"{samples.label}_curves", rendered(curves_figure(history)), step)
-        self.run.log_image(f"{samples.label}_training", rendered(training_figure(history)), step)
+        drawings: dict[str, Callable[[], Image.Image]] = {
+            "strip": lambda: strip_image(strip),
+            "curves": lambda: rendered(curves_figure(history)),
+            "training": lambda: rendered(training_figure(history)),
+        }
+        for name, draw in drawings.items():
+            with optional_figure(self.folder.parent / IMAGE_FOLDER / f"{samples.label}_{name}_{step:06d}.png"):
+                self.run.log_image(f"{samples.label}_{name}", draw(), step)
         return {}
 
     def _write(self, label: str, step: int, prompts: tuple[str, ...], strip: FilmStrip) -> None:
@@ -123,13 +130,14 @@ class StepVisualizer:
 
 
 def _readable(path: Path) -> dict[str, Any] | None:
-    """A record; None for a file that holds none."""
+    """A record, nan for null; None for a file that holds none."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_object(path)
+        arrays = {name: np.asarray(record[name], dtype=float) for name in ("sigmas", "divergence", "log_density")}
+        whole = type(record["step"]) is int and [array.ndim for array in arrays.values()] == [1, 2, 2]
+    except (ConfigError, KeyError, TypeError, ValueError, OverflowError):
         return None
-    whole = isinstance(record, dict) and {"step", "sigmas", "divergence", "log_density"} <= record.keys()
-    return record if whole else None
+    return record | {name: array.tolist() for name, array in arrays.items()} if whole else None
 
 
 # --- pictures ------------------------------------------------------------------------------------------

@@ -125,6 +125,14 @@ class Run:
         """The name of the run: that of its folder."""
         return self.folder.name
 
+    @property
+    def begins(self) -> bool:
+        """Whether the base model is still to be evaluated: a run that begins, or was stopped before it had been."""
+        if self.checkpoint is None:
+            return True
+        state = checkpoint_state(self.checkpoint)
+        return state["counters"]["epoch"] == 0 and not state.get("evaluated", True)
+
     @cached_property
     def base_sha256(self) -> str | None:
         """Digest of the base model's files; None where they cannot be found."""

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 
 from config import grpo
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
+from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
 from flow_grpo.runs.folder import run_folder_of
 from flow_grpo.settings import decides_what_is_seen, leaves
@@ -40,7 +41,9 @@ def run(main: Callable[[ConfigDict], None], doc: str) -> None:
     A mistake in it ends the process with one sentence and exit code 2, training that cannot go on with 1.
     """
     with one_sentence_errors():
-        main(parse_config(sys.argv, doc))
+        config = parse_config(sys.argv, doc)
+        read_launcher()  # before torch is imported: the answer is quick
+        main(config)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int |
     for key, value in values.items():
         try:
             config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
-        except (TypeError, ValueError):
-            raise ConfigError(f"{path}: config.{key} = {value!r} is of another kind than config/base.py's.") from None
+        except (TypeError, ValueError, OverflowError):
+            shown = str(value)[:60]
+            raise ConfigError(f"{path}: config.{key} = {shown!r} is of another kind than config/base.py's.") from None
     return config

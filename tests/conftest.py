@@ -68,7 +68,7 @@ def config(random_models: Path, tmp_path: Path) -> ConfigDict:
     config.eval.judge, config.eval.modes = str(random_models / "judge"), str(random_models / "modes.json")
     config.eval.num_image_per_prompt, config.eval.num_steps = 2, 4
     config.num_epochs, config.eval_freq, config.save_freq = 2, 0, 0
-    config.lora.rank, config.lora.alpha = 4, 8
+    config.lora.rank, config.lora.alpha = 4, 8.0
     config.sample.num_steps, config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 4, 4, 2
     config.sample.batch_size = config.train.batch_size = 8
     config.train.updates_per_epoch = 1

@@ -44,6 +44,15 @@ def make_old(checkpoint: Path, names: list[str]) -> None:
     (checkpoint / "manifest.json").unlink()
 
 
+def spoil(checkpoint: Path) -> None:
+    """Make a trained weight, and its average, nan."""
+    first = sorted(
+        name for name in load_file(checkpoint / "training_state.safetensors") if name.startswith("weights.")
+    )[0]
+    spoilt = (first, first.replace("weights.", "average.", 1))
+    edit_tensors(checkpoint, lambda name, value: torch.full_like(value, torch.nan) if name in spoilt else value)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What state.json says."""
     return json.loads((checkpoint / "state.json").read_text())

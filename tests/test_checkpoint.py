@@ -315,7 +315,7 @@ def test_without_the_digests_a_flipped_bit_goes_unnoticed(two_saved, config, bui
 def test_a_run_whose_checkpoints_are_all_damaged_is_one_sentence(two_saved, config, build):
     for folder in checkpoints(two_saved).iterdir():
         (folder / "manifest.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"only damaged checkpoints; the newest, .*checkpoint-000002: .*not JSON"):
+    with pytest.raises(ConfigError, match=r"only damaged checkpoints .the newest, .*checkpoint-000002: .*not JSON"):
         build(config)
 
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError, TrainingStopped
 from flow_grpo.settings import leaves, resolve
-from scripts.cli import parse_config, run
+from scripts.cli import one_sentence_errors, parse_config, run
 from tests.synthetic_runs import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
@@ -301,10 +301,9 @@ def test_a_terminal_that_has_gone_or_lacks_letters_ends_nothing(tmp_path):
 @pytest.mark.parametrize(("error", "code"), [(ConfigError("bad\n input."), 2), (TrainingStopped("bad\n input."), 1)])
 @pytest.mark.parametrize(("rank", "message"), [("0", "error: bad input.\n"), ("1", "")])
 def test_only_the_first_process_speaks_and_all_have_the_exit_code(error, code, rank, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script.py", TINY])
     monkeypatch.setenv("LOCAL_RANK", rank)
-    with pytest.raises(SystemExit) as stopped:
-        run(stopping(error), "doc")
+    with pytest.raises(SystemExit) as stopped, one_sentence_errors():
+        raise error
     assert stopped.value.code == code
     assert capsys.readouterr().err == message
 

@@ -10,6 +10,7 @@ from config import base, grpo
 from config.grpo import INTENDED_PROCESSES, RECIPES, get_config
 from flow_grpo.errors import ConfigError
 from flow_grpo.settings import leaves, resolve
+from scripts.cli import parse_config
 
 ROOT = Path(__file__).parents[1]
 TINY = [name for name in RECIPES if name.startswith("tiny")]
@@ -196,3 +197,8 @@ def test_accelerate_reads_its_files_and_they_ask_for_plain_data_parallelism(path
     assert loaded.mixed_precision == "no"
     assert not loaded.fsdp_config
     assert not loaded.deepspeed_config
+
+
+def test_lora_alpha_takes_any_number_on_the_command_line():
+    config = parse_config(["train", "--config", "config/grpo.py:tiny_sd3", "--config.lora.alpha=24.5"], "")
+    assert config.lora.alpha == 24.5

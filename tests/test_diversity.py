@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import strict_json
 from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.prdc import mean_pairwise_distance
 from scripts.diversity_metrics.rke import rke_score
@@ -82,6 +88,40 @@ def test_the_figure_shows_every_prompts_interval(found):
         for segment, scores in zip(segments, found.groups.values(), strict=True):
             interval = getattr(scores, name)
             assert segment[:, 0] == pytest.approx([interval.low, interval.high])
+
+
+@pytest.mark.parametrize("name", ["a $^$ bag", r"$\frac{$", "costs $5 or $10", "红包 🎒", 160 * "x", "a\nb\x1b[31m"])
+def test_a_group_of_any_name_is_shown_as_it_is(groups, name):
+    measured = diversity.measure({name: groups["a bag"], "b": groups["a boot"]}, BANDWIDTH, 1.0, "clip:x", draws=100)
+    drawn = diversity.figure(measured)
+    FigureCanvasAgg(drawn).draw()
+    assert drawn.axes[0].get_position().width > 0.2  # the names leave room
+    lines = diversity.table(measured).splitlines()
+    assert len(lines) == 7
+    assert max(map(len, lines)) < 170
+    assert not any(ord(letter) < 32 for line in lines for letter in line)
+
+
+def test_the_figure_has_a_bound_and_says_what_it_leaves_out(found):
+    many = replace(found, groups={f"prompt {i}": found.within for i in range(1600)}, counts=defaultdict(int))
+    drawn = diversity.figure(many)
+    assert drawn.get_size_inches()[1] < 25
+    assert len(drawn.axes[0].get_yticks()) == diversity.MAX_ROWS == 60
+    assert "the first 60 of 1,600 prompts; 1,540 are not shown" in drawn.get_suptitle()
+
+
+def test_without_a_bandwidth_rke_alone_is_not_measured(groups):
+    measured = diversity.measure(groups, None, 1.0, "clip:x", draws=100)
+    assert measured.within.vendi == diversity.measure(groups, BANDWIDTH, 1.0, "clip:x", draws=100).within.vendi
+    record = json.loads(strict_json(diversity.record(measured)))
+    assert record["bandwidth"] is record["within"]["rke"]["estimate"] is record["pooled"]["rke"]["low"] is None
+    table = diversity.table(measured)
+    assert "RKE is not measured: half of the images within prompts are duplicates" in table
+    assert table.splitlines()[1].count("not measured") == 1
+    assert len(diversity.figure(measured).axes) == 1
+    same = diversity.against_reference(groups, groups, None)
+    assert np.isnan(same.relative_rke)
+    assert "relative RKE not measured" in diversity.table(replace(measured, reference=same))
 
 
 def test_a_reference_is_compared_as_a_whole(groups):

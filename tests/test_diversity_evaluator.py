@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo import checkpoint, drtune
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import SampleRequest, draw_samples, evaluate, view
+from flow_grpo.runs.manifest import write_manifest
 from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.diversity_evaluator import (
     build_diversity_evaluators,
@@ -28,6 +31,7 @@ from scripts.diversity_metrics.diversity_evaluator import (
 )
 from scripts.diversity_metrics.rke import median_bandwidth
 from tests.conftest import PROMPTS
+from tests.saved_runs import edit_tensors
 
 CPU = torch.device("cpu")
 
@@ -154,7 +158,7 @@ def test_a_configured_bandwidth_is_kept_with_the_run(config, build):
     assert json.loads((parts.run.folder / "diversity/bandwidth.json").read_text())["bandwidth"] == 0.7
 
 
-@pytest.mark.parametrize("bandwidth", ["0", "-1", "NaN", "null", "[]"])
+@pytest.mark.parametrize("bandwidth", ["0", "-1", "NaN", "[]", '"0.7"', "1" + 400 * "0"])
 def test_a_damaged_bandwidth_is_refused_and_not_chosen_again(tmp_path, bandwidth):
     path = tmp_path / "bandwidth.json"
     path.write_text(f'{{"bandwidth": {bandwidth}, "features": "clip:x"}}')
@@ -173,11 +177,33 @@ def test_a_bandwidth_of_other_features_is_refused(parts, config, build):
         resumed(config, build, parts.run.folder)
 
 
-def test_an_evaluator_that_fails_stops_the_run(parts, monkeypatch):
+@pytest.mark.parametrize("value", [math.nan, 0.5])  # one colour: no two images differ
+def test_samples_that_cannot_be_measured_do_not_end_the_run(parts, monkeypatch, value):
     (evaluator,) = build_diversity_evaluators(parts.settings, parts.run, CPU)
-    monkeypatch.setattr(parts.policy, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), torch.nan))
-    with pytest.raises(ConfigError, match="not finite"):
+    good = parts.policy.decode
+    monkeypatch.setattr(parts.policy, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), value))
+    with pytest.warns(UserWarning, match="no diversity at epoch 0" if math.isnan(value) else "RKE is not measured"):
+        logged = evaluated(parts, [evaluator])
+    assert set(logged) == {f"eval/{name}" for name in diversity.METRICS}
+    assert math.isnan(logged["eval/diversity/rke"])
+    assert logged["eval/diversity/vendi"] == pytest.approx(value * 2, nan_ok=True)
+    monkeypatch.setattr(parts.policy, "decode", good)
+    logged = evaluated(parts, [evaluator])
+    assert logged["eval/diversity/vendi"] > 1
+    assert math.isnan(logged["eval/diversity/rke"])  # a bandwidth of later weights would say nothing
+
+
+def test_a_run_whose_base_model_gave_no_bandwidth_can_be_resumed(parts, config, build, monkeypatch):
+    (evaluator,) = build_diversity_evaluators(parts.settings, parts.run, CPU)
+    monkeypatch.setattr(parts.policy, "decode", lambda latents: torch.full((len(latents), 3, 32, 32), 0.5))
+    with pytest.warns(UserWarning, match="RKE is not measured"):
         evaluated(parts, [evaluator])
+    assert json.loads((parts.run.folder / "diversity/bandwidth.json").read_text())["bandwidth"] is None
+    monkeypatch.undo()
+    parts.train(drtune)
+    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    (again,) = resumed(config, build, parts.run.folder)
+    assert math.isnan(again.bandwidth)
 
 
 def test_without_it_nothing_is_built(parts, config, build):
@@ -223,6 +249,40 @@ def test_a_folder_equals_its_own_reference(random_models, pictures, tmp_path, ca
     assert (record["prdc"]["recall"], record["images"]) == (1.0, 12)
     assert record["relative_rke"] == pytest.approx(0, abs=1e-6)
     assert "against 12 reference images" in capsys.readouterr().out
+
+
+def test_identical_images_have_a_vendi_score_and_no_rke(random_models, tmp_path, capsys):
+    for i in range(5):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / f"{i}.png")
+    with pytest.warns(UserWarning, match="RKE is not measured"):
+        record = command(random_models, tmp_path / "out", "--images", str(tmp_path))[tmp_path.name]
+    assert record["within"]["vendi"]["estimate"] == pytest.approx(1)
+    assert record["bandwidth"] is record["within"]["rke"]["estimate"] is None
+    assert "RKE is not measured" in capsys.readouterr().out
+
+
+def test_results_of_folders_of_one_name_are_kept_apart(random_models, pictures, tmp_path, monkeypatch, capsys):
+    other = Path(shutil.copytree(pictures, tmp_path / "other" / pictures.name))
+    Image.new("RGB", (32, 32)).save(other / "a bag/0.png")
+    monkeypatch.chdir(tmp_path)
+    for folder in (pictures, other):
+        main(["--images", str(folder), "--model", str(random_models / "judge"), "--draws", "100"])
+    assert capsys.readouterr().out.splitlines()[-1] == "written to logs/diversity/pictures-2"
+    first, second = (Path("logs/diversity", name, "diversity.json") for name in ("pictures", "pictures-2"))
+    assert first.read_bytes() != second.read_bytes()
+
+
+def test_numbers_are_written_before_a_figure_is_tried(random_models, pictures, tmp_path, monkeypatch, capsys):
+    def fail(found):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(diversity, "figure", fail)
+    with pytest.warns(UserWarning, match="could not be drawn"):
+        record = command(random_models, tmp_path / "out", "--images", str(pictures))
+    assert record["pictures"]["counts"] == {"a bag": 6, "a boot": 6}
+    out = capsys.readouterr().out
+    assert "mean over prompts" in out
+    assert out.splitlines()[-1] == f"written to {tmp_path / 'out'}"
 
 
 @pytest.fixture
@@ -273,7 +333,7 @@ def test_folders_that_cannot_be_measured_are_one_sentence(random_models, picture
     (pictures / "a bag/0.png").write_bytes(b"no image")
     assert "0.png cannot be read as an image" in refusal(capsys, *options)
     main([*options, "--keep-readable"])
-    assert "left out, unreadable" in capsys.readouterr().out
+    assert "left out, unreadable: 1 in" in capsys.readouterr().out
     Image.new("RGB", (48, 32)).save(pictures / "a bag/0.png")
     assert "48 x 32" in refusal(capsys, *options)
     shutil.rmtree(pictures / "a boot")
@@ -295,12 +355,12 @@ def test_a_lora_of_another_base_model_is_one_sentence(trained, capsys):
 
 
 def test_weights_of_other_shapes_are_one_sentence(trained, capsys):
-    path = trained[0] / "checkpoints/checkpoint-000003/training_state.pt"
-    saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"trainable": [torch.zeros(2, 2) for _ in saved["trainable"]]}, path)
-    assert "weights of other shapes" in refusal(capsys, "--checkpoint", str(trained[0]))
-    torch.save({}, path)
-    assert "lacks trained weights" in refusal(capsys, "--checkpoint", str(trained[0]))
+    checkpoint = trained[0] / "checkpoints/checkpoint-000003"
+    edit_tensors(checkpoint, lambda name, value: torch.zeros(2, 2))
+    assert "has the shape (2, 2), where the model has" in refusal(capsys, "--checkpoint", str(trained[0]))
+    save_file({}, checkpoint / "training_state.safetensors")
+    write_manifest(checkpoint)
+    assert "has no weights." in refusal(capsys, "--checkpoint", str(trained[0]))
 
 
 def test_a_checkpoint_of_another_name_is_one_sentence(trained, capsys):
@@ -315,6 +375,7 @@ def test_options_that_a_run_decides_are_refused(pictures, capsys):
         ("--checkpoint", "x", "--extractor", "dinov2"),
         ("--images", str(pictures), "--run", "x", "--model", "y"),
         ("--images", str(pictures), "--ema"),
+        ("--images", str(pictures), "--bandwidth", "nan"),
     ):
         refusal(capsys, *arguments)
 

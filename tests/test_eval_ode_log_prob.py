@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from flow_grpo.entropy import DivergenceEstimator, ode_log_density
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities, sample_log_density
 from flow_grpo.randomness import keyed_generator
 from scripts.diversity_metrics.checkpoints import load_weights
-from scripts.diversity_metrics.eval_ode_log_prob import data_log_densities, encode_images, main
+from scripts.diversity_metrics.eval_ode_log_prob import ImageFile, data_log_densities, encode_images, main, pairing
+from tests.saved_runs import spoil
 
 PROMPTS = ("a bag", "a boot")
 IDS = [(p, s) for p in range(2) for s in range(2)]
@@ -329,7 +331,7 @@ def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(trained, 
     state = run / "checkpoints" / "checkpoint-000001" / "state.json"
     state.write_text(state.read_text().replace('"use_lora": true', '"use_lora": false'))
     assert "config.use_lora of the run is True" in refusal(capsys, "--run", str(run))
-    (run / "checkpoints" / "checkpoint-000002" / "training_state.pt").write_bytes(b"torn")
+    (run / "checkpoints" / "checkpoint-000002" / "training_state.safetensors").write_bytes(b"torn")
     assert "is damaged" in refusal(capsys, "--run", str(run), "--checkpoints", "2")
     shutil.rmtree(run / "checkpoints")
     assert "holds no checkpoint" in refusal(capsys, "--run", str(run))
@@ -345,10 +347,7 @@ def test_averaged_weights_of_a_run_without_them_are_one_sentence(trained, tmp_pa
 
 def test_a_velocity_that_is_not_finite_is_one_sentence_that_names_the_model(trained, tmp_path, capsys):
     run = copied(trained["folder"], tmp_path / "run")
-    path = run / "checkpoints" / "checkpoint-000002" / "training_state.pt"
-    state = torch.load(path, weights_only=True)
-    state["trainable"][0].fill_(float("nan"))
-    torch.save(state, path)
+    spoil(run / "checkpoints" / "checkpoint-000002")
     message = refusal(capsys, "--run", str(run), "--checkpoints", "2")
     assert "checkpoint-000002 has no log-density: step 0 of 4: the velocity is not finite at sigma = 1.0" in message
 
@@ -363,6 +362,43 @@ def test_a_folder_for_the_results_that_cannot_be_is_refused_before_anything_load
         assert f"--out {tmp_path / out} cannot be a folder" in message
 
 
+def test_images_pair_with_prompts_as_people_count_and_the_pairing_is_printed(trained, images, tmp_path, capsys):
+    (images / "0.png").rename(images / "10.png")
+    (tmp_path / "prompts.txt").write_text("a bag\na boot\na red coat\n")
+    arguments = ("--images", str(images), "--prompts", str(tmp_path / "prompts.txt"), "--checkpoints", "base")
+    record = evaluate(trained["folder"], tmp_path / "out", *arguments)
+    pairs = [(row["file"], row["prompt"]) for row in record["models"][0]["images"]]
+    assert pairs == [("1.png", "a bag"), ("2.png", "a boot"), ("10.png", "a red coat")]
+    assert "1.png: a bag\n2.png: a boot\n10.png: a red coat\n" in capsys.readouterr().out
+
+
+def test_the_printed_pairing_has_a_bound():
+    lines = pairing([ImageFile(Path(f"{i}.png"), 300 * "x\n") for i in range(1000)]).splitlines()
+    assert len(lines) == 21
+    assert max(map(len, lines)) < 100
+    assert lines[-1] == "and 980 more, in the order of the names"
+
+
+def test_results_of_given_images_do_not_replace_the_runs(trained, images, tmp_path, capsys):
+    run = copied(trained["folder"], tmp_path / "run")
+    command = ["--run", str(run), "--checkpoints", "base"]
+    main(command)
+    before = (run / "ode_log_prob/ode_log_prob.json").read_bytes()
+    main([*command, "--images", str(images), "--prompt", "a bag"])
+    assert (run / "ode_log_prob/ode_log_prob.json").read_bytes() == before
+    assert capsys.readouterr().out.splitlines()[-1] == f"written to {run / 'ode_log_prob-2'}"
+
+
+def test_a_figure_that_cannot_be_drawn_loses_no_number(trained, tmp_path, monkeypatch, capsys):
+    def fail(record):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("scripts.diversity_metrics.eval_ode_log_prob.figure", fail)
+    with pytest.warns(UserWarning, match="could not be drawn"):
+        record = evaluate(trained["folder"], tmp_path, "--checkpoints", "base")
+    assert record["models"][0]["name"] == "base"
+
+
 def test_images_that_cannot_be_used_are_one_sentence(trained, images, tmp_path, capsys):
     command = ("--run", str(trained["folder"]), "--checkpoints", "base", "--images", str(images))
     assert "either --prompt" in refusal(capsys, *command)
@@ -373,6 +409,12 @@ def test_images_that_cannot_be_used_are_one_sentence(trained, images, tmp_path, 
     assert "3.png is 48 x 32 pixels; the run's are 32 x 32" in message
     (images / "3.png").write_bytes(b"no image")
     assert "3.png cannot be read as an image" in refusal(capsys, *command, "--prompt", "a bag")
+    (images / "3.png").unlink()
+    os.mkfifo(images / "3.png")
+    assert "3.png is not a regular file" in refusal(capsys, *command, "--prompt", "a bag")
+    (images / "3.png").unlink()
+    (images / "more").mkdir()
+    assert "holds a folder (more)" in refusal(capsys, *command, "--prompt", "a bag")
 
 
 def test_values_out_of_range_are_one_sentence(trained, capsys):

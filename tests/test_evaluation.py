@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import (
     JudgeEvaluator,
     ModeEvaluator,
     RewardEvaluator,
     draw_samples,
+    evaluate,
     image_grid,
     sample_evaluators,
 )
@@ -59,6 +61,62 @@ def test_modes_are_counted_among_the_prompts_that_have_them():
 
 def test_without_known_modes_nothing_is_claimed():
     assert ModeEvaluator(ColourScorer(), {}, 2).evaluate(painted(["red"], ["a red bag"])) == {}
+
+
+# --- samples that are not finite -------------------------------------------------------------------------
+
+
+def broken(samples):
+    samples.images[1, 0, 2, 2] = torch.nan
+    return samples
+
+
+def test_a_judge_that_sees_an_image_of_nan_claims_nothing():
+    samples = broken(painted(["red", "green"], ["a red bag", "a green bag"]))
+    metrics = JudgeEvaluator(ColourScorer(), batch_size=3).evaluate(samples)
+    assert set(metrics) == {"judge/accuracy", "judge/similarity"}
+    assert all(map(math.isnan, metrics.values()))
+
+
+def test_an_image_of_nan_is_in_no_mode():
+    samples = broken(painted(["red", "blue"], ["a bag"] * 2))
+    modes = {"a bag": {"red": "a red bag", "blue": "a blue bag"}}
+    metrics = ModeEvaluator(ColourScorer(), modes, batch_size=2).evaluate(samples)
+    assert set(metrics) == {"modes/red", "modes/blue", "modes/entropy"}
+    assert all(map(math.isnan, metrics.values()))
+
+
+@pytest.mark.filterwarnings("error:invalid value")
+def test_weights_of_nan_give_metrics_of_nan_and_the_run_goes_on(config, build):
+    config.eval.rewards = ("jpeg_compressibility",)
+    parts = build(config)
+    with torch.no_grad():
+        for parameter in parts.policy.trainable:
+            parameter.fill_(torch.nan)
+    evaluators = sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))
+    metrics = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval")
+    assert {name.split("/")[1] for name in metrics} == {"reward", "judge", "modes"}
+    assert all(map(math.isnan, metrics.values()))
+    assert (parts.run.folder / "images/eval_000000.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff", "is not UTF-8"),
+        (b"[]", "is not a JSON object"),
+        (b'{"a bag": 3}', "has 'a bag' without an object of mode -> caption"),
+        (b'{"a bag": {"red": 3}}', "has 'a bag' without an object of mode -> caption"),
+    ],
+)
+def test_a_file_that_holds_no_modes_is_one_sentence(tmp_path, text, sentence):
+    (tmp_path / "modes.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=f"^config.eval.modes: .*{sentence}"):
+        ModeEvaluator.load(ColourScorer(), str(tmp_path / "modes.json"), 2)
+
+
+# --- samples ---------------------------------------------------------------------------------------------
 
 
 def test_rewards_are_means_over_all_samples_whatever_the_batch(config, build):

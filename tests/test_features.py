@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from open_clip import pretrained as open_clip_pretrained
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitImageProcessor, CLIPProcessor, Dinov2Config, Dinov2Model
@@ -28,13 +27,8 @@ from transformers import BitImageProcessor, CLIPProcessor, Dinov2Config, Dinov2M
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.image_path import ImagePath
-from scripts.diversity_metrics.features import (
-    EXTRACTORS,
-    FeatureExtractor,
-    load_extractor,
-    load_pixels,
-    read_images,
-)
+from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, NonFiniteFeatures, load_extractor
+from scripts.diversity_metrics.images import read_images
 from tests import pictures
 from tests.pictures import to_pil
 
@@ -474,8 +468,9 @@ def test_open_clip_files_that_cannot_be_used_are_one_sentence(models: Path, tmp_
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (None, "cannot be read: No such file or directory."),
+        (None, "cannot be read (No such file or directory)."),
         ("{", "is not JSON"),
+        (100_000 * "[", "JSON nested too deep"),
         ("[1]", "is no open_clip configuration; it needs embed_dim, vision_cfg, text_cfg."),
         ('{"model_cfg": 3}', "is no open_clip configuration"),
         ('{"embed_dim": 8, "vision_cfg": {}}', "is no open_clip configuration"),
@@ -499,98 +494,5 @@ def test_images_that_cannot_be_used_are_refused(extractors: dict[str, FeatureExt
         extractor(torch.zeros(3, 8, 8))
     images = make_images(32, 32)
     images[4, 0, 3, 3] = torch.nan
-    with pytest.raises(ConfigError, match=r"are not finite, first those of image 4\.$"):
+    with pytest.raises(NonFiniteFeatures, match=r"are not finite, first those of image 4\.$"):
         extractor(images)
-
-
-# --- folders of images ----------------------------------------------------------------------------------------
-
-
-def save_images(folder: Path, count: int = 3, size: tuple[int, int] = (8, 12), seed: int = 0) -> Tensor:
-    folder.mkdir(parents=True, exist_ok=True)
-    images = make_images(*size, count=count, seed=seed)
-    for index, image in enumerate(to_pil(images)):
-        image.save(folder / f"{index}.png")
-    return images
-
-
-def test_a_folder_is_one_group(tmp_path: Path) -> None:
-    images = save_images(tmp_path / "run")
-    (tmp_path / "run" / ".hidden").write_text("not an image")
-    folder = read_images(tmp_path / "run")
-    assert list(folder.groups) == ["run"]
-    assert folder.size == (12, 8)
-    assert folder.skipped == ()
-    assert torch.equal(folder.pixels("run"), images)
-
-
-def test_each_sub_folder_is_a_group(tmp_path: Path, extractors: dict[str, FeatureExtractor]) -> None:
-    images = {name: save_images(tmp_path / name, count, seed=count) for name, count in (("b", 2), ("a bag", 5))}
-    folder = read_images(tmp_path)
-    assert list(folder.groups) == ["a bag", "b"]
-    extractor = FeatureExtractor("x", extractors["clip"]._encode, "cpu", batch_size=2)
-    features = folder.features(extractor)
-    for name, group in images.items():
-        assert torch.equal(folder.pixels(name), group)
-        np.testing.assert_array_equal(features[name], extractor(group))
-
-
-def test_modes_of_eight_bits_become_rgb(tmp_path: Path) -> None:
-    red = Image.new("RGB", (4, 2), (255, 51, 0))
-    for index, mode in enumerate(("RGBA", "P", "CMYK")):
-        red.convert(mode).save(tmp_path / f"{index}.{'tiff' if mode == 'CMYK' else 'png'}")
-        pixels = load_pixels(tmp_path / f"{index}.{'tiff' if mode == 'CMYK' else 'png'}")
-        assert torch.equal(pixels, torch.tensor([1.0, 0.2, 0.0]).view(3, 1, 1).expand(3, 2, 4))
-        assert pixels.is_contiguous()
-    Image.new("LA", (4, 2), (51, 0)).save(tmp_path / "grey.png")
-    Image.new("1", (4, 2), 1).save(tmp_path / "white.png")
-    assert torch.equal(load_pixels(tmp_path / "grey.png"), torch.full((3, 2, 4), 0.2))
-    assert torch.equal(load_pixels(tmp_path / "white.png"), torch.ones(3, 2, 4))
-
-
-def folder_refusal(folder: Path, **keywords: bool) -> str:
-    with pytest.raises(ConfigError) as error:
-        read_images(folder, **keywords)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_folders_without_images_are_one_sentence(tmp_path: Path) -> None:
-    assert folder_refusal(tmp_path / "none") == f"{tmp_path}/none is not a folder of images."
-    assert folder_refusal(tmp_path) == f"{tmp_path} holds no image."
-    save_images(tmp_path / "a" / "b")
-    assert "a holds a folder (b)" in folder_refusal(tmp_path)
-    shutil.rmtree(tmp_path / "a" / "b")
-    sentence = f"the group 'a' in {tmp_path} has 0 readable images; diversity needs at least 2."
-    assert folder_refusal(tmp_path) == sentence
-    (tmp_path / "grid.png").write_bytes(b"")
-    assert "holds both files (grid.png) and folders (a)" in folder_refusal(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["text", "empty", "cut", "deep"])
-def test_unreadable_files_are_named_or_left_out_when_asked(tmp_path: Path, damage: str) -> None:
-    images = save_images(tmp_path, count=4, size=(40, 40))
-    bad = tmp_path / "1.png"
-    if damage == "deep":
-        Image.fromarray(np.full((40, 40), 60000, dtype=np.uint16)).save(bad)
-    else:
-        bad.write_bytes({"text": b"no image", "empty": b"", "cut": bad.read_bytes()[:-500]}[damage])
-    assert str(bad) in folder_refusal(tmp_path)
-    folder = read_images(tmp_path, keep_readable=True)
-    assert folder.skipped == (bad,)
-    assert torch.equal(folder.pixels(tmp_path.name), images[[0, 2, 3]])
-
-
-def test_what_is_left_must_be_two_images(tmp_path: Path) -> None:
-    save_images(tmp_path, count=2)
-    (tmp_path / "1.png").write_bytes(b"no image")
-    sentence = f"the group '{tmp_path.name}' in {tmp_path} has 1 readable image; diversity needs at least 2."
-    assert folder_refusal(tmp_path, keep_readable=True) == sentence
-
-
-def test_two_sizes_are_named(tmp_path: Path) -> None:
-    save_images(tmp_path / "a")
-    save_images(tmp_path / "b", size=(12, 8))
-    assert folder_refusal(tmp_path) == (
-        f"the images differ in size: {tmp_path}/a/0.png is 12 x 8 pixels, {tmp_path}/b/0.png is 8 x 12."
-    )

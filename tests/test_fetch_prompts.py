@@ -12,7 +12,7 @@ import pytest
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.prompts import FETCH_COMMAND, PromptDataset
-from scripts.train.fetch_prompts import distinct, divide, main, parse_arguments, write_lines
+from scripts.train.fetch_prompts import distinct, divide, main, parse_arguments, read_captions, usable, write_lines
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = [f"prompt\t{i % 30}  of\nmany " for i in range(90)] + ["", "  ", None]
@@ -90,6 +90,17 @@ def test_the_files_are_as_readable_as_the_umask_lets_them_be(tmp_path):
     assert stat.S_IMODE((tmp_path / "p.txt").stat().st_mode) == 0o644
 
 
+def test_captions_that_no_prompt_file_can_hold_are_left_out_and_counted(capsys):
+    assert usable(["a cat", "a\0b", "c" * 70_000, "\ud800"]) == ["a cat"]
+    assert "left out: 3 captions that no prompt file can hold, the first of which has a null" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out: .*p\.txt cannot be written"):
+        write_lines(tmp_path / "file" / "p.txt", ["a"])
+
+
 MISTAKES = [
     (("--column", "text"), "--column text is not in .*; there are caption"),
     (("--column", "number"), "--column number of .* is not text"),
@@ -103,6 +114,15 @@ def test_a_mistake_is_refused_and_writes_nothing(tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
         fetch(write_dataset(tmp_path, ".csv"), tmp_path / "out", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b""), ("a.csv", b"\xff\xfe"), ("a.parquet", b"PAR1"), ("a.jsonl", b"[" * 9999)]
+)
+def test_a_damaged_dataset_is_one_sentence(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"--dataset .*{name}.* cannot be read"):
+        list(read_captions(str(tmp_path / name), "caption", "train"))
 
 
 def test_a_missing_file_ends_the_process_with_one_sentence(tmp_path):

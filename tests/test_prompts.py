@@ -1,11 +1,13 @@
 """flow_grpo/prompts.py: prompt files, and the K-repeat sampler."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from flow_grpo import prompts as prompts_module
 from flow_grpo.errors import ConfigError
 from flow_grpo.prompts import PromptDataset, epoch_prompts
 from flow_grpo.randomness import keyed_generator
@@ -131,6 +133,60 @@ def test_json_lines_keep_what_else_they_say(tmp_path):
     assert data.metadata == ({"count": 2}, {})
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_may_end_as_on_any_system(tmp_path, end):
+    assert PromptDataset.load(write(tmp_path, "p.txt", end.join(["a cat", "", "a dog"]))).prompts == ("a cat", "a dog")
+    lines = end.join(['{"prompt": "a", "row": 0}', '{"prompt": "b", "row": 1}'])
+    assert PromptDataset.load(write(tmp_path, "p.jsonl", lines)).metadata == ({"row": 0}, {"row": 1})
+
+
+def test_control_characters_that_tokenizers_take_are_left_alone(tmp_path):
+    assert PromptDataset.load(write(tmp_path, "p.txt", "a\tb\x0cc\x1b\u2028\n")).prompts[0] == "a\tb\x0cc\x1b"
+
+
+def test_prompts_are_indexed_from_both_ends_sliced_and_compared_like_a_tuple(tmp_path):
+    prompts = PromptDataset.load(write(tmp_path, "p.txt", "a\nb\nc\n")).prompts
+    assert (prompts[0], prompts[-1], prompts[1:], prompts[:None]) == ("a", "c", ("b", "c"), ("a", "b", "c"))
+    assert prompts != ("a", "b", "d")
+    assert prompts != ("a", "b")
+    with pytest.raises(IndexError):
+        prompts[3]
+
+
+def test_a_line_is_parsed_when_it_is_asked_for_and_not_kept(tmp_path):
+    entry = PromptDataset.load(write(tmp_path, "p.jsonl", '{"prompt": "a", "tags": []}\n')).metadata
+    entry[0]["tags"].append("changed")
+    assert entry[0] == {"tags": []}
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    path, reads = write(tmp_path, "p.txt", "a\n"), []
+    original = prompts_module.read_bytes
+    monkeypatch.setattr(prompts_module, "read_bytes", lambda *args: reads.append(args) or original(*args))
+    assert PromptDataset.load(path) is PromptDataset.load(path)
+    assert len(reads) == 1
+    write(tmp_path, "p.txt", "another\n")
+    assert PromptDataset.load(path).prompts == ("another",)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(ConfigError, match=r"the prompt file .*p\.txt is not a regular file"):
+        PromptDataset.load(str(tmp_path / "p.txt"))
+
+
+def test_a_file_larger_than_the_limit_names_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOW_GRPO_MAX_PROMPTS_MIB", "1")
+    with pytest.raises(ConfigError, match=r"larger than 1 MiB \(FLOW_GRPO_MAX_PROMPTS_MIB\)"):
+        PromptDataset.load(write(tmp_path, "p.txt", "a prompt\n" * 120_000))
+
+
+@pytest.mark.parametrize("path", ["a\0b.txt", "n" * 300 + ".txt", "~nobody-of-that-name/p.txt"])
+def test_a_path_that_cannot_be_is_a_missing_file(path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        PromptDataset.load(path)
+
+
 BAD_FILES = [
     ("p.txt", "", "p.txt is empty"),
     ("p.txt", "\n  \n", "p.txt is empty"),
@@ -141,6 +197,15 @@ BAD_FILES = [
     ("p.jsonl", '{"prompt": " "}\n', "line 1 of"),
     ("p.jsonl", '{"prompt": 3}\n', "line 1 of"),
     ("p.jsonl", '["a"]\n', "line 1 of"),
+    ("p.jsonl", '{"prompt": "a"}\n{"prompt": "half \\ud800"}\n', r"line 2 of .* has \\ud800, half of a surrogate pair"),
+    ("p.jsonl", '{"prompt": "a", "\\udfff": 1}\n', r"line 1 of .* has \\udfff"),
+    ("p.jsonl", '{"prompt": "a", "tags": ["\\ud83d"]}\n', r"line 1 of .* has \\ud83d"),
+    ("p.jsonl", '{"prompt": "a\\u0000b"}\n', "line 1 of .* has a null character"),
+    ("p.txt", "fine\na\0 \0c\0", "line 2 of .* has a null character"),
+    ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 30_000 + "]" * 30_000 + "}\n", "line 1 of .* nested too deep"),
+    ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 70 + "]" * 70 + "}\n", "line 1 of .* nested more than 64 deep"),
+    ("p.jsonl", '{"prompt": "a", "x": ' + "1" * 10_000 + "}\n", "line 1 of .* number of too many digits"),
+    ("p.txt", "a\rb\r\n\rc\n" + "d" * 70_000, r"line 5 of .* longer than 64 KiB \(FLOW_GRPO_MAX_PROMPT_KIB\)"),
 ]
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,11 +18,12 @@ import pytest
 from PIL import Image
 
 from flow_grpo.errors import ConfigError
-from scripts.study.figures import COLOURS, states, vendi_rke_figure
+from scripts.study.figures import COLOURS, samples_figure, states, vendi_rke_figure
 from scripts.study.records import compare, crossing, first_crossing, load_runs
 from scripts.study.report import build_report, main, notes
 from tests.synthetic_runs import write_demo_pair, write_run
 
+ROOT = Path(__file__).parents[1]
 FIGURES = (
     "reward_vs_seconds",
     "reward_vs_network_evaluations",
@@ -222,6 +226,58 @@ def test_one_run_alone_and_three_runs_have_a_report(pair: tuple[Path, Path], tmp
     assert [run.label for run in report.runs] == ["DRTune", "GRPO grpo", "GRPO grpo_again"]
 
 
+def test_many_runs_have_figures_of_bounded_size(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"run {i}", [0.5, 0.7], [0, 100], gradient=False) for i in range(12)]
+    drawn = samples_figure(states(load_runs(runs), []))
+    assert len(drawn.axes) == 8
+    assert drawn.get_suptitle() == "the first 8 of 13; 5 are not shown"
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_parents(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    one, two = (write_run(tmp_path / parent / "tb", [0.5, 0.7], [0, 100], gradient=False) for parent in ("a", "b"))
+    report = build_report([pair[0], one, two], tmp_path / "out")
+    assert [run.label for run in report.runs] == ["DRTune", "GRPO a/tb", "GRPO b/tb"]
+    assert list(json.loads((tmp_path / "out/summary.json").read_text())["runs"]) == ["DRTune", "GRPO a/tb", "GRPO b/tb"]
+
+
+def test_a_folder_given_twice_is_refused(pair: tuple[Path, Path]) -> None:
+    (pair[0].parent / "link").symlink_to(pair[0])
+    with pytest.raises(ConfigError, match="was given twice"):
+        load_runs([pair[0], pair[0].parent / "link"])
+
+
+@pytest.mark.parametrize("name", ["a $^$ run", r"$\frac{$", "红包", "x" * 160, "a\nb\x1b[31m"])
+def test_names_of_any_kind_are_shown_as_they_are(tmp_path: Path, name: str) -> None:
+    runs = [
+        write_run(tmp_path / folder / name, [0.5, 0.7], [0, 100], gradient=False, density=True, diversity=True)
+        for folder in "ab"
+    ]
+    for run in runs:  # a mode's name is anybody's too
+        edit_lines(run, lambda line: {k.replace("modes/red", f"modes/{name}"): v for k, v in line.items()})
+    build_report(runs, tmp_path / "out")
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {*FIGURES, "entropy", "vendi_rke"}
+    assert max(max(Image.open(path).size) for path in (tmp_path / "out").glob("*.png")) < 3000
+
+
+def test_a_figure_that_cannot_be_drawn_loses_nothing_else(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for path in pair[0].glob("images/*.png"):
+        path.write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"samples\.png could not be drawn \(.* cannot be read as an image"):
+        build_report(pair, tmp_path / "out")
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == {*FIGURES} - {"samples"}
+    assert json.loads((tmp_path / "out/summary.json").read_text())["runs"]["GRPO"]["reward/total"] == 0.75
+    assert (tmp_path / "out/report.html").is_file()
+
+
+def test_the_report_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "红包", [0.5, 0.7], [0, 100], gradient=False, density=True)
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "scripts.study.report", os.fsencode(run), "--out", os.fsencode(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "-20.0 ± 4.0" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_without_judge_and_modes_has_a_report_without_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [0.5, 0.6], [0, 10], gradient=False, overrides={"eval.judge": ""})
     edit_lines(
@@ -260,20 +316,40 @@ def without(*names: str) -> Callable[[Path], None]:
     return lambda run: edit_lines(run, lambda line: {k: v for k, v in line.items() if k not in names})
 
 
+def edit_json(file: str, **changes: Any) -> Callable[[Path], None]:
+    def edit(run: Path) -> None:
+        (run / file).write_text(json.dumps(json.loads((run / file).read_text()) | changes))
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (remove("metrics.jsonl"), r"metrics\.jsonl is missing"),
-        (remove("config.json"), r"config\.json is missing"),
-        (remove("environment.json"), r"environment\.json is missing"),
+        (remove("config.json"), r"config\.json cannot be read \(No such file"),
+        (remove("environment.json"), r"environment\.json cannot be read \(No such file"),
         (remove("images/eval_000020.png"), r"eval_000020\.png is missing"),
         (without("eval/reward/total"), "needs a finite eval/reward/total at step 0"),
         (without("eval/judge/accuracy"), "eval/judge/accuracy should be in every evaluation"),
         (without("network_evaluations"), "'network_evaluations' is None, a number is needed"),
         (lambda run: edit_lines(run, lambda line: line | {"seconds": "ten"}), "'seconds' is 'ten', a number"),
+        (lambda run: edit_lines(run, lambda line: line | {"seconds": 10**400}), "'seconds' is '1000"),
+        (lambda run: edit_lines(run, lambda line: line | {"step": 10**400}), "'step' is '1000"),
+        (lambda run: edit_lines(run, lambda line: line | {"eval/x": "1"}), "'eval/x' is '1', a number or null"),
+        (lambda run: edit_lines(run, lambda line: line | {"eval/x": True}), "'eval/x' is 'True', a number or null"),
+        (lambda run: edit_lines(run, lambda line: line | {"train/skipped_updates": "1"}), "updates' is '1', a number"),
         (lambda run: edit_lines(run, lambda line: line | {"step": line["step"] + 1}), "at step 0 and at a later step"),
         (lambda run: (run / "config.json").write_text("{}"), "has no 'use_reward_gradient'"),
         (lambda run: (run / "config.json").write_text("{"), "is not JSON"),
+        (lambda run: (run / "config.json").write_text(100_000 * "["), "JSON nested too deep"),
+        (lambda run: (run / "config.json").write_text('{"a": ' + 10_000 * "9" + "}"), "number of too many digits"),
+        (lambda run: (run / "config.json").write_bytes(b'{"a": "\xff"}'), "is not UTF-8"),
+        (lambda run: (run / "config.json").unlink() or os.mkfifo(run / "config.json"), "is not a regular file"),
+        (edit_json("config.json", use_reward_gradient="no"), "has use_reward_gradient = 'no'"),
+        (edit_json("config.json", recipe=None), "has recipe = None"),
+        (edit_json("environment.json", packages=["torch"]), "'packages' is \"\\['torch'\\]\", which is not what a run"),
+        (edit_json("environment.json", earlier_sessions=3), "'earlier_sessions' is '3', which is not what a run"),
     ],
 )
 def test_a_damaged_folder_is_one_sentence_and_exit_code_2(
@@ -284,7 +360,9 @@ def test_a_damaged_folder_is_one_sentence_and_exit_code_2(
     sentence: str,
 ) -> None:
     damage(pair[0])
-    assert main([str(pair[0]), "--out", str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit) as exit_code:
+        main([str(pair[0]), "--out", str(tmp_path / "out")])
+    assert exit_code.value.code == 2
     error = capsys.readouterr().err
     assert re.search(sentence, error)
     assert error.count("\n") == 1
@@ -303,7 +381,7 @@ def test_runs_that_were_rewarded_or_evaluated_differently_are_not_compared(
 def test_the_command_prints_where_the_report_is(
     pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*map(str, pair), "--out", str(tmp_path / "out")]) == 0
+    main([*map(str, pair), "--out", str(tmp_path / "out")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("DRTune reached GRPO's")
     assert lines[-1] == f"Report: {tmp_path / 'out/report.html'}"

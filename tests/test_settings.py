@@ -1,6 +1,7 @@
 """flow_grpo/settings.py: batch arithmetic, and one sentence for every mistake."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def config(tmp_path: Path) -> ConfigDict:
     config.pretrained.model = write_model(tmp_path / "model")
     clip = tmp_path / "clip"
     clip.mkdir()
+    for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
+        (clip / name).write_text('{"added_tokens": []}')
+    (clip / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     config.reward_model.pickscore = config.reward_model.clipscore = config.eval.judge = str(clip)
     config.reward_fn.pickscore = 1.0
     for name in ("train", "test"):
@@ -160,6 +164,16 @@ def test_importing_settings_loads_no_torch():
 
 
 BAD_VALUES = [
+    ("run_name", "n" * 256),
+    ("run_name", "ü" * 128),
+    ("run_name", "a/" + "n" * 256),
+    ("run_name", "a\0b"),
+    ("run_name", "a\nb"),
+    ("run_name", "\ud800"),
+    ("recipe", "n" * 201),
+    ("logdir", "logs/" + "n" * 256),
+    ("project", "a\0b"),
+    ("prompts.train", "\udcff.txt"),
     ("seed", -1),
     ("max_seconds", float("nan")),
     ("trackers", ("mlflow",)),
@@ -271,6 +285,8 @@ def test_values_that_contradict_each_other_or_the_disk_are_refused(config, chang
 
 
 POSSIBLE = [
+    {"run_name": "tiny/" + "n" * 255, "logdir": "/tmp/ü b", "recipe": "n" * 200},
+    {"lora.alpha": 24.5},
     {"mixed_precision": "bf16"},
     {"sample.sde_type": "cps"},
     {"sample.sde_type": "dance", "sample.noise_level": 1.5},
@@ -304,6 +320,40 @@ def test_fp16_is_accepted_on_a_gpu(config):
 
 def test_the_number_of_processes_that_was_asked_for_is_accepted(config):
     assert resolved(config, {"num_processes": 2}, processes=2).num_processes == 2
+
+
+BAD_MODES = [
+    ("[]", "is not a JSON object"),
+    ('{"a bag": 3}', "'a bag' must have an object of one or more modes"),
+    ('{"a bag": {}}', "'a bag' must have an object of one or more modes"),
+    ('{"a bag": ["red"]}', "'a bag' must have an object of one or more modes"),
+    ('{"a bag": {"red": 3}}', "3, of 'a bag', must be text"),
+    ('{"a bag": {"red": " "}}', "' ', of 'a bag', must be text"),
+    ('{"a bag": {"": "a red bag"}}', "'', of 'a bag', must be text"),
+    ('{"a bag": {"red": "\\ud800"}}', "must be text"),
+    ('{"a bag": {"red": "\\u0000"}}', "must be text"),
+    ('{"a bag": {"red": "' + "a" * 70_000 + '"}}', "must be text"),
+    ("[" * 100_000, "nested too deep"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_MODES)
+def test_a_file_of_modes_of_another_shape_is_refused(config, content, message):
+    Path(config.eval.modes).write_text(content)
+    with pytest.raises(ConfigError) as error:
+        resolved(config)
+    assert f"config.eval.modes: {config.eval.modes}" in sentence(error)
+    assert message in sentence(error)
+
+
+def test_a_pipe_of_modes_is_refused_and_not_waited_for(config, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ConfigError, match="is not a regular file"):
+        resolved(config, {"eval.modes": str(tmp_path / "pipe.json")})
+
+
+def test_a_name_of_the_hub_too_long_for_a_file_is_not_looked_for_on_the_disk(config):
+    assert resolved(config, {"pretrained.model": "org/" + "n" * 300, "resolution": 512})
 
 
 def test_a_folder_without_a_pipeline_or_with_another_one_is_refused(config, tmp_path):

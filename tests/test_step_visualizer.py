@@ -136,7 +136,17 @@ def test_evaluations_of_another_number_of_steps_are_kept_but_not_drawn(parts, sa
     assert len(list((parts.run.folder / "steps").iterdir())) == 3
 
 
-@pytest.mark.parametrize("text", ['{"step": 1, "sig', "[]", '{"step": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"step": 1, "sig',
+        "[]",
+        '{"step": 1}',
+        100_000 * "[",
+        '{"step": "1", "sigmas": [1, 0], "divergence": [[1]], "log_density": [[1, 2]]}',
+        '{"step": 1, "sigmas": [1, 0], "divergence": [["?"]], "log_density": [[1, 2]]}',
+    ],
+)
 def test_a_record_that_cannot_be_read_is_left_out(parts, samples, drawn, text):
     visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
     visualizer.evaluate(samples)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +27,7 @@ from scripts.study.lora_scales import TrainedModel, drtune_claims, main
 from scripts.study.plan import StudyRun
 from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
 from scripts.study.results import Study, frontier
+from tests.saved_runs import spoil
 
 NAMES = (REWARD, VENDI, RKE, ACCURACY)
 TINY = {"num_epochs": 2, "num_seeds": 4, "eval_ode_log_prob": False, "train.learning_rate": 2e-2}
@@ -265,12 +265,12 @@ def test_a_run_that_cannot_be_read_is_one_sentence(refused, kept, monkeypatch):
         patch.setattr(plan, "whole", lambda: [without])
         assert f"{refused.run} has no LoRA to scale" in refused.by()
     edit(refused.run / "config.json", use_lora=True)
-    weights = next(refused.run.glob("checkpoints/*/training_state.pt"))
-    state = torch.load(weights, weights_only=True)
+    weights = next(refused.run.glob("checkpoints/*/training_state.safetensors"))
+    whole = weights.read_bytes()
     weights.write_bytes(b"torn")
-    assert f"{weights} is damaged" in refused.by()
-    state["trainable"][0].fill_(math.nan)
-    torch.save(state, weights)
-    assert f"{RUNS[1].name}, LoRA scaled by 0.5: the features" in refused.by()
+    assert f"the checkpoint {weights.parent} is damaged: training_state.safetensors has 4 bytes" in refused.by()
+    weights.write_bytes(whole)
+    spoil(weights.parent)
+    assert f"{RUNS[1].name}, LoRA scaled by 0.5: reward/total, diversity/vendi, diversity/rke, judge/" in refused.by()
     (refused.run / "config.json").write_text("{")
     assert "config.json is not JSON" in refused.by()

@@ -192,6 +192,19 @@ def test_a_file_that_is_no_study_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "runs.json").write_text('{"runs": [{"name": "x"}], "environments": [], "missing": {}}')
     with pytest.raises(ConfigError, match="does not hold a study's results"):
         read_study(tmp_path / "runs.json")
+    (tmp_path / "runs.json").write_bytes(b'{"runs": "\xff"}')
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        read_study(tmp_path / "runs.json")
+
+
+@pytest.mark.parametrize("value", ["ten", 10**400])
+def test_a_column_that_is_not_of_numbers_is_one_sentence(tmp_path: Path, value: object) -> None:
+    write_study(Study((), {}, (record("DRTune", 0),)), tmp_path / "runs.json")
+    content = json.loads((tmp_path / "runs.json").read_text())
+    content["runs"][0]["evaluations"][REWARD][1] = value
+    (tmp_path / "runs.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="does not hold a study's results"):
+        read_study(tmp_path / "runs.json")
 
 
 # --- intervals ------------------------------------------------------------------------------------------

@@ -198,11 +198,19 @@ def test_optional_results_are_shown_where_they_are(place: Place) -> None:
     assert (place.out / "gradient_noise.png").is_file()
 
 
+def refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+
+
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("gradient_noise.json", "[{", "gradient_noise.json is not what scripts/study/gradient_noise.py writes"),
+        ("gradient_noise.json", "[{", "gradient_noise.json is not JSON"),
         ("gradient_noise.json", '[{"form": "sde"}]', "an entry lacks one of form, probes, source"),
+        ("gradient_noise.json", 100_000 * "[", "gradient_noise.json is JSON nested too deep"),
+        ("gradient_noise.json", "[" + 10_000 * "9" + "]", "is JSON with a number of too many digits"),
         ("lora_scales.json", "[3]", "lora_scales.json is not what scripts/study/lora_scales.py writes"),
         ("lora_scales.json", None, "trained for 1.5 s, which is no run of"),
     ],
@@ -212,7 +220,7 @@ def test_damaged_or_stale_optional_results_are_one_sentence(
 ) -> None:
     (place.out / name).write_text(text or json.dumps(scaled(place, seconds=1.5)))
     before = place.page.read_bytes()
-    assert main(place.arguments) == 2
+    refused(place.arguments)
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert sentence in error
@@ -223,7 +231,7 @@ def test_a_folder_without_runs_does_not_replace_what_is_committed(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (place.out / "runs.json").read_bytes()
-    assert main(["--logs", str(tmp_path / "typo"), *place.arguments]) == 2
+    refused(["--logs", str(tmp_path / "typo"), *place.arguments])
     assert "typo holds no finished run of the study" in capsys.readouterr().err
     assert (place.out / "runs.json").read_bytes() == before
 
@@ -236,11 +244,11 @@ def test_a_study_without_runs_says_so_everywhere() -> None:
 
 def test_a_readme_without_a_place_is_one_sentence(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     place.readme.write_text("# Title\n")
-    assert main(place.arguments) == 2
+    refused(place.arguments)
     assert capsys.readouterr().err.count("\n") == 1
     assert place.readme.read_text() == "# Title\n"
     (place.out / "runs.json").unlink()
-    assert main(place.arguments) == 2
+    refused(place.arguments)
     assert "runs.json is missing" in capsys.readouterr().err
 
 
@@ -452,7 +460,7 @@ def test_quick_runs_are_held_against_the_committed_ones(
     assert "OUTSIDE  DRTune seed 0: reward/total" in capsys.readouterr().out
     assert place.page.read_bytes() == before
     shutil.rmtree(tmp_path / "logs")
-    assert main(["--quick", str(tmp_path / "logs"), *place.arguments]) == 2
+    refused(["--quick", str(tmp_path / "logs"), *place.arguments])
 
 
 def test_claims_that_did_not_take_the_searchs_best_settings_say_so() -> None:

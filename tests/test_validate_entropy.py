@@ -207,7 +207,7 @@ def test_the_command_writes_its_files_and_repeats_itself(tmp_path, monkeypatch, 
     keep_small(monkeypatch)
     found = []
     for name in ("one", "two"):
-        assert validate_entropy.main(["--out", str(tmp_path / name), "--fraction", "0.001", "--seed", "7"]) == 0
+        validate_entropy.main(["--out", str(tmp_path / name), "--fraction", "0.001", "--seed", "7"])
         written = sorted(path.name for path in (tmp_path / name).iterdir())
         assert written == ["convergence.png", "errors.png", "results.json", "samples.png", "table.md"]
         found.append(json.loads((tmp_path / name / "results.json").read_text(encoding="utf-8")))
@@ -227,5 +227,7 @@ def keep_small(monkeypatch):
 
 @pytest.mark.parametrize("fraction", ["0", "1.5"])
 def test_an_impossible_fraction_is_refused_in_one_sentence(fraction, tmp_path, capsys):
-    assert validate_entropy.main(["--out", str(tmp_path), "--fraction", fraction]) == 2
-    assert capsys.readouterr().err.startswith(f"--fraction {fraction} is not allowed")
+    with pytest.raises(SystemExit) as exit_code:
+        validate_entropy.main(["--out", str(tmp_path), "--fraction", fraction])
+    assert exit_code.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: --fraction {fraction} is not allowed")

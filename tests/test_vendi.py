@@ -180,6 +180,14 @@ def test_large_float32_features_are_not_copied():
     assert score == pytest.approx(vendi_score(x.astype(np.float64)), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32, np.int64])
+def test_the_least_integer_counts_as_what_it_is(kind):
+    """Minus the least value of an integer type is no value of that type."""
+    least = np.iinfo(kind).min
+    x = np.array([[least, 0], [least, 1], [0, 1]], dtype=kind)
+    assert vendi_score(x) == pytest.approx(vendi_score(x.astype(np.float64)), rel=1e-12)
+
+
 def test_unit_rows_neither_overflow_nor_vanish():
     rows = unit_rows(np.array([[3e200, 4e200], [3e-200, 4e-200]]))
     np.testing.assert_allclose(rows, [[0.6, 0.8], [0.6, 0.8]], rtol=1e-15)

@@ -54,6 +54,7 @@ from scripts.diversity_metrics.visualize_from_checkpoints import (
     notes,
     std_standard_error,
 )
+from tests import saved_runs
 
 EPOCHS = (1, 2, 3)
 NAMES = ["base", "checkpoint-000001", "checkpoint-000002", "checkpoint-000003"]
@@ -156,10 +157,7 @@ def copied(run: Path, target: Path) -> Path:
 
 def spoil(run: Path, epoch: int) -> None:
     """Make a checkpoint's weights nan."""
-    path = run / "checkpoints" / f"checkpoint-{epoch:06d}" / "training_state.pt"
-    state = torch.load(path, weights_only=True)
-    state["trainable"][0].fill_(math.nan)
-    torch.save(state, path)
+    saved_runs.spoil(run / "checkpoints" / f"checkpoint-{epoch:06d}")
 
 
 # --- numbers --------------------------------------------------------------------------------------------
@@ -325,6 +323,32 @@ def test_a_sheet_of_long_prompts_keeps_them_beside_its_cells():
     assert (drawn[HEADER:, LEFT:] == 255).all(axis=2)[: 2 * 66 - GAP, :64].all()
     assert (drawn[HEADER:, :LEFT] < 128).any()
     assert (drawn[:HEADER, LEFT:] < 128).any()
+
+
+def test_what_has_no_shape_leaves_no_mark_on_a_sheet():
+    cells = np.zeros((1, 1, 64, 64, 3), np.uint8)
+    clean, written = (np.array(sheet({"base": cells}, [text], "prompt")) for text in ("a bag", "a\n\x1bbag\u202e"))
+    np.testing.assert_array_equal(written, clean)
+    numbers = np.array(sheet({"base": cells}, [r"\U0001f392"], "prompt"))
+    np.testing.assert_array_equal(np.array(sheet({"base": cells}, ["\U0001f392"], "prompt")), numbers)
+
+
+def test_a_figure_that_cannot_be_drawn_loses_only_itself(trained, tmp_path, monkeypatch):
+    def fail(record):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("scripts.diversity_metrics.visualize_from_checkpoints.curves_figure", fail)
+    with pytest.warns(UserWarning, match=r"curves\.png could not be drawn \(no font\)"):
+        record = visualize(trained.folder, tmp_path / "out", "--checkpoint_steps", "3")
+    assert len(record["models"]) == 2
+    assert {path.name for path in (tmp_path / "out").glob("[!s]*.png")} == {"grid.png", "metrics.png"}
+    assert (tmp_path / "out/index.html").is_file()
+
+
+def test_a_run_without_a_bandwidth_says_so(shown):
+    record = json.loads(json.dumps(shown.record))
+    record["models"][0]["diversity"]["bandwidth"] = None
+    assert "RKE (Gaussian kernel, no h fits)" in captions(record)["metrics"]
 
 
 def test_the_page_needs_nothing_else(shown):

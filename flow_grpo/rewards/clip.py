@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.figure_text import one_line
 from flow_grpo.rewards.image_path import ImagePath, check_images
 from flow_grpo.rewards.registry import Metadata
 
 # Checkpoints to be used with another repository's processor, as their model cards say.
 PROCESSORS = {"yuvalkirstain/PickScore_v1": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
 
+REASON_LENGTH = 200  # characters quoted of a library's complaint
 TEXT_CACHE_SIZE = 4096  # texts whose features are kept, d floats each
 
 
@@ -42,8 +45,8 @@ class ClipScorer:
             self.model: Any = _load_frozen(os.path.expanduser(model), self.device)  # a CLIPModel
         except ConfigError:
             raise
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            reason = one_line(str(error), REASON_LENGTH) or type(error).__name__
             raise ConfigError(f"{model!r} cannot be loaded as a CLIP with its processor: {reason}") from error
         self._text_feature = lru_cache(maxsize=TEXT_CACHE_SIZE)(self._encode_text)
 

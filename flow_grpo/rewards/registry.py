@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.model_files import LOADING_ERRORS, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +46,13 @@ class RewardSpec:
     scorer: str | None = None  # loads config.reward_model.<name>: scorer(checkpoint, device); None: no checkpoint
 
 
-_CLIP = "flow_grpo.rewards.clip:ClipScorer"
+CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
 
 REWARDS: dict[str, RewardSpec] = {
     spec.name: spec
     for spec in (
-        RewardSpec("pickscore", True, "flow_grpo.rewards.clip:PickScore", _CLIP),
-        RewardSpec("clipscore", True, "flow_grpo.rewards.clip:ClipScore", _CLIP),
+        RewardSpec("pickscore", True, "flow_grpo.rewards.clip:PickScore", CLIP_SCORER),
+        RewardSpec("clipscore", True, "flow_grpo.rewards.clip:ClipScore", CLIP_SCORER),
         RewardSpec("jpeg_compressibility", False, "flow_grpo.rewards.jpeg:JpegCompressibility"),
         RewardSpec("jpeg_incompressibility", False, "flow_grpo.rewards.jpeg:JpegIncompressibility"),
     )
@@ -114,8 +115,19 @@ def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple
         return factory()
     key = (spec.scorer, config.reward_model[spec.name])
     if key not in scorers:
-        scorers[key] = _import(spec.scorer)(key[1], device)
+        scorers[key] = load_scorer(f"config.reward_model.{spec.name}", *key, device)
     return factory(scorers[key])
+
+
+def load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
+    """What the class at `place` makes of a model; ConfigError, beginning with `subject`, if that cannot be loaded."""
+    scorer = _import(place)
+    try:
+        return scorer(model, device)
+    except ConfigError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"{subject} = {model!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _import(place: str) -> Any:

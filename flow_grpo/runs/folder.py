@@ -166,15 +166,16 @@ def run_folder_of(resume_from: str) -> Path | None:
     if not resume_from:
         return None
     path = Path(resume_from)
-    candidates = (path, *path.resolve().parents[:2])
+    candidates = [path]
+    for folder in (path.resolve(), path.resolve().parent):
+        if folder.name == CHECKPOINTS:
+            candidates.append(folder.parent)
     return next((folder for folder in candidates if _is_run(folder)), None)
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run was written here; a run may have lost one of its records."""
-    return any((folder / name).is_file() for name in (ENVIRONMENT_FILE, CONFIG_FILE, HISTORY_FILE)) and (
-        not (folder / "state.json").is_file()
-    )
+    """Whether a run was written here, which may have lost one of its records."""
+    return any((folder / name).is_file() for name in (ENVIRONMENT_FILE, CONFIG_FILE, HISTORY_FILE))
 
 
 # --- records --------------------------------------------------------------------------------------------
@@ -193,13 +194,15 @@ def run_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_FILE
     try:
-        config = read_object(path)
+        config = flatten(read_object(path))
         expected = _digest_of_config(folder)
         if expected in (None, config_digest(path.read_bytes())):
-            return flatten(config)
+            return config
         problem = "it has changed since it was written"
     except ConfigError as error:
         problem = str(error).rstrip(".")
+    except RecursionError:
+        problem = f"{path} is JSON nested too deep to be read"
     kept = _config_in_checkpoints(folder)
     if kept is None:
         raise ConfigError(f"{path} is damaged or missing ({problem}), and no checkpoint of {folder} has a copy.")

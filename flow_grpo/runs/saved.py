@@ -88,7 +88,9 @@ def choose_checkpoint(resume_from: str, deep: bool = False) -> Found:
         damaged[path] = problem
     if damaged:
         path, problem = next(iter(damaged.items()))
-        raise ConfigError(f"{subject} holds only damaged checkpoints; the newest, {path}: {problem}.")
+        raise ConfigError(
+            f"{subject} holds only damaged checkpoints (the newest, {path}: {problem}); begin another run."
+        )
     raise ConfigError(f"{subject} holds no checkpoint; it takes {_what_it_takes(given)}")
 
 

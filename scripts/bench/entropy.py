@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.figure_text import optional_figure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -499,7 +500,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = bench_all(bench)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     write_table(results, out / "table.md")
-    draw(results, out / "error_vs_seconds.png")
+    with optional_figure(out / "error_vs_seconds.png"):
+        draw(results, out / "error_vs_seconds.png")
     return 0
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flow_grpo.figure_text import sheet_text
 from scripts.diversity_metrics.checkpoints import Model
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def shown_metrics(record: Mapping[str, Any]) -> list[str]:
 # --- pictures of images -------------------------------------------------------------------------------------
 
 LEFT, HEADER, GAP, BLOCK_GAP = 170, 48, 2, 12  # of the margins of a sheet, and between cells and blocks; pixels
-FONT_SIZE, LINE_HEIGHT, LETTERS, FRAME = 14, 18, 20, 3
+FONT_SIZE, LINE_HEIGHT, LETTERS, FRAME = 14, 18, 18, 3
 LEAST_CELL, MOST_CELL, MAX_WIDTH = 64, 128, 1500  # pixels
 
 
@@ -74,7 +73,6 @@ def sheet(blocks: Mapping[str, np.ndarray | None], rows: Sequence[str], corner: 
 
     A block that is None is left grey. One at least is not.
     """
-    from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
     width, side = next(cells.shape[1:3] for cells in blocks.values() if cells is not None)
@@ -82,11 +80,13 @@ def sheet(blocks: Mapping[str, np.ndarray | None], rows: Sequence[str], corner: 
     block_width, height = width * pitch - GAP, len(rows) * pitch - GAP
     drawn = Image.new("RGB", (LEFT + len(blocks) * (block_width + BLOCK_GAP), HEADER + height + 2 * FRAME), "white")
     pen = ImageDraw.Draw(drawn)
-    pen.font = ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)
-    pen.text((4, HEADER - 6), corner, fill="black", anchor="ld")
+    heading, file = sheet_text(corner, LETTERS, 1)
+    pen.font = ImageFont.truetype(file, FONT_SIZE)
+    pen.text((4, HEADER - 6), heading, fill="black", anchor="ld")
     for row, text in enumerate(rows):
-        lines = textwrap.wrap(text, LETTERS, max_lines=max(1, side // LINE_HEIGHT), placeholder=" …")
-        pen.text((4, HEADER + row * pitch + side // 2), "\n".join(lines), fill="black", anchor="lm")
+        shown, file = sheet_text(text, LETTERS, max(1, side // LINE_HEIGHT))
+        font = ImageFont.truetype(file, FONT_SIZE)
+        pen.text((4, HEADER + row * pitch + side // 2), shown, fill="black", anchor="lm", font=font)
     for number, (title, cells) in enumerate(blocks.items()):
         left = LEFT + number * (block_width + BLOCK_GAP)
         middle = left + block_width // 2

@@ -6,6 +6,7 @@ of all images also counts the differences between prompts. Scores depend on the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.figure_text import figure_text, one_line
 from scripts.diversity_metrics.bootstrap import LEAST_ROWS, Interval, RkeScore, VendiScore, grouped_interval
 from scripts.diversity_metrics.prdc import PRDC, mean_pairwise_distance, prdc
 from scripts.diversity_metrics.rke import relative_rke
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
+MAX_ROWS = 60  # groups in the figure
+NAME_WIDTH = 36  # letters of a group's name in a line of the figure, and two such lines in the table
+NO_RKE = Interval(math.nan, math.nan, math.nan, 0.95)  # no bandwidth fits
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Scores:
     """Of one set of images, or their means over groups."""
 
     vendi: Interval
-    rke: Interval
+    rke: Interval  # of nan: not measured
     distance: float  # mean Euclidean distance between unit features, 0 to 2
 
 
@@ -37,7 +42,7 @@ class Scores:
 class AgainstReference:
     """All images against all of the reference."""
 
-    relative_rke: float  # nats
+    relative_rke: float  # nats; nan: not measured
     prdc: PRDC
     images: int  # in the reference
 
@@ -52,7 +57,7 @@ class Diversity:
     counts: Mapping[str, int]  # images of each group
     features: str  # name of the extractor
     order: float  # q of the Vendi score, with the cosine kernel
-    bandwidth: float  # h of RKE's Gaussian kernel
+    bandwidth: float | None  # h of RKE's Gaussian kernel; None: no bandwidth fits, and RKE is not measured
     draws: int  # of the bootstrap
     seed: int
     neighbours: int = NEIGHBOURS  # of precision, recall, density and coverage, where there is a reference
@@ -60,9 +65,16 @@ class Diversity:
 
 
 def measure(
-    features: Mapping[str, np.ndarray], bandwidth: float, order: float, extractor: str, draws: int, seed: int = 0
+    features: Mapping[str, np.ndarray],
+    bandwidth: float | None,
+    order: float,
+    extractor: str,
+    draws: int,
+    seed: int = 0,
 ) -> Diversity:
     """Measure groups (name -> (n, d) features), with 95 % intervals from `draws` bootstrap draws.
+
+    Without a bandwidth, which images that are all alike cannot give, RKE is not measured: it is nan.
 
     The interval of the means holds the prompts fixed and draws their images anew; that of the pooled scores draws
     images of any prompt. Ends beyond what a score can be, 1 and the number of images, are cut off. Raises ConfigError
@@ -73,12 +85,12 @@ def measure(
             raise ConfigError(
                 f"{name!r} has {len(group)} images; an interval of their diversity needs at least {LEAST_ROWS}."
             )
-    vendi, rke = VendiScore(order), RkeScore(bandwidth)
+    vendi, rke = VendiScore(order), None if bandwidth is None else RkeScore(bandwidth)
 
     def scores(groups: Sequence[np.ndarray]) -> Scores:
         return Scores(
             _within_range(grouped_interval(groups, vendi, draws=draws, seed=seed), groups),
-            _within_range(grouped_interval(groups, rke, draws=draws, seed=seed), groups),
+            NO_RKE if rke is None else _within_range(grouped_interval(groups, rke, draws=draws, seed=seed), groups),
             float(np.mean([mean_pairwise_distance(group) for group in groups])),
         )
 
@@ -101,28 +113,32 @@ def _within_range(interval: Interval, groups: Sequence[np.ndarray]) -> Interval:
 
 
 def against_reference(
-    features: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], bandwidth: float
+    features: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray], bandwidth: float | None
 ) -> AgainstReference:
     """Compare two sets of groups, pooled; ConfigError if either has too few images."""
     ours, theirs = (np.concatenate(list(groups.values())) for groups in (features, reference))
-    return AgainstReference(relative_rke(ours, theirs, bandwidth), prdc(ours, theirs, NEIGHBOURS), len(theirs))
+    relative = math.nan if bandwidth is None else relative_rke(ours, theirs, bandwidth)
+    return AgainstReference(relative, prdc(ours, theirs, NEIGHBOURS), len(theirs))
 
 
 # --- as metrics, data, table and figure ----------------------------------------------------------------
 
 
+SCORES = ("vendi", "rke")
+METRICS = (
+    *(f"diversity/{name}{end}" for name in SCORES for end in ("", "_low", "_high", "_pooled")),
+    "diversity/distance",
+    "diversity/distance_pooled",
+)
+
+
 def metrics(found: Diversity) -> dict[str, float]:
-    """What is logged: `diversity/<score>` of the means over prompts with its interval, and `_pooled`."""
-    logged = {"diversity/distance": found.within.distance, "diversity/distance_pooled": found.pooled.distance}
-    for name in ("vendi", "rke"):
+    """What is logged, METRICS: `diversity/<score>` of the means over prompts with its interval, and `_pooled`."""
+    values: list[float] = []
+    for name in SCORES:
         interval: Interval = getattr(found.within, name)
-        logged |= {
-            f"diversity/{name}": interval.estimate,
-            f"diversity/{name}_low": interval.low,
-            f"diversity/{name}_high": interval.high,
-            f"diversity/{name}_pooled": getattr(found.pooled, name).estimate,
-        }
-    return logged
+        values += [interval.estimate, interval.low, interval.high, getattr(found.pooled, name).estimate]
+    return dict(zip(METRICS, [*values, found.within.distance, found.pooled.distance], strict=True))
 
 
 def record(found: Diversity) -> dict[str, Any]:
@@ -133,47 +149,63 @@ def record(found: Diversity) -> dict[str, Any]:
 def table(found: Diversity) -> str:
     """A line for the means, for all images together, and for each group."""
     rows = [("mean over prompts", sum(found.counts.values()), found.within)]
-    rows += [(name, found.counts[name], scores) for name, scores in found.groups.items()]
+    rows += [(one_line(name, 2 * NAME_WIDTH), found.counts[name], scores) for name, scores in found.groups.items()]
     if len(found.groups) > 1:
         rows.append(("all images together", sum(found.counts.values()), found.pooled))
-    cells = [("", "images", f"Vendi (q = {found.order:g})", f"RKE (h = {found.bandwidth:.4g})", "mean distance")]
+    rke = "RKE" if found.bandwidth is None else f"RKE (h = {found.bandwidth:.4g})"
+    cells = [("", "images", f"Vendi (q = {found.order:g})", rke, "mean distance")]
     cells += [(name, str(n), _cell(s.vendi), _cell(s.rke), f"{s.distance:.3f}") for name, n, s in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     if found.reference:
-        scores = found.reference.prdc
-        lines += [
-            "",
-            f"against {found.reference.images} reference images: precision {scores.precision:.3f}, recall "
-            f"{scores.recall:.3f}, density {scores.density:.3f}, coverage {scores.coverage:.3f} (k = {NEIGHBOURS}); "
-            f"relative RKE {found.reference.relative_rke:.3f} nats",
-        ]
+        lines += ["", _against(found.reference)]
+    if found.bandwidth is None:
+        lines += ["", "RKE is not measured: half of the images within prompts are duplicates, so no bandwidth fits."]
     return "\n".join([*lines, "", f"95 % intervals; features {found.features}"])
 
 
+def _against(reference: AgainstReference) -> str:
+    scores, relative = reference.prdc, reference.relative_rke
+    return (
+        f"against {reference.images} reference images: precision {scores.precision:.3f}, recall {scores.recall:.3f}, "
+        f"density {scores.density:.3f}, coverage {scores.coverage:.3f} (k = {NEIGHBOURS}); relative RKE "
+        + ("not measured" if math.isnan(relative) else f"{relative:.3f} nats")
+    )
+
+
 def _cell(interval: Interval) -> str:
+    if math.isnan(interval.estimate):
+        return "not measured"
     return f"{interval.estimate:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def figure(found: Diversity) -> Figure:
-    """Vendi and RKE of every group, with intervals; the line is their mean."""
+    """Vendi and RKE of the first MAX_ROWS groups, with intervals; the line is the mean of all."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(9, 1.4 + 0.32 * len(found.groups)), layout="constrained")
-    names, positions = list(found.groups), np.arange(len(found.groups))[::-1]
+    names = list(found.groups)[:MAX_ROWS]
+    texts = [f"{figure_text(name, NAME_WIDTH)} ({found.counts[name]})" for name in names]
     panels: list[tuple[str, str, Callable[[Scores], Interval]]] = [
-        (f"Vendi score (q = {found.order:g}, cosine)", BLUE, lambda scores: scores.vendi),
-        (f"RKE (Gaussian, h = {found.bandwidth:.4g})", ORANGE, lambda scores: scores.rke),
+        (f"Vendi score (q = {found.order:g}, cosine)", BLUE, lambda scores: scores.vendi)
     ]
-    for axes, (label, colour, pick) in zip(drawn.subplots(1, 2, sharey=True), panels, strict=True):
-        intervals, mean = [pick(scores) for scores in found.groups.values()], pick(found.within)
+    if found.bandwidth is not None:
+        panels.append((f"RKE (Gaussian, h = {found.bandwidth:.4g})", ORANGE, lambda scores: scores.rke))
+    drawn = Figure(figsize=(9, 1.8 + 0.32 * len(names)), layout="constrained")
+    positions = np.arange(len(names))[::-1]
+    every = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (label, colour, pick) in zip(every, panels, strict=True):
+        intervals, mean = [pick(found.groups[name]) for name in names], pick(found.within)
         values = np.array([interval.estimate for interval in intervals])
         ends = np.array([(interval.low, interval.high) for interval in intervals]).T
         axes.axvspan(mean.low, mean.high, color=colour, alpha=0.15, lw=0)
         axes.axvline(mean.estimate, color=colour, lw=1)
         axes.errorbar(values, positions, xerr=np.abs(ends - values), fmt="o", color=colour, capsize=3)
-        axes.set_xlabel(f"{label}, effective number of images")
-        axes.set_yticks(positions, [f"{name} ({found.counts[name]})" for name in names])
+        axes.set_xlabel(f"{label},\neffective number of images")
+        axes.set_yticks(positions, texts, fontsize=8)
+        axes.set_ylim(-0.75, len(names) - 0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    drawn.suptitle("Diversity within a prompt, 95 % intervals; line and band: mean over prompts", fontsize=10)
+    title = "Diversity within a prompt, 95 % intervals; line and band: mean over prompts"
+    more = len(found.groups) - len(names)
+    hidden = f"\n(the first {len(names)} of {len(found.groups):,} prompts; {more:,} are not shown)" if more else ""
+    drawn.suptitle(title + hidden, fontsize=10)
     return drawn

@@ -8,15 +8,19 @@ In a folder, each sub-folder is a prompt; images directly in it are one group. A
 
 RKE needs a bandwidth that never changes. A run chooses it on its base model's samples and keeps it in
 RUN/diversity/bandwidth.json, with the name of the features; --run takes both from there for a folder of images. Without
-a run it is chosen on the reference, or else on the images themselves: RKE then says nothing across folders.
+a run it is chosen on the reference, or else on the images themselves: RKE then says nothing across folders. Images that
+are all alike give none: RKE is then not measured (null), the Vendi score is.
 
-Written to --out: diversity.json and diversity.png.
+Written to --out: diversity.json and, if it can be drawn, diversity.png. Without --out a checkpoint's go to
+RUN/diversity/<checkpoint>, and a folder's to logs/diversity/<folder>, or <folder>-2, -3, ... so that no earlier result
+of that name is lost; the last line says where.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +29,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import strict_json, write_atomically
-from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.figure_text import optional_figure
+from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.runs.folder import fresh_folder, run_folder_of
 from flow_grpo.runs.saved import find_checkpoint
 from scripts import cli
 from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder
 from scripts.diversity_metrics.diversity import Diversity
-from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, load_extractor, read_images
-from scripts.diversity_metrics.rke import median_bandwidth
+from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, NonFiniteFeatures, load_extractor
+from scripts.diversity_metrics.images import read_images
+from scripts.diversity_metrics.rke import NoBandwidth, median_bandwidth
 from scripts.diversity_metrics.vendi import check_bandwidth
 from scripts.run_config import read_config
 
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
 
 FOLDER, BANDWIDTH_FILE = "diversity", "bandwidth.json"
 RESULTS, FIGURE = "diversity.json", "diversity.png"
+MAX_NAMED = 20  # files left out that are named
 
 # --- in training ----------------------------------------------------------------------------------------
 
@@ -57,24 +64,33 @@ class DiversityEvaluator:
     """Logs `diversity/...` of `num_seeds` images of each diversity prompt; writes RUN/diversity/<label>_<epoch>.json.
 
     The first evaluation of a run, which is the base model's, chooses the bandwidth, unless the configuration gives it.
+    Samples that cannot be measured are a warning and nan: they do not end the run.
     """
 
     name, collective = "diversity", False
 
     def __init__(self, extractor: FeatureExtractor, bandwidth: float | None, settings: Settings, run: Run) -> None:
-        """`bandwidth`: None if it is still to be chosen."""
+        """`bandwidth`: None if it is still to be chosen, nan if the base model's samples gave none."""
         self.extractor, self.bandwidth, self.run = extractor, bandwidth, run
         self.config, self.freq = settings.config, settings.config.eval_diversity_freq
         self.request = diversity_request(settings.config)
 
     def evaluate(self, samples: Samples) -> dict[str, float]:
         """Measure; per-prompt figures go to the run folder."""
-        features = features_by_prompt(samples, self.extractor)
         folder = self.run.folder / FOLDER
+        try:
+            features = features_by_prompt(samples, self.extractor)
+        except NonFiniteFeatures as error:
+            warnings.warn(f"no diversity at epoch {self.run.counters.epoch}: {error}", stacklevel=2)
+            if self.bandwidth is None:  # never one of later weights
+                self.bandwidth = write_bandwidth(folder, math.nan, self.extractor.name)
+            return dict.fromkeys(diversity.METRICS, math.nan)
         if self.bandwidth is None:
             self.bandwidth = choose_bandwidth(features, self.extractor.name, folder)
         found = measure(features, self.bandwidth, self.extractor.name, self.config)
-        write_json(folder / f"{samples.label}_{self.run.counters.epoch:06d}.json", diversity.record(found))
+        record = folder / f"{samples.label}_{self.run.counters.epoch:06d}.json"
+        with self.run.writing(str(record)):
+            write_json(record, diversity.record(found))
         return diversity.metrics(found)
 
 
@@ -91,7 +107,7 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
     bandwidth = config.diversity.bandwidth or None
     if bandwidth is not None and run.is_main:
         write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
-    if bandwidth is None and config.resume_from:
+    if bandwidth is None and not run.begins:
         source = run_folder_of(config.resume_from)
         bandwidth = None if source is None else stored_bandwidth(source / FOLDER, extractor.name)
         if bandwidth is None:
@@ -132,34 +148,53 @@ def features_by_prompt(samples: Samples, extractor: FeatureExtractor) -> dict[st
 def measure(
     features: Mapping[str, np.ndarray], bandwidth: float, extractor: str, config: ConfigDict | FrozenConfigDict
 ) -> Diversity:
-    """With the order and the bootstrap of `config.diversity`."""
-    return diversity.measure(features, bandwidth, config.diversity.order, extractor, config.diversity.num_draws)
+    """With the order and the bootstrap of `config.diversity`; a bandwidth of nan is none."""
+    return diversity.measure(
+        features, _usable(bandwidth), config.diversity.order, extractor, config.diversity.num_draws
+    )
 
 
 # --- the bandwidth --------------------------------------------------------------------------------------
 
 
 def choose_bandwidth(features: Mapping[str, np.ndarray], extractor: str, folder: Path) -> float:
-    """Choose the bandwidth on these features, those of the base model, and store it."""
-    bandwidth = median_bandwidth(list(features.values()))
-    write_bandwidth(folder, bandwidth, extractor)
+    """Choose the bandwidth on these features, those of the base model, and store it; nan if they give none."""
+    return write_bandwidth(folder, fitting_bandwidth(features), extractor)
+
+
+def fitting_bandwidth(features: Mapping[str, np.ndarray]) -> float:
+    """The median bandwidth of these groups; nan, with a warning, where half of the images are duplicates."""
+    try:
+        return median_bandwidth(list(features.values()))
+    except NoBandwidth as error:
+        warnings.warn(f"RKE is not measured: {error}", stacklevel=2)
+        return math.nan
+
+
+def _usable(bandwidth: float) -> float | None:
+    return None if math.isnan(bandwidth) else bandwidth
+
+
+def write_bandwidth(folder: Path, bandwidth: float, extractor: str) -> float:
+    """Store it with the features that it is for, nan as null, and return it."""
+    write_json(folder / BANDWIDTH_FILE, {"bandwidth": bandwidth, "features": extractor})
     return bandwidth
 
 
-def write_bandwidth(folder: Path, bandwidth: float, extractor: str) -> None:
-    """Store it with the features that it is for."""
-    write_json(folder / BANDWIDTH_FILE, {"bandwidth": bandwidth, "features": extractor})
-
-
 def stored_bandwidth(folder: Path, extractor: str) -> float | None:
-    """The bandwidth of a run; None if it has not been chosen. ConfigError if it is of other features, or unreadable."""
+    """The bandwidth of a run; None if it has not been chosen, nan if its base model's samples gave none.
+
+    Raises:
+        ConfigError: it is of other features, or damaged.
+    """
     path = folder / BANDWIDTH_FILE
-    if not path.is_file():
+    if not path.exists():
         return None
+    stored = read_object(path)
+    bandwidth, features = stored.get("bandwidth", ""), stored.get("features")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        bandwidth, features = check_bandwidth(float(stored["bandwidth"])), stored["features"]
-    except (ValueError, KeyError, TypeError, ConfigError):
+        bandwidth = math.nan if bandwidth is None else check_bandwidth(bandwidth)
+    except (TypeError, OverflowError, ConfigError):  # no number, or a whole one that no float holds
         raise ConfigError(f"{path} is damaged; it holds a bandwidth and the features that it is for.") from None
     if features != extractor:
         raise ConfigError(
@@ -182,16 +217,18 @@ def measure_images(args: argparse.Namespace) -> dict[str, Diversity]:
     extractor, stored = _extractor_and_bandwidth(args)
     reference = reference_features(args, extractor)
     features = folder_features(args.images, args.keep_readable, extractor)
-    bandwidth = args.bandwidth or stored or median_bandwidth(list((reference or features).values()))
-    found = diversity.measure(features, bandwidth, args.order, extractor.name, args.draws)
+    bandwidth = args.bandwidth or stored or fitting_bandwidth(reference or features)
+    found = diversity.measure(features, _usable(bandwidth), args.order, extractor.name, args.draws)
     return {Path(args.images).resolve().name: with_reference(found, features, reference)}
 
 
 def folder_features(folder: str, keep_readable: bool, extractor: FeatureExtractor) -> dict[str, np.ndarray]:
-    """Features of a folder's groups; images that are left out are named."""
+    """Features of a folder's groups; images that are left out are counted and named."""
     images = read_images(Path(folder), keep_readable)
-    for path in images.skipped:
+    for path in images.skipped[:MAX_NAMED]:
         print(f"left out, unreadable: {path}")
+    if images.skipped:
+        print(f"left out, unreadable: {len(images.skipped)} in {folder}")
     return images.features(extractor)
 
 
@@ -290,7 +327,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--order", type=float, default=1.0, help="--images: q of Vendi; inf is allowed (default: 1)")
     parser.add_argument("--bandwidth", type=float, default=0.0, help="h of RKE (default: see above)")
     parser.add_argument("--draws", type=int, default=1000, help="--images: bootstrap draws (default: 1000)")
-    parser.add_argument("--out", default="", help="default: logs/diversity/<folder>, or RUN/diversity/<checkpoint>")
+    parser.add_argument(
+        "--out", default="", help="default: logs/diversity/<folder>[-2, ...], or RUN/diversity/<checkpoint>"
+    )
     args = parser.parse_args(arguments)
     given = {name for name in ("extractor", "model", "pretrained") if getattr(args, name) != parser.get_default(name)}
     if args.checkpoint and (args.run or given):
@@ -303,7 +342,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
-    """Measure, write the files, print the tables."""
+    """Measure, write the numbers, print the tables, then draw."""
+    if args.bandwidth:  # nan too
+        check_bandwidth(args.bandwidth)
     if args.checkpoint:
         checkpoint = find_checkpoint(args.checkpoint).resolve()
         default = checkpoint.parents[1] / FOLDER / (checkpoint.name + ("_ema" if args.ema else ""))
@@ -311,10 +352,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
         default = Path("logs") / FOLDER / Path(args.images).resolve().name
     out = output_folder(args.out or default)
     found = measure_checkpoint(args) if args.checkpoint else measure_images(args)
+    if not args.out and args.images:
+        out = fresh_folder(out)
     write_json(out / RESULTS, {name: diversity.record(measured) for name, measured in found.items()})
     for name, measured in found.items():
         print(f"{name}\n{diversity.table(measured)}\n")
-    diversity.figure(list(found.values())[-1]).savefig(out / FIGURE, dpi=130)
+    with optional_figure(out / FIGURE):
+        diversity.figure(list(found.values())[-1]).savefig(out / FIGURE, dpi=130)
     print(f"written to {out}")
     return found
 

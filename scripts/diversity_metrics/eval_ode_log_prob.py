@@ -14,8 +14,9 @@ Satterthwaite for the mean over several.
 Images are encoded to the mode of the VAE's posterior and carried from data to noise. Euler's steps are there not those
 of the sampler turned round (and the first is at sigma = 0): give --num-steps or --solver to have both agree.
 
-Written to --out (default: RUN/ode_log_prob, or RUN/ode_log_prob_ema): ode_log_prob.json and ode_log_prob.png. The
-scalars go to the run's trackers under checkpoint/ or checkpoint_ema/. Nothing else of the run is written.
+Written to --out (default: RUN/ode_log_prob, or RUN/ode_log_prob_ema; with --images the first of these, -2, -3, ... that
+is not there): ode_log_prob.json and, if it can be drawn, ode_log_prob.png. The scalars go to the run's trackers under
+checkpoint/ or checkpoint_ema/. Nothing else of the run is written. The last line says where.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from typing import TYPE_CHECKING, Any, cast
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import strict_json
-from flow_grpo.runs.folder import flatten
+from flow_grpo.figure_text import figure_text, one_line, optional_figure
+from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.runs.folder import flatten, fresh_folder
+from flow_grpo.settings import text_fault
 from scripts import cli
 from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights
-from scripts.diversity_metrics.features import load_pixels
+from scripts.diversity_metrics.images import listing, read_rgb, stack
 from scripts.run_config import read_config
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ OVERRIDES = {  # command-line option -> configuration key
 MEASURE = ("resolution", "pretrained.", "prompts.test", "entropy.", "eval.seed", "eval.num_steps", "eval.guidance")
 # of the samples of all prompts together: their spread, and no entropy, which would be that of the mixture
 POOLED = ("num_samples", "log_prob_std", "log_prob_std_corrected", "minimum", "maximum", "quantiles")
+MAX_PAIRS, PROMPT_WIDTH = 20, 80  # images printed with their prompts, and letters of each
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's
 
 
@@ -66,7 +70,6 @@ class ImageFile:
 
     path: Path
     prompt: str
-    pixels: Tensor  # (3, H, W) float32 in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -90,37 +93,51 @@ def evaluated_prompts(config: ConfigDict) -> tuple[str, ...]:
     return tuple(dict.fromkeys(evaluated))[: config.entropy.num_prompts]
 
 
-def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -> list[ImageFile]:
-    """The images of a folder in the order of their names, each with its prompt.
-
-    Raises:
-        ConfigError: a file that is no image, or of another size; no image; not as many prompts as images.
-    """
+def _prompts_of(count: int, prompt: str, prompts_file: str) -> Sequence[str]:
+    """The prompt of each of `count` images; ConfigError unless one way of saying it is given, and fits."""
     from flow_grpo.prompts import PromptDataset
 
     if bool(prompt) == bool(prompts_file):
         raise ConfigError("--images needs either --prompt, one for all, or --prompts, a file with one for each.")
+    if fault := text_fault(prompt):
+        raise ConfigError(f"--prompt {fault}; it takes text.")
+    prompts = PromptDataset.load(prompts_file).prompts if prompts_file else (prompt,) * count
+    if len(prompts) != count:
+        raise ConfigError(f"--prompts {prompts_file} has {len(prompts)} prompts for {count} images.")
+    return prompts
+
+
+def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -> list[ImageFile]:
+    """The images of a folder in the order of their names, 2 before 10, each with its prompt.
+
+    All are decoded once, so that nothing is found unreadable later.
+
+    Raises:
+        ConfigError: a file that is no image, or of another size; no image; not as many prompts as images.
+    """
     if not folder.is_dir():
         raise ConfigError(f"--images {folder} is not a folder.")
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    paths, folders = listing(folder)
+    if folders:
+        raise ConfigError(f"--images {folder} holds a folder ({folders[0].name}); it takes images only.")
     if not paths:
         raise ConfigError(f"--images {folder} holds no image.")
-    prompts = PromptDataset.load(prompts_file).prompts if prompts_file else (prompt,) * len(paths)
-    if len(prompts) != len(paths):
-        raise ConfigError(f"--prompts {prompts_file} has {len(prompts)} prompts for {len(paths)} images in {folder}.")
-    return [ImageFile(path, text, _sized(path, resolution)) for path, text in zip(paths, prompts, strict=True)]
+    prompts = _prompts_of(len(paths), prompt, prompts_file)
+    for path in paths:
+        height, width = read_rgb(path).shape[:2]
+        if (width, height) != (resolution, resolution):
+            raise ConfigError(
+                f"--images: {path} is {width} x {height} pixels; the run's are {resolution} x {resolution} "
+                "(config.resolution)."
+            )
+    return [ImageFile(path, text) for path, text in zip(paths, prompts, strict=True)]
 
 
-def _sized(path: Path, resolution: int) -> Tensor:
-    """(3, H, W) float32 in [0, 1], of the run's size."""
-    pixels = load_pixels(path)
-    height, width = pixels.shape[1:]
-    if (width, height) != (resolution, resolution):
-        raise ConfigError(
-            f"--images: {path} is {width} x {height} pixels; the run's are {resolution} x {resolution} "
-            "(config.resolution)."
-        )
-    return pixels
+def pairing(images: Sequence[ImageFile]) -> str:
+    """Which image goes with which prompt: a line each, of the first MAX_PAIRS."""
+    lines = [f"{image.path.name}: {one_line(image.prompt, PROMPT_WIDTH)}" for image in images[:MAX_PAIRS]]
+    more = len(images) - len(lines)
+    return "\n".join([*lines, *([f"and {more} more, in the order of the names"] if more else [])])
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
@@ -175,7 +192,9 @@ def measure(
     from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
 
     base = [parameter.detach().clone() for parameter in policy.trainable]
-    latents = encode_images(policy, torch.stack([image.pixels for image in images])) if images else None
+    paths, size = [image.path for image in images], policy.settings.config.entropy.batch_size
+    parts = [encode_images(policy, stack(paths[start : start + size])) for start in range(0, len(paths), size)]
+    latents = torch.cat(parts) if parts else None
     bars, texts = Bars(), [image.prompt for image in images]
     measured = []
     for model in bars.progress(models, "models"):
@@ -297,7 +316,8 @@ def figure(record: Mapping[str, Any]) -> Figure:
         panel.set_xlabel("training (epochs; 0: base model)")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.spines[["top", "right"]].set_visible(False)
-    drawn.suptitle(f"{record['run']}, {record['weights']} weights: log-density of latents under the guided ODE")
+    title = f"{record['run']}, {record['weights']} weights: log-density of latents under the guided ODE"
+    drawn.suptitle(figure_text(title, 46 * panels // 2))
     return drawn
 
 
@@ -334,9 +354,16 @@ def _draw_images(axes: Axes, models: Sequence[Mapping[str, Any]]) -> None:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def create_folder(path: Path) -> Path:
-    """The folder of the results; ConfigError if it cannot be one."""
+def create_folder(args: argparse.Namespace, run: Path) -> Path:
+    """The folder of the results: --out, or one in the run's, a fresh one for given images.
+
+    Raises:
+        ConfigError: it cannot be a folder.
+    """
+    path = Path(args.out) if args.out else run / ("ode_log_prob_ema" if args.ema else "ode_log_prob")
     try:
+        if args.images and not args.out:
+            return fresh_folder(path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {path} cannot be a folder: {error.strerror}.") from error
@@ -353,7 +380,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if not args.images and (args.prompt or args.prompts):
         raise ConfigError("--prompt and --prompts say what --images shows; give --images too.")
     models = choose_models(run, args.checkpoints, config, args.ema)
-    out = create_folder(Path(args.out) if args.out else run / ("ode_log_prob_ema" if args.ema else "ode_log_prob"))
+    images = read_images(Path(args.images), args.prompt, args.prompts, config.resolution) if args.images else []
+    if args.prompts:
+        print(pairing(images))
+    out = create_folder(args, run)
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
@@ -363,11 +393,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     prompts = evaluated_prompts(config)
     if args.num_prompts is not None and len(prompts) < args.num_prompts:
         raise ConfigError(f"--num-prompts {args.num_prompts} is more than the {len(prompts)} of {config.prompts.test}.")
-    images = read_images(Path(args.images), args.prompt, args.prompts, config.resolution) if args.images else []
     measured = measure(Policy.load(settings, accelerator), models, prompts, images, args.ema)
     record = results(measured, settings.config, run, args.ema)
-    (out / RESULTS).write_text(strict_json(record, indent=1) + "\n", encoding="utf-8")
-    figure(record).savefig(out / FIGURE, dpi=130)
+    write_atomically(out / RESULTS, strict_json(record, indent=1) + "\n")
+    with optional_figure(out / FIGURE):
+        figure(record).savefig(out / FIGURE, dpi=130)
     log_checkpoints(
         accelerator,
         config,

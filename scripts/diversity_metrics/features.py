@@ -1,4 +1,4 @@
-"""Features of images, in which their diversity is measured: CLIP, DINOv2 or open_clip, and images from a folder.
+"""Features of images, in which their diversity is measured: CLIP, DINOv2 or open_clip.
 
 Features of every kind have unit length: the cosine is then their product, and a Gaussian bandwidth means the same for
 all. They are CLIP's image embedding (the projected one), DINOv2's class token after the last normalisation
@@ -13,18 +13,18 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import pickle
-import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_json
+from flow_grpo.model_files import LOADING_ERRORS
 from flow_grpo.rewards.registry import check_checkpoint
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ HUB, DIRECTORY = "hf-hub:", "local-dir:"  # open_clip's words before a model tha
 REASON_LENGTH = 200  # characters quoted of a library's complaint
 
 Encode = Callable[["Tensor"], "Tensor"]  # images (B, 3, H, W) float32 in [0, 1], on the device -> (B, d)
+
+
+class NonFiniteFeatures(ConfigError):
+    """Features that are infinite or nan: the images or the weights behind them are broken, a training run goes on."""
 
 
 class FeatureExtractor:
@@ -60,7 +64,7 @@ class FeatureExtractor:
 
         Raises:
             ValueError: images of another kind, shape or range.
-            ConfigError: a feature that is not finite; it names the first image of those.
+            NonFiniteFeatures: a feature that is not finite; it names the first image of those.
         """
         import torch
 
@@ -72,7 +76,9 @@ class FeatureExtractor:
         features = torch.cat(parts).numpy()  # (B, d)
         finite = np.isfinite(features).all(axis=1)
         if not finite.all():
-            raise ConfigError(f"the features of {self.name} are not finite, first those of image {finite.argmin()}.")
+            raise NonFiniteFeatures(
+                f"the features of {self.name} are not finite, first those of image {finite.argmin()}."
+            )
         return features
 
     def _unit_features(self, images: Tensor) -> Tensor:
@@ -193,12 +199,7 @@ def _open_clip_source(model: str, pretrained: str) -> Iterator[tuple[str, str | 
 
 def _read_open_clip_config(path: Path) -> dict[str, Any]:
     """An open_clip_config.json, or the configuration of a model alone -> the former."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"the open_clip configuration {path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise ConfigError(f"the open_clip configuration {path} is not JSON: {error}.") from None
+    config = read_json(path, "the open_clip configuration ")
     whole = config if isinstance(config, dict) and "model_cfg" in config else {"model_cfg": config}
     model = whole["model_cfg"]
     if not isinstance(model, dict) or not set(OPEN_CLIP_KEYS) <= set(model):
@@ -251,15 +252,11 @@ def _tag_or_file(name: str, pretrained: str) -> str:
 @contextmanager
 def _one_sentence(subject: str) -> Iterator[None]:
     """Turn what the libraries raise for files that are missing, damaged, or of something else into ConfigError."""
-    from safetensors import SafetensorError
-
-    damaged = (OSError, EOFError, pickle.UnpicklingError, SafetensorError)
-    other = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
     try:
         yield
     except ConfigError:
         raise
-    except (*damaged, *other, StopIteration) as error:
+    except (*LOADING_ERRORS, LookupError, ArithmeticError, AssertionError, StopIteration) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         shown = reason if len(reason) <= REASON_LENGTH else f"{reason[:REASON_LENGTH]} ..."
         raise ConfigError(f"{subject}: {shown}") from error
@@ -271,124 +268,3 @@ _LOADERS: dict[str, Callable[[str, str, Any], Encode]] = {
     "open_clip": _load_open_clip,
 }
 EXTRACTORS = tuple(_LOADERS)
-
-
-# --- images of a folder ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ImageFolder:
-    """Images of one size on disk, at least two in each group; pixels are read when asked for."""
-
-    root: Path
-    groups: Mapping[str, tuple[Path, ...]]  # group (a prompt) -> its images, both in the order of their names
-    size: tuple[int, int]  # width and height in pixels
-    skipped: tuple[Path, ...]  # files left out as unreadable
-
-    def pixels(self, group: str) -> Tensor:
-        """The images of a group: (n, 3, H, W) float32 in [0, 1]."""
-        return _stack(self.groups[group])
-
-    def features(self, extractor: FeatureExtractor) -> dict[str, np.ndarray]:
-        """Each group's features (n, d) float32; one batch of images is in memory at a time."""
-        step, found = extractor.batch_size, {}
-        for group, paths in self.groups.items():
-            batches = (_stack(paths[start : start + step]) for start in range(0, len(paths), step))
-            found[group] = np.concatenate([extractor(batch) for batch in batches])
-        return found
-
-
-def read_images(folder: Path, keep_readable: bool = False) -> ImageFolder:
-    """Find and check the images in `folder`, one group under its name, or in its sub-folders, a group each.
-
-    Every file counts as an image, except those whose name begins with a dot. All are decoded once, so that nothing is
-    found unreadable later; with `keep_readable` the unreadable ones are left out and listed.
-
-    Raises:
-        ConfigError: no image, files beside sub-folders, an unreadable file, two sizes, a group of fewer than 2.
-    """
-    found = _find_groups(folder)
-    sizes: dict[Path, tuple[int, int]] = {}
-    skipped = []
-    for path in (path for paths in found.values() for path in paths):
-        try:
-            height, width = load_pixels(path).shape[1:]
-            sizes[path] = (width, height)
-        except ConfigError:
-            if not keep_readable:
-                raise
-            skipped.append(path)
-    groups = {name: tuple(path for path in paths if path in sizes) for name, paths in found.items()}
-    for name, paths in groups.items():
-        if len(paths) < 2:
-            images = f"{len(paths)} readable image{'s' * (len(paths) != 1)}"
-            raise ConfigError(f"the group {name!r} in {folder} has {images}; diversity needs at least 2.")
-    return ImageFolder(folder, groups, _only_size(sizes), tuple(skipped))
-
-
-def _find_groups(folder: Path) -> dict[str, list[Path]]:
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder of images.")
-    files, folders = _listing(folder)
-    if files and folders:
-        raise ConfigError(
-            f"{folder} holds both files ({files[0].name}) and folders ({folders[0].name}); it takes images, or a "
-            "folder of images for each prompt."
-        )
-    if not files and not folders:
-        raise ConfigError(f"{folder} holds no image.")
-    if files:
-        return {folder.resolve().name: files}
-    groups = {}
-    for group in folders:
-        groups[group.name], deeper = _listing(group)
-        if deeper:
-            raise ConfigError(f"{group} holds a folder ({deeper[0].name}); the folder of a prompt takes images only.")
-    return groups
-
-
-def _listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files and folders in the order of their names, without hidden ones."""
-    paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    return [path for path in paths if not path.is_dir()], [path for path in paths if path.is_dir()]
-
-
-def _only_size(sizes: Mapping[Path, tuple[int, int]]) -> tuple[int, int]:
-    first = next(iter(sizes))
-    for path, size in sizes.items():
-        if size != sizes[first]:
-            (width, height), (other_width, other_height) = sizes[first], size
-            raise ConfigError(
-                f"the images differ in size: {first} is {width} x {height} pixels, "
-                f"{path} is {other_width} x {other_height}."
-            )
-    return sizes[first]
-
-
-def _stack(paths: tuple[Path, ...]) -> Tensor:
-    import torch
-
-    return torch.stack([load_pixels(path) for path in paths])
-
-
-def load_pixels(path: Path) -> Tensor:
-    """An image file as (3, H, W) float32 in [0, 1]; grey and palette images become RGB, opacity is dropped.
-
-    Raises:
-        ConfigError: no image, a damaged one, or one of more than 8 bits a channel that is not RGB.
-    """
-    import torch
-    from PIL import Image
-
-    # What Pillow raises for a broken file depends on the format; SyntaxError is its word for a broken PNG.
-    broken = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-    try:
-        with Image.open(path) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise ConfigError(f"{path} has Pillow's mode {image.mode}; it takes images of 8 bits a channel.")
-            pixels = np.array(image.convert("RGB"))  # (H, W, 3) uint8
-    except ConfigError:
-        raise
-    except broken as error:
-        raise ConfigError(f"{path} cannot be read as an image ({error}).") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255

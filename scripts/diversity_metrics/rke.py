@@ -28,20 +28,22 @@ from scripts.diversity_metrics.vendi import (
 )
 
 
+class NoBandwidth(ConfigError):
+    """Half of the pairs are duplicates: no bandwidth can be chosen on these images, and RKE is not measured."""
+
+
 def median_bandwidth(features_by_group: Sequence[np.ndarray]) -> float:
     """h = median of |x - y| over all pairs within a group, divided by sqrt(2): at that distance k^2 = exp(-2).
 
     Groups are (n, d) each: the images of one prompt. Call it once, on the base model's samples, and store the value.
-    Takes all pairs at once (8 bytes a pair). Raises ConfigError for bad features and where the median is 0.
+    Takes all pairs at once (8 bytes a pair). Raises ConfigError for bad features, NoBandwidth where the median is 0.
     """
     if len(features_by_group) == 0:
         raise ConfigError("features_by_group is empty; a bandwidth needs at least one group of images.")
     groups = [check_features(group, f"features_by_group[{i}]") for i, group in enumerate(features_by_group)]
     median = float(np.median(np.concatenate([pdist(group) for group in groups])))
     if median == 0:
-        raise ConfigError(
-            "The median distance within groups is 0: half of the pairs are duplicates, no bandwidth fits."
-        )
+        raise NoBandwidth("the median distance within groups is 0: half of the pairs are duplicates, no bandwidth fits")
     return check_bandwidth(median / math.sqrt(2))
 
 

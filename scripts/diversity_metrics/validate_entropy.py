@@ -23,10 +23,8 @@ It writes results.json, table.md, samples.png, errors.png and convergence.png. T
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +33,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.figure_text import optional_figure
+from flow_grpo.files import strict_json, write_atomically
+from scripts import cli
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -515,14 +516,11 @@ def write(
     settings: dict[str, Any],
     start: float,
 ) -> None:
-    """results.json, table.md and the figures; `start` is when the command began, by time.perf_counter."""
+    """results.json and table.md, then the figures; `start` is when the command began, by time.perf_counter."""
     import torch
 
     out.mkdir(parents=True, exist_ok=True)
-    samples_figure(samples).savefig(out / "samples.png", dpi=110)
-    errors_figure(rows).savefig(out / "errors.png", dpi=130)
-    convergence_figure(points).savefig(out / "convergence.png", dpi=130)
-    (out / "table.md").write_text(table(rows), encoding="utf-8")
+    write_atomically(out / "table.md", table(rows))
     extra = "" if settings["fraction"] == 1 else f" --fraction {settings['fraction']:g}"
     results = {
         "command": COMMAND.format(seed=settings["seed"]) + extra,
@@ -534,26 +532,28 @@ def write(
         "rows": [asdict(row) for row in rows],
         "convergence": list(points),
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(out / "results.json", strict_json(results, indent=1) + "\n")
+    with optional_figure(out / "samples.png"):
+        samples_figure(samples).savefig(out / "samples.png", dpi=110)
+    with optional_figure(out / "errors.png"):
+        errors_figure(rows).savefig(out / "errors.png", dpi=130)
+    with optional_figure(out / "convergence.png"):
+        convergence_figure(points).savefig(out / "convergence.png", dpi=130)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Validate; 0, or 2 after one sentence about bad input."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Validate; exit code 2 after one sentence about bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=OUT, help="folder of the results (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fraction", type=float, default=1.0, help="of the samples and training steps, for a trial")
     args = parser.parse_args(arguments)
-    try:
+    with cli.one_sentence_errors():
         if not 0 < args.fraction <= 1:
             raise ConfigError(f"--fraction {args.fraction:g} is not allowed; it must be above 0 and at most 1.")
         validate(Path(args.out), args.seed, args.fraction)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print((Path(args.out) / "table.md").read_text(encoding="utf-8"))
-    return 0
+        print((Path(args.out) / "table.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -137,7 +137,9 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
 
 def _unit(x: np.ndarray, first_row: int) -> np.ndarray:
     """Rows of unit length, float64; `first_row` is the number of x[0] in the whole set, for the message."""
-    largest = np.abs(x).max(1, keepdims=True).astype(np.float64)
+    # as float64 before the sign is turned: no integer type holds minus its own least value
+    ends = (end(1, keepdims=True).astype(np.float64) for end in (x.max, x.min))
+    largest = np.maximum(*map(np.abs, ends))
     if not largest.all():
         raise ConfigError(f"Row {first_row + int(largest.argmin())} of the features is zero: it has no direction.")
     scaled = x / largest  # so that no square under- or overflows

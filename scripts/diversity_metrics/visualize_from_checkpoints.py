@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +31,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import strict_json
+from flow_grpo.figure_text import optional_figure
+from flow_grpo.files import strict_json, write_atomically
 from flow_grpo.runs.folder import CONFIG_FILE, flatten
 from flow_grpo.runs.saved import finished_checkpoints
 from scripts import cli
@@ -179,6 +181,7 @@ class Instruments:
             ConfigError: the base model cannot be measured.
         """
         from flow_grpo.entropy import NonFiniteError
+        from scripts.diversity_metrics.features import NonFiniteFeatures
 
         found = Measured(model)
         parts: dict[str, Callable[[Measured], None]] = {
@@ -189,7 +192,7 @@ class Instruments:
         for name, part in parts.items():
             try:
                 part(found)
-            except NonFiniteError as error:
+            except (NonFiniteError, NonFiniteFeatures) as error:
                 if model.folder is None:
                     raise ConfigError(f"The base model's {name} cannot be measured: {error}") from error
                 found.failures[name] = str(error)
@@ -392,46 +395,50 @@ class Picture:
 
 
 def write_pictures(measured: Sequence[Measured], record: Mapping[str, Any], out: Path) -> list[Picture]:
-    """Draw and save every figure."""
-    said = captions(record)
+    """Draw and save every figure; one that cannot be drawn is a warning, and the page is without it."""
+    said, texts = captions(record), record["prompts"]
     found = [
-        _saved(metrics_figure(record), out / "metrics.png", "Against training", said["metrics"]),
-        _saved(grid_sheet(measured, record["prompts"]["evaluated"]), out / "grid.png", "Images", said["grid"]),
-        _saved(curves_figure(record), out / "curves.png", "Along the path", said["curves"]),
-        _saved(steps_figure(record), out / "steps.png", "Steps against training", said["steps"]),
+        _saved(lambda: metrics_figure(record), out / "metrics.png", "Against training", said["metrics"]),
+        _saved(lambda: grid_sheet(measured, texts["evaluated"]), out / "grid.png", "Images", said["grid"]),
+        _saved(lambda: curves_figure(record), out / "curves.png", "Along the path", said["curves"]),
+        _saved(lambda: steps_figure(record), out / "steps.png", "Steps against training", said["steps"]),
     ]
     for model in measured:
         if not model.frames:
             continue
-        image = sheet(model.frames, record["prompts"]["strip"], label(model.model))
+        draw = partial(sheet, model.frames, texts["strip"], label(model.model))
         first = model is measured[0]
         caption = f"{label(model.model)}. {said['strip']}" if first else f"{label(model.model)}."
-        found.append(_saved(image, out / f"strip_{model.model.name}.png", "Film strips" if first else "", caption))
-    return found
+        found.append(_saved(draw, out / f"strip_{model.model.name}.png", "Film strips" if first else "", caption))
+    return [picture for picture in found if picture]
 
 
-def _saved(drawn: Figure | Image.Image, path: Path, title: str, caption: str) -> Picture:
+def _saved(draw: Callable[[], Figure | Image.Image], path: Path, title: str, caption: str) -> Picture | None:
     from PIL import Image
 
-    if isinstance(drawn, Image.Image):
-        drawn.save(path)
-    else:
-        drawn.savefig(path, dpi=110)
-    return Picture(path.name, title, caption, base64.b64encode(path.read_bytes()).decode())
+    with optional_figure(path):
+        drawn = draw()
+        if isinstance(drawn, Image.Image):
+            drawn.save(path)
+        else:
+            drawn.savefig(path, dpi=110)
+        return Picture(path.name, title, caption, base64.b64encode(path.read_bytes()).decode())
+    return None
 
 
 def captions(record: Mapping[str, Any]) -> dict[str, str]:
     """What is measured on what."""
     said, counts = record["settings"], record["images_per_prompt"]
     found = record["models"][0]["diversity"]
+    width = "no h fits" if found["bandwidth"] is None else f"h = {found['bandwidth']:.4g}"
     prompts = {name: len(texts) for name, texts in record["prompts"].items()}
     sampler = f"ODE sampler, {said['eval.num_steps']} steps, guidance {said['eval.guidance_scale']:g}"
     probes = f"{said['entropy.num_probes']} {said['entropy.distribution']} probes"
     density = "the density of VAE-scaled latents given the prompt, under the guided ODE"
     return {
         "metrics": (
-            f"{sampler}. Vendi (q = {found['order']:g}, cosine kernel) and RKE (Gaussian kernel, h = "
-            f"{found['bandwidth']:.4g}): means over {prompts['diversity']} prompts with {counts['diversity']} images "
+            f"{sampler}. Vendi (q = {found['order']:g}, cosine kernel) and RKE (Gaussian kernel, "
+            f"{width}): means over {prompts['diversity']} prompts with {counts['diversity']} images "
             f"each, features {found['features']}; bootstrap intervals, prompts fixed. Both depend on the number of "
             f"images. Entropy and spread of log p: {density}, {prompts['density']} prompts with {counts['density']} "
             f"images each, {probes}, solver {said['entropy.solver']}; intervals by Student's t, probes included, and "
@@ -502,9 +509,9 @@ def visualize(args: argparse.Namespace, command: str) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     measured = measure_models(instruments, models, args.ema)
     record = results(measured, instruments, args.ema)
-    (out / RESULTS).write_text(strict_json(record, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out / RESULTS, strict_json(record, indent=1) + "\n")
     pictures = write_pictures(measured, record, out)
-    (out / PAGE).write_text(page(record, pictures, command), encoding="utf-8")
+    write_atomically(out / PAGE, page(record, pictures, command).encode("utf-8", "backslashreplace"))
     prefix = "checkpoint_ema" if args.ema else "checkpoint"
     metrics = {found.model.step: found.metrics for found in measured if found.metrics}
     log_checkpoints(accelerator, config, run, prefix, metrics, _images(pictures, out))

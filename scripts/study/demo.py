@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scripts.cli import one_sentence_errors
+
 if TYPE_CHECKING:
     from scripts.study.records import Evaluation
     from scripts.study.report import Report
@@ -75,7 +77,6 @@ def train_command(method: Method, out: Path, seconds: float, seed: int, train_sc
 
 def run_demo(out: Path, seconds: float, seed: int, train_script: Path = TRAIN_SCRIPT) -> int:
     """Train both, build the report, print the outcome; the exit code is that of the first command that fails."""
-    from flow_grpo.errors import ConfigError
     from flow_grpo.runs.folder import fresh_folder
     from scripts.study.report import build_report
 
@@ -86,11 +87,7 @@ def run_demo(out: Path, seconds: float, seed: int, train_script: Path = TRAIN_SC
         code = subprocess.run(train_command(method, out, seconds, seed, train_script), cwd=ROOT).returncode
         if code != 0:
             return _give_up(method, code, out)
-    try:
-        report = build_report([out / method.run_name for method in METHODS], out / "report")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    report = build_report([out / method.run_name for method in METHODS], out / "report")
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes.\n{outcome(report)}")
     return 0
 
@@ -139,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; the exit code."""
     arguments = parse_arguments(argv)
     try:
-        return run_demo(arguments.out, arguments.seconds, arguments.seed)
+        with one_sentence_errors():
+            return run_demo(arguments.out, arguments.seconds, arguments.seed)
     except KeyboardInterrupt:
         print("\nerror: interrupted; run folders that were begun are kept.", file=sys.stderr)
         return 130

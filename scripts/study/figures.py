@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from PIL import Image
 
+from flow_grpo.figure_text import figure_text, one_line
+from scripts.diversity_metrics.images import read_rgb
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, Crossing, Evaluation, RunRecord
 
 BASE_COLOUR = "#777777"
@@ -24,6 +26,9 @@ AXIS_LABELS = {
     "network_evaluations": "network evaluations in training (one image through the transformer once)",
 }
 REWARD_LABEL = "reward on held-out noise"
+LEGEND, SHORT = 34, 24  # letters in a line of a legend, and of a run's label in a sentence
+MAX_PANELS = 8  # sample grids side by side
+MAX_MODES = 24  # in the figure of modes
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,9 @@ def reward_figure(runs: Sequence[RunRecord], crossings: Sequence[Crossing], quan
         )
         if len(runs) == 2:
             unit = f"{spent:.1f} s" if quantity == "seconds" else f"{spent:,.0f} network evaluations"
-            runner, target = crossing.runner.label, crossing.target.label
-            text = f"{runner} reaches {target}'s final reward\nafter {unit}, {fraction:.1%} of {target}'s"
-            _annotate(axes, text, spent, level, end)
+            runner, target = (one_line(run.label, SHORT) for run in (crossing.runner, crossing.target))
+            lines = (f"{runner} reaches {target}'s final reward", f"after {unit}, {fraction:.1%} of {target}'s")
+            _annotate(axes, "\n".join(map(figure_text, lines)), spent, level, end)
     axes.legend(loc="best", frameon=False)
     return figure
 
@@ -125,7 +130,7 @@ def entropy_figure(runs: Sequence[RunRecord]) -> Figure:
                 ms=4.5,
                 lw=1.8,
                 capsize=2,
-                label=run.label,
+                label=figure_text(run.label, LEGEND),
             )
         axes.set_xlabel(AXIS_LABELS["seconds"])
         axes.set_ylabel(label)
@@ -151,7 +156,8 @@ def vendi_rke_figure(runs: Sequence[RunRecord]) -> Figure:
             for axes, x in zip(row, ("seconds", "reward"), strict=True):
                 axes.errorbar(
                     [getattr(evaluation, x) for evaluation in measured], values, yerr=[values - low, high - values],
-                    color=look.colour, marker=look.marker, ms=4, lw=1.3, elinewidth=0.7, capsize=1.5, label=run.label,
+                    color=look.colour, marker=look.marker, ms=4, lw=1.3, elinewidth=0.7, capsize=1.5,
+                    label=figure_text(run.label, LEGEND),
                 )  # fmt: skip
         row[0].set_ylabel(f"{label}\n(effective number of images)")
         for axes in row:
@@ -170,7 +176,13 @@ def diversity_figure(runs: Sequence[RunRecord]) -> Figure:
     for run in runs:
         look = style[run.label]
         axes.plot(
-            run.curve(REWARD), run.curve(ENTROPY), color=look.colour, marker=look.marker, ms=4, lw=1.3, label=run.label
+            run.curve(REWARD),
+            run.curve(ENTROPY),
+            color=look.colour,
+            marker=look.marker,
+            ms=4,
+            lw=1.3,
+            label=figure_text(run.label, LEGEND),
         )
         axes.plot(
             run.final.reward, run.final.metrics[ENTROPY], marker=look.marker, ms=11, color=look.colour, mec="black"
@@ -194,8 +206,10 @@ def diversity_figure(runs: Sequence[RunRecord]) -> Figure:
 
 
 def modes_figure(shown: Sequence[State]) -> Figure:
-    """Share of the images in each mode, for each state."""
-    names = list(shown[0].evaluation.modes)
+    """Share of the images in each of the first MAX_MODES modes, for each state."""
+    every = list(shown[0].evaluation.modes)
+    names = every[:MAX_MODES]
+    texts = [figure_text(name, max(6, 80 // len(names)), 3) for name in names]
     figure, axes = _new_figure("", "share of the images (%)", width=10)
     width = 0.84 / len(shown)
     positions = np.arange(len(names))
@@ -204,9 +218,12 @@ def modes_figure(shown: Sequence[State]) -> Figure:
         offsets = positions + (index - (len(shown) - 1) / 2) * width
         hatch = "////" if state.hatched else None
         face = "white" if state.hatched else state.colour
-        axes.bar(offsets, heights, width, label=state.label, color=face, edgecolor=state.colour, hatch=hatch)
-    axes.axhline(1 / len(names), color="black", linestyle="--", linewidth=0.8, label="all equally often")
-    axes.set_xticks(positions, names)
+        text = figure_text(state.label, LEGEND)
+        axes.bar(offsets, heights, width, label=text, color=face, edgecolor=state.colour, hatch=hatch)
+    axes.axhline(1 / len(every), color="black", linestyle="--", linewidth=0.8, label="all equally often")
+    axes.set_xticks(positions, texts)
+    if len(every) > len(names):
+        axes.set_xlabel(f"the first {len(names)} of {len(every):,} modes; {len(every) - len(names):,} are not shown")
     axes.tick_params(axis="x", length=0, pad=24)
     for position, name in zip(positions, names, strict=True):
         if is_color_like(name):
@@ -218,16 +235,20 @@ def modes_figure(shown: Sequence[State]) -> Figure:
 
 
 def samples_figure(shown: Sequence[State]) -> Figure:
-    """The sample grids side by side: the same prompts and the same noise in each."""
-    grids = [_scaled(Image.open(state.image).convert("RGB")) for state in shown]
+    """The first MAX_PANELS sample grids side by side: the same prompts and the same noise in each."""
+    every, shown = len(shown), shown[:MAX_PANELS]
+    grids = [_scaled(Image.fromarray(read_rgb(state.image))) for state in shown]
+    titles = [figure_text(state.label, 34, 3) for state in shown]
     height = 3.2 * grids[0].height / grids[0].width + 0.55
     figure = Figure(figsize=(3.2 * len(shown), height), layout="compressed")  # made for axes of a fixed shape
-    for index, (state, grid) in enumerate(zip(shown, grids, strict=True)):
+    for index, (state, grid, title) in enumerate(zip(shown, grids, titles, strict=True)):
         axes = figure.add_subplot(1, len(shown), index + 1)
         axes.imshow(np.asarray(grid))
-        axes.set_title(f"{state.label}\nreward {state.evaluation.reward:.4f}", fontsize=10, color=state.colour)
+        axes.set_title(f"{title}\nreward {state.evaluation.reward:.4f}", fontsize=10, color=state.colour)
         axes.set_xticks([])
         axes.set_yticks([])
+    if every > len(shown):
+        figure.suptitle(f"the first {len(shown)} of {every}; {every - len(shown)} are not shown", fontsize=10)
     return figure
 
 
@@ -262,7 +283,7 @@ def _draw_curves(axes: Axes, runs: Sequence[RunRecord], quantity: str, metric: s
             marker=look.marker,
             ms=4.5,
             lw=1.8,
-            label=run.label,
+            label=figure_text(run.label, LEGEND),
         )
     if quantity == "network_evaluations":
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))

@@ -12,6 +12,7 @@ written.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,11 @@ class TrainedModel:
         return cls(policy, PromptDataset.load(config.prompts.test), evaluators, run)
 
     def evaluate(self, scale: float) -> dict[str, float]:
-        """The metrics of the frontier with the LoRA scaled; afterwards its scale is 1 again."""
+        """The metrics of the frontier with the LoRA scaled; afterwards its scale is 1 again.
+
+        Raises:
+            ConfigError: one of them is not finite.
+        """
         from peft.helpers import rescale_adapter_scale
 
         from flow_grpo.evaluation import evaluate
@@ -97,7 +102,11 @@ class TrainedModel:
 
         with rescale_adapter_scale(self.policy.transformer, scale):
             found = evaluate(self.policy, self.prompts, self.evaluators, self.policy.settings, self.scratch, "eval")
-        return {name: found[f"eval/{name}"] for name in (REWARD, VENDI, RKE, ACCURACY)}
+        metrics = {name: found[f"eval/{name}"] for name in (REWARD, VENDI, RKE, ACCURACY)}
+        lost = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if lost:
+            raise ConfigError(f"{', '.join(lost)} cannot be measured: not finite.")
+        return metrics
 
 
 # --- all runs -----------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ tests/test_publish.py checks that the README says what assets/figures/demo/summa
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object, read_text, write_atomically
+from scripts.cli import one_sentence_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "assets/figures/demo"
@@ -59,10 +62,12 @@ def demo_section(summary: dict[str, Any]) -> str:
 
 def _diversity(state: dict[str, Any]) -> str:
     """Vendi score and RKE with their intervals, where they were measured."""
-    if "diversity/vendi" not in state:
-        return "not measured | not measured"
-    names = ("diversity/vendi", "diversity/rke")
-    return " | ".join(f"{state[n]:.2f} ({state[f'{n}_low']:.2f} to {state[f'{n}_high']:.2f})" for n in names)
+    return " | ".join(
+        "not measured"
+        if state.get(name) is None
+        else f"{state[name]:.2f} ({state[f'{name}_low']:.2f} to {state[f'{name}_high']:.2f})"
+        for name in ("diversity/vendi", "diversity/rke")
+    )
 
 
 def _density(state: dict[str, Any]) -> str:
@@ -85,17 +90,28 @@ def _crossing_sentence(crossing: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Copy and rewrite."""
+    """Copy and rewrite; exit code 2 after one sentence about bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="the report folder of a demo")
     report = parser.parse_args().report
+    with one_sentence_errors():
+        publish(report)
+
+
+def publish(report: Path) -> None:
+    """The README's part, and then the files that it shows; ConfigError if the report is not that of a demo."""
+    missing = [name for name in SHOWN if not (report / name).is_file()]
+    if missing:
+        raise ConfigError(f"{report / missing[0]} is missing: {report} is not the whole report of a demo.")
+    try:
+        section = demo_section(read_object(report / "summary.json"))
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
+        raise ConfigError(f"{report / 'summary.json'} is not that of a demo.") from None
     FIGURES.mkdir(parents=True, exist_ok=True)
     for name in (*SHOWN, "summary.json"):
         shutil.copyfile(report / name, FIGURES / name)
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(before + demo_section(json.loads((FIGURES / "summary.json").read_text())) + after)
+    before, rest = read_text(README).split(BEGIN)
+    write_atomically(README, before + section + rest.split(END)[1])
 
 
 if __name__ == "__main__":

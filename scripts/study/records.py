@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, flatten
+from flow_grpo.files import read_object
+from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
 from flow_grpo.runs.history import read_history
 
 QUANTITIES = ("seconds", "network_evaluations")  # what training spends
 REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
 VENDI, RKE = "diversity/vendi", "diversity/rke"
 OCCASIONAL = ("entropy/", "ode_log_prob/", "diversity/")  # what may be measured less often than the rest
+LARGEST = 2**63  # from here on a whole number is no count of a run, and may be too large for a float
 SAME_START = 1e-4  # runs whose evaluations before training differ by more did not start from the same model
 # settings that decide what an evaluation measures: runs that differ in one cannot be compared
 MEASURE = (
@@ -67,7 +69,7 @@ class Evaluation:
 class RunRecord:
     """What one run folder holds."""
 
-    label: str  # method, and the run's name where that is not enough
+    label: str  # method, and where that is not enough as much of the folder's path as tells the runs apart
     folder: Path
     config: Mapping[str, Any]  # flat: "sample.num_steps" -> 10
     environment: Mapping[str, Any]
@@ -199,14 +201,29 @@ def load_runs(folders: Iterable[Path]) -> list[RunRecord]:
     Raises:
         ConfigError: one sentence on what is missing, or why they cannot be compared.
     """
-    configs = {folder: flatten(_read_object(folder / CONFIG_FILE)) for folder in folders}
-    if not configs:
+    folders = list(folders)
+    if not folders:
         raise ConfigError("no run folder was given.")
+    twice = [folder for folder, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
+    if twice:
+        raise ConfigError(f"the run folder {twice[0]} was given twice.")
+    configs = {folder: run_config(folder) for folder in folders}
     _check_comparable(configs)
-    methods = {folder: _method(config, folder) for folder, config in configs.items()}
-    shared = Counter(methods.values())
-    labels = {folder: m if shared[m] == 1 else f"{m} {folder.resolve().name}" for folder, m in methods.items()}
+    labels = _labels({folder: _method(config, folder) for folder, config in configs.items()})
     return [_load_run(folder, labels[folder], config) for folder, config in configs.items()]
+
+
+def _labels(methods: Mapping[Path, str]) -> dict[Path, str]:
+    """The method; where runs share one, also their folders' names, with as many parents as tell all of them apart."""
+    labels: dict[Path, str] = {}
+    for method in dict.fromkeys(methods.values()):
+        sharing = [folder for folder, other in methods.items() if other == method]
+        for depth in itertools.count():
+            ends = ["/".join(folder.resolve().parts[-depth:]) if depth else "" for folder in sharing]
+            if len(set(ends)) == len(sharing):
+                break
+        labels |= {folder: f"{method} {end}".rstrip() for folder, end in zip(sharing, ends, strict=True)}
+    return labels
 
 
 def _load_run(folder: Path, label: str, config: Mapping[str, Any]) -> RunRecord:
@@ -227,38 +244,45 @@ def _load_run(folder: Path, label: str, config: Mapping[str, Any]) -> RunRecord:
         label=label,
         folder=folder,
         config=config,
-        environment=_read_object(folder / ENVIRONMENT_FILE),
+        environment=_read_environment(folder / ENVIRONMENT_FILE),
         evaluations=tuple(finite),
         dropped=len(found) - len(finite),
-        skipped_epochs=sum((line.get("train/skipped_updates") or 0) > 0 for line in history),
+        skipped_epochs=sum(_number(line, "train/skipped_updates", path) > 0 for line in history),
     )
 
 
 def _evaluation(line: Mapping[str, Any], path: Path) -> Evaluation:
-    spent = ("seconds", "network_evaluations", "images", "updates")
-    numbers = {name: value for name, value in line.items() if name in spent or name.startswith(("eval/", "eval_ema/"))}
-    for name in spent:
-        if not isinstance(numbers.get(name), (int, float)):
-            raise ConfigError(f"{path}, step {line['step']}: {name!r} is {numbers.get(name)!r}, a number is needed.")
-    for name, value in numbers.items():
-        if value is not None and not isinstance(value, (int, float)):
-            raise ConfigError(f"{path}, step {line['step']}: {name!r} is {value!r}, a number or null is needed.")
-    metrics = _below("eval/", numbers)
+    metrics, averaged = (
+        {name.removeprefix(prefix): _number(line, name, path) for name in line if name.startswith(prefix)}
+        for prefix in ("eval/", "eval_ema/")
+    )
     return Evaluation(
-        step=line["step"],
-        seconds=numbers["seconds"],
-        network_evaluations=numbers["network_evaluations"],
-        images=numbers["images"],
-        updates=numbers["updates"],
+        step=_spent(line, "step", path),
+        seconds=_spent(line, "seconds", path),
+        network_evaluations=_spent(line, "network_evaluations", path),
+        images=_spent(line, "images", path),
+        updates=_spent(line, "updates", path),
         metrics={name: value for name, value in metrics.items() if not name.startswith(OCCASIONAL)},
-        ema_metrics={n: v for n, v in _below("eval_ema/", numbers).items() if not n.startswith(OCCASIONAL)},
+        ema_metrics={name: value for name, value in averaged.items() if not name.startswith(OCCASIONAL)},
         occasional={name: value for name, value in metrics.items() if name.startswith(OCCASIONAL)},
     )
 
 
-def _below(prefix: str, numbers: Mapping[str, Any]) -> dict[str, float]:
-    found = {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
-    return {name: math.nan if value is None else float(value) for name, value in found.items()}
+def _spent(line: Mapping[str, Any], name: str, path: Path) -> Any:
+    """What training had spent, as it was written; ConfigError unless it is a finite number."""
+    if not math.isfinite(_number(line, name, path)):
+        raise ConfigError(f"{path}, step {line['step']}: {name!r} is {line.get(name)!r}, a number is needed.")
+    return line[name]
+
+
+def _number(line: Mapping[str, Any], name: str, path: Path) -> float:
+    """A metric of one line of the history; nan if it is null or absent, ConfigError if it is something else."""
+    value = line.get(name)
+    if value is None:
+        return math.nan
+    if type(value) is not float and (type(value) is not int or abs(value) >= LARGEST):
+        raise ConfigError(f"{path}, step {line['step']}: {name!r} is {str(value)[:60]!r}, a number or null is needed.")
+    return float(value)
 
 
 def _check_metrics(evaluations: Sequence[Evaluation], config: Mapping[str, Any], path: Path) -> None:
@@ -280,19 +304,17 @@ def _check_comparable(configs: Mapping[Path, Mapping[str, Any]]) -> None:
 
 
 def _method(config: Mapping[str, Any], folder: Path) -> str:
-    for key in ("use_reward_gradient", "eval.judge"):
-        if key not in config:
-            raise ConfigError(f"{folder / CONFIG_FILE} has no {key!r}: it is not a configuration of this project.")
+    for key, kind in {"use_reward_gradient": bool, "eval.judge": str, "recipe": str}.items():
+        if not isinstance(config.get(key), kind):
+            found = f"has {key} = {config[key]!r}" if key in config else f"has no {key!r}"
+            raise ConfigError(f"{folder / CONFIG_FILE} {found}: it is not a configuration of this project.")
     return "DRTune" if config["use_reward_gradient"] else "GRPO"
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: {path.parent} is not the folder of a run.") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object.")
-    return value
+def _read_environment(path: Path) -> dict[str, Any]:
+    """ConfigError where what the report shows of it is of another kind than a run writes."""
+    environment = read_object(path)
+    for name, kind in {"packages": dict, "git": dict, "device": str, "earlier_sessions": list}.items():
+        if not isinstance(environment.get(name), (kind, type(None))):
+            raise ConfigError(f"{path}: {name!r} is {str(environment[name])[:60]!r}, which is not what a run writes.")
+    return environment

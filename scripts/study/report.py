@@ -11,13 +11,20 @@ import argparse
 import base64
 import json
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flow_grpo.errors import ConfigError
+from flow_grpo.figure_text import optional_figure
+from flow_grpo.files import strict_json, write_atomically
+from scripts import cli
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from scripts.study.figures import State
     from scripts.study.records import Crossing, Evaluation, RunRecord
 
@@ -47,7 +54,7 @@ class Report:
 
 
 def build_report(folders: Sequence[Path], out: Path) -> Report:
-    """Read run folders; write report.html, its figures and summary.json to `out`.
+    """Read run folders; write summary.json, then the figures that can be drawn and report.html, to `out`.
 
     Raises:
         ConfigError: one sentence on what a folder lacks, or why the runs cannot be compared.
@@ -58,15 +65,19 @@ def build_report(folders: Sequence[Path], out: Path) -> Report:
     runs = load_runs(folders)
     crossings = compare(runs)
     shown = states(runs, crossings)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be a folder: {error.strerror}.") from None
+    write_atomically(out / SUMMARY_FILE, strict_json(summarise(runs, crossings), indent=2) + "\n")
     pictures = _pictures(runs, crossings, shown, out)
-    (out / SUMMARY_FILE).write_text(json.dumps(summarise(runs, crossings), indent=2, allow_nan=False) + "\n")
-    (out / REPORT_FILE).write_text(_render(runs, crossings, shown, pictures))
+    html = _render(runs, crossings, shown, pictures)
+    write_atomically(out / REPORT_FILE, html.encode("utf-8", "backslashreplace"))  # folders of undecodable names
     return Report(out / REPORT_FILE, tuple(runs), tuple(crossings))
 
 
 def summarise(runs: Sequence[RunRecord], crossings: Sequence[Crossing]) -> dict[str, Any]:
-    """The figures of the report as plain data; a value that is not finite is None."""
+    """The figures of the report as plain data, nan included."""
     return {
         "base": _plain(runs[0].base),
         "runs": {run.label: _plain(run.final) for run in runs},
@@ -88,8 +99,7 @@ def summarise(runs: Sequence[RunRecord], crossings: Sequence[Crossing]) -> dict[
 
 
 def _plain(evaluation: Evaluation) -> dict[str, Any]:
-    measured = {**evaluation.metrics, **evaluation.occasional}
-    metrics = {name: value if math.isfinite(value) else None for name, value in sorted(measured.items())}
+    metrics = dict(sorted({**evaluation.metrics, **evaluation.occasional}.items()))
     return {
         "step": evaluation.step,
         "seconds": evaluation.seconds,
@@ -104,19 +114,19 @@ def _plain(evaluation: Evaluation) -> dict[str, Any]:
 def _pictures(
     runs: Sequence[RunRecord], crossings: Sequence[Crossing], shown: Sequence[State], out: Path
 ) -> list[Picture]:
-    """Draw and save every figure that the runs have the data for."""
+    """Draw and save every figure that the runs have the data for; one that cannot be drawn is a warning."""
     from scripts.study import figures
     from scripts.study.records import ACCURACY, QUANTITIES, VENDI
 
     mark = " The star is where one run reaches the other's final reward." if len(runs) > 1 else ""
     counted = {"seconds": "", "network_evaluations": " Forward passes are counted, backward passes are not."}
-    drawn = [
+    drawn: list[tuple[str, str, str, Callable[[], Figure]]] = [
         (
             f"reward_vs_{quantity}",
             f"Reward against {quantity.replace('_', ' ')}",
             "Evaluated on fixed prompts and on noise that is never trained on; what that costs is not counted."
             f"{counted[quantity]}{mark}",
-            figures.reward_figure(runs, crossings, quantity),
+            partial(figures.reward_figure, runs, crossings, quantity),
         )
         for quantity in QUANTITIES
     ]
@@ -125,7 +135,7 @@ def _pictures(
             "samples",
             "Samples",
             "Each row is a test prompt, each column a noise: the same in every panel.",
-            figures.samples_figure(shown),
+            partial(figures.samples_figure, shown),
         )
     )
     if _all_have(runs, ACCURACY):
@@ -135,7 +145,7 @@ def _pictures(
                 "What an independent judge sees",
                 "The share of images whose prompt is recognised by a model that was trained apart from the reward. A "
                 "reward that rises while this falls is being exploited, not satisfied.",
-                figures.accuracy_figure(runs),
+                partial(figures.accuracy_figure, runs),
             )
         )
     if all(run.base.modes for run in runs):
@@ -145,7 +155,7 @@ def _pictures(
                 "Modes before and after",
                 "Modes are what a prompt leaves open, such as the colour. The share of images in each, over all "
                 "prompts, according to the judge.",
-                figures.modes_figure(shown),
+                partial(figures.modes_figure, shown),
             )
         )
         drawn.append(
@@ -154,7 +164,7 @@ def _pictures(
                 "Diversity at equal reward",
                 "Methods that move at different speeds are compared at the same reward, not at the same time: each "
                 "point is an evaluation, the large markers are the last.",
-                figures.diversity_figure(runs),
+                partial(figures.diversity_figure, runs),
             )
         )
     if all(VENDI in run.base.occasional for run in runs):
@@ -165,7 +175,7 @@ def _pictures(
                 "Means over prompts of the scores of one prompt's images, with 95 % intervals over the images. "
                 "The features are those of a model that was trained apart from the reward; RKE's bandwidth was chosen "
                 "on the base model. On the right, diversity at equal reward.",
-                figures.vendi_rke_figure(runs),
+                partial(figures.vendi_rke_figure, runs),
             )
         )
     if all(ENTROPY_NATS in run.base.occasional for run in runs):
@@ -175,15 +185,18 @@ def _pictures(
                 "Differential entropy and the spread of the log-density",
                 "Of what the guided ODE makes of the noise, over the VAE-scaled latents, given the prompt; the "
                 "same noise and probes at every evaluation. Bars are 95 % intervals from samples and probes together.",
-                figures.entropy_figure(runs),
+                partial(figures.entropy_figure, runs),
             )
         )
-    return [_save(figure, f"{name}.png", title, caption, out) for name, title, caption, figure in drawn]
+    found = (_save(draw, f"{name}.png", title, caption, out) for name, title, caption, draw in drawn)
+    return [picture for picture in found if picture]
 
 
-def _save(figure: Any, file: str, title: str, caption: str, out: Path) -> Picture:
-    figure.savefig(out / file, dpi=150)
-    return Picture(file, title, caption, base64.b64encode((out / file).read_bytes()).decode())
+def _save(draw: Callable[[], Figure], file: str, title: str, caption: str, out: Path) -> Picture | None:
+    with optional_figure(out / file):
+        draw().savefig(out / file, dpi=150)
+        return Picture(file, title, caption, base64.b64encode((out / file).read_bytes()).decode())
+    return None
 
 
 def _all_have(runs: Sequence[RunRecord], metric: str) -> bool:
@@ -253,8 +266,8 @@ def _entropy(evaluation: Evaluation) -> str:
 
 def with_interval(evaluation: Evaluation, name: str) -> str:
     """A score with its 95 % interval."""
-    ends = [f"{evaluation.occasional.get(f'{name}{end}', math.nan):.2f}" for end in ("", "_low", "_high")]
-    return f"{ends[0]} ({ends[1]} to {ends[2]})" if name in evaluation.occasional else NOT_MEASURED
+    value, low, high = (evaluation.occasional.get(f"{name}{end}", math.nan) for end in ("", "_low", "_high"))
+    return NOT_MEASURED if math.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _occasional(evaluation: Evaluation, name: str) -> str:
@@ -320,7 +333,7 @@ def _environments(runs: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
         rows.append((key, [str(run.environment.get(key, "")) for run in runs]))
     rows.append(("code", [_revision(run) for run in runs]))
     for name in PACKAGES:
-        rows.append((name, [run.environment.get("packages", {}).get(name, "") for run in runs]))
+        rows.append((name, [(run.environment.get("packages") or {}).get(name, "") for run in runs]))
     return rows
 
 
@@ -328,7 +341,7 @@ def _revision(run: RunRecord) -> str:
     git = run.environment.get("git")
     if not git:
         return "not a git checkout"
-    return f"{git['revision'] or 'no commit yet'}{', with uncommitted changes' if git['dirty'] else ''}"
+    return f"{git.get('revision') or 'no commit yet'}{', with uncommitted changes' if git.get('dirty') else ''}"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -339,21 +352,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Build the report; 0, or 2 with one sentence about bad input."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Build the report; exit code 2 after one sentence about bad input."""
     arguments = parse_arguments(argv)
-    from flow_grpo.errors import ConfigError
-
-    try:
+    with cli.one_sentence_errors():
         report = build_report(arguments.folders, arguments.out)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for crossing in report.crossings:
-        print(crossing.sentence())
-    print(f"Report: {report.path.resolve()}")
-    return 0
+        for crossing in report.crossings:
+            print(crossing.sentence())
+        print(f"Report: {report.path.resolve()}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

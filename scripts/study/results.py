@@ -6,7 +6,6 @@ run folder. Intervals are over seeds unless said otherwise. Pure functions of th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import chi2, rankdata, t
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.files import read_object, strict_json, write_atomically
 from scripts.study.plan import StudyRun
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, RunRecord, first_crossing, load_runs
 
@@ -234,13 +233,16 @@ def read_study(path: Path) -> Study:
     Raises:
         ConfigError: it is not there, or is not what `write_study` writes.
     """
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: --logs makes it from the folders of the study's runs.")
+    content = read_object(path)
     try:
-        content = json.loads(path.read_text())
         records = tuple(StudyRecord(**run) for run in content["runs"])
+        for record in records:
+            for name in ("step", *record.evaluations):
+                record.base(name)  # a column of numbers
         return Study(tuple(content["environments"]), content["missing"], records)
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing: --logs makes it from the folders of the study's runs.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{path} does not hold a study's results: {error}.") from None
 
 

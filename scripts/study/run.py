@@ -84,7 +84,7 @@ def train(run: StudyRun, out: Path) -> int:
     state = state_of(run, out)
     if state is State.NEW:
         shutil.rmtree(out / run.name, ignore_errors=True)
-    with (out / f"{run.name}.log").open("a") as log:
+    with (out / f"{run.name}.log").open("a", encoding="utf-8") as log:
         return subprocess.run(command(run, out, state), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
 
 

@@ -11,7 +11,6 @@ The README's part stands between `<!-- study -->` and `<!-- /study -->`. What th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_json, read_object, read_text, write_atomically
+from scripts import cli
 
 if TYPE_CHECKING:
     from scripts.study.results import Study
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT, PAGE, README = ROOT / "assets/study", ROOT / "docs/study.md", ROOT / "README.md"
 VALIDATION = ROOT / "assets/figures/entropy_validation/results.json"
 TEMPLATE = "study.md.j2"
+TEXTS = ("form", "source", "label", "method")  # of optional results; what else they hold are numbers or null
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
 
 
@@ -37,7 +39,9 @@ def read_results(out: Path, validation: Path = VALIDATION) -> Results:
     from scripts.study.results import NOISE_FILE, RUNS_FILE, SCALES_FILE, read_study, samples
     from scripts.study.sections import Results
 
-    rows, study = json.loads(validation.read_text())["rows"], read_study(out / RUNS_FILE)
+    rows, study = read_object(validation).get("rows"), read_study(out / RUNS_FILE)
+    if not isinstance(rows, list):
+        raise ConfigError(f"{validation} has no rows: it is not what validate_entropy.py writes.")
     grids = [sample for sample in samples(study) if (out / sample.file).is_file()]
     noise = _list(out / NOISE_FILE, ("form", "probes", "source", "batches", "value", "low", "high"), "gradient_noise")
     return Results(study, noise, _scales(out / SCALES_FILE, study), rows, grids)
@@ -63,12 +67,15 @@ def _list(path: Path, keys: Sequence[str], script: str) -> list[dict[str, Any]]:
     """The objects of a file, each with these keys; none if there is no file."""
     if not path.is_file():
         return []
-    try:
-        found = json.loads(path.read_text())
-        if not all(set(keys) <= set(entry) for entry in found):
-            raise ValueError(f"an entry lacks one of {', '.join(keys)}")
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{path} is not what scripts/study/{script}.py writes: {error}.") from None
+    found, wrong = read_json(path), f"{path} is not what scripts/study/{script}.py writes"
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ConfigError(f"{wrong}: it is not a list of objects.")
+    for entry in found:
+        if not set(keys) <= set(entry):
+            raise ConfigError(f"{wrong}: an entry lacks one of {', '.join(keys)}.")
+        for key in keys:
+            if not isinstance(entry[key], str if key in TEXTS else (int, float, type(None))):
+                raise ConfigError(f"{wrong}: {key!r} is {str(entry[key])[:60]!r}.")
     return found
 
 
@@ -174,13 +181,13 @@ def pages(results: Results, out: Path, page_path: Path, readme: Path) -> dict[Pa
 
     found = sections(results)
     block = readme_block(found, out, readme.parent)
-    return {page_path: page(results, found, out, page_path.parent), readme: with_block(readme.read_text(), block)}
+    return {page_path: page(results, found, out, page_path.parent), readme: with_block(read_text(readme), block)}
 
 
 def outdated(out: Path = OUT, page_path: Path = PAGE, readme: Path = README) -> list[Path]:
     """Those of the two pages that are not, byte for byte, what the committed results give."""
     expected = pages(read_results(out), out, page_path, readme)
-    return [path for path, text in expected.items() if not path.is_file() or path.read_text() != text]
+    return [path for path, text in expected.items() if not path.is_file() or path.read_bytes() != text.encode()]
 
 
 # --- the command ------------------------------------------------------------------------------------------
@@ -213,12 +220,12 @@ def write_all(args: argparse.Namespace) -> int:
         write_study(found, args.out / RUNS_FILE)
         copy_grids(found, args.logs, args.out)
     results = read_results(args.out)
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in pages(results, args.out, args.page, args.readme).items():
+        write_atomically(path, text)
     save_figures(all_figures(results.study, results.noise, results.scales), args.out)
     if results.samples:
         save_figures({"samples": samples_figure(results.samples, args.out)}, args.out)
-    args.page.parent.mkdir(parents=True, exist_ok=True)
-    for path, text in pages(results, args.out, args.page, args.readme).items():
-        path.write_text(text)
     missing = results.study.missing
     print(f"{len(results.study.records)} runs in {args.out / RUNS_FILE}; {len(missing)} planned ones are missing")
     for name, reason in missing.items():
@@ -272,15 +279,12 @@ def quick(args: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1: a check failed; 2 with one sentence about bad input."""
+    """0, or 1: a check failed; exit code 2 after one sentence about bad input."""
     args = parse(arguments)
-    try:
+    with cli.one_sentence_errors():
         if args.quick is not None:
             return quick(args)
         return check(args) if args.check else write_all(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ The dataset is a hub id, or a .csv, .json, .jsonl or .parquet file. Only the tex
 from __future__ import annotations
 
 import argparse
-import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import write_atomically
+from flow_grpo.settings import text_fault
 from scripts.cli import one_sentence_errors
 
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -23,7 +25,7 @@ FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "par
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, split, write."""
     args = parse_arguments(argv)
-    prompts = distinct(read_captions(args.dataset, args.column, args.split))
+    prompts = usable(distinct(read_captions(args.dataset, args.column, args.split)))
     train, test = divide(prompts, args.num_train, args.num_test, args.seed)
     for name, part in (("train", train), ("test", test)):
         path = Path(args.out) / f"{name}.txt"
@@ -61,15 +63,22 @@ def read_captions(dataset: str, column: str, split: str) -> Iterator[str | None]
         else:
             rows = load_dataset(dataset, split=split, streaming=True)
         for row in tqdm(rows, desc="reading", unit=" rows"):  # streamed: most reading happens here
-            if column not in row:
-                raise ConfigError(f"--column {column} is not in {dataset}; there are {', '.join(sorted(row))}.")
-            if not isinstance(row[column], str | None):
-                raise ConfigError(f"--column {column} of {dataset} is not text but {row[column]!r}.")
-            yield row[column]
+            yield _caption(row, column, dataset)
     except ConfigError:
         raise
+    except StopIteration:
+        raise ConfigError(f"--dataset {dataset} cannot be read: it has no row.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--dataset {dataset} (split {split}) cannot be read: {error}") from None
+
+
+def _caption(row: Mapping[str, Any], column: str, dataset: str) -> str | None:
+    """The value of the column; ConfigError if there is none, or it is no text."""
+    if column not in row:
+        raise ConfigError(f"--column {column} is not in {dataset}; there are {', '.join(sorted(row))}.")
+    if not isinstance(row[column], str | None):
+        raise ConfigError(f"--column {column} of {dataset} is not text but {row[column]!r:.80}.")
+    return row[column]
 
 
 def distinct(captions: Iterable[str | None]) -> list[str]:
@@ -94,16 +103,22 @@ def divide(prompts: Sequence[str], num_train: int, num_test: int, seed: int) -> 
     return rest[: num_train or len(rest)], shuffled[:num_test]
 
 
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Write a text file all at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+def usable(prompts: Sequence[str]) -> list[str]:
+    """Those that a prompt file can hold; the others are counted on the screen."""
+    faults = [fault for prompt in prompts if (fault := text_fault(prompt))]
+    if faults:
+        print(f"left out: {len(faults)} captions that no prompt file can hold, the first of which {faults[0]}")
+    return [prompt for prompt in prompts if not text_fault(prompt)]
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file all at once or not at all; ConfigError where none can be written."""
+    text = "".join(f"{line}\n" for line in lines)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise ConfigError(f"--out: {path} cannot be written ({error.strerror}).") from None
 
 
 if __name__ == "__main__":
