@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections import Counter
 from random import Random
 
 import pytest
@@ -92,16 +93,18 @@ def test_a_refusal_is_one_sentence_and_exit_code_2(tmp_path, code, said, counted
 
 
 def test_counts_are_of_trials_and_reach_the_table_and_the_exit_code(tmp_path, capsys):
-    good, bad = Result("kills", 0, "plan", done=3), Result("kills", 1, "plan", done=2)
+    good, bad = Result("kills", 0, "plan", Counter(a=3)), Result("kills", 1, "plan", Counter(b=2))
     bad.add("lost", "gone")
     bad.add("lost", "gone again")
     args = faults.parse(["--out", str(tmp_path), "--quick"])
     assert faults.write({"kills": [good]}, args, 1.0) == 0
     assert faults.write({"kills": [good, bad]}, args, 1.0) == 1
-    row = (tmp_path / "table.md").read_text().splitlines()[-1]
-    assert row == "| kills | 2 | 5 SIGKILLs | 1 | 0 | 0 | 0 | 0 |"
+    row = (tmp_path / "table.md").read_text().splitlines()[2]
+    assert row == "| kills | 2 | 5 SIGKILLs: 3 a, 2 b | 1 | 0 | 0 | 0 | 0 |"
     report = json.loads((tmp_path / "faults.json").read_text())
-    assert report["counts"]["kills"] == {"trials": 2, "done": 5, "lost": 1} | dict.fromkeys(FAULTS[1:], 0)
+    assert report["counts"]["kills"] == {"trials": 2, "done": {"a": 3, "b": 2}, "lost": 1} | dict.fromkeys(
+        FAULTS[1:], 0
+    )
     assert [failed["number"] for failed in report["failed"]] == [1]
 
 

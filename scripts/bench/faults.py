@@ -41,8 +41,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -51,7 +52,8 @@ from typing import Any
 from tqdm import tqdm
 
 from scripts.bench import faults_damage, faults_stops, faults_writing
-from scripts.bench.faults_processes import FAULTS, Result
+from scripts.bench.entropy import cpu_model
+from scripts.bench.faults_processes import FAULTS, ROOT, Result
 from scripts.bench.faults_runs import Kind, Lab
 
 TOGETHER = 2  # trials at a time
@@ -109,18 +111,24 @@ def describe(result: Result) -> str:
 # --- output ---------------------------------------------------------------------------------------------
 
 
-def count(results: Sequence[Result]) -> dict[str, int]:
+def count(results: Sequence[Result]) -> dict[str, Any]:
     """Trials, what was done in them, and how many showed each fault."""
+    done = sum((result.done for result in results), Counter[str]())
     faults = {fault: sum(fault in result.faults for result in results) for fault in FAULTS}
-    return {"trials": len(results), "done": sum(result.done for result in results), **faults}
+    return {"trials": len(results), "done": dict(sorted(done.items())), **faults}
 
 
-def table(counts: dict[str, dict[str, int]]) -> str:
-    """A row for each part."""
+def table(report: dict[str, Any]) -> str:
+    """A row for each part; below it what they share."""
     lines = [f"| part | trials | done | {' | '.join(FAULTS)} |", "|" + "---|" * (3 + len(FAULTS))]
-    for part, row in counts.items():
+    for part, row in report["counts"].items():
+        kinds = ", ".join(f"{number} {name}" for name, number in row["done"].items())
         numbers = " | ".join(str(row[fault]) for fault in FAULTS)
-        lines.append(f"| {part} | {row['trials']} | {row['done']} {PARTS[part].done} | {numbers} |")
+        lines.append(
+            f"| {part} | {row['trials']} | {sum(row['done'].values())} {PARTS[part].done}: {kinds} | {numbers} |"
+        )
+    plan = "--quick, " if report["quick"] else ""
+    lines += ["", f"{plan}--seed {report['seed']}, {report['seconds']:.0f} s, {report['cpu']}, {report['revision']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -173,16 +181,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return write(results, args, time.monotonic() - start)
 
 
+def revision() -> str:
+    """Of this code, where there is a git checkout of it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no git checkout"
+
+
 def write(results: dict[str, list[Result]], args: argparse.Namespace, seconds: float) -> int:
     """Faults.json and table.md; the exit code."""
     counts = {part: count(found) for part, found in results.items()}
-    failed = [asdict(result) for found in results.values() for result in found if result.faults]
-    report = {"quick": args.quick, "seed": args.seed, "seconds": round(seconds, 1), "counts": counts, "failed": failed}
+    failed = [vars(result) for found in results.values() for result in found if result.faults]
+    report = {
+        "quick": args.quick,
+        "seed": args.seed,
+        "seconds": round(seconds, 1),
+        "cpu": cpu_model(),
+        "revision": revision(),
+        "counts": counts,
+        "failed": failed,
+    }
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "faults.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (out / "table.md").write_text(table(counts), encoding="utf-8")
-    print(table(counts) + f"\n{seconds:.0f} s")
+    (out / "table.md").write_text(table(report), encoding="utf-8")
+    print(table(report))
     return int(bool(failed))
 
 

@@ -52,7 +52,8 @@ def run_damage(lab: Lab, number: int, damage: Damage) -> Result:
         what = sorted(kinds)[damage.what % len(kinds)]
         file = random.choice(kinds[what])
         spoil(file, damage.way, random)
-        result.done, result.plan = 1, f"{damage.way} {file.relative_to(run)} ({damage})"
+        result.done[damage.way] += 1
+        result.plan = f"{damage.way} {file.relative_to(run)} ({damage})"
         session = Session(resuming(run, f"--config.num_epochs={EPOCHS}"), folder / "last.log")
         judge(session.ends(result)[0], what, file.name, run, after, session.said(), result)
     return result

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ class Result:
     part: str
     number: int
     plan: str
-    done: int = 0  # kills, damages, signals, ... that took place
+    done: Counter[str] = field(default_factory=Counter)  # what took place: kills, damages, signals, ...
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     log: str = ""

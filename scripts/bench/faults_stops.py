@@ -44,6 +44,7 @@ from scripts.bench.faults_runs import (
 KINDS = tuple(Kind(loop, processes) for loop in ("grpo", "drtune") for processes in (1, 2))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OPENING_CALLS = 12  # about as many as there are when a run goes on
+WHERE = {"saving": "while saving", "opening": "while opening", "moment": "at a moment"}  # for the table
 SOON = 2  # epochs within which a kill comes, so that there is something left to be killed again
 STARTING = 0.3  # of an unbroken run's time, before its first epoch
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT)
@@ -104,7 +105,7 @@ def run_kills(lab: Lab, number: int, kill: Kill) -> Result:
             _strike(session, blow, reference, newest)
             codes = session.ends(result)
             if blow.where != "stopped":
-                result.done += -signal.SIGKILL in codes
+                result.done[WHERE[blow.where]] += -signal.SIGKILL in codes
             newest = _still_there(run, newest, result)
             if result.faults or newest == EPOCHS:
                 break
@@ -166,7 +167,7 @@ class Stop:
 
     how: str  # "signal", "twice", "deadline" or "launcher"
     kind: Kind
-    number: int
+    number: signal.Signals
     at: float
     ranks: tuple[int, ...]
     real: bool = False
@@ -216,7 +217,7 @@ def _signalled(stop: Stop, arguments: list[str], log: Path, run: Path, reference
     program = REAL if stop.real else ()
     session = Session(arguments, log, stop.kind.processes, program=program)
     session.wait(moment(stop.at, reference, -1) + (7.0 if stop.real else 0.0))
-    result.done += bool(session.running())
+    result.done[stop.number.name] += bool(session.running())
     session.send(stop.number, stop.ranks)
     _expect(session.ends(result), stop.number, stop.ranks, result)
 
@@ -242,7 +243,7 @@ def _twice(stop: Stop, arguments: list[str], log: Path, run: Path, reference: Re
     if session.wait(1.5 * SAME_REQUEST):
         result.add(OTHER, f"it ended by the first signal, {session.codes}")
     session.send(stop.number)
-    result.done += 1
+    result.done["second signals"] += 1
     if not session.wait(2.0):
         result.add(HANG, "two seconds after the second signal it still runs")
     codes = session.ends(result)
@@ -255,7 +256,7 @@ def _deadline(stop: Stop, arguments: list[str], log: Path, run: Path, reference:
     environment = {DEADLINE: f"{at + 5:.3f}", MARGIN: "5"}
     session = Session(arguments, log, stop.kind.processes, environment)
     codes = session.ends(result)
-    result.done += any(codes)
+    result.done["deadlines"] += any(codes)
     _expect(codes, signal.SIGTERM, (0, 1), result)
 
 
@@ -266,7 +267,7 @@ def _launcher(stop: Stop, arguments: list[str], log: Path, run: Path, reference:
     time.sleep(2 * stop.at)
     ranks = children_of(session.pids[0])
     session.send(signal.SIGKILL)
-    result.done += len(ranks) == 2
+    result.done["launchers killed"] += len(ranks) == 2
     end = time.monotonic() + 60
     while any(map(is_alive, ranks)) and time.monotonic() < end:
         time.sleep(0.05)

@@ -80,7 +80,7 @@ def run_races(lab: Lab, number: int, race: Race) -> Result:
             at = gate if race.how != "late" else 0.0
             sessions.append(Session(arguments, folder / f"{n}.log", before=lambda at=at: _wait_until(at)))  # type: ignore[misc]
         _judge_race(sessions, result)
-        result.done = race.writers
+        result.done[race.how] += race.writers
         if not result.faults and (different := differences(run, reference.folder)):
             result.add(LOST, "; ".join(different))
     return result
@@ -200,7 +200,7 @@ def _broken_then_whole(
     """A run without room, and then with it."""
     session = Session(lab.beginning(disk.kind, run), folder / "first.log", before=before)
     code = session.ends(result)[0]
-    result.done += 1
+    result.done[disk.how] += 1
     check_end(code, session.said(), run, result)
     mend()
     if not result.faults and code:
@@ -238,7 +238,7 @@ def _vanish(lab: Lab, disk: Disk, folder: Path, reference: Reference, result: Re
     code = session.ends(result)[0]
     if not away.exists():
         return
-    result.done += 1
+    result.done[disk.how] += 1
     if run.exists():
         result.add(OTHER, f"it made the folder again: {sorted(path.name for path in run.iterdir())}")
         return
@@ -261,7 +261,7 @@ def _read_only(lab: Lab, disk: Disk, folder: Path, reference: Reference, result:
     time.sleep(0.8 * disk.at * reference.seconds)
     _set_modes(run, 0o555)
     code = session.ends(result)[0]
-    result.done += bool(code)
+    result.done[disk.how] += bool(code)
     _check_refusal(run, folder, user, result)
     _set_modes(run, 0o777)
     check_end(code, session.said(), run, result)
