@@ -36,6 +36,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,7 @@ from tqdm import tqdm
 
 from scripts.bench import faults_damage, faults_stops, faults_writing
 from scripts.bench.entropy import cpu_model
-from scripts.bench.faults_processes import FAULTS, ROOT, Result
+from scripts.bench.faults_processes import FAULTS, ROOT, Result, end_with_parent
 from scripts.bench.faults_runs import Kind, Lab
 
 TOGETHER = 2  # trials at a time
@@ -94,7 +95,7 @@ def run_trial(lab: Lab, part: str, numbered: tuple[int, Any]) -> Result:
 def run_part(lab: Lab, part: str, plan: Sequence[tuple[int, Any]]) -> list[Result]:
     """All trials of a part; those that found something are told at once."""
     results = []
-    with multiprocessing.get_context("fork").Pool(TOGETHER) as pool:
+    with multiprocessing.get_context("fork").Pool(TOGETHER, end_with_parent) as pool:
         for result in tqdm(pool.imap_unordered(partial(run_trial, lab, part), plan), desc=part, total=len(plan)):
             results.append(result)
             if result.faults:
@@ -167,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"--only is {args.only!r}: {sorted(unknown)[0]!r} is no part; {', '.join(PARTS)} are.", file=sys.stderr)
         return 2
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up on its way
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, which may be killed holding it
     start, planned = time.monotonic(), plans(args)
     results: dict[str, list[Result]] = {}

@@ -142,9 +142,8 @@ def become_training(
     program: Sequence[str],
 ) -> None:
     """Of a forked process: train, and end."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives an interrupted benchmark
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    end_with_parent()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
@@ -168,6 +167,12 @@ def become_training(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def end_with_parent() -> None:
+    """Nothing outlives an interrupted benchmark; of its processes."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def free_port() -> int:
