@@ -130,7 +130,7 @@ def resuming(run: Path, *more: str) -> list[str]:
 
 def sentences(said: str) -> int:
     """How many errors a process has told."""
-    return len(re.findall(r"^error: ", said, flags=re.MULTILINE))
+    return len(re.findall(r"(?:^|[\r\]])error: ", said, flags=re.MULTILINE))  # a bar may stand before it
 
 
 def newest_whole(run: Path) -> int:
