@@ -4,8 +4,8 @@
 
 Runs of seconds on a random tiny SD3 are started by forking a process that has loaded everything already (some are
 started anew), two at a time. Each ends like an unbroken run of the same kind, or is counted. It writes `faults.json`
-and `table.md`; the exit code is 1 if anything was counted. `--quick` does a part of it in less than ten minutes. A trial
-that found something is repeated by `--only PART --trials NUMBER`; moments vary with the machine, calls do not.
+and `table.md`; the exit code is 1 if anything was counted. `--quick` does a part of it in less than ten minutes.
+`--only PART --trials NUMBER` repeats a trial: calls on the file system are the same, moments vary with the machine.
 
 - kills: a run of GRPO or DRTune, of one process or two, is killed (SIGKILL) up to four times and goes on each time. Two
   of the four kills come just before a call on the file system, drawn from all calls that write a checkpoint; the others

@@ -207,15 +207,15 @@ def _broken_then_whole(
         _whole_again(lab, disk, run, folder, reference, result)
 
 
-def check_end(code: int, said: str, run: Path, result: Result) -> None:
-    """One sentence, whole checkpoints, no litter."""
+def check_end(code: int, said: str, run: Path, result: Result, tidy: bool = True) -> None:
+    """One sentence, whole checkpoints, no litter; `tidy`: whether the process could still remove it."""
     if code not in (0, 1, 2):
         result.add(OTHER, f"exit code {code}")
     if code and sentences(said) != 1:
         result.add(OTHER, f"{sentences(said)} sentences with exit code {code}")
     if broken := damaged(run):
         result.add(LOST, f"{broken}")
-    if left := litter(run):
+    if tidy and (left := litter(run)):
         result.add(OTHER, f"left {left}")
 
 
@@ -243,9 +243,8 @@ def _vanish(lab: Lab, disk: Disk, folder: Path, reference: Reference, result: Re
         result.add(OTHER, f"it made the folder again: {sorted(path.name for path in run.iterdir())}")
         return
     away.rename(run)
-    for half in run.rglob("*.tmp"):  # that no process could find any more
-        half.unlink()
-    check_end(code, session.said(), run, result)
+    _remove_halves(run)
+    check_end(code, session.said(), run, result, tidy=False)
     if not result.faults:
         _whole_again(lab, disk, run, folder, reference, result)
 
@@ -264,9 +263,16 @@ def _read_only(lab: Lab, disk: Disk, folder: Path, reference: Reference, result:
     result.done[disk.how] += bool(code)
     _check_refusal(run, folder, user, result)
     _set_modes(run, 0o777)
-    check_end(code, session.said(), run, result)
+    _remove_halves(run)
+    check_end(code, session.said(), run, result, tidy=False)
     if not result.faults and code:
         _whole_again(lab, disk, run, folder, reference, result)
+
+
+def _remove_halves(run: Path) -> None:
+    """Files that were being written when their folder could no longer be reached."""
+    for half in run.rglob("*.tmp"):
+        half.unlink()
 
 
 def _check_refusal(run: Path, folder: Path, user: Callable[[], None], result: Result) -> None:
