@@ -13,6 +13,7 @@ import itertools
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -182,18 +183,39 @@ def _load(recipe: str) -> ConfigDict:
             f"--config {recipe} names no Python file (from {Path.cwd()}); give config/grpo.py:NAME, NAME one of "
             f"{', '.join(grpo.RECIPES)}."
         )
-    get_config = getattr(_import(path), "get_config", None)
+    with _somebodys_code(path):
+        module = _import(path)
+    get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise ConfigError(f"--config {recipe} has no get_config() function; config/grpo.py is an example.")
     arguments = (name,) if colon else ()
     if not _accepts(get_config, arguments):
         wants = "takes no :NAME" if colon else "needs a :NAME"
         raise ConfigError(f"--config {recipe} is not allowed; get_config() of {path} {wants}.")
-    return get_config(*arguments)
+    with _somebodys_code(path):
+        config = get_config(*arguments)
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config {recipe} is not allowed; get_config() of {path} returns no ConfigDict.")
+    return config
+
+
+@contextmanager
+def _somebodys_code(path: str) -> Iterator[None]:
+    """Turn whatever a file of recipes may raise into a sentence that names the line."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        frames = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == Path(path).resolve()
+        ]
+        line = getattr(error, "lineno", None) or (frames[-1] if frames else "?")
+        raise ConfigError(f"--config {path}, line {line}: {type(error).__name__}: {error}.") from None
 
 
 def _import(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chosen_config", path)
+    spec = importlib.util.spec_from_file_location("chosen_config", Path(path).resolve())
     assert spec is not None  # .py files have a spec and a loader
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -57,8 +57,13 @@ def _shake(transformer: torch.nn.Module) -> None:
 @pytest.fixture
 def config(random_models: Path, tmp_path: Path) -> ConfigDict:
     """Small and fast: 4 prompts x 2 images, 4 steps, one update; change what a test is about."""
+    return small_config(random_models, tmp_path)
+
+
+def small_config(random_models: Path, folder: Path) -> ConfigDict:
+    """What the fixture `config` gives, for runs in `folder`."""
     config = get_config()
-    config.logdir, config.run_name, config.trackers = str(tmp_path / "logs"), "run", ()
+    config.logdir, config.run_name, config.trackers = str(folder / "logs"), "run", ()
     config.pretrained.model = str(random_models / "sd3")
     for name in ("train", "test", "eval_diversity"):
         config.prompts[name] = str(random_models / "prompts.txt")
@@ -101,19 +106,24 @@ def build():
     def build_parts(config: ConfigDict) -> Parts:
         while runs:
             runs.pop().finish()
-        settings = resolve(config, num_processes=1, cuda=False)
-        AcceleratorState._reset_state(reset_partial_state=True)  # it is one per process, with one precision
-        accelerator = Accelerator(mixed_precision=settings.config.mixed_precision, cpu=True)
-        runs.append(Run(settings, accelerator))
-        return Parts(
-            settings=settings,
-            accelerator=accelerator,
-            policy=Policy.load(settings, accelerator),
-            reward=build_reward(settings.config, accelerator.device),
-            prompts=PromptDataset.load(settings.config.prompts.train),
-            run=runs[-1],
-        )
+        return make_parts(config, runs)
 
     yield build_parts
     while runs:
         runs.pop().finish()
+
+
+def make_parts(config: ConfigDict, runs: list[Run]) -> Parts:
+    """Build what a training script does; the run is added to `runs` before anything else can fail."""
+    settings = resolve(config, num_processes=1, cuda=False)
+    AcceleratorState._reset_state(reset_partial_state=True)  # it is one per process, with one precision
+    accelerator = Accelerator(mixed_precision=settings.config.mixed_precision, cpu=True)
+    runs.append(Run(settings, accelerator))
+    return Parts(
+        settings=settings,
+        accelerator=accelerator,
+        policy=Policy.load(settings, accelerator),
+        reward=build_reward(settings.config, accelerator.device),
+        prompts=PromptDataset.load(settings.config.prompts.train),
+        run=runs[-1],
+    )

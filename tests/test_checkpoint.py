@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from flow_grpo.evaluation import draw_samples
 from flow_grpo.runs.history import read_history
 from flow_grpo.runs.saved import checkpoint_damage, drop, find_checkpoint, finished_checkpoints
 from flow_grpo.trainer import fit
+from tests.conftest import make_parts, small_config
 from tests.saved_runs import edit_state, edit_tensors, make_old, read_state
 
 METHODS = {"grpo": grpo, "drtune": drtune}
@@ -262,14 +265,23 @@ def test_a_checkpoint_of_other_weights_is_refused(config, build):
 # --- damage ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def two_saved(config, build):
-    """A run of two epochs, a checkpoint each, that has ended; and the configuration that goes on with it."""
+@pytest.fixture(scope="module")
+def ended(random_models, tmp_path_factory):
+    """The folder of a run of two epochs, a checkpoint each, that has ended."""
+    config = small_config(random_models, tmp_path_factory.mktemp("ended"))
     config.save_freq = 1
-    parts = train(config, build, grpo)
+    parts = train(config, lambda config: make_parts(config, []), grpo)
     parts.run.finish()
-    config.resume_from, config.num_epochs = str(parts.run.folder), 3
-    return parts
+    return parts.run.folder
+
+
+@pytest.fixture
+def two_saved(ended, config):
+    """A copy of it, and the configuration that goes on with it."""
+    folder = Path(config.logdir) / "run"
+    shutil.copytree(ended, folder)
+    config.resume_from, config.num_epochs, config.save_freq = str(folder), 3, 1
+    return SimpleNamespace(run=SimpleNamespace(folder=folder))
 
 
 def flip(path, position):

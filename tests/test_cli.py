@@ -238,6 +238,23 @@ def test_a_mistake_is_one_sentence_on_stderr_and_exit_code_2(arguments, parts, m
     assert [part for part in parts if part not in err] == []
 
 
+BROKEN_RECIPES = [
+    ("x = (\n", "line 1: SyntaxError"),
+    ("\nimport nowhere\n", "line 2: ModuleNotFoundError"),
+    ("1 / 0", "line 1: ZeroDivisionError"),
+    ("\0", "SyntaxError"),
+    ("from config.base import get_config as base\ndef get_config():\n    base().x = 1", "line 3: AttributeError"),
+    ("def get_config():\n    return {}", r"get_config\(\) of .* returns no ConfigDict"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), BROKEN_RECIPES)
+def test_a_file_of_recipes_that_cannot_be_run_is_one_sentence_with_the_line(tmp_path, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(ConfigError, match=rf"--config .*mine\.py.*{message}"):
+        parse(f"--config={tmp_path / 'mine.py'}")
+
+
 FILES = [
     ("prompts.train", "none.txt", "does not exist"),
     ("prompts.test", "empty.txt", "is empty"),
