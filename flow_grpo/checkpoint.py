@@ -276,12 +276,14 @@ class Saver:
         self.owed = False
         self.updates = -1
         self._last: TrainingState | None = None  # of the main process
+        self._score: Score | None = None  # of that state
         self._best: str | None = None  # of the main process: name of the best checkpoint
 
-    def remember(self, evaluated: bool) -> None:
+    def remember(self, evaluated: bool, score: Score | None = None) -> None:
         """Keep a copy of the present state, from which `save_remembered` writes; only the main process needs it."""
         if not self.run.is_main:
             return
+        self._score = score
         if self._last is not None and self._last.counters == self.run.counters.state_dict():
             self._last = replace(self._last, evaluated=evaluated)  # the weights are the same
         else:
@@ -317,7 +319,7 @@ class Saver:
         folder = checkpoint_folder(run)
         if _holds(folder, state):
             return f"{folder.name} is whole, go on with --config.resume_from={run.folder}"
-        problem = self._attempt(None, state.evaluated)
+        problem = self._attempt(self._score, state.evaluated)
         if problem is None:
             return f"{folder.name} is written, go on with --config.resume_from={run.folder}"
         saved = finished_checkpoints(run.folder / CHECKPOINTS)

@@ -75,7 +75,7 @@ def collect(
     config, epoch = settings.config, run.counters.epoch
     window = sde_window(settings, epoch)
     trajectories, totals = [], []
-    chunks = sampling_minibatches(settings)
+    chunks = sampling_minibatches(settings, len(batch))
     for chunk in run.progress(chunks, "sampling"):
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
@@ -106,15 +106,16 @@ def collect(
     return experience if likelihood_of(config).recorded else _with_old_log_probs(policy, experience, settings, run)
 
 
-def sampling_minibatches(settings: Settings) -> list[Tensor]:
-    """Which of this process's images are sampled together: each once, int64.
+def sampling_minibatches(settings: Settings, count: int) -> list[Tensor]:
+    """Which of a process's `count` images are sampled together: each once, int64.
 
     In float32 `sample.batch_size` consecutive ones. Below it an image's velocity depends a little on how many are
     computed with it, and a ratio that should be 1 is not: the very minibatches of training are then sampled.
     """
     config, plan = settings.config, settings.plan
-    if config.mixed_precision == "no" or not likelihood_of(config).recorded:
-        return list(torch.arange(plan.images_per_process).split(config.sample.batch_size))
+    exact = config.mixed_precision == "no" or not likelihood_of(config).recorded
+    if exact or count != plan.images_per_process:
+        return list(torch.arange(count).split(config.sample.batch_size))
     return [chunk for u in range(plan.updates) for chunk in plan.update_indices(u).split(config.train.batch_size)]
 
 

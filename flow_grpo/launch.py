@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
+from torch.distributed import DistError
 
-from flow_grpo.errors import ConfigError
+from flow_grpo.errors import ConfigError, TrainingStopped
 from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.model_files import LOADING_ERRORS, first_line
@@ -26,6 +29,8 @@ from flow_grpo.settings import Settings, pixels_per_token, resolve
 # The other processes wait in the next collective call while the main one evaluates: however long that takes, they must
 # not give up. A process that dies is noticed all the same, by the launcher, which ends the others.
 PATIENCE = timedelta(days=7)
+# gloo's words for such a death, which come as plain RuntimeErrors
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
 
 
 def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
@@ -56,11 +61,29 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
             cpu=not cuda,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
-    except torch.distributed.DistError as error:
+    except DistError as error:
         address = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise ConfigError(f"{address}: the processes cannot meet there ({first_line(error)}).") from error
     _check_launcher(accelerator, launched.num_processes)
     return settings, accelerator
+
+
+@contextmanager
+def one_of_many() -> Iterator[None]:
+    """For what a process does with others: TrainingStopped where torch.distributed finds that another has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_lost_process(error, read_launcher().num_processes):
+            raise TrainingStopped("another process of this run has ended; what was saved is intact") from None
+        raise
+
+
+def is_lost_process(error: RuntimeError, num_processes: int) -> bool:
+    """Whether this is what torch.distributed raises when another process has ended."""
+    if num_processes == 1 or isinstance(error, TrainingStopped):
+        return False
+    return isinstance(error, DistError) or any(words in str(error) for words in LOST_PROCESS)
 
 
 def _check_hub(settings: Settings) -> None:

@@ -20,6 +20,8 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, read_object
 from flow_grpo.model_files import CLIP_NEEDS, MODEL_NEEDS, PART_NEEDS, Needs, check_files
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
+from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.runs.lock import in_use, is_locked
 from flow_grpo.runs.saved import checkpoint_state, find_checkpoint
 
 if TYPE_CHECKING:
@@ -96,7 +98,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
     if config.resume_from:
-        _check_resume(config, find_checkpoint(config.resume_from))
+        _check_resume(config, _checkpoint_to_resume(config.resume_from))
     return Settings(FrozenConfigDict(config), plan, num_processes)
 
 
@@ -733,6 +735,17 @@ def weights_mismatch(config: ConfigDict | FrozenConfigDict, state: Mapping[str, 
     made_with = state["weights"]
     differing = ((k, v, made_with.get(k)) for k, v in weights_record(config).items() if made_with.get(k) != v)
     return next(differing, None)
+
+
+def _checkpoint_to_resume(resume_from: str) -> Path:
+    """The checkpoint; where there is none because the run has only begun, the sentence says who is writing it."""
+    try:
+        return find_checkpoint(resume_from)
+    except ConfigError:
+        folder = run_folder_of(resume_from)
+        if folder is not None and is_locked(folder):
+            raise ConfigError(in_use(folder)) from None
+        raise
 
 
 def _check_resume(config: ConfigDict, checkpoint: Path) -> None:

@@ -115,10 +115,17 @@ class Run:
         self._opened: OpenFolder | None = None  # of the main process
         self._failure = ""  # why the main process can no longer write metrics
         self._told: set[str] = set()
+        self._logged = False  # whether there is a history, which must not vanish
         self.folder, self.resumed, self.checkpoint = self.from_main(self._open)
         self.run_id: str = self.from_main(self._begin)
         if self.checkpoint is not None:
             self.tell(f"going on from {self.checkpoint}{'' if self.resumed else f' in the new folder {self.folder}'}.")
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish()
 
     @property
     def name(self) -> str:
@@ -152,7 +159,8 @@ class Run:
         del spent["epoch"], spent["groups"]  # the step says them
         values = {name: _number(value) for name, value in (spent | dict(metrics)).items()}
         try:
-            append_line(self.folder / HISTORY_FILE, {"step": int(step)} | values)
+            append_line(self.folder / HISTORY_FILE, {"step": int(step)} | values, create=not self._logged)
+            self._logged = True
         except OSError as error:
             self._failure = (
                 f"{self.folder / HISTORY_FILE} cannot be written ({error.strerror}) after {self.counters.epoch} "
@@ -210,8 +218,12 @@ class Run:
         if not self.is_main:
             return
         last_evaluation = step - 1 if evaluation_redone else step
-        if (self.folder / HISTORY_FILE).exists():
-            self._truncate_lines(self.folder / HISTORY_FILE, step, last_evaluation, expected)
+        path = self.folder / HISTORY_FILE
+        if path.exists():
+            self._logged = True
+            self._truncate_lines(path, step, last_evaluation, expected)
+        elif expected is not None and expected.get("size"):
+            self.tell(f"{path} is missing: the history of the epochs so far is lost, and goes on from here.")
         for record in (file for folder in RECORD_FOLDERS for file in (self.folder / folder).glob("*_*.json")):
             number = record.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > last_evaluation:
@@ -236,14 +248,17 @@ class Run:
         """From now on, note a signal instead of ending at once; `check_stop` raises it."""
         self._stop.armed = True
 
-    def check_stop(self) -> None:
+    def check_stop(self, ended: bool = False) -> None:
         """Collective: every process asks, after the same minibatches, and all are told the same.
+
+        Args:
+            ended: whether there is nothing left to stop.
 
         Raises:
             Interrupted: some process was asked to stop.
             TrainingStopped: the main process can no longer write metrics.
         """
-        code = FAILURE if self._failure else self._stop.reason()
+        code = FAILURE if self._failure else 0 if ended else self._stop.reason()
         if self.accelerator.num_processes > 1:
             codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
             code = int(codes.max())

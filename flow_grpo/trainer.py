@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from torch.distributed import DistError
-
 from flow_grpo.checkpoint import Saver, Score
 from flow_grpo.errors import Interrupted, TrainingStopped
 from flow_grpo.evaluation import Evaluator, evaluate
@@ -15,9 +13,6 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.settings import Settings, is_over
 from flow_grpo.tracking import Run
-
-# gloo's words, which come as plain RuntimeErrors
-LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
 
 TrainEpoch = Callable[[Policy, PromptDataset, WeightedReward, Settings, Run], dict[str, float]]
 
@@ -39,8 +34,7 @@ def fit(
         evaluation_due: whether the present weights are evaluated first; `checkpoint.resume` knows.
 
     Raises:
-        TrainingStopped: as `train_epoch` does (the history then ends with `train/stopped`); or nothing can be written;
-            or another process of the run has gone.
+        TrainingStopped: as `train_epoch` does (the history then ends with `train/stopped`); or nothing can be written.
         Interrupted: the run was asked to stop, and what its last finished epoch left is saved.
     """
     saver = Saver(policy, run, settings)
@@ -49,10 +43,6 @@ def fit(
         _loop(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run, saver, evaluation_due)
     except Interrupted as stop:
         raise Interrupted(stop.number, f"after epoch {run.counters.epoch}: {saver.save_remembered()}") from None
-    except RuntimeError as error:
-        if is_lost_process(error, settings.num_processes):
-            raise TrainingStopped("another process of this run has ended; what was saved is intact") from None
-        raise
 
 
 def _loop(
@@ -99,8 +89,8 @@ def _evaluate(
     first, last = counters.epoch == 0, is_over(config, counters.epoch, counters.seconds)
     due = [e for e in evaluators if (e.freq > 0 if first else _due(e.freq, counters.epoch, last))]
     score = evaluate_weights(policy, prompts, due, settings, run)
-    run.check_stop()
-    saver.remember(evaluated=True)
+    saver.remember(evaluated=True, score=score)  # before a stop: what was logged is not logged again
+    run.check_stop(ended=last)
     if first and not last:
         return
     new = last or saver.owed or counters.updates > saver.updates  # skipped updates leave the weights as they were
@@ -165,13 +155,6 @@ def score_of(metrics: Mapping[str, float], settings: Settings, label: str) -> Sc
     metric = f"{label}/{'judge/accuracy' if config.eval.judge else [*held_out, 'reward/total'][0]}"
     value = metrics.get(metric)
     return Score(metric, value) if value is not None and math.isfinite(value) else None
-
-
-def is_lost_process(error: RuntimeError, num_processes: int) -> bool:
-    """Whether this is what torch.distributed raises when another process has ended."""
-    if num_processes == 1 or isinstance(error, TrainingStopped):
-        return False
-    return isinstance(error, DistError) or any(words in str(error) for words in LOST_PROCESS)
 
 
 def _due(every: int, epoch: int, last: bool) -> bool:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flow_grpo.runs.folder import config_digest
 from flow_grpo.runs.manifest import write_manifest
 
 
@@ -42,6 +43,18 @@ def make_old(checkpoint: Path, names: list[str]) -> None:
     (checkpoint / "state.json").write_text(json.dumps(old))
     (checkpoint / "training_state.safetensors").unlink()
     (checkpoint / "manifest.json").unlink()
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    """Set keys of a run's config.json, "train.ema" for a nested one; environment.json agrees afterwards."""
+    path, records = folder / "config.json", json.loads((folder / "environment.json").read_text())
+    config = json.loads(path.read_text())
+    for name, value in values.items():
+        group, _, key = name.rpartition(".")
+        (config[group] if group else config)[key] = value
+    path.write_text(json.dumps(config))
+    records["config_sha256"] = config_digest(path.read_bytes())
+    (folder / "environment.json").write_text(json.dumps(records))
 
 
 def spoil(checkpoint: Path) -> None:

@@ -453,3 +453,10 @@ def test_the_state_says_what_was_spent(config, build):
     assert state["counters"]["epoch"] == 2
     assert state["counters"]["images"] == 16
     assert state["counters"]["network_evaluations"] == 2 * 8 * 4 * 2  # 8 images, 4 steps, sampled and trained
+
+
+def test_a_history_that_is_missing_is_told(two_saved, config, build, capsys):
+    (two_saved.run.folder / "metrics.jsonl").unlink()
+    again = train(config, build, grpo)
+    assert [line["step"] for line in read_history(again.run.folder / "metrics.jsonl")] == [3]
+    assert "metrics.jsonl is missing: the history of the epochs so far is lost" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from scripts.diversity_metrics.diversity_evaluator import (
 )
 from scripts.diversity_metrics.rke import median_bandwidth
 from tests.conftest import PROMPTS
-from tests.saved_runs import edit_tensors
+from tests.saved_runs import edit_state, edit_tensors, read_state
 
 CPU = torch.device("cpu")
 
@@ -201,7 +201,7 @@ def test_a_run_whose_base_model_gave_no_bandwidth_can_be_resumed(parts, config, 
     assert json.loads((parts.run.folder / "diversity/bandwidth.json").read_text())["bandwidth"] is None
     monkeypatch.undo()
     parts.train(drtune)
-    checkpoint.save(parts.policy, parts.run, parts.settings, None)
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
     (again,) = resumed(config, build, parts.run.folder)
     assert math.isnan(again.bandwidth)
 
@@ -349,8 +349,8 @@ def test_what_is_no_checkpoint_is_one_sentence(tmp_path, capsys):
 
 def test_a_lora_of_another_base_model_is_one_sentence(trained, capsys):
     folder, _ = trained
-    state = folder / "checkpoints/checkpoint-000003/state.json"
-    state.write_text(state.read_text().replace('"pretrained.model": "sd3"', '"pretrained.model": "sdxl"'))
+    checkpoint = folder / "checkpoints/checkpoint-000003"
+    edit_state(checkpoint, weights=read_state(checkpoint)["weights"] | {"pretrained.model": "sdxl"})
     assert "'sdxl'" in refusal(capsys, "--checkpoint", str(folder))
 
 

@@ -23,7 +23,7 @@ from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities, sample
 from flow_grpo.randomness import keyed_generator
 from scripts.diversity_metrics.checkpoints import load_weights
 from scripts.diversity_metrics.eval_ode_log_prob import ImageFile, data_log_densities, encode_images, main, pairing
-from tests.saved_runs import spoil
+from tests.saved_runs import edit_config, edit_state, read_state, spoil
 
 PROMPTS = ("a bag", "a boot")
 IDS = [(p, s) for p in range(2) for s in range(2)]
@@ -272,7 +272,7 @@ class RecordedWandB(GeneralTracker):
 def test_wandb_is_told_every_checkpoint_on_an_axis_of_its_own(trained, tmp_path, monkeypatch):
     run, told = copied(trained["folder"], tmp_path / "run"), []
     path = run / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"trackers": ["wandb"]}))
+    edit_config(run, trackers=["wandb"])
     monkeypatch.setattr("flow_grpo.tracking.WandBTracker", RecordedWandB)
     monkeypatch.setattr(RecordedWandB, "told", told)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -328,8 +328,8 @@ def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(trained, 
     run = copied(trained["folder"], tmp_path / "run")
     for chosen in ("7", "best", "base,,1"):
         assert "(1, 2), with commas between" in refusal(capsys, "--run", str(run), "--checkpoints", chosen)
-    state = run / "checkpoints" / "checkpoint-000001" / "state.json"
-    state.write_text(state.read_text().replace('"use_lora": true', '"use_lora": false'))
+    first = run / "checkpoints" / "checkpoint-000001"
+    edit_state(first, weights=read_state(first)["weights"] | {"use_lora": False})
     assert "config.use_lora of the run is True" in refusal(capsys, "--run", str(run))
     (run / "checkpoints" / "checkpoint-000002" / "training_state.safetensors").write_bytes(b"torn")
     assert "is damaged" in refusal(capsys, "--run", str(run), "--checkpoints", "2")
@@ -339,9 +339,7 @@ def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(trained, 
 
 def test_averaged_weights_of_a_run_without_them_are_one_sentence(trained, tmp_path, capsys):
     run = copied(trained["folder"], tmp_path / "run")
-    values = json.loads((run / "config.json").read_text())
-    values["train"]["ema"] = False
-    (run / "config.json").write_text(json.dumps(values))
+    edit_config(run, **{"train.ema": False})
     assert "has no averaged weights" in refusal(capsys, "--run", str(run), "--ema")
 
 

@@ -106,8 +106,8 @@ def test_weights_of_nan_give_metrics_of_nan_and_the_run_goes_on(config, build):
         (b"{", "is not JSON"),
         (b"\xff", "is not UTF-8"),
         (b"[]", "is not a JSON object"),
-        (b'{"a bag": 3}', "has 'a bag' without an object of mode -> caption"),
-        (b'{"a bag": {"red": 3}}', "has 'a bag' without an object of mode -> caption"),
+        (b'{"a bag": 3}', "'a bag' must have an object of one or more modes"),
+        (b'{"a bag": {"red": 3}}', "3, of 'a bag', must be text that is not empty"),
     ],
 )
 def test_a_file_that_holds_no_modes_is_one_sentence(tmp_path, text, sentence):

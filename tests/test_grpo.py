@@ -267,11 +267,11 @@ def test_in_bf16_minibatches_of_other_sizes_in_training_still_give_a_ratio_of_ex
 
 def test_sampled_in_other_minibatches_bf16_would_not(config, build, monkeypatch):
     """The broken twin: 5 + 5 + 2."""
-    monkeypatch.setattr(grpo, "sampling_minibatches", lambda settings: list(torch.arange(12).split(5)))
+    monkeypatch.setattr(grpo, "sampling_minibatches", lambda settings, count: list(torch.arange(count).split(5)))
     assert bf16_ratio_error(config, build) > 1e-6
 
 
 def test_in_float32_images_are_sampled_in_the_given_batches(config, build):
     config.sample.batch_size = 5
     settings = build(config).settings
-    assert [chunk.tolist() for chunk in grpo.sampling_minibatches(settings)] == [[0, 1, 2, 3, 4], [5, 6, 7]]
+    assert [chunk.tolist() for chunk in grpo.sampling_minibatches(settings, 8)] == [[0, 1, 2, 3, 4], [5, 6, 7]]

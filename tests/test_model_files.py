@@ -255,13 +255,13 @@ def test_damaged_weights_of_a_clip_are_named_before_it_loads(config, clip, key, 
 def test_damaged_weights_of_the_older_kind_are_one_sentence(config, clip, content):
     (clip / "model.safetensors").unlink()
     (clip / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"config\.reward_model\.pickscore = .* cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"config\.reward_model\.pickscore.* cannot be loaded"):
         build_reward(resolve(config, 1, False).config, "cpu")
 
 
 def test_a_clip_whose_settings_do_not_fit_its_weights_is_one_sentence(config, clip):
     change(clip / "config.json", projection_dim=3)
-    with pytest.raises(ConfigError, match=r"config\.reward_model\.pickscore = .* cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"config\.reward_model\.pickscore.* cannot be loaded"):
         build_reward(resolve(config, 1, False).config, "cpu")
 
 

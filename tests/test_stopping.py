@@ -14,10 +14,11 @@ import torch
 from flow_grpo import checkpoint, drtune, grpo
 from flow_grpo.errors import ConfigError, Interrupted
 from flow_grpo.evaluation import sample_evaluators
+from flow_grpo.launch import is_lost_process
 from flow_grpo.runs import stopping
 from flow_grpo.runs.history import read_history
 from flow_grpo.runs.stopping import StopWatch, watching
-from flow_grpo.trainer import fit, is_lost_process
+from flow_grpo.trainer import fit
 from tests.saved_runs import read_state
 
 METHODS = {"grpo": grpo, "drtune": drtune}
@@ -62,45 +63,69 @@ def evaluated(config):
     return config
 
 
-def questions(config, build):
-    """How often an unbroken run asks whether to stop, and what it leaves."""
+def questions(config, build, monkeypatch, note=lambda run: None):
+    """An unbroken run, and what `note` says of it at each question whether to stop."""
+    notes = []
     config.run_name = "unbroken"
-    unbroken = train(config, build)
-    return 10**9 - unbroken.run._stop.left, unbroken
+    with monkeypatch.context() as patch:
+        patch.setattr(StopAfter, "reason", lambda self: notes.append(note(self.run)) or 0)
+        unbroken = train(config, build)
+    return unbroken, notes
+
+
+def check_resumed(config, build, unbroken, number):
+    """Stop at a question, go on, and compare with the unbroken run: weights, history, counters, score."""
+    expected = [p.detach().clone() for p in unbroken.policy.trainable]
+    config.run_name, config.resume_from = f"stopped-{number}", ""
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after epoch \d: checkpoint-00000\d is w"):
+        train(config, build, stop_after=number)
+    config.resume_from = f"{config.logdir}/stopped-{number}"
+    resumed = train(config, build)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.policy.trainable, expected, strict=True)), number
+    assert history(resumed) == history(unbroken), number
+    ours, theirs = (read_state(parts.run.folder / "checkpoints/checkpoint-000002") for parts in (resumed, unbroken))
+    assert {**ours["counters"], "seconds": 0} == {**theirs["counters"], "seconds": 0}
+    assert (ours["score"], ours["best"]) == (theirs["score"], theirs["best"])
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_stopped_at_any_question_it_goes_on_as_if_it_had_not_been(evaluated, build, method):
-    """Before the first epoch, in sampling, between updates, in evaluation: every few questions of the run."""
+def test_stopped_anywhere_it_goes_on_as_if_it_had_not_been(evaluated, build, monkeypatch, method):
+    """Before the first epoch, in sampling, between updates, in evaluation; each method at other questions."""
     evaluated.use_reward_gradient = method == "drtune"
-    total, unbroken = questions(evaluated, build)
-    expected = [p.detach().clone() for p in unbroken.policy.trainable]
-    assert total > 15
-    for number in range(0, total, 4):
-        evaluated.run_name, evaluated.resume_from = f"stopped-{number}", ""
-        with pytest.raises(Interrupted, match=r"stopped by SIGTERM after epoch \d: checkpoint-00000\d is w"):
-            train(evaluated, build, stop_after=number)
-        evaluated.resume_from = f"{evaluated.logdir}/stopped-{number}"
-        resumed = train(evaluated, build)
-        assert all(torch.equal(a, b) for a, b in zip(resumed.policy.trainable, expected, strict=True)), number
-        assert history(resumed) == history(unbroken), number
-        state, whole = (read_state(parts.run.folder / "checkpoints/checkpoint-000002") for parts in (resumed, unbroken))
-        assert {**state["counters"], "seconds": 0} == {**whole["counters"], "seconds": 0}
-        assert (state["score"], state["best"]) == (whole["score"], whole["best"])
+    unbroken, notes = questions(evaluated, build, monkeypatch)
+    assert len(notes) > 15
+    for number in range(list(METHODS).index(method), len(notes), len(notes) // 4):
+        check_resumed(evaluated, build, unbroken, number)
+
+
+def test_a_stop_right_after_an_evaluation_does_not_log_it_twice(evaluated, build, monkeypatch):
+    def lines(run):
+        path = run.folder / "metrics.jsonl"
+        return len(read_history(path)) if path.exists() else 0
+
+    unbroken, notes = questions(evaluated, build, monkeypatch, lines)
+    assert [line["step"] for line in history(unbroken)] == [0, 1, 1, 2, 2]
+    for logged in (1, 3):  # the base model's evaluation; the first epoch's
+        check_resumed(evaluated, build, unbroken, notes.index(logged))
+
+
+def test_a_run_that_has_ended_has_nothing_to_stop(evaluated, build, monkeypatch):
+    """It is asked to stop while it writes its last checkpoint."""
+    evaluated.eval_freq = 0
+    _, notes = questions(evaluated, build, monkeypatch)
+    evaluated.run_name = "ended"
+    ended = train(evaluated, build, stop_after=len(notes))
+    assert read_state(ended.run.folder / "checkpoints/checkpoint-000002")["counters"]["epoch"] == 2
 
 
 def test_a_stop_that_kept_the_middle_of_an_epoch_would_not_be_exact(evaluated, build, monkeypatch):
     """The broken twin: the weights of after the first update, with the counters of before."""
-    asked = []
-    monkeypatch.setattr(StopAfter, "reason", lambda self: asked.append(self.run.counters.updates) or 0)
-    _, unbroken = questions(evaluated, build)
-    monkeypatch.undo()
-    first_after_update = asked.index(1)
-    monkeypatch.setattr(checkpoint, "restore", lambda *arguments: None)
-    evaluated.run_name = "stopped"
-    with pytest.raises(Interrupted):
-        train(evaluated, build, stop_after=first_after_update)
-    monkeypatch.undo()
+    unbroken, notes = questions(evaluated, build, monkeypatch, lambda run: run.counters.updates)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "restore", lambda *arguments: None)
+        evaluated.run_name = "stopped"
+        with pytest.raises(Interrupted):
+            train(evaluated, build, stop_after=notes.index(1))
     evaluated.resume_from = f"{evaluated.logdir}/stopped"
     resumed = train(evaluated, build)
     assert not all(torch.equal(a, b) for a, b in zip(resumed.policy.trainable, unbroken.policy.trainable, strict=True))
@@ -109,30 +134,74 @@ def test_a_stop_that_kept_the_middle_of_an_epoch_would_not_be_exact(evaluated, b
 # --- the watch ------------------------------------------------------------------------------------------
 
 
-def test_before_training_a_signal_ends_the_process_and_afterwards_it_is_noted():
-    with watching() as watch, pytest.raises(Interrupted, match="stopped by SIGTERM before training began") as stopped:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert stopped.value.exit_code == 143
+def noted(watch: StopWatch) -> int:
+    """What the watch has noted, once its thread has had its turn."""
+    for _ in range(1000):
+        if watch.reason():
+            break
+        time.sleep(0.01)
+    return watch.reason()
+
+
+def test_in_training_a_signal_is_noted():
     with watching() as watch:
         watch.armed = True
         assert watch.reason() == 0
         os.kill(os.getpid(), signal.SIGINT)
-        assert watch.reason() == signal.SIGINT
+        assert noted(watch) == signal.SIGINT
 
 
-def test_a_second_signal_ends_at_once_unless_it_is_the_same_request(monkeypatch):
-    ended: list[tuple[int, int]] = []
-    monkeypatch.setattr(signal, "signal", lambda number, handler: ended.append((number, handler)))
-    monkeypatch.setattr(os, "kill", lambda process, number: ended.append((process, number)))
+# ends only by a signal: the main thread waits inside a library, as for another process that never comes
+WAITING = """
+import ctypes, sys
+from flow_grpo.runs.stopping import watching
+with watching() as watch:
+    watch.armed = sys.argv[1] == "armed"
+    print("ready", flush=True)
+    ctypes.CDLL(None).sleep(60)
+    ctypes.CDLL(None).sleep(60)
+"""
+
+
+def test_before_training_a_signal_ends_a_process_that_waits_inside_a_library():
+    process = start_waiting("unarmed")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert said == "stopped by SIGTERM before training began; nothing was lost.\n"
+
+
+def test_in_training_a_second_signal_ends_a_process_that_waits_inside_a_library():
+    process = start_waiting("armed")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(stopping.SAME_REQUEST + 0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+def start_waiting(state: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, state], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_signal_that_a_launcher_passes_on_is_the_same_request(monkeypatch):
+    ended: list[int] = []
+    monkeypatch.setattr(stopping.os, "_exit", ended.append)
     clock = iter([100.0, 100.5, 101.5])
     monkeypatch.setattr(stopping.time, "monotonic", lambda: next(clock))
     watch = StopWatch({})
     watch.armed = True
-    watch.handle(signal.SIGTERM, None)
-    watch.handle(signal.SIGTERM, None)  # passed on by a launcher
+    watch.handle(signal.SIGINT)
+    watch.handle(signal.SIGTERM)
     assert ended == []
-    watch.handle(signal.SIGTERM, None)
-    assert ended == [(signal.SIGTERM, signal.SIG_DFL), (os.getpid(), signal.SIGTERM)]
+    watch.handle(signal.SIGTERM)
+    assert ended == [143]
 
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored():
@@ -142,7 +211,8 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored():
         with watching() as watch:
             watch.armed = True
             os.kill(os.getpid(), signal.SIGHUP)
-            assert watch.reason() == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            assert noted(watch) == signal.SIGINT
     finally:
         signal.signal(signal.SIGHUP, before)
 

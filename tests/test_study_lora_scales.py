@@ -27,7 +27,7 @@ from scripts.study.lora_scales import TrainedModel, drtune_claims, main
 from scripts.study.plan import StudyRun
 from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
 from scripts.study.results import Study, frontier
-from tests.saved_runs import spoil
+from tests.saved_runs import edit_config, spoil
 
 NAMES = (REWARD, VENDI, RKE, ACCURACY)
 TINY = {"num_epochs": 2, "num_seeds": 4, "eval_ode_log_prob": False, "train.learning_rate": 2e-2}
@@ -59,7 +59,7 @@ def logs(config, build, kept, monkeypatch) -> Path:
     wired = (parts.prompts, parts.prompts, parts.reward, evaluators, parts.settings, parts.run)
     fit(parts.policy, drtune.train_epoch, *wired)
     shutil.copytree(parts.run.folder, Path(config.logdir) / RUNS[1].name)
-    edit(Path(config.logdir) / RUNS[1].name / "config.json", seed=1)
+    edit_config(Path(config.logdir) / RUNS[1].name, seed=1)
     kept["logs"] = Path(config.logdir)
     return kept["logs"]
 
@@ -67,10 +67,6 @@ def logs(config, build, kept, monkeypatch) -> Path:
 @pytest.fixture
 def model(logs, tmp_path) -> TrainedModel:
     return TrainedModel.load(logs / RUNS[0].name, tmp_path / "scratch")
-
-
-def edit(path: Path, **values) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def evaluations(logs: Path) -> list[dict[str, float]]:
@@ -204,7 +200,8 @@ def test_the_frontier_reads_an_entry_for_each_seed_and_scale_and_the_runs_are_le
 
 def test_the_bandwidth_is_the_run_s_own(logs, tmp_path):
     shutil.copytree(logs, tmp_path / "logs")
-    edit(tmp_path / "logs" / RUNS[1].name / "diversity" / "bandwidth.json", bandwidth=0.3)
+    path = tmp_path / "logs" / RUNS[1].name / "diversity" / "bandwidth.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bandwidth": 0.3}))
     first, second = written(tmp_path / "logs", tmp_path / "out", "0.5")
     assert first[VENDI] == second[VENDI]
     assert first[RKE] != second[RKE]
@@ -251,7 +248,7 @@ def test_no_finished_run_is_one_sentence(refused, tmp_path):
     message = refused.by("--logs", str(tmp_path / "nowhere"))
     assert f"--logs {tmp_path / 'nowhere'} holds no finished DRTune run of the claims" in message
     for run in RUNS:
-        edit(refused.logs / run.name / "config.json", seed=7)  # trained with other settings
+        edit_config(refused.logs / run.name, seed=7)  # trained with other settings
     assert "holds no finished DRTune run" in refused.by()
 
 
@@ -259,12 +256,12 @@ def test_a_run_that_cannot_be_read_is_one_sentence(refused, kept, monkeypatch):
     (refused.run / "diversity" / "bandwidth.json").rename(refused.run / "kept.json")
     assert f"{refused.run / 'diversity/bandwidth.json'} is missing" in refused.by()
     (refused.run / "kept.json").rename(refused.run / "diversity" / "bandwidth.json")
-    edit(refused.run / "config.json", use_lora=False)
+    edit_config(refused.run, use_lora=False)
     without = replace(kept["planned"][1], overrides={**kept["planned"][1].overrides, "use_lora": False})
     with monkeypatch.context() as patch:
         patch.setattr(plan, "whole", lambda: [without])
         assert f"{refused.run} has no LoRA to scale" in refused.by()
-    edit(refused.run / "config.json", use_lora=True)
+    edit_config(refused.run, use_lora=True)
     weights = next(refused.run.glob("checkpoints/*/training_state.safetensors"))
     whole = weights.read_bytes()
     weights.write_bytes(b"torn")
@@ -272,5 +269,3 @@ def test_a_run_that_cannot_be_read_is_one_sentence(refused, kept, monkeypatch):
     weights.write_bytes(whole)
     spoil(weights.parent)
     assert f"{RUNS[1].name}, LoRA scaled by 0.5: reward/total, diversity/vendi, diversity/rke, judge/" in refused.by()
-    (refused.run / "config.json").write_text("{")
-    assert "config.json is not JSON" in refused.by()

@@ -337,6 +337,17 @@ def test_metrics_that_cannot_be_written_stop_the_training_with_a_sentence(
         run.check_stop()
 
 
+def test_a_history_that_has_vanished_is_not_begun_anew(new_run: NewRun) -> None:
+    run = new_run()
+    run.log({"train/reward": 0.1}, step=1)
+    run.folder.rename(run.folder.with_name("moved"))
+    run.log({"train/reward": 0.2}, step=2)
+    run.log_image("eval", np.zeros((2, 2, 3), np.uint8), 2)
+    with pytest.raises(TrainingStopped, match=r"cannot be written \(No such file or directory\)"):
+        run.check_stop()
+    assert not run.folder.exists()
+
+
 def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
     """A disk that is full in the middle of a line; /dev/full takes nothing at all."""
     path = tmp_path / "metrics.jsonl"

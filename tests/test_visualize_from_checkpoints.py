@@ -23,7 +23,6 @@ from PIL import Image
 from flow_grpo import checkpoint, drtune
 from flow_grpo.evaluation import draw_samples, sample_evaluators, view
 from flow_grpo.evaluation import test_request as evaluated_request
-from flow_grpo.files import strict_json
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
@@ -228,9 +227,7 @@ def test_bandwidth_and_judge_are_the_run_s(trained, tmp_path):
     stored = run / "diversity" / "bandwidth.json"
     chosen = json.loads(stored.read_text())
     stored.write_text(json.dumps(chosen | {"bandwidth": 2 * chosen["bandwidth"]}))
-    config = json.loads((run / "config.json").read_text())
-    config["eval"] |= {"judge": "", "modes": ""}  # nor is there a judge that the run had not
-    (run / "config.json").write_text(strict_json(config))
+    saved_runs.edit_config(run, **{"eval.judge": "", "eval.modes": ""})  # nor is there a judge that the run had not
     record = visualize(run, tmp_path / "out", "--checkpoint_steps", "1")
     assert not any(name.startswith("judge") for name in record["models"][0]["metrics"])
     assert record["bandwidth"] == 2 * chosen["bandwidth"]
@@ -447,14 +444,11 @@ def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(refusal, 
     for steps in ("7", "1,,2", "best", "1,7"):
         assert "it has those of 1, 2, 3." in refusal("--checkpoint_steps", steps)
     run = copied(trained.folder, tmp_path / "run")
-    state = run / "checkpoints" / "checkpoint-000002" / "state.json"
-    values = json.loads(state.read_text())
-    values["weights"]["pretrained.model"] = "another"
-    state.write_text(strict_json(values))
+    second = run / "checkpoints" / "checkpoint-000002"
+    weights = saved_runs.read_state(second)["weights"] | {"pretrained.model": "another"}
+    saved_runs.edit_state(second, weights=weights)
     assert "was made with 'another'" in refusal("--visualize_all", folder=run)
-    config = json.loads((run / "config.json").read_text())
-    config["train"]["ema"] = False
-    (run / "config.json").write_text(strict_json(config))
+    saved_runs.edit_config(run, **{"train.ema": False})
     assert "has no averaged weights" in refusal("--visualize_all", "--ema", folder=run)
 
 

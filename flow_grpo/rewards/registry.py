@@ -124,8 +124,8 @@ def load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
     scorer = _import(place)
     try:
         return scorer(model, device)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{subject}: {error}") from error
     except LOADING_ERRORS as error:
         raise ConfigError(f"{subject} = {model!r} cannot be loaded: {first_line(error)}") from error
 

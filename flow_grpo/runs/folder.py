@@ -198,15 +198,15 @@ def run_config(folder: Path) -> dict[str, Any]:
         expected = _digest_of_config(folder)
         if expected in (None, config_digest(path.read_bytes())):
             return config
-        problem = "it has changed since it was written"
+        problem = f"{path} has changed since it was written"
     except ConfigError as error:
         problem = str(error).rstrip(".")
     except RecursionError:
         problem = f"{path} is JSON nested too deep to be read"
     kept = _config_in_checkpoints(folder)
     if kept is None:
-        raise ConfigError(f"{path} is damaged or missing ({problem}), and no checkpoint of {folder} has a copy.")
-    say(f"{path} is damaged ({problem}): the settings are taken from the newest checkpoint.")
+        raise ConfigError(f"{problem}, and no checkpoint in {folder} has a copy of it.")
+    say(f"{problem}: the settings are taken from the newest checkpoint.")
     return flatten(kept)
 
 

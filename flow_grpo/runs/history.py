@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,9 +14,15 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, open_regular, parse_json, strict_json, write_atomically
 
 
-def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one object; an OSError, such as of a full disk, leaves what was there before."""
+def append_line(path: Path, record: Mapping[str, Any], create: bool = True) -> None:
+    """Append one object; an OSError, such as of a full disk, leaves what was there before.
+
+    Args:
+        create: whether a file that is not there is made; otherwise it is a FileNotFoundError.
+    """
     line = (strict_json(record) + "\n").encode()
+    if not create and not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     with path.open("ab", buffering=0) as file:
         before = file.tell()
         try:

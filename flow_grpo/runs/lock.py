@@ -10,6 +10,7 @@ import os
 import shlex
 import socket
 import sys
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, strict_json, write_atomically
 
 LOCK_FILE, OWNER_FILE = "run.lock", "run.lock.json"
+TRIES = 20  # within a second, to read who holds a lock
 
 
 class RunLock:
@@ -36,7 +38,7 @@ class RunLock:
         try:
             self._lock.acquire()
         except Timeout:
-            raise ConfigError(f"{folder} is being written by {_holder(self._owner)}; wait for it or stop it.") from None
+            raise ConfigError(in_use(folder)) from None
         except OSError as error:
             raise ConfigError(f"{folder} cannot be written ({error.strerror}).") from None
         try:
@@ -62,10 +64,30 @@ def _this_process() -> dict[str, str | int]:
     }
 
 
-def _holder(path: Path) -> str:
-    """Who holds the lock, in words."""
+def in_use(folder: Path) -> str:
+    """The sentence about a folder that is locked."""
+    return f"{folder} is being written by {_holder(folder / OWNER_FILE)}; wait for it or stop it."
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is writing a folder at this moment."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:
-        owner = read_object(path)
-        return f"process {owner['process']} on {owner['host']} since {owner['since']}"
-    except (ConfigError, KeyError):
-        return "another process"
+        lock.acquire()
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def _holder(path: Path) -> str:
+    """Who holds the lock, in words; one that has just begun needs a moment to write it."""
+    for _ in range(TRIES):
+        try:
+            owner = read_object(path)
+            return f"process {owner['process']} on {owner['host']} since {owner['since']}"
+        except (ConfigError, KeyError):
+            time.sleep(1 / TRIES)
+    return "another process"

@@ -3,18 +3,24 @@
 Until training begins a signal ends the process at once. From then on it is only noted: the loops ask `Run.check_stop`
 after every minibatch, all processes of the run agree, and what the last finished epoch left is saved. A second signal,
 a second later or more, ends the process at once. (Launchers may pass on a signal that the process has already had.)
+
+Signals are read by a thread of their own, since Python's handlers wait while the main thread is in a library's code,
+which may itself be waiting for another process.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 
 from flow_grpo.errors import ConfigError, Interrupted
+from flow_grpo.messages import say
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_REQUEST = 1.0  # seconds within which a further signal is the same request
@@ -43,16 +49,15 @@ class StopWatch:
         orphaned = self._parent is not None and os.getppid() != self._parent
         return int(signal.SIGTERM) if over or orphaned else 0
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Of a signal."""
+    def handle(self, number: int) -> None:
+        """Of a signal, in any thread."""
         now = time.monotonic()
-        if self._signal and now - self._signalled_at >= SAME_REQUEST:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if not self.armed:
+            say(str(Interrupted(number, "before training began; nothing was lost")))
+        if not self.armed or (self._signal and now - self._signalled_at >= SAME_REQUEST):
+            os._exit(128 + number)
         if not self._signal:
             self._signal, self._signalled_at = number, now
-            if not self.armed:
-                raise Interrupted(number, "before training began; nothing was lost")
 
 
 @contextmanager
@@ -60,14 +65,34 @@ def watching() -> Iterator[StopWatch]:
     """Handle the signals inside the block. One that the process was started to ignore (nohup, &) stays ignored."""
     watch = StopWatch()
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    thread = threading.Thread(target=_read_signals, args=(receiver, watch), name="signals", daemon=True)
+    thread.start()
+    earlier = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, watch.handle)
+            signal.signal(number, _noted)
     try:
         yield watch
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(earlier)
+        sender.close()  # ends the thread
+        thread.join()
+        receiver.close()
+
+
+def _noted(number: int, frame: FrameType | None) -> None:
+    """The number has been written to the wakeup descriptor by the time that Python calls this."""
+
+
+def _read_signals(receiver: socket.socket, watch: StopWatch) -> None:
+    while numbers := receiver.recv(64):
+        for number in numbers:
+            if number in SIGNALS:
+                watch.handle(number)
 
 
 def _deadline(environment: Mapping[str, str]) -> float | None:

@@ -91,7 +91,7 @@ class Bars:
 
         return tqdm(iterable, desc=description, leave=False, delay=1.0)
 
-    def check_stop(self) -> None:
+    def check_stop(self, ended: bool = False) -> None:
         """Nothing is lost when a command that only measures is ended at once."""
 
 

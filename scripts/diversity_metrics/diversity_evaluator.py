@@ -204,8 +204,8 @@ def stored_bandwidth(folder: Path, extractor: str) -> float | None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Strict JSON, in a folder made if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Strict JSON, in a folder made if needed; the folder above must be there."""
+    path.parent.mkdir(exist_ok=True)
     write_atomically(path, strict_json(value, indent=1) + "\n")
 
 
@@ -354,6 +354,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
     found = measure_checkpoint(args) if args.checkpoint else measure_images(args)
     if not args.out and args.images:
         out = fresh_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / RESULTS, {name: diversity.record(measured) for name, measured in found.items()})
     for name, measured in found.items():
         print(f"{name}\n{diversity.table(measured)}\n")

@@ -195,7 +195,7 @@ def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: 
         sample_ids=torch.arange(size),
         group_ids=torch.zeros(size, dtype=torch.int64),
     )
-    run = SimpleNamespace(counters=Counters(epoch=number), progress=lambda items, _: items)
+    run = SimpleNamespace(counters=Counters(epoch=number), progress=lambda items, _: items, check_stop=lambda: None)
     return collect(policy, batch, reward, settings, cast("Any", run), MeanMetrics())
 
 

@@ -15,7 +15,7 @@ def main(config) -> None:
     """Wire the parts together and train."""
     from flow_grpo import checkpoint, drtune, grpo
     from flow_grpo.evaluation import Evaluator, build_evaluators
-    from flow_grpo.launch import launch
+    from flow_grpo.launch import launch, one_of_many
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.rewards import build_reward
@@ -24,21 +24,18 @@ def main(config) -> None:
     from flow_grpo.trainer import fit
     from scripts.diversity_metrics.diversity_evaluator import build_diversity_evaluators
 
-    with watching() as stop:
+    with watching() as stop, one_of_many():
         settings, accelerator = launch(config)
         config = settings.config
         train_epoch = drtune.train_epoch if config.use_reward_gradient else grpo.train_epoch
         prompts, test_prompts = PromptDataset.load(config.prompts.train), PromptDataset.load(config.prompts.test)
-        run = Run(settings, accelerator, stop)
-        try:
+        with Run(settings, accelerator, stop) as run:
             reward = build_reward(config, accelerator.device)
             policy = Policy.load(settings, accelerator)
             evaluators: list[Evaluator] = build_evaluators(policy, reward, settings, run)
             evaluators += build_diversity_evaluators(settings, run, accelerator.device)
             due = checkpoint.resume(policy, run, settings)
             fit(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run, due)
-        finally:
-            run.finish()
 
 
 if __name__ == "__main__":
