@@ -18,12 +18,13 @@ from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 from torch.distributed import DistError
 
-from flow_grpo.errors import ConfigError, TrainingStopped
+from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.model_files import LOADING_ERRORS, first_line
 from flow_grpo.policy import check_lora_targets, noise_levels
 from flow_grpo.rewards import REWARDS, reward_names
+from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.settings import Settings, pixels_per_token, resolve
 
 # The other processes wait in the next collective call while the main one evaluates: however long that takes, they must
@@ -69,14 +70,21 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
 
 
 @contextmanager
-def one_of_many() -> Iterator[None]:
-    """For what a process does with others: TrainingStopped where torch.distributed finds that another has ended."""
+def one_of_many(stop: StopWatch) -> Iterator[None]:
+    """For what a process does with others: what torch.distributed raises where another has ended, as a sentence.
+
+    Raises:
+        TrainingStopped: another has ended.
+        Interrupted: and this one was asked to stop as well.
+    """
     try:
         yield
     except RuntimeError as error:
-        if is_lost_process(error, read_launcher().num_processes):
-            raise TrainingStopped("another process of this run has ended; what was saved is intact") from None
-        raise
+        if not is_lost_process(error, read_launcher().num_processes):
+            raise
+        if number := stop.reason():
+            raise Interrupted(number, "when another process had ended already; what was saved is intact") from None
+        raise TrainingStopped("another process of this run has ended; what was saved is intact") from None
 
 
 def is_lost_process(error: RuntimeError, num_processes: int) -> bool:

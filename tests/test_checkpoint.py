@@ -433,7 +433,12 @@ def test_what_a_kill_left_of_writing_is_tidied_and_what_it_was_about_to_replace_
     (folder / "checkpoint-000002").rename(folder / ".stale-checkpoint-000002")
     for name in (".partial-checkpoint-000002", ".dropped-checkpoint-000000"):
         (folder / name / "lora").mkdir(parents=True)
+    (two_saved.run.folder / "images").mkdir()
+    torn = [two_saved.run.folder / name for name in ("config.json.tmp", "images/eval_000001.png.tmp")]
+    for path in torn:
+        path.write_text("")
     assert build(config).run.checkpoint == folder / "checkpoint-000002"
+    assert not any(path.exists() for path in torn)
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-000001", "checkpoint-000002"]
 
 

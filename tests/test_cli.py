@@ -170,7 +170,7 @@ def test_without_a_recipe_what_is_resumed_must_be_a_run(tmp_path):
 def test_settings_that_were_changed_after_they_were_written_are_not_taken(earlier):
     text = (earlier / "config.json").read_text().replace('"seed": 5', '"seed": 4')
     (earlier / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config.json has changed since it was written, and no checkpoint"):
+    with pytest.raises(ConfigError, match=r"config.json is damaged, or was edited, .* and no checkpoint"):
         parse(f"--config.resume_from={earlier}")
 
 

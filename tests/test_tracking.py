@@ -234,6 +234,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh_under_its_name(
         run = new_run(seed=number)
         run.log({"train/reward": value}, step=1)
         (run.folder / "checkpoints/.partial-checkpoint-000001").mkdir(parents=True)
+        (run.folder / "config.json.tmp").write_text("{")
         run.finish()
     run = new_run()
     assert f"it starts afresh; what was there is now in {run.folder / 'earlier-2'}" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import read_object
+from flow_grpo.files import TEMPORARY, read_object
 from flow_grpo.messages import say
 from flow_grpo.runs.lock import LOCK_FILE, OWNER_FILE, RunLock
 from flow_grpo.runs.saved import (
@@ -70,6 +70,7 @@ def open_folder(config: Any) -> OpenFolder:
     folder, resumed = _choose(config)
     lock = RunLock(folder)
     try:
+        _sweep(folder)
         if resumed:
             tidy(folder / CHECKPOINTS)
         else:
@@ -118,6 +119,16 @@ def _choose(config: Any) -> tuple[Path, bool]:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"run_name={name!r}: no folder can be made in logdir={config.logdir!r} ({reason}).") from None
     return logdir / name, False
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a kill left of writing one of our own files."""
+    ours = [folder / f"{name}{TEMPORARY}" for name in OURS | LOCK_FILES]
+    for part in (IMAGE_FOLDER, *RECORD_FOLDERS):
+        ours += (folder / part).glob(f"*{TEMPORARY}")
+    for path in ours:
+        if path.is_file():
+            path.unlink()
 
 
 def _make_room(folder: Path, config: Any) -> None:
@@ -198,7 +209,7 @@ def run_config(folder: Path) -> dict[str, Any]:
         expected = _digest_of_config(folder)
         if expected in (None, config_digest(path.read_bytes())):
             return config
-        problem = f"{path} has changed since it was written"
+        problem = f"{path} is damaged, or was edited, since it was written"
     except ConfigError as error:
         problem = str(error).rstrip(".")
     except RecursionError:

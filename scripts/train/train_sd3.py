@@ -24,7 +24,7 @@ def main(config) -> None:
     from flow_grpo.trainer import fit
     from scripts.diversity_metrics.diversity_evaluator import build_diversity_evaluators
 
-    with watching() as stop, one_of_many():
+    with watching() as stop, one_of_many(stop):
         settings, accelerator = launch(config)
         config = settings.config
         train_epoch = drtune.train_epoch if config.use_reward_gradient else grpo.train_epoch
