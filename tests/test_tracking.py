@@ -6,12 +6,13 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,33 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh_under_its_name(
     ]  # fmt: skip
     rewards = [read_history(run.folder / f"earlier-{n}/metrics.jsonl")[0]["train/reward"] for n in (1, 2)]
     assert rewards == [0.1, 0.2]
+
+
+def test_a_kill_while_an_earlier_start_is_set_aside_does_not_block_the_name(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    run.log({"train/reward": 0.1}, step=1)
+    (run.folder / "images").mkdir()
+    run.finish()
+    replace = os.replace
+    for moved in range(4):  # killed after so many of metrics.jsonl, images/, config.json and environment.json
+        left = iter(range(moved))
+
+        def killed(source: Path, target: Path, left: Iterator[int] = left) -> None:
+            if target.parent.name.startswith("earlier-") and next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        folder = run.folder.with_name(f"run-{moved}")
+        shutil.copytree(run.folder, folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            with pytest.raises(KeyboardInterrupt):
+                new_run(run_name=folder.name)
+        again = new_run(run_name=folder.name)
+        assert not (again.folder / "metrics.jsonl").exists()
+        assert len(list(again.folder.glob("earlier-*/metrics.jsonl"))) == 1
 
 
 def test_a_folder_with_something_of_somebody_elses_is_refused_and_left_as_it_was(new_run: NewRun) -> None:

@@ -42,10 +42,11 @@ CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER = "config.json", "envi
 RECORD_FOLDERS = ("steps", "diversity")  # of evaluators: <label>_<step>.json
 TRACKERS = ("wandb", "tensorboard")  # wandb first: the one that may have to be started twice
 OURS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, CHECKPOINTS, *RECORD_FOLDERS, *TRACKERS})
+RECORDS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE})  # by which a run is known
 LOCK_FILES = frozenset({LOCK_FILE, OWNER_FILE})
 EARLIER = "earlier"  # earlier-1/, earlier-2/, ...
 # what a run writes before it has done anything: a folder that holds no more than this may be used again
-EMPTY_RUN = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, *TRACKERS, *LOCK_FILES})
+EMPTY_RUN = RECORDS | LOCK_FILES | frozenset(TRACKERS)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _make_room(folder: Path, config: Any) -> None:
     held = {name for name in there if not name.startswith(f"{EARLIER}-")} - LOCK_FILES
     if not held - EMPTY_RUN:
         return
-    begun = held <= OURS and {CONFIG_FILE, ENVIRONMENT_FILE} & held and not _has_saved(folder / CHECKPOINTS)
+    begun = held <= OURS and held & RECORDS and not _has_saved(folder / CHECKPOINTS)
     if not begun:
         raise ConfigError(
             f"run_name={config.run_name!r}: {folder} already holds a run, which is not overwritten; choose another "
@@ -150,7 +151,7 @@ def _make_room(folder: Path, config: Any) -> None:
     number = next(n for n in itertools.count(1) if not (folder / f"{EARLIER}-{n}").exists())
     aside = folder / f"{EARLIER}-{number}"
     aside.mkdir()
-    for name in held:
+    for name in sorted(held, key=lambda name: name in RECORDS):  # these last: a kill in between is begun again
         os.replace(folder / name, aside / name)
     say(f"{folder} was begun before and saved no checkpoint: it starts afresh; what was there is now in {aside}.")
 
