@@ -14,7 +14,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 
-from flow_grpo import checkpoint, drtune, grpo
+from flow_grpo import checkpoint, drtune, grpo, training_state
 from flow_grpo.checkpoint import Score
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import draw_samples
@@ -226,7 +226,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole_and_no_litter(con
     assert "checkpoint-000002 cannot be written (No space left on device)" in capsys.readouterr().err
     assert names(parts) == ["checkpoint-000001"]
     assert (checkpoints(parts) / "checkpoint-000001" / "state.json").read_text() == state
-    checkpoint.restore(parts.policy, parts.run, checkpoint.read(find_checkpoint(str(parts.run.folder))), "it")
+    training_state.restore(parts.policy, parts.run, training_state.read(find_checkpoint(str(parts.run.folder))), "it")
 
 
 def test_weights_that_are_not_finite_are_not_saved(config, build, capsys):

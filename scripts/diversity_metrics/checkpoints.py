@@ -99,13 +99,13 @@ def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool
     """Set the trained weights to those of a model; `base` are those of the pretrained one."""
     import torch
 
-    from flow_grpo import checkpoint
+    from flow_grpo import training_state
 
     values = base
     if model.folder is not None:
-        tensors = checkpoint.named_as(policy, checkpoint.read_tensors(model.folder))
-        kind = checkpoint.AVERAGE if ema else checkpoint.WEIGHTS
-        values = checkpoint.matching_weights(policy, tensors, kind, str(model.folder))
+        tensors = training_state.named_as(policy, training_state.read_tensors(model.folder))
+        kind = training_state.AVERAGE if ema else training_state.WEIGHTS
+        values = training_state.matching_weights(policy, tensors, kind, str(model.folder))
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, values, strict=True):
             parameter.copy_(value)
