@@ -15,7 +15,6 @@ A checkpoint is written under another name, forced to the disk, and then renamed
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from flow_grpo.runs.saved import (
     checkpoint_state,
     drop,
     finished_checkpoints,
+    remove,
     replace_folder,
     set_aside,
 )
@@ -79,14 +79,12 @@ def resume(policy: Policy, run: Run, settings: Settings) -> bool:
     if run.resumed:
         history = checkpoint_state(run.checkpoint).get("history")
         run.truncate_history(run.counters.epoch, evaluation_redone=not state.evaluated, expected=history)
-        _set_aside_later(run)
+        run.from_main(lambda: _set_aside_later(run))
     return not state.evaluated
 
 
 def _set_aside_later(run: Run) -> None:
     """Move checkpoints of later epochs than the run's out of the way."""
-    if not run.is_main:
-        return
     for epoch, folder in finished_checkpoints(run.folder / CHECKPOINTS).items():
         if epoch > run.counters.epoch:
             set_aside(folder, "abandoned")
@@ -162,17 +160,19 @@ class Saver:
         """Write the checkpoint; what is in the way, in words."""
         if broken := not_finite(trained_tensors(self.policy)):
             return f"{broken} is no longer finite"
+        if not self.run.holds_folder():
+            return f"{self.run.folder} is no longer the folder that this run began to write"
         folder = checkpoint_folder(self.run)
         partial = folder.with_name(f".partial-{folder.name}")
         try:
             folder.parent.mkdir(exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir()
             self._write(partial, score, evaluated)
             replace_folder(partial, folder)
             self._drop_old(folder.parent)
         except (OSError, SafetensorError, ConfigError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             return f"{folder} cannot be written ({getattr(error, 'strerror', None) or first_line(error)})"
         return None
 

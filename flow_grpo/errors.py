@@ -1,6 +1,7 @@
 """The ways a run ends early with one sentence instead of a traceback."""
 
 import signal
+from enum import IntEnum
 
 
 class ConfigError(ValueError):
@@ -18,7 +19,11 @@ class TrainingStopped(RuntimeError):
 class Interrupted(Exception):
     """Somebody asked the process to stop, and it has saved what there was (exit code 128 + signal)."""
 
-    def __init__(self, number: int, what: str) -> None:
-        """`number` is that of the signal, `what` completes "stopped by SIGTERM ..."."""
-        super().__init__(f"stopped by {signal.Signals(number).name} {what}.")
-        self.number, self.exit_code = number, 128 + number
+    def __init__(self, reason: IntEnum, what: str) -> None:
+        """`reason`: a `stopping.Reason`; `what` completes "stopped by SIGTERM ..."."""
+        super().__init__(f"stopped by {CAUSES.get(reason.name, reason.name)} {what}.")
+        self.reason = reason
+        self.exit_code = 128 + (reason if reason < 128 else signal.SIGTERM)
+
+
+CAUSES = {"DEADLINE": "its deadline", "ORPHANED": "the end of its launcher"}  # others are signals

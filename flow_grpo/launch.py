@@ -21,6 +21,7 @@ from torch.distributed import DistError
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
+from flow_grpo.messages import say
 from flow_grpo.model_files import LOADING_ERRORS, first_line
 from flow_grpo.policy import check_lora_targets, noise_levels
 from flow_grpo.rewards import REWARDS, reward_names
@@ -56,6 +57,9 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
     transformers.utils.logging.disable_progress_bar()
     _check_hub(settings)
     _check_pipeline(settings)
+    if launched.num_processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # set by hand, or by a cluster
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        say(f"waiting at {address} until all {launched.num_processes} processes are there.")
     try:
         accelerator = Accelerator(
             mixed_precision=settings.config.mixed_precision,
@@ -82,8 +86,8 @@ def one_of_many(stop: StopWatch) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_process(error, read_launcher().num_processes):
             raise
-        if number := stop.reason():
-            raise Interrupted(number, "when another process had ended already; what was saved is intact") from None
+        if reason := stop.reason():
+            raise Interrupted(reason, "when another process had ended already; what was saved is intact") from None
         raise TrainingStopped("another process of this run has ended; what was saved is intact") from None
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
 WITHOUT_T5 = ("text_encoder_3", "tokenizer_3")  # the parts that a pipeline may lack
+MOST_IMAGES = 10_000_000  # of an epoch
 HUB_PIXELS_PER_TOKEN = 16  # SD3's VAE shrinks an image by 8, its transformer takes patches of 2
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
 
@@ -108,6 +109,11 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 def plan_batches(groups: int, group_size: int, updates: int, num_processes: int) -> BatchPlan:
     """Divide groups * group_size images evenly; where that is impossible, ConfigError names values that would work."""
     images = groups * group_size
+    if images > MOST_IMAGES:
+        raise ConfigError(
+            f"config.sample.groups_per_epoch = {groups} groups of {group_size} are {images} images; an epoch takes at "
+            f"most {MOST_IMAGES}."
+        )
     if images % (num_processes * updates):
         raise ConfigError(_uneven(groups, group_size, updates, num_processes))
     return BatchPlan(
@@ -250,7 +256,7 @@ RULES: Mapping[str, Rule] = {
     "prompts.train": _FILLED,
     "prompts.test": _FILLED,
     "use_reward_gradient": _YES_OR_NO,
-    "sample.num_steps": _whole(1),
+    "sample.num_steps": _whole(1, 10_000),
     "sample.guidance_scale": _NOT_NEGATIVE,
     "sample.sde_type": _choice("ode", "sde", "dance", "cps"),
     "sample.noise_level": _NOT_NEGATIVE,
@@ -271,7 +277,7 @@ RULES: Mapping[str, Rule] = {
     "train.ema": _YES_OR_NO,
     "train.ema_decay": _BELOW_ONE,
     "train.max_nonfinite_updates": _whole(1),
-    "train.num_inner_epochs": _whole(1),
+    "train.num_inner_epochs": _whole(1, 1_000_000),
     "train.clip_range": _number("a number above 0 and below 1", lambda x: 0 < x < 1),
     "train.adv_clip_max": _POSITIVE,
     "train.advantage_mode": _choice("all", "positive", "negative", "weighted"),
@@ -280,7 +286,7 @@ RULES: Mapping[str, Rule] = {
     "train.kl_space": _choice("gaussian", "velocity"),
     "train.ratio_normalization": _YES_OR_NO,
     "train.ratio": _choice("sde", "ode_step", "ode_path", "cfm"),
-    "train.ratio_probes": _whole(0),
+    "train.ratio_probes": _whole(0, 100_000),
     "train.max_ratio_error": _POSITIVE,
     "drtune.num_train_steps": _whole(1),
     "drtune.early_stop": _whole(0),
@@ -290,7 +296,7 @@ RULES: Mapping[str, Rule] = {
     "eval_ode_log_prob_freq": _whole(0),
     "eval_diversity": _YES_OR_NO,
     "eval_diversity_freq": _whole(0),
-    "num_seeds": _whole(4),
+    "num_seeds": _whole(4, 1_000_000),
     "prompts.eval_diversity": _FILLED,
     "diversity.extractor": _choice("clip", "dinov2", "open_clip"),
     "diversity.model": _FILLED,
@@ -298,22 +304,22 @@ RULES: Mapping[str, Rule] = {
     "diversity.num_prompts": _whole(0),
     "diversity.order": _NOT_NEGATIVE,
     "diversity.bandwidth": _NOT_NEGATIVE,
-    "diversity.num_draws": _whole(50),
+    "diversity.num_draws": _whole(50, 1_000_000),
     "diversity.batch_size": _whole(1),
     "visualize_steps": _YES_OR_NO,
     "visualize_steps_freq": _whole(0),
     "entropy.num_prompts": _whole(1),
-    "entropy.num_image_per_prompt": _whole(2),
-    "entropy.num_probes": _whole(1),
+    "entropy.num_image_per_prompt": _whole(2, 1_000_000),
+    "entropy.num_probes": _whole(1, 100_000),
     "entropy.distribution": _choice("rademacher", "gaussian", "orthogonal"),
     "entropy.solver": _choice("euler", "heun", "rk4"),
     "entropy.batch_size": _whole(1),
     "entropy.num_strip_prompts": _whole(1),
     "eval.seed": _whole(0),
-    "eval.num_steps": _whole(1),
+    "eval.num_steps": _whole(1, 10_000),
     "eval.guidance_scale": _NOT_NEGATIVE,
     "eval.num_prompts": _whole(0),
-    "eval.num_image_per_prompt": _whole(1),
+    "eval.num_image_per_prompt": _whole(1, 1_000_000),
     "eval.batch_size": _whole(1),
     "eval.ema": _YES_OR_NO,
     "eval.rewards": _each(_FILLED, "a tuple of names of rewards, or ()"),

@@ -5,6 +5,7 @@ Everything that a report shows is rebuilt from the run's folder, flow_grpo/runs/
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import importlib.util
 import io
@@ -54,13 +55,13 @@ from flow_grpo.runs.folder import (
 )
 from flow_grpo.runs.history import append_line, salvage_history, starts_with, write_history
 from flow_grpo.runs.saved import checkpoint_state
-from flow_grpo.runs.stopping import StopWatch
+from flow_grpo.runs.stopping import Reason, StopWatch
 
 if TYPE_CHECKING:
     from flow_grpo.settings import Settings
 
 
-FAILURE = 255  # in the place of a signal's number: the main process cannot write
+FAILURE = 1 << 16  # in the place of a reason to stop: the main process cannot write
 WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
@@ -132,6 +133,10 @@ class Run:
         """The name of the run: that of its folder."""
         return self.folder.name
 
+    def holds_folder(self) -> bool:
+        """Whether the folder is still the one that was locked; always, of a process that writes nothing."""
+        return self._opened is None or self._opened.lock.is_in_place()
+
     @property
     def begins(self) -> bool:
         """Whether the base model is still to be evaluated: a run that begins, or was stopped before it had been."""
@@ -159,6 +164,8 @@ class Run:
         del spent["epoch"], spent["groups"]  # the step says them
         values = {name: _number(value) for name, value in (spent | dict(metrics)).items()}
         try:
+            if not self.holds_folder():
+                raise FileNotFoundError(errno.ENOENT, "the folder has been moved or deleted")
             append_line(self.folder / HISTORY_FILE, {"step": int(step)} | values, create=not self._logged)
             self._logged = True
         except OSError as error:
@@ -181,6 +188,8 @@ class Run:
             return
         pixels = _pixels(image)  # (H, W, 3)
         path = self.folder / IMAGE_FOLDER / f"{name}_{step:06d}.png"
+        if not self.holds_folder():
+            return  # `log` tells
         with self.writing(str(path)):
             path.parent.mkdir(exist_ok=True)
             buffer = io.BytesIO()
@@ -258,14 +267,14 @@ class Run:
             Interrupted: some process was asked to stop.
             TrainingStopped: the main process can no longer write metrics.
         """
-        code = FAILURE if self._failure else 0 if ended else self._stop.reason()
+        code = FAILURE if self._failure else 0 if ended else int(self._stop.reason() or 0)
         if self.accelerator.num_processes > 1:
             codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
             code = int(codes.max())
         if code == FAILURE:
             raise TrainingStopped(self._failure or "the main process can no longer write the run's metrics")
         if code:
-            raise Interrupted(code, f"after epoch {self.counters.epoch}")
+            raise Interrupted(Reason(code), f"after epoch {self.counters.epoch}")
 
     # --- progress and time ----------------------------------------------------------------------------
 
@@ -418,7 +427,8 @@ def start_trackers(
     from wandb.errors import Error as WandbError
 
     try:
-        _init_trackers(accelerator, config, folder, names, run_id, purge_step, wandb_mode())
+        os.environ["WANDB_MODE"] = wandb_mode()  # wandb reads it too, and knows small letters only
+        _init_trackers(accelerator, config, folder, names, run_id, purge_step, os.environ["WANDB_MODE"])
     except WandbError as error:
         warnings.warn(f"wandb could not start ({error}); this run is kept offline in {folder}", stacklevel=2)
         accelerator.trackers.clear()

@@ -42,7 +42,7 @@ def fit(
         run.arm()
         _loop(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run, saver, evaluation_due)
     except Interrupted as stop:
-        raise Interrupted(stop.number, f"after epoch {run.counters.epoch}: {saver.save_remembered()}") from None
+        raise Interrupted(stop.reason, f"after epoch {run.counters.epoch}: {saver.save_remembered()}") from None
 
 
 def _loop(

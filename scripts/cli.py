@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import itertools
+import os
 import re
 import signal
 import sys
@@ -28,9 +29,10 @@ from config import grpo
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
-from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.runs.folder import flatten, run_folder_of
+from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkpoint
 from flow_grpo.settings import decides_what_is_seen, leaves
-from scripts.run_config import read_config
+from scripts.run_config import config_from, read_config
 
 ALLOW_CHANGES = "--allow-changes"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: 'a quoted tuple such as ("a", "b")'}
@@ -54,8 +56,10 @@ def one_sentence_errors() -> Iterator[None]:
     Each machine's first process says why. Output that nobody can read any more, or in letters that the terminal lacks,
     ends nothing.
     """
+    os.environ["MPLBACKEND"] = "agg"  # figures are only written; another one may not even be installed
     with _patient_output():
         try:
+            _check_working_folder()
             yield
         except (ConfigError, TrainingStopped, Interrupted) as error:
             say(str(error) if isinstance(error, Interrupted) else f"error: {error}")
@@ -63,6 +67,22 @@ def one_sentence_errors() -> Iterator[None]:
         except KeyboardInterrupt:
             say("stopped by SIGINT.")
             raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError:
+        raise ConfigError("the working folder no longer exists; change to one that does.") from None
+
+
+def create_folder(folder: Path) -> Path:
+    """A folder for results, made if needed; ConfigError if it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be a folder ({error.strerror}).") from None
+    return folder
 
 
 @contextmanager
@@ -104,23 +124,38 @@ def _settings_of_run(resume_from: str, recipe: str) -> ConfigDict | None:
 
     Raises ConfigError where a recipe is named besides that is another than the run's.
     """
+    if not resume_from:
+        return None
     folder = run_folder_of(resume_from)
     if folder is None:
-        if resume_from and not recipe:
+        config = _settings_of_checkpoint(resume_from)
+    else:
+        config = read_config(folder, {}, num_processes=None)
+        config.update({"logdir": str(folder.resolve().parent), "run_name": folder.resolve().name})
+    if config is None:
+        if not recipe:
             raise ConfigError(
-                f"config.resume_from = {resume_from!r} holds no checkpoint of a run whose settings are known; "
-                "it takes a run folder, its checkpoints folder or one checkpoint of it."
+                f"config.resume_from = {resume_from!r} holds no checkpoint that knows its settings; it takes a run "
+                "folder, its checkpoints folder or one checkpoint of it."
             )
-        return None
-    config = read_config(folder, {}, num_processes=None)
-    _, _, name = recipe.partition(":")
-    if name and config.recipe and name != config.recipe:
+    elif recipe and recipe.partition(":")[2] != config.recipe:
         raise ConfigError(
-            f"--config {recipe} is not the recipe of {folder}, {config.recipe!r}: a run goes on with its own settings; "
-            "leave --config out, and change keys one by one."
+            f"--config {recipe} is not the recipe of {resume_from}, {config.recipe!r}: a run goes on with its own "
+            "settings; leave --config out, and change keys one by one."
         )
-    config.update({"logdir": str(folder.resolve().parent), "run_name": folder.resolve().name})
     return config
+
+
+def _settings_of_checkpoint(resume_from: str) -> ConfigDict | None:
+    """Those that a checkpoint away from its run's folder carries, for a run of another name; None: it has none."""
+    try:
+        checkpoint = find_checkpoint(resume_from)
+    except ConfigError:
+        return None  # there is a better sentence for it where it is resumed
+    kept = checkpoint_state(checkpoint).get("config")
+    if not isinstance(kept, dict):
+        return None
+    return config_from(flatten(kept), checkpoint / CHECKPOINT_STATE, {"resume_from": "", "run_name": ""})
 
 
 def _check_changes(before: Mapping[str, Any], after: Mapping[str, Any], allowed: bool) -> None:
@@ -237,17 +272,17 @@ def _accepts(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
 def _apply(config: ConfigDict, argv: list[str], declared: dict[str, Any]) -> ConfigDict:
     """Set the overrides in `config`; their keys are known to exist."""
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     try:
+        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         positional = values(argv)[1:]
-    except flags.Error as error:
+    except (flags.Error, ValueError, OSError) as error:  # the last two: of a value for --no..., of --flagfile
         raise ConfigError(_explain(error, declared)) from None
     if positional:
         raise ConfigError(f"the argument {positional[0]} is not understood; overrides look like --config.KEY=VALUE.")
     return holder.value
 
 
-def _explain(error: flags.Error, declared: dict[str, Any]) -> str:
+def _explain(error: Exception, declared: dict[str, Any]) -> str:
     """absl's complaint about a value, or about a flag that is none of ours, as a sentence."""
     value = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
     if value is None:

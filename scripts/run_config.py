@@ -20,17 +20,24 @@ def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int |
     Raises:
         ConfigError: config.json is missing, or is not a configuration of this project.
     """
-    path, config = folder / CONFIG_FILE, get_config()
-    values = run_config(folder)
+    if num_processes is not None:
+        overrides = {"num_processes": num_processes, **overrides}
+    return config_from(run_config(folder), folder / CONFIG_FILE, {"resume_from": "", **overrides})
+
+
+def config_from(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> ConfigDict:
+    """A configuration of values by their full names, some of them replaced; a key that came later has its default.
+
+    Raises:
+        ConfigError: naming `path`, where they are from, if they are no configuration of this project.
+    """
+    config = get_config()
     unknown = sorted(values.keys() - dict(leaves(config)).keys())
     missing = sorted(dict(leaves(config)).keys() - values.keys())
-    if unknown or "pretrained.model" in missing:  # a key that came later has its default
+    if unknown or "pretrained.model" in missing:
         wrong = f"has {unknown[0]!r}" if unknown else f"lacks {missing[0]!r}"
         raise ConfigError(f"{path} {wrong}: it is not a configuration of this project.")
-    values |= {"resume_from": "", **overrides}
-    if num_processes is not None:
-        values["num_processes"] = num_processes
-    for key, value in values.items():
+    for key, value in {**values, **overrides}.items():
         try:
             config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
         except (TypeError, ValueError, OverflowError):

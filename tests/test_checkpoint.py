@@ -418,6 +418,28 @@ def test_a_damaged_history_is_told_kept_and_what_can_be_read_goes_on(two_saved, 
     assert (again.run.folder / "metrics.jsonl.damaged").read_bytes() == b"\xff" + first + second
 
 
+def test_a_manifest_that_lost_an_entry_is_damaged(two_saved, config, build):
+    newest = checkpoints(two_saved) / "checkpoint-000002"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    del manifest["files"]["training_state.safetensors"]
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint_damage(newest, deep=True) == "its manifest.json does not list training_state.safetensors"
+
+
+def test_a_file_in_the_place_of_a_partial_checkpoint_does_not_stop_a_save(config, build):
+    parts = build(config)
+    checkpoints(parts).mkdir()
+    (checkpoints(parts) / ".partial-checkpoint-000001").write_text("")
+    assert save(parts, 1)
+
+
+def test_later_checkpoints_that_cannot_be_set_aside_are_one_sentence(two_saved, config, build):
+    (checkpoints(two_saved) / "abandoned").write_text("")
+    config.resume_from = str(checkpoints(two_saved) / "checkpoint-000001")
+    with pytest.raises(ConfigError, match=r"checkpoint-000002 cannot be moved to .*abandoned"):
+        train(config, build, grpo)
+
+
 def test_a_number_changed_in_the_history_is_noticed(two_saved, config, build, capsys):
     path = two_saved.run.folder / "metrics.jsonl"
     path.write_text(path.read_text().replace('"images": 8', '"images": 9'))
@@ -446,7 +468,7 @@ def test_a_checkpoint_is_dropped_under_another_name(config, build, monkeypatch):
     """A kill halfway through deleting leaves nothing that looks like a checkpoint."""
     parts = build(config)
     save(parts, 1)
-    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # killed at once
+    monkeypatch.setattr(shutil, "rmtree", lambda path: None)  # killed at once
     drop(checkpoints(parts) / "checkpoint-000001")
     assert finished_checkpoints(checkpoints(parts)) == {}
 

@@ -162,6 +162,41 @@ def test_another_recipe_than_the_runs_is_refused(earlier):
         parse("--config=config/grpo.py:tiny_sd3_use_gradient", f"--config.resume_from={earlier}")
 
 
+def test_home_is_understood_in_what_is_resumed(earlier, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(earlier.parent))
+    assert parse("--config.resume_from=~/run").seed == 5
+    with pytest.raises(ConfigError, match="--allow-changes"):
+        parse("--config.resume_from=~/run", "--config.seed=7")
+
+
+def test_a_checkpoint_away_from_its_run_brings_its_settings(earlier, tmp_path):
+    kept = tmp_path / "kept" / "checkpoint-000003"
+    kept.mkdir(parents=True)
+    state = {"weights": {}, "counters": {"epoch": 3, "seconds": 1}}
+    state["config"] = json.loads((earlier / "config.json").read_text())
+    (kept / "state.json").write_text(json.dumps(state))
+    (kept / "training_state.pt").write_bytes(b"")
+    config = parse(f"--config.resume_from={kept}")
+    assert (config.seed, config.train.batch_size, config.run_name) == (5, 8, "")
+
+
+@pytest.mark.parametrize("recipe", ["config/base.py", "/nowhere.py:tiny_sd3_use_gradient"])
+def test_any_other_recipe_is_refused_too(earlier, recipe):
+    with pytest.raises(ConfigError, match="is not the recipe of"):
+        parse(f"--config={recipe}", f"--config.resume_from={earlier}")
+
+
+def test_settings_edited_beside_missing_records_are_those_of_the_newest_checkpoint(earlier, capsys):
+    state = {"weights": {}, "counters": {"epoch": 3, "seconds": 1}}
+    state["config"] = json.loads((earlier / "config.json").read_text())
+    (earlier / "checkpoints/checkpoint-000003").mkdir(parents=True)
+    (earlier / "checkpoints/checkpoint-000003/state.json").write_text(json.dumps(state))
+    (earlier / "config.json").write_text(json.dumps(state["config"] | {"seed": 7}))
+    (earlier / "environment.json").unlink()
+    assert parse(f"--config.resume_from={earlier}").seed == 5
+    assert "config.json is damaged, or was edited" in capsys.readouterr().err
+
+
 def test_without_a_recipe_what_is_resumed_must_be_a_run(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.resume_from = .* holds no checkpoint"):
         parse(f"--config.resume_from={tmp_path}")
@@ -213,6 +248,9 @@ MISTAKES = [
     ((TINY, "--config.train.beta"), ["--config.train.beta", "Missing value"]),
     ((TINY, "--learning_rate=1"), ["learning_rate", "--config.KEY=VALUE"]),
     ((TINY, "extra"), ["extra", "--config.KEY=VALUE"]),
+    ((TINY, "--noconfig.use_lora=3"), ["use_lora", "--config.KEY=VALUE"]),
+    ((TINY, "--flagfile=/nowhere"), ["/nowhere", "--config.KEY=VALUE"]),
+    ((TINY, "--config.sample.groups_per_epoch=1000000000000000"), ["groups_per_epoch", "at most 10000000"]),
     ((TINY, "--config.mixed_precision=fp16"), ["mixed_precision", "GPU"]),
     ((TINY, "--config.num_processes=2"), ["num_processes = 2", "1 started"]),
     ((TINY, "--config.train.updates_per_epoch=3"), ["updates_per_epoch = 3", "would work"]),

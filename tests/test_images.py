@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from flow_grpo.errors import ConfigError
@@ -241,3 +242,21 @@ def test_the_limit_is_ours_and_not_pillows(tmp_path: Path, monkeypatch: pytest.M
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     assert read_rgb(tmp_path / "small.png").shape == (8, 8, 3)
     assert Image.MAX_IMAGE_PIXELS == 10
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone_as_pillow_does(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(read_rgb(tmp_path / "a.png"), np.asarray(expected))
+
+
+def test_a_damaged_note_beside_a_whole_picture_leaves_it_readable(tmp_path):
+    pixels = np.full((4, 6, 3), 7, np.uint8)
+    info = PngInfo()
+    info.add_text("Raw profile type exif", "\nexif\n 4\nzzzz")
+    Image.fromarray(pixels).save(tmp_path / "a.png", pnginfo=info)
+    assert np.array_equal(read_rgb(tmp_path / "a.png"), pixels)

@@ -17,7 +17,7 @@ from flow_grpo.evaluation import sample_evaluators
 from flow_grpo.launch import is_lost_process
 from flow_grpo.runs import stopping
 from flow_grpo.runs.history import read_history
-from flow_grpo.runs.stopping import StopWatch, watching
+from flow_grpo.runs.stopping import Reason, StopWatch, watching
 from flow_grpo.trainer import fit
 from tests.saved_runs import read_state
 
@@ -31,9 +31,9 @@ class StopAfter(StopWatch):
         super().__init__({})
         self.left = questions
 
-    def reason(self) -> int:
+    def reason(self) -> Reason | None:
         self.left -= 1
-        return int(signal.SIGTERM) if self.left < 0 else 0
+        return Reason.SIGTERM if self.left < 0 else None
 
 
 def train(config, build, stop_after=None):
@@ -68,7 +68,7 @@ def questions(config, build, monkeypatch, note=lambda run: None):
     notes = []
     config.run_name = "unbroken"
     with monkeypatch.context() as patch:
-        patch.setattr(StopAfter, "reason", lambda self: notes.append(note(self.run)) or 0)
+        patch.setattr(StopAfter, "reason", lambda self: notes.append(note(self.run)))
         unbroken = train(config, build)
     return unbroken, notes
 
@@ -134,7 +134,7 @@ def test_a_stop_that_kept_the_middle_of_an_epoch_would_not_be_exact(evaluated, b
 # --- the watch ------------------------------------------------------------------------------------------
 
 
-def noted(watch: StopWatch) -> int:
+def noted(watch: StopWatch) -> Reason | None:
     """What the watch has noted, once its thread has had its turn."""
     for _ in range(1000):
         if watch.reason():
@@ -146,7 +146,7 @@ def noted(watch: StopWatch) -> int:
 def test_in_training_a_signal_is_noted():
     with watching() as watch:
         watch.armed = True
-        assert watch.reason() == 0
+        assert watch.reason() is None
         os.kill(os.getpid(), signal.SIGINT)
         assert noted(watch) == signal.SIGINT
 
@@ -229,9 +229,11 @@ DEADLINES = [
 def test_a_deadline_stops_as_sigterm_does_two_minutes_before(monkeypatch, environment, stops_at):
     watch = StopWatch({name: str(value) for name, value in environment.items()})
     monkeypatch.setattr(stopping.time, "time", lambda: stops_at - 0.5)
-    assert watch.reason() == 0
+    assert watch.reason() is None
     monkeypatch.setattr(stopping.time, "time", lambda: stops_at)
-    assert watch.reason() == signal.SIGTERM
+    assert watch.reason() is Reason.DEADLINE
+    assert Interrupted(Reason.DEADLINE, "after epoch 2").exit_code == 143
+    assert str(Interrupted(Reason.DEADLINE, "after epoch 2")) == "stopped by its deadline after epoch 2."
 
 
 @pytest.mark.parametrize("value", ["soon", "-1", "nan", ""])
@@ -240,12 +242,36 @@ def test_a_deadline_that_is_no_time_is_one_sentence(value):
         StopWatch({"FLOW_GRPO_DEADLINE": value})
 
 
-def test_a_launcher_that_has_gone_stops_its_process_but_a_shell_that_has_gone_does_not(monkeypatch):
-    launched, alone = StopWatch({"LOCAL_RANK": "0"}), StopWatch({})
-    assert launched.reason() == 0
-    monkeypatch.setattr(stopping.os, "getppid", lambda: 1)
-    assert launched.reason() == signal.SIGTERM
-    assert alone.reason() == 0
+PARENTS = [
+    ("-m torch.distributed.run --nproc-per-node 2 train.py", True),
+    ("-m accelerate.commands.launch train.py", True),
+    ("scripts/study/run.py", True),
+    ("-c pass", False),  # a shell, nohup, tmux: closing it stops nothing
+]
+CHILD = """
+import os, sys, time
+from flow_grpo.runs.stopping import StopWatch
+watch, parent = StopWatch(), os.getppid()
+while os.getppid() == parent:
+    time.sleep(0.01)
+open(sys.argv[1], "w").write(str(watch.reason()))
+"""
+
+
+@pytest.mark.parametrize(("words", "stops"), PARENTS)
+def test_a_launcher_that_is_killed_stops_its_process_but_a_shell_does_not(tmp_path, words, stops):
+    """The parent starts the child, with these words in its own command line, and is killed."""
+    said = tmp_path / "said"
+    parent = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', *sys.argv[1:3]]); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", parent, CHILD, str(said), words])
+    time.sleep(2)
+    process.kill()
+    process.wait()
+    for _ in range(1000):
+        if said.exists() and said.read_text():
+            break
+        time.sleep(0.01)
+    assert said.read_text() == (str(int(Reason.ORPHANED)) if stops else "None")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from config.grpo import RECIPES, get_config
+from flow_grpo.errors import ConfigError
+from flow_grpo.runs.lock import RunLock
 from flow_grpo.settings import resolve
 from scripts.cli import parse_config
 from scripts.study import plan, run
@@ -215,6 +217,19 @@ def test_a_run_without_a_time_limit_is_done_by_its_epochs(trainer: Path, tmp_pat
     assert state_of(longer, out) is State.NEW
 
 
+def test_a_run_of_other_settings_is_moved_aside_and_never_while_it_is_written(trainer: Path, tmp_path: Path) -> None:
+    out, (one,) = tmp_path / "logs", planned(1)
+    train_all([one], out, jobs=1)
+    before = (out / one.name / "config.json").read_bytes()
+    other = replace(one, overrides={**one.overrides, "train.beta": 0.7})
+    lock = RunLock(out / one.name)
+    with pytest.raises(ConfigError, match="is being written by process"):
+        train_all([other], out, jobs=1)
+    lock.release()
+    assert train_all([other], out, jobs=1) == []
+    assert (out / f"{one.name}.earlier" / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("file", ["config.json", "checkpoints/checkpoint-000010/state.json"])
 def test_a_damaged_folder_is_named_in_one_sentence_and_nothing_is_lost(
     file: str, trainer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -230,8 +245,8 @@ def test_a_damaged_folder_is_named_in_one_sentence_and_nothing_is_lost(
         main(["--out", str(out)])
     assert ended.value.code == 2
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert sentence.startswith(f"error: {torn} is not JSON")
-    assert sentence.endswith(f"; delete {out / done.name} to train this run again.")
+    assert f"{torn} is not JSON" in sentence
+    assert sentence.endswith(f"; move {out / done.name} away to train this run again.")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     shutil.rmtree(out / done.name)
     assert main(["--out", str(out)]) == 0

@@ -273,14 +273,42 @@ def test_a_kill_while_an_earlier_start_is_set_aside_does_not_block_the_name(
         assert len(list(again.folder.glob("earlier-*/metrics.jsonl"))) == 1
 
 
-def test_a_folder_with_something_of_somebody_elses_is_refused_and_left_as_it_was(new_run: NewRun) -> None:
-    run = new_run()
-    run.log({"train/reward": 0.1}, step=1)
-    run.finish()
-    (run.folder / "thesis.tex").write_text("all of it")
-    with pytest.raises(ConfigError, match="already holds a run, which is not overwritten"):
+def test_files_that_are_no_runs_stay_where_they_are(new_run: NewRun, tmp_path: Path) -> None:
+    """As of `command > logs/run/train.log`, before the first start and before the second."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/train.log").write_text("all of it")
+    for start in (1, 2):
+        run = new_run()
+        run.log({"train/reward": 0.1}, step=start)
+        run.finish()
+        assert (run.folder / "train.log").read_text() == "all of it"
+    assert (run.folder / "earlier-1/metrics.jsonl").exists()
+
+
+def test_a_folder_that_is_no_runs_but_holds_what_a_run_writes_is_refused_and_left_as_it_was(
+    new_run: NewRun, tmp_path: Path
+) -> None:
+    for name in ("images/mine.tmp", "wandb.tmp"):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("")
+    with pytest.raises(ConfigError, match=r"is no run's, but holds 'images', which a run would write"):
         new_run()
-    assert (run.folder / "metrics.jsonl").exists()
+    there = sorted(str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*"))
+    assert there == ["images", "images/mine.tmp", "wandb.tmp"]
+
+
+def test_a_folder_that_was_moved_away_and_made_anew_belongs_to_the_second_run(new_run: NewRun) -> None:
+    first = new_run()
+    first.log({"train/reward": 0.1}, step=1)
+    first.folder.rename(first.folder.with_name("moved"))
+    second = new_run(seed=9)
+    second.log({"train/reward": 0.9}, step=1)
+    first.log({"train/reward": 0.2}, step=2)
+    with pytest.raises(TrainingStopped, match="the folder has been moved or deleted"):
+        first.check_stop()
+    assert [line["train/reward"] for line in lines(second)] == [0.9]
+    first.finish()
+    assert (second.folder / "run.lock.json").exists()
 
 
 def test_resuming_a_run_that_saved_nothing_says_how_it_is_started_again(new_run: NewRun) -> None:
@@ -372,7 +400,7 @@ def test_a_history_that_has_vanished_is_not_begun_anew(new_run: NewRun) -> None:
     run.folder.rename(run.folder.with_name("moved"))
     run.log({"train/reward": 0.2}, step=2)
     run.log_image("eval", np.zeros((2, 2, 3), np.uint8), 2)
-    with pytest.raises(TrainingStopped, match=r"cannot be written \(No such file or directory\)"):
+    with pytest.raises(TrainingStopped, match=r"cannot be written \(the folder has been moved or deleted\)"):
         run.check_stop()
     assert not run.folder.exists()
 

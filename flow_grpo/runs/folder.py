@@ -71,14 +71,14 @@ def open_folder(config: Any) -> OpenFolder:
     folder, resumed = _choose(config)
     lock = RunLock(folder)
     try:
-        _sweep(folder)
         if resumed:
+            _sweep(folder)
             tidy(folder / CHECKPOINTS)
         else:
             _make_room(folder, config)
         checkpoint = _checkpoint_of(config, resumed) if config.resume_from else None
     except (ConfigError, OSError) as error:
-        lock.release()
+        lock.release(unused=not resumed)
         raise _as_config_error(error, folder) from None
     return OpenFolder(folder, resumed, checkpoint, lock)
 
@@ -123,30 +123,35 @@ def _choose(config: Any) -> tuple[Path, bool]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a kill left of writing one of our own files."""
-    ours = [folder / f"{name}{TEMPORARY}" for name in OURS | LOCK_FILES]
-    for part in (IMAGE_FOLDER, *RECORD_FOLDERS):
-        ours += (folder / part).glob(f"*{TEMPORARY}")
+    """Remove what a kill left of writing one of a run's own files."""
+    ours = [folder / f"{name}{TEMPORARY}" for name in (*RECORDS, HISTORY_FILE, *LOCK_FILES)]
+    for part, kind in ((IMAGE_FOLDER, "png"), *((name, "json") for name in RECORD_FOLDERS)):
+        ours += (folder / part).glob(f"*_[0-9]*.{kind}{TEMPORARY}")
     for path in ours:
         if path.is_file():
             path.unlink()
 
 
 def _make_room(folder: Path, config: Any) -> None:
-    """Leave an empty folder to a new run; what a start left that saved nothing is set aside in earlier-1/.
+    """Leave a folder to a new run in which no run is; what a start left that saved nothing is set aside in earlier-1/.
+
+    Files that are no run's stay where they are.
 
     Raises:
-        ConfigError: a run with a checkpoint is in it, or something that is no run's.
+        ConfigError: a run with a checkpoint is in it, or something that a run would write and no run has written.
     """
-    there = {entry.name for entry in folder.iterdir()}
-    held = {name for name in there if not name.startswith(f"{EARLIER}-")} - LOCK_FILES
-    if not held - EMPTY_RUN:
-        return
-    begun = held <= OURS and held & RECORDS and not _has_saved(folder / CHECKPOINTS)
-    if not begun:
+    held = {entry.name for entry in folder.iterdir() if entry.name.removesuffix(TEMPORARY) in OURS}
+    if _has_saved(folder / CHECKPOINTS):
         raise ConfigError(
             f"run_name={config.run_name!r}: {folder} already holds a run, which is not overwritten; choose another "
             f"run_name, or continue it with resume_from={str(folder)!r}."
+        )
+    if not held - EMPTY_RUN:
+        return
+    if not held & RECORDS:
+        raise ConfigError(
+            f"run_name={config.run_name!r}: {folder} is no run's, but holds {min(held)!r}, which a run would write; "
+            "choose another run_name."
         )
     number = next(n for n in itertools.count(1) if not (folder / f"{EARLIER}-{n}").exists())
     aside = folder / f"{EARLIER}-{number}"
@@ -177,7 +182,7 @@ def run_folder_of(resume_from: str) -> Path | None:
     """The run folder that `resume_from` (itself, its checkpoints or one of them) lies in; None: no run's."""
     if not resume_from:
         return None
-    path = Path(resume_from)
+    path = Path(resume_from).expanduser()
     candidates = [path]
     for folder in (path.resolve(), path.resolve().parent):
         if folder.name == CHECKPOINTS:
@@ -207,8 +212,7 @@ def run_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         config = flatten(read_object(path))
-        expected = _digest_of_config(folder)
-        if expected in (None, config_digest(path.read_bytes())):
+        if _is_as_written(path):
             return config
         problem = f"{path} is damaged, or was edited, since it was written"
     except ConfigError as error:
@@ -222,12 +226,17 @@ def run_config(folder: Path) -> dict[str, Any]:
     return flatten(kept)
 
 
-def _digest_of_config(folder: Path) -> str | None:
-    """As environment.json says; None where it says nothing, as that of an older run."""
+def _is_as_written(path: Path) -> bool:
+    """Whether a config.json is what environment.json, or else the newest checkpoint, says that it was.
+
+    True where neither says anything, as of an older version.
+    """
     try:
-        return read_object(folder / ENVIRONMENT_FILE).get("config_sha256")
+        expected = read_object(path.parent / ENVIRONMENT_FILE).get("config_sha256")
+        return expected in (None, config_digest(path.read_bytes()))
     except ConfigError:
-        return None
+        kept = _config_in_checkpoints(path.parent)
+        return kept is None or kept == read_object(path)
 
 
 def _config_in_checkpoints(folder: Path) -> dict[str, Any] | None:

@@ -33,8 +33,9 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._owner = folder / OWNER_FILE
-        self._lock = FileLock(folder / LOCK_FILE, timeout=0)
+        self._owner, self._file = folder / OWNER_FILE, folder / LOCK_FILE
+        self._is_new = not self._file.exists()
+        self._lock = FileLock(self._file, timeout=0)
         try:
             self._lock.acquire()
         except Timeout:
@@ -46,13 +47,34 @@ class RunLock:
         except OSError as error:
             self._lock.release()
             raise ConfigError(f"{folder} cannot be written ({error.strerror}).") from None
+        self._identity = _identity(self._file)
 
-    def release(self) -> None:
-        """Let another process have the folder; the lock's file stays, for those who wait on it."""
+    def is_in_place(self) -> bool:
+        """Whether the folder still holds this lock: not, once it was moved, deleted or made anew by another process."""
+        return _identity(self._file) == self._identity
+
+    def release(self, unused: bool = False) -> None:
+        """Let another process have the folder; the lock's file stays, for those who wait on it.
+
+        Args:
+            unused: the folder turned out to be none to write in: leave nothing in it that was not there before.
+        """
         if self._lock.is_locked:
             with suppress(OSError):  # the folder may have gone
-                self._owner.unlink(missing_ok=True)
+                if self.is_in_place():
+                    self._owner.unlink(missing_ok=True)
+                    if unused and self._is_new:
+                        self._file.unlink(missing_ok=True)
             self._lock.release()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file that has this name now; None: there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _this_process() -> dict[str, str | int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,19 @@ def write_manifest(folder: Path) -> None:
     write_atomically(folder / MANIFEST, strict_json({"files": files}, indent=1) + "\n")
 
 
-def damage(folder: Path, deep: bool) -> str | None:
+def damage(folder: Path, deep: bool, needed: Sequence[str] = ()) -> str | None:
     """What is wrong with a folder that has a manifest, in words; None: nothing.
 
     Args:
+        needed: files that the manifest must list.
         deep: read every file and compare its SHA-256; otherwise sizes alone are compared.
     """
     try:
-        for name, expected in _entries(read_object(folder / MANIFEST)):
+        entries = dict(_entries(read_object(folder / MANIFEST)))
+        for name in needed:
+            if name not in entries:
+                return f"its {MANIFEST} does not list {name}"
+        for name, expected in entries.items():
             if problem := _difference(folder / name, name, expected, deep):
                 return problem
     except ConfigError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,21 +57,22 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / CHECKPOINT_STATE).exists() or (path / MANIFEST).exists()
 
 
-def find_checkpoint(resume_from: str, deep: bool = False) -> Path:
+def find_checkpoint(resume_from: str, deep: bool = False, subject: str = "") -> Path:
     """The checkpoint to continue: see `choose_checkpoint`."""
-    return choose_checkpoint(resume_from, deep).folder
+    return choose_checkpoint(resume_from, deep, subject).folder
 
 
-def choose_checkpoint(resume_from: str, deep: bool = False) -> Found:
+def choose_checkpoint(resume_from: str, deep: bool = False, subject: str = "") -> Found:
     """The given checkpoint, or the newest whole one of a run folder or of its checkpoints folder.
 
     Args:
         deep: read every file, which a manifest names, and compare; otherwise their sizes alone.
+        subject: what the sentence of an error begins with, where it is not config.resume_from that names the folder.
 
     Raises:
         ConfigError: there is none; all are damaged; or the one that is given is.
     """
-    given, subject = Path(resume_from), f"config.resume_from = {resume_from!r}"
+    given, subject = Path(resume_from).expanduser(), subject or f"config.resume_from = {resume_from!r}"
     try:
         single = _is_checkpoint(given)
         found = {} if single else finished_checkpoints(given) | finished_checkpoints(given / CHECKPOINTS)
@@ -88,9 +90,7 @@ def choose_checkpoint(resume_from: str, deep: bool = False) -> Found:
         damaged[path] = problem
     if damaged:
         path, problem = next(iter(damaged.items()))
-        raise ConfigError(
-            f"{subject} holds only damaged checkpoints (the newest, {path}: {problem}); begin another run."
-        )
+        raise ConfigError(f"{subject} holds only damaged checkpoints (the newest, {path}: {problem}).")
     raise ConfigError(f"{subject} holds no checkpoint; it takes {_what_it_takes(given)}")
 
 
@@ -112,7 +112,7 @@ def checkpoint_damage(checkpoint: Path, deep: bool) -> str | None:
         return str(error).rstrip(".")
     if "format" not in state:
         return None if (checkpoint / OLD_TENSORS).is_file() else f"{OLD_TENSORS} is missing"
-    return damage(checkpoint, deep)
+    return damage(checkpoint, deep, needed=(CHECKPOINT_STATE, TENSORS))
 
 
 def is_checked(checkpoint: Path) -> bool:
@@ -145,28 +145,41 @@ def checkpoint_state(checkpoint: Path, subject: str = "") -> dict[str, Any]:
 def replace_folder(partial: Path, folder: Path) -> None:
     """Put a complete folder in its place; one that was there before goes only once the new one stands."""
     stale = folder.with_name(f".stale-{folder.name}")
-    shutil.rmtree(stale, ignore_errors=True)
+    remove(stale)
     if folder.exists():
         os.replace(folder, stale)
     os.replace(partial, folder)
     sync(folder.parent)
-    shutil.rmtree(stale, ignore_errors=True)
+    remove(stale)
 
 
 def drop(checkpoint: Path) -> None:
     """Delete a checkpoint; a kill in between never leaves half of one under its name."""
     dropped = checkpoint.with_name(f".dropped-{checkpoint.name}")
-    shutil.rmtree(dropped, ignore_errors=True)
+    remove(dropped)
     os.replace(checkpoint, dropped)
-    shutil.rmtree(dropped, ignore_errors=True)
+    remove(dropped)
 
 
 def set_aside(checkpoint: Path, place: str) -> Path:
-    """Move a checkpoint to a folder `place` beside it, under its name or that with a number; where it is now."""
+    """Move a checkpoint to a folder `place` beside it, under its name or that with a number; where it is now.
+
+    Raises:
+        ConfigError: it cannot be moved.
+    """
     target = free_name(checkpoint.parent / place / checkpoint.name)
-    target.parent.mkdir(exist_ok=True)
-    os.replace(checkpoint, target)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        os.replace(checkpoint, target)
+    except OSError as error:
+        raise ConfigError(f"{checkpoint} cannot be moved to {target} ({error.strerror}).") from None
     return target
+
+
+def remove(path: Path) -> None:
+    """Delete what this project wrote under a name of its own, a folder or a file in its place; never an error."""
+    with suppress(OSError):
+        path.unlink() if path.is_file() or path.is_symlink() else shutil.rmtree(path)
 
 
 def free_name(path: Path) -> Path:
@@ -186,4 +199,4 @@ def tidy(checkpoints: Path) -> None:
             os.replace(stale, folder)
     for pattern in (".stale-checkpoint-*", ".partial-checkpoint-*", ".dropped-checkpoint-*"):
         for litter in checkpoints.glob(pattern):
-            shutil.rmtree(litter, ignore_errors=True)
+            remove(litter)

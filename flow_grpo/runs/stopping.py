@@ -17,6 +17,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 
 from flow_grpo.errors import ConfigError, Interrupted
@@ -27,7 +29,18 @@ SAME_REQUEST = 1.0  # seconds within which a further signal is the same request
 DEADLINE, SLURM_DEADLINE = "FLOW_GRPO_DEADLINE", "SLURM_JOB_END_TIME"  # seconds since 1970
 MARGIN = "FLOW_GRPO_DEADLINE_MARGIN"  # seconds before the deadline at which to stop
 DEFAULT_MARGIN = 120.0
-LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # torchrun and accelerate launch set one of these
+# in the command line of a parent without which a run is not wanted; not those of a shell or of nohup
+LAUNCHERS = ("torchrun", "torch.distributed", "accelerate", "scripts/study/")
+
+
+class Reason(IntEnum):
+    """Why to stop; signals have their own numbers."""
+
+    SIGHUP = signal.SIGHUP
+    SIGINT = signal.SIGINT
+    SIGTERM = signal.SIGTERM
+    DEADLINE = 1001
+    ORPHANED = 1002
 
 
 class StopWatch:
@@ -36,28 +49,28 @@ class StopWatch:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """ConfigError for a deadline or margin that is no number."""
         self.armed = False  # whether a signal is noted, instead of ending the process
-        self._signal = 0
+        self._signal: Reason | None = None
         self._signalled_at = 0.0
         self._deadline = _deadline(environment)
-        self._parent = os.getppid() if any(name in environment for name in LAUNCHED) else None
+        self._parent = os.getppid() if _was_launched(environment) else None
 
-    def reason(self) -> int:
-        """The signal to stop by; SIGTERM for a deadline that is near or a launcher that has gone; 0: go on."""
+    def reason(self) -> Reason | None:
+        """Why to stop; None: go on."""
         if self._signal:
             return self._signal
-        over = self._deadline is not None and time.time() >= self._deadline
-        orphaned = self._parent is not None and os.getppid() != self._parent
-        return int(signal.SIGTERM) if over or orphaned else 0
+        if self._deadline is not None and time.time() >= self._deadline:
+            return Reason.DEADLINE
+        return Reason.ORPHANED if self._parent is not None and os.getppid() != self._parent else None
 
     def handle(self, number: int) -> None:
         """Of a signal, in any thread."""
         now = time.monotonic()
         if not self.armed:
-            say(str(Interrupted(number, "before training began; nothing was lost")))
+            say(str(Interrupted(Reason(number), "before training began; nothing was lost")))
         if not self.armed or (self._signal and now - self._signalled_at >= SAME_REQUEST):
             os._exit(128 + number)
         if not self._signal:
-            self._signal, self._signalled_at = number, now
+            self._signal, self._signalled_at = Reason(number), now
 
 
 @contextmanager
@@ -93,6 +106,15 @@ def _read_signals(receiver: socket.socket, watch: StopWatch) -> None:
         for number in numbers:
             if number in SIGNALS:
                 watch.handle(number)
+
+
+def _was_launched(environment: Mapping[str, str]) -> bool:
+    """Whether the parent process is a launcher, by its command line; by the environment where that cannot be read."""
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "LOCAL_RANK" in environment
+    return any(word in command for word in LAUNCHERS)
 
 
 def _deadline(environment: Mapping[str, str]) -> float | None:

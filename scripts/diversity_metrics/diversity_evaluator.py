@@ -270,7 +270,7 @@ def measure_checkpoint(args: argparse.Namespace) -> dict[str, Diversity]:
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
 
-    checkpoint = find_checkpoint(args.checkpoint).resolve()
+    checkpoint = find_checkpoint(args.checkpoint, subject=f"--checkpoint {args.checkpoint}").resolve()
     run, epoch = checkpoint.parents[1], checkpoint.name.removeprefix("checkpoint-")
     if not epoch.isdecimal():
         raise ConfigError(f"--checkpoint {args.checkpoint} is not named as a run names its own, checkpoint-000100.")
@@ -336,6 +336,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--run, --extractor, --model and --pretrained are for --images; a checkpoint knows its run's")
     if args.run and given:
         parser.error("--run brings its own features; give no --extractor, --model or --pretrained with it")
+    if not 50 <= args.draws <= 1_000_000:
+        parser.error(f"--draws {args.draws} is not allowed; it takes a whole number, 50 to 1000000")
     if args.images and args.ema:
         parser.error("--ema is for --checkpoint")
     return args
@@ -346,7 +348,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
     if args.bandwidth:  # nan too
         check_bandwidth(args.bandwidth)
     if args.checkpoint:
-        checkpoint = find_checkpoint(args.checkpoint).resolve()
+        checkpoint = find_checkpoint(args.checkpoint, subject=f"--checkpoint {args.checkpoint}").resolve()
         default = checkpoint.parents[1] / FOLDER / (checkpoint.name + ("_ema" if args.ema else ""))
     else:
         default = Path("logs") / FOLDER / Path(args.images).resolve().name
@@ -354,7 +356,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Diversity]:
     found = measure_checkpoint(args) if args.checkpoint else measure_images(args)
     if not args.out and args.images:
         out = fresh_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
+    cli.create_folder(out)
     write_json(out / RESULTS, {name: diversity.record(measured) for name, measured in found.items()})
     for name, measured in found.items():
         print(f"{name}\n{diversity.table(measured)}\n")

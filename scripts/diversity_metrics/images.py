@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 
 LITTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini")
 BATCH_PIXELS = 1 << 24  # decoded at once, of one image or more: 200 MB as float32
+ORIENTATION = 0x0112  # EXIF's tag, and what undoes each of its values
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 REASON_LENGTH = 200  # characters quoted of a decoder's complaint
 
 
@@ -171,13 +181,21 @@ def read_rgb(path: Path) -> np.ndarray:
 
 
 def _decoded(file: BufferedReader, path: Path) -> np.ndarray:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with _bounded_pixels(path), Image.open(file) as image:
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise ConfigError(f"{path} has Pillow's mode {image.mode}; it takes images of 8 bits a channel.")
-        ImageOps.exif_transpose(image, in_place=True)
-        return np.array(_on_white(image))
+        turned = TURNS.get(_orientation(image))
+        return np.array(_on_white(image if turned is None else image.transpose(Image.Transpose[turned])))
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says of it, 1 to 8; 1, upright, where it says nothing that can be read."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # a damaged note beside the picture, on which Pillow raises what it likes: the picture is whole
+        return 1
 
 
 @contextmanager

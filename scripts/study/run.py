@@ -8,7 +8,6 @@ Every run has one thread, and --jobs of them train at once; their seconds are co
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from scripts.cli import one_sentence_errors
+from scripts.cli import create_folder, one_sentence_errors
 from scripts.study import plan
 from scripts.study.demo import RECIPES, ROOT, TRAIN_SCRIPT
 from scripts.study.plan import StudyRun
@@ -43,18 +42,17 @@ def state_of(run: StudyRun, out: Path) -> State:
     Raises ConfigError where the folder is damaged.
     """
     from config.grpo import get_config
-    from flow_grpo.runs.saved import checkpoint_state, finished_checkpoints
+    from flow_grpo.runs.saved import CHECKPOINTS, checkpoint_state, find_checkpoint, finished_checkpoints
     from flow_grpo.settings import is_over
     from scripts.run_config import read_config
 
     folder = out / run.name
-    finished = finished_checkpoints(folder / "checkpoints")
-    if not finished:
+    if not finished_checkpoints(folder / CHECKPOINTS):
         return State.NEW
     try:
-        config, state = read_config(folder, {}), checkpoint_state(finished[max(finished)])
+        config, state = read_config(folder, {}), checkpoint_state(find_checkpoint(str(folder), subject=str(folder)))
     except ConfigError as error:
-        raise ConfigError(f"{str(error).rstrip('.')}; delete {folder} to train this run again.") from None
+        raise ConfigError(f"{str(error).rstrip('.')}; move {folder} away to train this run again.") from None
     expected = get_config(run.recipe)
     expected.update_from_flattened_dict(run.settings)
     if _trained(config) != _trained(expected):
@@ -83,16 +81,28 @@ def train(run: StudyRun, out: Path) -> int:
     """Train one run to its end, its output in <name>.log beside its folder; the exit code."""
     state = state_of(run, out)
     if state is State.NEW:
-        shutil.rmtree(out / run.name, ignore_errors=True)
+        set_aside(out / run.name)
     with (out / f"{run.name}.log").open("a", encoding="utf-8") as log:
         return subprocess.run(command(run, out, state), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+
+
+def set_aside(folder: Path) -> None:
+    """Move a run that was trained with other settings out of the way; ConfigError if it is being written."""
+    from flow_grpo.runs.lock import in_use, is_locked
+    from flow_grpo.runs.saved import free_name
+
+    if not folder.exists():
+        return
+    if is_locked(folder):
+        raise ConfigError(in_use(folder))
+    folder.rename(free_name(folder.with_name(f"{folder.name}.earlier")))
 
 
 def train_all(runs: Sequence[StudyRun], out: Path, jobs: int) -> list[str]:
     """Train those that are not done; the names of those that failed."""
     from tqdm import tqdm
 
-    out.mkdir(parents=True, exist_ok=True)
+    create_folder(out)
     waiting = [run for run in runs if state_of(run, out) is not State.DONE]
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done; {len(waiting)} to train, {jobs} at once")
     with ThreadPoolExecutor(jobs) as pool:
