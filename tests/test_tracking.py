@@ -273,6 +273,14 @@ def test_a_kill_while_an_earlier_start_is_set_aside_does_not_block_the_name(
         assert len(list(again.folder.glob("earlier-*/metrics.jsonl"))) == 1
 
 
+def test_a_start_that_was_killed_while_it_wrote_its_first_record_does_not_block_its_name(
+    new_run: NewRun, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json.tmp").write_text("{")
+    assert json.loads((new_run().folder / "config.json").read_text())["run_name"] == "run"
+
+
 def test_files_that_are_no_runs_stay_where_they_are(new_run: NewRun, tmp_path: Path) -> None:
     """As of `command > logs/run/train.log`, before the first start and before the second."""
     (tmp_path / "run").mkdir()

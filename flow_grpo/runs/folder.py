@@ -46,7 +46,8 @@ RECORDS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE})  # by which a run is known
 LOCK_FILES = frozenset({LOCK_FILE, OWNER_FILE})
 EARLIER = "earlier"  # earlier-1/, earlier-2/, ...
 # what a run writes before it has done anything: a folder that holds no more than this may be used again
-EMPTY_RUN = RECORDS | LOCK_FILES | frozenset(TRACKERS)
+TORN = frozenset(f"{name}{TEMPORARY}" for name in (*RECORDS, HISTORY_FILE, *LOCK_FILES))  # a kill while one was written
+EMPTY_RUN = RECORDS | LOCK_FILES | TORN | frozenset(TRACKERS)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _choose(config: Any) -> tuple[Path, bool]:
 
 def _sweep(folder: Path) -> None:
     """Remove what a kill left of writing one of a run's own files."""
-    ours = [folder / f"{name}{TEMPORARY}" for name in (*RECORDS, HISTORY_FILE, *LOCK_FILES)]
+    ours = [folder / name for name in TORN]
     for part, kind in ((IMAGE_FOLDER, "png"), *((name, "json") for name in RECORD_FOLDERS)):
         ours += (folder / part).glob(f"*_[0-9]*.{kind}{TEMPORARY}")
     for path in ours:
@@ -140,7 +141,7 @@ def _make_room(folder: Path, config: Any) -> None:
     Raises:
         ConfigError: a run with a checkpoint is in it, or something that a run would write and no run has written.
     """
-    held = {entry.name for entry in folder.iterdir() if entry.name.removesuffix(TEMPORARY) in OURS}
+    held = {entry.name for entry in folder.iterdir()} & (OURS | TORN)
     if _has_saved(folder / CHECKPOINTS):
         raise ConfigError(
             f"run_name={config.run_name!r}: {folder} already holds a run, which is not overwritten; choose another "
@@ -148,7 +149,7 @@ def _make_room(folder: Path, config: Any) -> None:
         )
     if not held - EMPTY_RUN:
         return
-    if not held & RECORDS:
+    if not {name.removesuffix(TEMPORARY) for name in held} & RECORDS:
         raise ConfigError(
             f"run_name={config.run_name!r}: {folder} is no run's, but holds {min(held)!r}, which a run would write; "
             "choose another run_name."
