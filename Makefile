@@ -14,10 +14,11 @@ test: .venv/installed  ## the whole suite
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .venv/installed  ## entropy against closed forms; error, seconds and memory of the estimators and scores: half an hour
+bench: .venv/installed  ## entropy against closed forms; error, seconds and memory of the estimators and scores; faults: an hour
 	$(BIN)/python scripts/diversity_metrics/validate_entropy.py
 	$(BIN)/python scripts/bench/entropy.py --out logs/bench/entropy
 	$(BIN)/python scripts/bench/diversity.py --out logs/bench/diversity
+	$(BIN)/python scripts/bench/faults.py
 
 study: .venv/installed  ## every run of the study, its tables, figures and docs/study.md: hours; runs go on where they were cut short
 	$(BIN)/python scripts/study/run.py

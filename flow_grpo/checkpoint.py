@@ -85,9 +85,11 @@ def resume(policy: Policy, run: Run, settings: Settings) -> bool:
 
 def _set_aside_later(run: Run) -> None:
     """Move checkpoints of later epochs than the run's out of the way."""
-    for epoch, folder in finished_checkpoints(run.folder / CHECKPOINTS).items():
-        if epoch > run.counters.epoch:
-            set_aside(folder, "abandoned")
+    later = [f for epoch, f in finished_checkpoints(run.folder / CHECKPOINTS).items() if epoch > run.counters.epoch]
+    for folder in later:
+        set_aside(folder, "abandoned")
+    if later:
+        run.tell(f"{len(later)} checkpoints of later epochs are set aside in {later[0].parent / 'abandoned'}.")
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -108,6 +110,7 @@ class Saver:
         self._last: TrainingState | None = None  # of the main process
         self._score: Score | None = None  # of that state
         self._best: str | None = None  # of the main process: name of the best checkpoint
+        self._is_record = False  # of the main process: whether the last one is better than all before
 
     def remember(self, evaluated: bool, score: Score | None = None) -> None:
         """Keep a copy of the present state, from which `save_remembered` writes; only the main process needs it."""
@@ -128,7 +131,7 @@ class Saver:
         self.owed = problem is not None
         if problem is None:
             self.updates = self.run.counters.updates
-            if score is not None and self._best == checkpoint_folder(self.run).name:
+            if score is not None and self._is_record:
                 self.run.tell(f"{self._best} is the best so far: {score.metric} {score.value:.4f}.")
         else:
             self.run.tell(f"no checkpoint of epoch {self.run.counters.epoch}: {problem}.")
@@ -148,10 +151,10 @@ class Saver:
         restore(self.policy, run, state, "the state of the last epoch")
         folder = checkpoint_folder(run)
         if _holds(folder, state):
-            return f"{folder.name} is whole, go on with --config.resume_from={run.folder}"
+            return f"{folder.name} is whole, go on with --config.resume_from={run.folder.resolve()}"
         problem = self._attempt(self._score, state.evaluated)
         if problem is None:
-            return f"{folder.name} is written, go on with --config.resume_from={run.folder}"
+            return f"{folder.name} is written, go on with --config.resume_from={run.folder.resolve()}"
         saved = finished_checkpoints(run.folder / CHECKPOINTS)
         kept = f"{saved[max(saved)].name} is the newest" if saved else "there is none"
         return f"its checkpoint could not be written ({problem}): {kept}"
@@ -215,6 +218,8 @@ class Saver:
         scores = scores_of([f for f in finished_checkpoints(partial.parent).values() if f.name != name])
         if score is not None:
             scores[partial.with_name(name)] = score
+        before = [s.value for f, s in scores.items() if f.name != name and score and s.metric == score.metric]
+        self._is_record = score is not None and all(score.value > value for value in before)
         best = best_of(scores)
         self._best = None if best is None else best.name
         return self._best

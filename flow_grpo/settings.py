@@ -766,7 +766,8 @@ def _check_resume(config: ConfigDict, checkpoint: Path) -> None:
     counters = state["counters"]
     epochs, seconds = counters["epoch"], counters["seconds"]
     if is_over(config, epochs, seconds) and state.get("evaluated", True):
+        limit = "num_epochs" if epochs >= config.num_epochs else "max_seconds"
         raise ConfigError(
             f"config.resume_from: {checkpoint} has {epochs} epochs and {seconds:.0f} s of training behind it; to go "
-            f"on, raise config.num_epochs = {config.num_epochs} or config.max_seconds = {config.max_seconds}."
+            f"on, raise config.{limit} = {config[limit]}."
         )

@@ -73,6 +73,7 @@ def _loop(
             bar.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
             saver.remember(evaluated=False)
             _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+    run.tell(f"done: {counters.epoch} epochs, in {run.folder}.")
 
 
 def _evaluate(

@@ -111,6 +111,8 @@ def parse_config(argv: Sequence[str], doc: str) -> ConfigDict:
     for override in overrides:
         _check_key(override, declared)
     config = _apply(config, [argv[0], *overrides], declared)
+    if before is None and allow_changes:
+        raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
     if before is not None:
         _check_changes(declared, dict(leaves(config)), allow_changes)
     return config
@@ -325,6 +327,6 @@ def _help(doc: str) -> str:
         "  --config FILE.py:NAME   the recipe\n"
         "  --config.KEY=VALUE      change one key; config/base.py lists them all with their meaning\n"
         "  --config.resume_from=RUN   go on with a run, by its own settings: give no --config then\n"
-        "  --allow-changes         with it: also change what is drawn or measured\n\n"
+        "  --allow-changes         with resume_from: change what is drawn or measured, too\n\n"
         f"recipes of config/grpo.py:\n{recipes}"
     )

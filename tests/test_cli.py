@@ -248,6 +248,7 @@ MISTAKES = [
     ((TINY, "--config.train.beta"), ["--config.train.beta", "Missing value"]),
     ((TINY, "--learning_rate=1"), ["learning_rate", "--config.KEY=VALUE"]),
     ((TINY, "extra"), ["extra", "--config.KEY=VALUE"]),
+    ((TINY, "--allow-changes"), ["--allow-changes", "--config.resume_from=RUN"]),
     ((TINY, "--noconfig.use_lora=3"), ["use_lora", "--config.KEY=VALUE"]),
     ((TINY, "--flagfile=/nowhere"), ["/nowhere", "--config.KEY=VALUE"]),
     ((TINY, "--config.sample.groups_per_epoch=1000000000000000"), ["groups_per_epoch", "at most 10000000"]),

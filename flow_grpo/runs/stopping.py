@@ -71,6 +71,7 @@ class StopWatch:
             os._exit(128 + number)
         if not self._signal:
             self._signal, self._signalled_at = Reason(number), now
+            say(f"{self._signal.name}: stopping after this minibatch; once more ends at once.")
 
 
 @contextmanager

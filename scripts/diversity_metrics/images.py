@@ -170,13 +170,16 @@ def read_rgb(path: Path) -> np.ndarray:
         ConfigError: no image, a damaged one, one of more pixels than LIMITS["image"] (known before it is decoded), or
             one of more than 8 bits a channel that is not RGB.
     """
+    from PIL import UnidentifiedImageError
+
     with open_regular(path) as file:
         try:
             return _decoded(file, path)
         except ConfigError:
             raise
         except Exception as error:  # each of Pillow's decoders raises what it likes for a damaged file, some anything
-            reason = one_line(str(error), REASON_LENGTH) or type(error).__name__
+            unknown = isinstance(error, UnidentifiedImageError)  # whose own words are about a Python object
+            reason = "no image format" if unknown else one_line(str(error), REASON_LENGTH) or type(error).__name__
             raise ConfigError(f"{path} cannot be read as an image ({reason}).") from None
 
 
