@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from scripts.bench import faults, faults_damage
-from scripts.bench.faults_processes import FAULTS, OTHER, SAVING, Calls, Result, Session, free_port
+from scripts.bench.faults_processes import OTHER, SAVING, Calls, Result, Session, free_port
 from scripts.bench.faults_runs import Reference, litter, other_metrics
 from scripts.bench.faults_stops import children_of, is_alive, moment
 
@@ -97,15 +97,15 @@ def test_counts_are_of_trials_and_reach_the_table_and_the_exit_code(tmp_path, ca
     bad.add("lost", "gone")
     bad.add("lost", "gone again")
     args = faults.parse(["--out", str(tmp_path), "--quick"])
-    assert faults.write({"kills": [good]}, args, 1.0) == 0
-    assert faults.write({"kills": [good, bad]}, args, 1.0) == 1
-    row = (tmp_path / "table.md").read_text().splitlines()[2]
-    assert row == "| kills | 2 | 5 SIGKILLs: 3 a, 2 b | 1 | 0 | 0 | 0 | 0 |"
-    report = json.loads((tmp_path / "faults.json").read_text())
-    assert report["counts"]["kills"] == {"trials": 2, "done": {"a": 3, "b": 2}, "lost": 1} | dict.fromkeys(
-        FAULTS[1:], 0
-    )
-    assert [failed["number"] for failed in report["failed"]] == [1]
+    assert faults.write({"races": [good]}, args) == 0
+    assert faults.write({"kills": [good, bad]}, args) == 1
+    table = capsys.readouterr().out
+    assert "| kills | 2 | 5 SIGKILLs: 3 a, 2 b | 1 | 0 |" in table
+    assert table.index("| kills |", table.rindex("| part |")) < table.rindex("| races |")  # kept from before
+    parts = json.loads((tmp_path / "faults.json").read_text())["parts"]
+    kills = {name: parts["kills"][name] for name in ("trials", "done", *faults.FAULTS)}
+    assert kills == {"trials": 2, "done": {"a": 3, "b": 2}} | dict.fromkeys(faults.FAULTS, 0) | {"lost": 1}
+    assert [failed["number"] for failed in parts["kills"]["failed"]] == [1]
 
 
 def test_an_unknown_part_is_one_sentence(capsys):

@@ -42,7 +42,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,6 +52,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from flow_grpo.files import read_object
 from scripts.bench import faults_damage, faults_stops, faults_writing
 from scripts.bench.entropy import cpu_model
 from scripts.bench.faults_processes import FAULTS, ROOT, Result, end_with_parent
@@ -121,17 +121,16 @@ def count(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A row for each part; below it what they share."""
-    lines = [f"| part | trials | done | {' | '.join(FAULTS)} |", "|" + "---|" * (3 + len(FAULTS))]
-    for part, row in report["counts"].items():
+    """A row for each part, with the code that it was run on."""
+    lines = [f"| part | trials | done | {' | '.join(FAULTS)} | revision |", "|" + "---|" * (4 + len(FAULTS))]
+    for part, row in report["parts"].items():
         kinds = ", ".join(f"{number} {name}" for name, number in row["done"].items())
         numbers = " | ".join(str(row[fault]) for fault in FAULTS)
         lines.append(
-            f"| {part} | {row['trials']} | {sum(row['done'].values())} {PARTS[part].done}: {kinds} | {numbers} |"
+            f"| {part} | {row['trials']} | {sum(row['done'].values())} {PARTS[part].done}: {kinds} | {numbers} "
+            f"| {row['revision']}{', quick' if row['quick'] else ''} |"
         )
-    plan = "--quick, " if report["quick"] else ""
-    lines += ["", f"{plan}--seed {report['seed']}, {report['seconds']:.0f} s, {report['cpu']}, {report['revision']}."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", f"Two trials at once on {report['cpu']}."]) + "\n"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -171,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # cleans up on its way
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forked processes, which may be killed holding it
-    start, planned = time.monotonic(), plans(args)
+    planned = plans(args)
     results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as name:
         lab = Lab(Path(name))
@@ -181,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 results[part] = run_part(lab, part, plan)
         finally:
             unmount(lab.folder)
-    return write(results, args, time.monotonic() - start)
+    return write(results, args)
 
 
 def revision() -> str:
@@ -191,25 +190,25 @@ def revision() -> str:
     return done.stdout.strip() or "no git checkout"
 
 
-def write(results: dict[str, list[Result]], args: argparse.Namespace, seconds: float) -> int:
-    """Faults.json and table.md; the exit code."""
-    counts = {part: count(found) for part, found in results.items()}
-    failed = [vars(result) for found in results.values() for result in found if result.faults]
-    report = {
-        "quick": args.quick,
-        "seed": args.seed,
-        "seconds": round(seconds, 1),
-        "cpu": cpu_model(),
-        "revision": revision(),
-        "counts": counts,
-        "failed": failed,
-    }
+def write(results: dict[str, list[Result]], args: argparse.Namespace) -> int:
+    """Faults.json and table.md, in which the parts that were run now replace those of before; the exit code."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "faults.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    file = out / "faults.json"
+    before = read_object(file)["parts"] if file.is_file() else {}
+    now = {part: entry(found, args) for part, found in results.items()}
+    parts = {part: (before | now)[part] for part in PARTS if part in before | now}
+    report = {"cpu": cpu_model(), "parts": parts}
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (out / "table.md").write_text(table(report), encoding="utf-8")
     print(table(report))
-    return int(bool(failed))
+    return int(any(found["failed"] for found in now.values()))
+
+
+def entry(results: Sequence[Result], args: argparse.Namespace) -> dict[str, Any]:
+    """What faults.json keeps of a part."""
+    failed = [vars(result) for result in results if result.faults]
+    return {"quick": args.quick, "seed": args.seed, "revision": revision(), **count(results), "failed": failed}
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def run_stops(lab: Lab, number: int, stop: Stop) -> Result:
 def _go_on(lab: Lab, kind: Kind, run: Path, log: Path, reference: Reference, result: Result) -> None:
     """To the end of the unbroken run, or compare what there is with it where the run has come further."""
     newest = newest_whole(run)
-    if newest >= EPOCHS and is_evaluated(run, newest):
+    if newest > EPOCHS or (newest == EPOCHS and is_evaluated(run, newest)):
         if different := other_metrics(run, reference.folder, prefix=True):
             result.add(LOST, different[0])
         return
