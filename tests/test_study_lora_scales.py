@@ -265,7 +265,7 @@ def test_a_run_that_cannot_be_read_is_one_sentence(refused, kept, monkeypatch):
     weights = next(refused.run.glob("checkpoints/*/training_state.safetensors"))
     whole = weights.read_bytes()
     weights.write_bytes(b"torn")
-    assert f"the checkpoint {weights.parent} is damaged: training_state.safetensors has 4 bytes" in refused.by()
+    assert f"(the newest, {weights.parent}: training_state.safetensors has 4 bytes" in refused.by()
     weights.write_bytes(whole)
     spoil(weights.parent)
     assert f"{RUNS[1].name}, LoRA scaled by 0.5: reward/total, diversity/vendi, diversity/rke, judge/" in refused.by()
