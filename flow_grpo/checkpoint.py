@@ -122,12 +122,12 @@ class Saver:
         else:
             self._last = collect(self.policy, self.run, evaluated).to_cpu()
 
-    def save(self, score: Score | None, evaluated: bool = True) -> bool:
+    def save(self, score: Score | None) -> bool:
         """Collective: write the checkpoint of the epochs completed so far, whole or not at all; whether it was written.
 
         Then those that are no longer kept are dropped. Weights that are not finite are not written.
         """
-        problem = self.run.from_main(lambda: self._attempt(score, evaluated))
+        problem = self.run.from_main(lambda: self._attempt(score, evaluated=True))
         self.owed = problem is not None
         if problem is None:
             self.updates = self.run.counters.updates

@@ -37,42 +37,26 @@ def fit(
         TrainingStopped: as `train_epoch` does (the history then ends with `train/stopped`); or nothing can be written.
         Interrupted: the run was asked to stop, and what its last finished epoch left is saved.
     """
+    config, counters = settings.config, run.counters
     saver = Saver(policy, run, settings)
     try:
         run.arm()
-        _loop(policy, train_epoch, prompts, test_prompts, reward, evaluators, settings, run, saver, evaluation_due)
-    except Interrupted as stop:
-        raise Interrupted(stop.reason, f"after epoch {run.counters.epoch}: {saver.save_remembered()}") from None
-
-
-def _loop(
-    policy: Policy,
-    train_epoch: TrainEpoch,
-    prompts: PromptDataset,
-    test_prompts: PromptDataset,
-    reward: WeightedReward,
-    evaluators: Sequence[Evaluator],
-    settings: Settings,
-    run: Run,
-    saver: Saver,
-    evaluation_due: bool,
-) -> None:
-    """Evaluate and save, then train the next epoch; what is remembered after each is what a stop goes back to."""
-    config, counters = settings.config, run.counters
-    saver.remember(evaluated=not evaluation_due)
-    if evaluation_due:
-        _evaluate(policy, test_prompts, evaluators, settings, run, saver)
-    bar = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
-    limit = ""
-    if config.max_seconds > 0:  # the clock, not the number of epochs, says how far the run is
-        bar.total, limit = None, f"/{config.max_seconds:.0f}"
-    with bar:
-        while not is_over(config, counters.epoch, counters.seconds):
-            metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
-            bar.update()
-            bar.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
-            saver.remember(evaluated=False)
+        saver.remember(evaluated=not evaluation_due)  # what a stop goes back to
+        if evaluation_due:
             _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+        bar = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
+        limit = ""
+        if config.max_seconds > 0:  # the clock, not the number of epochs, says how far the run is
+            bar.total, limit = None, f"/{config.max_seconds:.0f}"
+        with bar:
+            while not is_over(config, counters.epoch, counters.seconds):
+                metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
+                bar.update()
+                bar.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
+                saver.remember(evaluated=False)
+                _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+    except Interrupted as stop:
+        raise Interrupted(stop.reason, f"after epoch {counters.epoch}: {saver.save_remembered()}") from None
     run.tell(f"done: {counters.epoch} epochs, in {run.folder}.")
 
 

@@ -45,8 +45,8 @@ OURS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, CHE
 RECORDS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE})  # by which a run is known
 LOCK_FILES = frozenset({LOCK_FILE, OWNER_FILE})
 EARLIER = "earlier"  # earlier-1/, earlier-2/, ...
-# what a run writes before it has done anything: a folder that holds no more than this may be used again
 TORN = frozenset(f"{name}{TEMPORARY}" for name in (*RECORDS, HISTORY_FILE, *LOCK_FILES))  # a kill while one was written
+# what a run writes before it has done anything: a folder that holds no more than this may be used again
 EMPTY_RUN = RECORDS | LOCK_FILES | TORN | frozenset(TRACKERS)
 
 

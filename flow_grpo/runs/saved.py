@@ -57,12 +57,12 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / CHECKPOINT_STATE).exists() or (path / MANIFEST).exists()
 
 
-def find_checkpoint(resume_from: str, deep: bool = False, subject: str = "") -> Path:
-    """The checkpoint to continue: see `choose_checkpoint`."""
-    return choose_checkpoint(resume_from, deep, subject).folder
+def find_checkpoint(resume_from: str, subject: str = "") -> Path:
+    """The checkpoint to continue, by the sizes of its files: see `choose_checkpoint`."""
+    return choose_checkpoint(resume_from, deep=False, subject=subject).folder
 
 
-def choose_checkpoint(resume_from: str, deep: bool = False, subject: str = "") -> Found:
+def choose_checkpoint(resume_from: str, deep: bool, subject: str = "") -> Found:
     """The given checkpoint, or the newest whole one of a run folder or of its checkpoints folder.
 
     Args:
