@@ -1,1 +1,1 @@
-"""Recipes: base.py declares every key, grpo.py changes what a recipe changes."""
+"""The names that --config takes: base.py and grpo.py hand over the recipes of flow_grpo/recipes."""

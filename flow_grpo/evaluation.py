@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from ml_collections import FrozenConfigDict
 from PIL import Image
-from scipy.stats import entropy
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from flow_grpo.evaluators.base import Evaluator, SampleRequest
+from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -24,33 +21,10 @@ from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer
-from flow_grpo.settings import Settings, read_modes
+from flow_grpo.settings import Settings
 from flow_grpo.step_visualizer import StepVisualizer
 from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """Images that an evaluator needs: those of its prompts that are also evaluated otherwise are shared."""
-
-    prompts: tuple[str, ...]
-    num_image_per_prompt: int
-
-
-class Evaluator(Protocol):
-    """Measures the samples of one evaluation."""
-
-    name: str
-    freq: int  # epochs from one evaluation to the next; 0: never
-    collective: bool  # whether `evaluate` is called on every process, or on the main one only
-
-    @property
-    def request(self) -> SampleRequest | None:
-        """What it looks at; None: `eval.num_image_per_prompt` images of each test prompt."""
-
-    def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Metrics, without a prefix."""
 
 
 def evaluate(
@@ -154,101 +128,6 @@ def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
     return Image.fromarray((grid.nan_to_num().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
-# --- evaluators ----------------------------------------------------------------------------------------
-
-
-class RewardEvaluator:
-    """`reward/total`, the weighted sum that is trained on, and `reward/<name>` of every reward in use."""
-
-    name, collective, request = "reward", False, None
-
-    def __init__(self, reward: WeightedReward, batch_size: int, device: torch.device, freq: int = 1) -> None:
-        self.reward, self.batch_size, self.device, self.freq = reward, batch_size, device, freq
-
-    @torch.no_grad()
-    def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Means over the samples."""
-        sums: dict[str, float] = {}
-        for part in _slices(len(samples.prompts), self.batch_size):
-            images = samples.images[part].to(self.device)
-            scores = self.reward.evaluate(images, samples.prompts[part], samples.metadata[part])
-            for name, value in {"total": scores.total, **scores.terms}.items():
-                sums[name] = sums.get(name, 0.0) + value.double().sum().item()
-        return {f"reward/{name}": value / len(samples.prompts) for name, value in sums.items()}
-
-
-class JudgeEvaluator:
-    """How well a CLIP that is not the reward recognises each image's prompt among the evaluated ones.
-
-    `judge/accuracy`: share of images whose best-matching prompt is their own. `judge/similarity`: mean cosine with it.
-    Both are nan if an image is not finite.
-    """
-
-    name, collective, request = "judge", False, None
-
-    def __init__(self, scorer: ClipScorer, batch_size: int, freq: int = 1) -> None:
-        self.scorer, self.batch_size, self.freq = scorer, batch_size, freq
-
-    @torch.no_grad()
-    def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Over all samples."""
-        candidates = tuple(dict.fromkeys(samples.prompts))
-        similarity = similarities(self.scorer, samples.images, candidates, self.batch_size)  # (N, candidates)
-        own = torch.tensor([candidates.index(prompt) for prompt in samples.prompts])
-        known = bool(similarity.isfinite().all())
-        return {
-            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item() if known else math.nan,
-            "judge/similarity": similarity.gather(1, own[:, None]).double().mean().item(),
-        }
-
-
-class ModeEvaluator:
-    """Counts the known modes of each prompt, e.g. the colours of "a sneaker", as the judge sees them.
-
-    `modes/<mode>`: share of the images. `modes/entropy`: of these shares, in nats; log of the number of modes at most.
-    All are nan if an image is not finite.
-    """
-
-    name, collective, request = "modes", False, None
-
-    def __init__(
-        self, scorer: ClipScorer, modes: Mapping[str, Mapping[str, str]], batch_size: int, freq: int = 1
-    ) -> None:
-        """`modes`: prompt -> mode -> the caption that describes it."""
-        self.scorer, self.modes, self.batch_size, self.freq = scorer, modes, batch_size, freq
-
-    @classmethod
-    def load(cls, scorer: ClipScorer, path: str, batch_size: int, freq: int = 1) -> ModeEvaluator:
-        """Read the modes from a JSON file; ConfigError if it holds something else."""
-        return cls(scorer, read_modes(Path(path), "config.eval.modes: "), batch_size, freq)
-
-    @torch.no_grad()
-    def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Over the samples of prompts whose modes are known; nothing if there are none."""
-        counts: dict[str, float] = {}
-        for prompt in dict.fromkeys(samples.prompts):
-            if not self.modes.get(prompt):
-                continue
-            images = samples.images[[i for i, other in enumerate(samples.prompts) if other == prompt]]
-            names, captions = zip(*self.modes[prompt].items(), strict=True)
-            found = similarities(self.scorer, images, captions, self.batch_size)
-            best, unknown = found.argmax(1), 0.0 if found.isfinite().all() else math.nan
-            for index, name in enumerate(names):
-                counts[name] = counts.get(name, 0.0) + int((best == index).sum()) + unknown
-        if not counts:
-            return {}
-        total = sum(counts.values())
-        shares = {f"modes/{name}": count / total for name, count in counts.items()}
-        return shares | {"modes/entropy": float(entropy(list(counts.values())))}
-
-
-def similarities(scorer: ClipScorer, images: Tensor, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Cosine of every image (N, 3, H, W) with every text: (N, texts), on the CPU."""
-    text_features = scorer.text_features(texts)
-    parts = [scorer.image_features(images[part]) @ text_features.T for part in _slices(len(images), batch_size)]
-    return torch.cat(parts).cpu()
-
-
 def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.device) -> list[Evaluator]:
     """Those that look at the samples alone: rewards, and judge and modes if they are configured."""
     config, freq = settings.config.eval, settings.config.eval_freq
@@ -269,8 +148,3 @@ def build_evaluators(policy: Policy, reward: WeightedReward, settings: Settings,
     if config.visualize_steps:
         evaluators.append(StepVisualizer(policy, settings, run))
     return evaluators
-
-
-def _slices(total: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` that cover range(total)."""
-    return (slice(start, start + size) for start in range(0, total, size))

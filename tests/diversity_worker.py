@@ -6,11 +6,11 @@ from pathlib import Path
 
 from config.base import get_config
 from flow_grpo.evaluation import evaluate
+from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.tracking import Run
-from scripts.diversity_metrics.diversity_evaluator import build_diversity_evaluators
 
 
 def main(models: str, out: str) -> None:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.bootstrap import (
+from flow_grpo.diversity.bootstrap import (
     Interval,
     RkeScore,
     Score,
@@ -19,8 +18,9 @@ from scripts.diversity_metrics.bootstrap import (
     interval,
     replicates,
 )
-from scripts.diversity_metrics.rke import rke_score
-from scripts.diversity_metrics.vendi import vendi_score
+from flow_grpo.diversity.rke import rke_score
+from flow_grpo.diversity.vendi import vendi_score
+from flow_grpo.errors import ConfigError
 
 Draw = Callable[[int, np.random.Generator], np.ndarray]  # so many sets (sets, n, 16)
 CENTRES = scipy.linalg.qr(np.random.default_rng(5).normal(size=(16, 16)))[0]
@@ -143,7 +143,7 @@ def test_the_fast_path_is_the_score_of_what_is_left(score, n, d):
 def test_rke_in_tiles_is_rke(monkeypatch):
     x = cloud(150, 4)
     whole = replicates(x, RkeScore(1.0), 20)
-    monkeypatch.setattr("scripts.diversity_metrics.bootstrap.BLOCK", 16)
+    monkeypatch.setattr("flow_grpo.diversity.bootstrap.BLOCK", 16)
     np.testing.assert_allclose(replicates(x, RkeScore(1.0), 20), whole, rtol=1e-10)
 
 

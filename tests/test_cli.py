@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from flow_grpo.commands.cli import one_sentence_errors, parse_config, run
 from flow_grpo.errors import ConfigError, TrainingStopped
 from flow_grpo.settings import leaves, resolve
-from scripts.cli import one_sentence_errors, parse_config, run
 from tests.synthetic_runs import ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 TINY = "--config=config/grpo.py:tiny_sd3"
 # models on a hub, so that only the mistake is a mistake
 ELSEWHERE = [f"--config.{key}=org/name" for key in ("pretrained.model", "reward_model.pickscore", "eval.judge")]
-SCRIPT = "from scripts.cli import run\nrun(lambda config: print(config.train.beta), 'What the script does.')\n"
+SCRIPT = (
+    "from flow_grpo.commands.cli import run\nrun(lambda config: print(config.train.beta), 'What the script does.')\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +104,7 @@ def test_help_answers_fast_lists_the_recipes_and_loads_no_torch():
     assert done.returncode == 0
     assert done.stdout.startswith("What the script does.")
     assert "pickscore_sd3_fast_nocfg" in done.stdout
-    code = "import sys, scripts.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, flow_grpo.commands.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -338,7 +340,7 @@ def stopping(error: Exception):
 def test_a_terminal_that_has_gone_or_lacks_letters_ends_nothing(tmp_path):
     """Output into a pipe that nobody reads, in a locale of ASCII."""
     lines = [
-        "from scripts.cli import one_sentence_errors",
+        "from flow_grpo.commands.cli import one_sentence_errors",
         "import sys",
         "with one_sentence_errors():",
         "    for _ in range(100):",

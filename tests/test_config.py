@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from config import base, grpo
 from config.grpo import INTENDED_PROCESSES, RECIPES, get_config
+from flow_grpo.commands.cli import parse_config
 from flow_grpo.errors import ConfigError
 from flow_grpo.settings import leaves, resolve
-from scripts.cli import parse_config
 
 ROOT = Path(__file__).parents[1]
 TINY = [name for name in RECIPES if name.startswith("tiny")]

@@ -12,8 +12,8 @@ import pytest
 
 from config.base import get_config as base_config
 from config.grpo import INTENDED_PROCESSES, get_config
+from flow_grpo.commands.cli import parse_config
 from flow_grpo.settings import resolve
-from scripts.cli import parse_config
 from scripts.study import demo
 from scripts.study.demo import METHODS, ROOT, parse_arguments, run_demo, train_command
 
@@ -22,7 +22,7 @@ FAKE_TRAINER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from scripts.cli import parse_config
+from flow_grpo.commands.cli import parse_config
 from tests.synthetic_runs import write_run
 config = parse_config(sys.argv, "")
 gradient = config.use_reward_gradient

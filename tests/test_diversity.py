@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from flow_grpo.diversity import measure as diversity
+from flow_grpo.diversity.prdc import mean_pairwise_distance
+from flow_grpo.diversity.rke import rke_score
+from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import strict_json
-from scripts.diversity_metrics import diversity
-from scripts.diversity_metrics.prdc import mean_pairwise_distance
-from scripts.diversity_metrics.rke import rke_score
-from scripts.diversity_metrics.vendi import vendi_score
 
 BANDWIDTH = 0.5
 

@@ -18,18 +18,18 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo import checkpoint, drtune
+from flow_grpo.diversity import measure as diversity
+from flow_grpo.diversity.rke import median_bandwidth
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import SampleRequest, draw_samples, evaluate, view
-from flow_grpo.runs.manifest import write_manifest
-from scripts.diversity_metrics import diversity
-from scripts.diversity_metrics.diversity_evaluator import (
+from flow_grpo.evaluators.diversity import (
     build_diversity_evaluators,
     extractor_of,
     features_by_prompt,
-    main,
     stored_bandwidth,
 )
-from scripts.diversity_metrics.rke import median_bandwidth
+from flow_grpo.runs.manifest import write_manifest
+from scripts.diversity_metrics.diversity_evaluator import main
 from tests.conftest import PROMPTS
 from tests.saved_runs import edit_state, edit_tensors, read_state
 

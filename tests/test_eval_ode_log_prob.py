@@ -21,7 +21,7 @@ from flow_grpo import checkpoint, drtune
 from flow_grpo.entropy import DivergenceEstimator, ode_log_density
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities, sample_log_density
 from flow_grpo.randomness import keyed_generator
-from scripts.diversity_metrics.checkpoints import load_weights
+from flow_grpo.runs.weights import load_weights
 from scripts.diversity_metrics.eval_ode_log_prob import ImageFile, data_log_densities, encode_images, main, pairing
 from tests.saved_runs import edit_config, edit_state, read_state, spoil
 

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BitImageProcessor, CLIPProcessor, Dinov2Config, Dinov2Model
 
+from flow_grpo.diversity.features import EXTRACTORS, FeatureExtractor, NonFiniteFeatures, load_extractor
+from flow_grpo.diversity.images import read_images
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.image_path import ImagePath
-from scripts.diversity_metrics.features import EXTRACTORS, FeatureExtractor, NonFiniteFeatures, load_extractor
-from scripts.diversity_metrics.images import read_images
 from tests import pictures
 from tests.pictures import to_pil
 
@@ -330,7 +330,7 @@ def test_the_default_is_the_embedded_clip(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_module_loads_no_heavy_library() -> None:
     code = (
-        "import sys, scripts.diversity_metrics.features; "
+        "import sys, flow_grpo.diversity.features; "
         "sys.exit(bool({'torch', 'transformers', 'open_clip', 'PIL'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from flow_grpo.diversity import fkea
+from flow_grpo.diversity.fkea import draw_frequencies, feature_moment, fkea_scores
+from flow_grpo.diversity.rke import rke_score
+from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics import fkea
-from scripts.diversity_metrics.fkea import draw_frequencies, feature_moment, fkea_scores
-from scripts.diversity_metrics.rke import rke_score
-from scripts.diversity_metrics.vendi import vendi_score
 
 RNG = np.random.default_rng(0)
 CLOUD = RNG.standard_normal((8, 6))[RNG.integers(0, 8, 120)] * 2 + 0.3 * RNG.standard_normal((120, 6))

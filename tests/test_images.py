@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from flow_grpo.diversity import images
+from flow_grpo.diversity.features import FeatureExtractor
+from flow_grpo.diversity.images import listing, load_pixels, natural_key, read_images, read_rgb
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics import images
-from scripts.diversity_metrics.features import FeatureExtractor
-from scripts.diversity_metrics.images import listing, load_pixels, natural_key, read_images, read_rgb
 from tests import pictures
 from tests.pictures import to_pil
 

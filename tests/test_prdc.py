@@ -8,9 +8,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from flow_grpo.diversity import prdc as module
+from flow_grpo.diversity.prdc import PRDC, mean_pairwise_distance, prdc
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics import prdc as module
-from scripts.diversity_metrics.prdc import PRDC, mean_pairwise_distance, prdc
 
 
 def column(*values: float) -> np.ndarray:

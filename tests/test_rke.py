@@ -10,9 +10,9 @@ import pytest
 import scipy.linalg
 from scipy.spatial.distance import cdist
 
+from flow_grpo.diversity.rke import median_bandwidth, relative_rke, rke_score
+from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.rke import median_bandwidth, relative_rke, rke_score
-from scripts.diversity_metrics.vendi import vendi_score
 
 
 def cloud(n: int, d: int, seed: int = 0) -> np.ndarray:

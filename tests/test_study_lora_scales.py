@@ -17,11 +17,11 @@ from peft.tuners.lora import LoraLayer
 from flow_grpo import drtune
 from flow_grpo.diffusers_patch.velocity import guided_velocity
 from flow_grpo.evaluation import build_evaluators
+from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.runs.history import read_history
 from flow_grpo.settings import leaves
 from flow_grpo.trainer import fit
 from flow_grpo.types import PromptEmbeds
-from scripts.diversity_metrics.diversity_evaluator import build_diversity_evaluators
 from scripts.study import plan
 from scripts.study.lora_scales import TrainedModel, drtune_claims, main
 from scripts.study.plan import StudyRun

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from config.grpo import RECIPES, get_config
+from flow_grpo.commands.cli import parse_config
 from flow_grpo.errors import ConfigError
 from flow_grpo.runs.lock import RunLock
 from flow_grpo.settings import resolve
-from scripts.cli import parse_config
 from scripts.study import plan, run
 from scripts.study.demo import ROOT
 from scripts.study.plan import StudyRun
@@ -29,7 +29,7 @@ FAKE_TRAINER = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from scripts.cli import parse_config
+from flow_grpo.commands.cli import parse_config
 config = parse_config(sys.argv, "")
 folder = Path(config.logdir) / config.run_name
 with (Path(config.logdir) / "calls.txt").open("a") as calls:

@@ -12,8 +12,7 @@ import scipy.linalg
 from scipy.spatial.distance import cdist
 from vendi_score import vendi as package
 
-from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.vendi import (
+from flow_grpo.diversity.vendi import (
     check_features,
     cosine_kernel,
     eigenvalues,
@@ -24,6 +23,7 @@ from scripts.diversity_metrics.vendi import (
     vendi_from_kernel,
     vendi_score,
 )
+from flow_grpo.errors import ConfigError
 
 ORDERS = [0, 0.5, 1, 2, 5, math.inf]
 

@@ -21,14 +21,22 @@ import torch
 from PIL import Image
 
 from flow_grpo import checkpoint, drtune
+from flow_grpo.diversity import measure as diversity
 from flow_grpo.evaluation import draw_samples, sample_evaluators, view
 from flow_grpo.evaluation import test_request as evaluated_request
+from flow_grpo.evaluators.diversity import (
+    diversity_request,
+    extractor_of,
+    features_by_prompt,
+    measure,
+    run_bandwidth,
+)
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
+from flow_grpo.runs.weights import Bars
 from flow_grpo.step_visualizer import film_strip
 from flow_grpo.tracking import Run
-from scripts.diversity_metrics import diversity
 from scripts.diversity_metrics.checkpoint_figures import (
     BLOCK_GAP,
     GAP,
@@ -38,14 +46,6 @@ from scripts.diversity_metrics.checkpoint_figures import (
     sheet,
     t_half_widths,
     thumbnails,
-)
-from scripts.diversity_metrics.checkpoints import Bars
-from scripts.diversity_metrics.diversity_evaluator import (
-    diversity_request,
-    extractor_of,
-    features_by_prompt,
-    measure,
-    run_bandwidth,
 )
 from scripts.diversity_metrics.visualize_from_checkpoints import (
     captions,

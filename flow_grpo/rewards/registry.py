@@ -1,6 +1,7 @@
 """Which rewards there are, their weighted sum, and the checks made before anything loads.
 
-To add a reward: write its class (see `RewardModel`), add one line to `REWARDS` and its weight to `config/base.py`.
+To add a reward: write its class (see `RewardModel`), add one line to `REWARDS` and its weight to
+`flow_grpo/recipes/base.py`.
 This module is imported while the configuration is checked, so nothing heavy is imported at its top.
 """
 

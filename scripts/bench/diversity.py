@@ -68,9 +68,9 @@ def gaussian_kernel(x: np.ndarray, bandwidth: float) -> np.ndarray:
 
 def methods() -> dict[str, Callable[[np.ndarray, argparse.Namespace], dict[str, float]]]:
     """Each takes the features and the options; `score_dual` is meant for n > d."""
-    from scripts.diversity_metrics.fkea import fkea_scores
-    from scripts.diversity_metrics.rke import rke_score
-    from scripts.diversity_metrics.vendi import vendi_score
+    from flow_grpo.diversity.fkea import fkea_scores
+    from flow_grpo.diversity.rke import rke_score
+    from flow_grpo.diversity.vendi import vendi_score
 
     def random_features(x: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
         scores = fkea_scores(x, args.bandwidth, (1.0, 2.0), args.frequencies, args.repeats, args.seed)
@@ -163,7 +163,7 @@ def bench_size(n: int, args: argparse.Namespace, folder: Path) -> tuple[float, l
     """The bandwidth, and the rows of n samples."""
     import numpy as np
 
-    from scripts.diversity_metrics.rke import median_bandwidth
+    from flow_grpo.diversity.rke import median_bandwidth
 
     x, path = make_features(n, args.dims, args.seed), folder / f"{n}.npy"
     np.save(path, x)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from flow_grpo import checkpoint, drtune, evaluation, grpo, launch, policy, rewards, step_visualizer, trainer
+from flow_grpo.commands import cli
 from flow_grpo.tracking import Run
-from scripts import cli
 from scripts.diversity_metrics import diversity_evaluator
 from scripts.train import train_sd3
 

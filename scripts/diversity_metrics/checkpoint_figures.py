@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flow_grpo.figure_text import sheet_text
-from scripts.diversity_metrics.checkpoints import Model
+from flow_grpo.runs.weights import Model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,15 +29,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ml_collections import ConfigDict
 
+from flow_grpo.commands import cli
+from flow_grpo.diversity.images import listing, read_rgb, stack
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import figure_text, one_line, optional_figure
 from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import flatten, fresh_folder
+from flow_grpo.runs.weights import Bars, Model, choose_models, load_weights
 from flow_grpo.settings import text_fault
-from scripts import cli
-from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights
-from scripts.diversity_metrics.images import listing, read_rgb, stack
-from scripts.run_config import read_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,10 +32,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
-from scripts import cli
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

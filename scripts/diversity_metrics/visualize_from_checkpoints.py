@@ -30,12 +30,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from ml_collections import ConfigDict
 
+from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import CONFIG_FILE, flatten
 from flow_grpo.runs.saved import finished_checkpoints
-from scripts import cli
+from flow_grpo.runs.weights import Bars, Model, choose_models, load_weights, output_folder
 from scripts.diversity_metrics.checkpoint_figures import (
     GAP,
     LEFT,
@@ -54,19 +56,17 @@ from scripts.diversity_metrics.checkpoint_figures import (
     t_half_widths,
     thumbnails,
 )
-from scripts.diversity_metrics.checkpoints import Bars, Model, choose_models, load_weights, output_folder
-from scripts.run_config import read_config
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
+    from flow_grpo.diversity.measure import Diversity
     from flow_grpo.ode_log_prob import PromptLogDensities
     from flow_grpo.policy import Policy
     from flow_grpo.step_visualizer import FilmStrip
     from flow_grpo.tracking import Run
     from flow_grpo.types import Samples
-    from scripts.diversity_metrics.diversity import Diversity
 
 PAGE, RESULTS, TEMPLATE = "index.html", "results.json", "visualize_from_checkpoints.html.j2"
 SETTINGS = ("resolution", "pretrained.", "prompts.test", "prompts.eval_diversity", "num_seeds", "reward_fn.",
@@ -156,9 +156,9 @@ class Instruments:
     def __init__(self, policy: Policy, config: ConfigDict, run: Path, grid_width: int) -> None:
         """`grid_width`: images of a prompt that the grid has room for."""
         from flow_grpo.evaluation import sample_evaluators, test_request
+        from flow_grpo.evaluators.diversity import diversity_request, extractor_of
         from flow_grpo.prompts import PromptDataset
         from flow_grpo.rewards import build_reward
-        from scripts.diversity_metrics.diversity_evaluator import diversity_request, extractor_of
 
         self.policy, self.config, self.run, self.grid_width = policy, config, run, grid_width
         self.prompts = PromptDataset.load(config.prompts.test)
@@ -180,8 +180,8 @@ class Instruments:
         Raises:
             ConfigError: the base model cannot be measured.
         """
+        from flow_grpo.diversity.features import NonFiniteFeatures
         from flow_grpo.entropy import NonFiniteError
-        from scripts.diversity_metrics.features import NonFiniteFeatures
 
         found = Measured(model)
         parts: dict[str, Callable[[Measured], None]] = {
@@ -200,10 +200,10 @@ class Instruments:
 
     def _samples(self, found: Measured) -> None:
         """Rewards, judge, diversity, thumbnails."""
+        from flow_grpo.diversity import measure as diversity
         from flow_grpo.entropy import NonFiniteError
         from flow_grpo.evaluation import draw_samples, view
-        from scripts.diversity_metrics import diversity
-        from scripts.diversity_metrics.diversity_evaluator import features_by_prompt, measure, run_bandwidth
+        from flow_grpo.evaluators.diversity import features_by_prompt, measure, run_bandwidth
 
         samples = draw_samples(
             self.policy, self.prompts, self.policy.settings, self.bars, [self.tested, self.diverse], "checkpoints"
@@ -314,7 +314,7 @@ def results(measured: Sequence[Measured], instruments: Instruments, ema: bool) -
 
 
 def _entry(found: Measured, base: Measured) -> dict[str, Any]:
-    from scripts.diversity_metrics import diversity
+    from flow_grpo.diversity import measure as diversity
 
     strip, densities = found.strip, found.densities
     return {

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.cli import one_sentence_errors
+from flow_grpo.commands.cli import one_sentence_errors
 
 if TYPE_CHECKING:
     from scripts.study.records import Evaluation

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
 from PIL import Image
 
+from flow_grpo.diversity.images import read_rgb
 from flow_grpo.figure_text import figure_text, one_line
-from scripts.diversity_metrics.images import read_rgb
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, Crossing, Evaluation, RunRecord
 
 BASE_COLOUR = "#777777"

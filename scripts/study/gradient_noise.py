@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from scipy.stats import t as student_t
 
-from scripts import cli
+from flow_grpo.commands import cli
 from scripts.study import plan
 from scripts.study.summarise import OUT
 
@@ -301,7 +301,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
-    from scripts.diversity_metrics.checkpoints import output_folder
+    from flow_grpo.runs.weights import output_folder
     from scripts.study.results import NOISE_FILE, write_rows
 
     args = parse(arguments)

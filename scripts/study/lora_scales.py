@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import grpo
+from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
-from scripts import cli
 from scripts.study import plan
 from scripts.study.plan import StudyRun
 from scripts.study.summarise import OUT
@@ -55,8 +55,8 @@ class TrainedModel:
         Raises:
             ConfigError: it is damaged, has no LoRA, or no bandwidth.
         """
-        from scripts.diversity_metrics.checkpoints import choose_models, load_weights
-        from scripts.run_config import read_config
+        from flow_grpo.runs.config import read_config
+        from flow_grpo.runs.weights import choose_models, load_weights
 
         config = read_config(folder, {"logdir": str(scratch), "run_name": folder.name, "trackers": ()})
         if not config.use_lora:
@@ -64,18 +64,18 @@ class TrainedModel:
         (model,) = choose_models(folder, "latest", config, ema=False)
 
         from flow_grpo.evaluation import sample_evaluators
-        from flow_grpo.launch import launch
-        from flow_grpo.policy import Policy
-        from flow_grpo.prompts import PromptDataset
-        from flow_grpo.rewards import build_reward
-        from flow_grpo.tracking import Run
-        from scripts.diversity_metrics.diversity_evaluator import (
+        from flow_grpo.evaluators.diversity import (
             BANDWIDTH_FILE,
             FOLDER,
             DiversityEvaluator,
             extractor_of,
             stored_bandwidth,
         )
+        from flow_grpo.launch import launch
+        from flow_grpo.policy import Policy
+        from flow_grpo.prompts import PromptDataset
+        from flow_grpo.rewards import build_reward
+        from flow_grpo.tracking import Run
 
         settings, accelerator = launch(config)
         device = accelerator.device
@@ -184,7 +184,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def write_scales(args: argparse.Namespace) -> None:
     """Evaluate, then write lora_scales.json: strict JSON, a line for each entry."""
-    from scripts.diversity_metrics.checkpoints import output_folder
+    from flow_grpo.runs.weights import output_folder
 
     scales, out = parse_scales(args.scales), output_folder(args.out)
     found = entries(args.logs, scales)

@@ -12,9 +12,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from flow_grpo.commands.cli import one_sentence_errors
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, read_text, write_atomically
-from scripts.cli import one_sentence_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "assets/figures/demo"

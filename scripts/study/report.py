@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
-from scripts import cli
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

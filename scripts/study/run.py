@@ -18,8 +18,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flow_grpo.commands.cli import create_folder, one_sentence_errors
 from flow_grpo.errors import ConfigError
-from scripts.cli import create_folder, one_sentence_errors
 from scripts.study import plan
 from scripts.study.demo import RECIPES, ROOT, TRAIN_SCRIPT
 from scripts.study.plan import StudyRun
@@ -42,9 +42,9 @@ def state_of(run: StudyRun, out: Path) -> State:
     Raises ConfigError where the folder is damaged.
     """
     from config.grpo import get_config
+    from flow_grpo.runs.config import read_config
     from flow_grpo.runs.saved import CHECKPOINTS, checkpoint_state, find_checkpoint, finished_checkpoints
     from flow_grpo.settings import is_over
-    from scripts.run_config import read_config
 
     folder = out / run.name
     if not finished_checkpoints(folder / CHECKPOINTS):

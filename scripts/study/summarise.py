@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_json, read_object, read_text, write_atomically
-from scripts import cli
 
 if TYPE_CHECKING:
     from scripts.study.results import Study

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flow_grpo.commands.cli import one_sentence_errors
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import write_atomically
 from flow_grpo.settings import text_fault
-from scripts.cli import one_sentence_errors
 
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 

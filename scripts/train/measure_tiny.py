@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.vendi import vendi_score
 
 if TYPE_CHECKING:
     from typing import TypeAlias

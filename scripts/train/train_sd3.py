@@ -8,13 +8,14 @@ averaged once per update instead of by DistributedDataParallel; an epoch's image
 way, so that the result does not depend on the number of processes; step log-probabilities are kept in float32.
 """
 
-from scripts import cli
+from flow_grpo.commands import cli
 
 
 def main(config) -> None:
     """Wire the parts together and train."""
     from flow_grpo import checkpoint, drtune, grpo
     from flow_grpo.evaluation import Evaluator, build_evaluators
+    from flow_grpo.evaluators.diversity import build_diversity_evaluators
     from flow_grpo.launch import launch, one_of_many
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
@@ -22,7 +23,6 @@ def main(config) -> None:
     from flow_grpo.runs.stopping import watching
     from flow_grpo.tracking import Run
     from flow_grpo.trainer import fit
-    from scripts.diversity_metrics.diversity_evaluator import build_diversity_evaluators
 
     with watching() as stop, one_of_many(stop):
         settings, accelerator = launch(config)

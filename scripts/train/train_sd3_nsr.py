@@ -8,7 +8,7 @@ GRPO that only pushes away from the images below their group's mean ("negative")
 that are normalised within the group and continuous. All else is scripts/train/train_sd3.py.
 """
 
-from scripts import cli
+from flow_grpo.commands import cli
 from scripts.train import train_sd3
 
 MODES = ("negative", "weighted")

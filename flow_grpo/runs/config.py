@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from config.base import get_config
 from flow_grpo.errors import ConfigError
+from flow_grpo.recipes.base import get_config
 from flow_grpo.runs.folder import CONFIG_FILE, run_config
 from flow_grpo.settings import leaves
 

@@ -16,8 +16,7 @@ import numpy as np
 import scipy.linalg
 from scipy.spatial.distance import pdist
 
-from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.vendi import (
+from flow_grpo.diversity.vendi import (
     BLOCK,
     centre_of,
     check_bandwidth,
@@ -26,6 +25,7 @@ from scripts.diversity_metrics.vendi import (
     row_blocks,
     validated,
 )
+from flow_grpo.errors import ConfigError
 
 
 class NoBandwidth(ConfigError):

@@ -45,9 +45,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.rke import rke_score
-from scripts.diversity_metrics.vendi import (
+from flow_grpo.diversity.rke import rke_score
+from flow_grpo.diversity.vendi import (
     BLOCK,
     centre_of,
     check_bandwidth,
@@ -59,6 +58,7 @@ from scripts.diversity_metrics.vendi import (
     vendi_of_spectra,
     vendi_score,
 )
+from flow_grpo.errors import ConfigError
 
 MAX_BLOCKS = 64  # left out one by one: beyond so many images, blocks of equal size are, not images
 MAX_PAIRS = 500  # left out two by two, drawn at random where there are more

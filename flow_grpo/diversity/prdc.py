@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flow_grpo.diversity.vendi import check_features, row_blocks
 from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.vendi import check_features, row_blocks
 
 Array = NDArray[np.float64]
 BLOCK = 1024  # rows of distances held at once

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from scripts.diversity_metrics.features import FeatureExtractor
+    from flow_grpo.diversity.features import FeatureExtractor
 
 LITTER = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini")
 BATCH_PIXELS = 1 << 24  # decoded at once, of one image or more: 200 MB as float32

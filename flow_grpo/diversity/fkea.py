@@ -30,8 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flow_grpo.errors import ConfigError
-from scripts.diversity_metrics.vendi import (
+from flow_grpo.diversity.vendi import (
     BLOCK,
     centre_of,
     check_bandwidth,
@@ -39,6 +38,7 @@ from scripts.diversity_metrics.vendi import (
     validated,
     vendi_from_eigenvalues,
 )
+from flow_grpo.errors import ConfigError
 
 Array = NDArray[np.float64]
 RESOLVED = 0.05  # of the value: a larger correction says that r is too small

@@ -25,14 +25,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from config import grpo
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
+from flow_grpo.recipes import sd3 as grpo
+from flow_grpo.runs.config import config_from, read_config
 from flow_grpo.runs.folder import flatten, run_folder_of
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkpoint
 from flow_grpo.settings import decides_what_is_seen, leaves
-from scripts.run_config import config_from, read_config
 
 ALLOW_CHANGES = "--allow-changes"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: 'a quoted tuple such as ("a", "b")'}
@@ -303,7 +303,7 @@ def _check_key(argument: str, declared: dict[str, Any]) -> None:
     if members:
         raise ConfigError(f"config.{key} is a group of keys, which are set one by one: {', '.join(members)}.")
     nearest = [f"config.{name}" for name in _nearest(key, list(declared))]
-    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "config/base.py declares all there are."
+    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "flow_grpo/recipes/base.py declares all there are."
     raise ConfigError(f"config.{key} is not a key; {advice}")
 
 
@@ -325,7 +325,7 @@ def _help(doc: str) -> str:
         f"{inspect.cleandoc(doc)}\n\n"
         "arguments:\n"
         "  --config FILE.py:NAME   the recipe\n"
-        "  --config.KEY=VALUE      change one key; config/base.py lists them all with their meaning\n"
+        "  --config.KEY=VALUE      change one key; flow_grpo/recipes/base.py lists them all with their meaning\n"
         "  --config.resume_from=RUN   go on with a run, by its own settings: give no --config then\n"
         "  --allow-changes         with resume_from: change what is drawn or measured, too\n\n"
         f"recipes of config/grpo.py:\n{recipes}"

@@ -1,0 +1,1 @@
+"""The commands that `pip install` gives: parse, call, print."""

@@ -1,0 +1,1 @@
+"""Evaluators: each measures the samples of one evaluation, drawn once and shared by all."""

@@ -1,0 +1,113 @@
+"""Evaluators that look at the images alone: rewards, a judge, and the modes that it recognises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from scipy.stats import entropy
+from torch import Tensor
+
+from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.clip import ClipScorer
+from flow_grpo.settings import read_modes
+from flow_grpo.types import Samples
+
+
+class RewardEvaluator:
+    """`reward/total`, the weighted sum that is trained on, and `reward/<name>` of every reward in use."""
+
+    name, collective, request = "reward", False, None
+
+    def __init__(self, reward: WeightedReward, batch_size: int, device: torch.device, freq: int = 1) -> None:
+        self.reward, self.batch_size, self.device, self.freq = reward, batch_size, device, freq
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Means over the samples."""
+        sums: dict[str, float] = {}
+        for part in _slices(len(samples.prompts), self.batch_size):
+            images = samples.images[part].to(self.device)
+            scores = self.reward.evaluate(images, samples.prompts[part], samples.metadata[part])
+            for name, value in {"total": scores.total, **scores.terms}.items():
+                sums[name] = sums.get(name, 0.0) + value.double().sum().item()
+        return {f"reward/{name}": value / len(samples.prompts) for name, value in sums.items()}
+
+
+class JudgeEvaluator:
+    """How well a CLIP that is not the reward recognises each image's prompt among the evaluated ones.
+
+    `judge/accuracy`: share of images whose best-matching prompt is their own. `judge/similarity`: mean cosine with it.
+    Both are nan if an image is not finite.
+    """
+
+    name, collective, request = "judge", False, None
+
+    def __init__(self, scorer: ClipScorer, batch_size: int, freq: int = 1) -> None:
+        self.scorer, self.batch_size, self.freq = scorer, batch_size, freq
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Over all samples."""
+        candidates = tuple(dict.fromkeys(samples.prompts))
+        similarity = similarities(self.scorer, samples.images, candidates, self.batch_size)  # (N, candidates)
+        own = torch.tensor([candidates.index(prompt) for prompt in samples.prompts])
+        known = bool(similarity.isfinite().all())
+        return {
+            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item() if known else math.nan,
+            "judge/similarity": similarity.gather(1, own[:, None]).double().mean().item(),
+        }
+
+
+class ModeEvaluator:
+    """Counts the known modes of each prompt, e.g. the colours of "a sneaker", as the judge sees them.
+
+    `modes/<mode>`: share of the images. `modes/entropy`: of these shares, in nats; log of the number of modes at most.
+    All are nan if an image is not finite.
+    """
+
+    name, collective, request = "modes", False, None
+
+    def __init__(
+        self, scorer: ClipScorer, modes: Mapping[str, Mapping[str, str]], batch_size: int, freq: int = 1
+    ) -> None:
+        """`modes`: prompt -> mode -> the caption that describes it."""
+        self.scorer, self.modes, self.batch_size, self.freq = scorer, modes, batch_size, freq
+
+    @classmethod
+    def load(cls, scorer: ClipScorer, path: str, batch_size: int, freq: int = 1) -> ModeEvaluator:
+        """Read the modes from a JSON file; ConfigError if it holds something else."""
+        return cls(scorer, read_modes(Path(path), "config.eval.modes: "), batch_size, freq)
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples) -> dict[str, float]:
+        """Over the samples of prompts whose modes are known; nothing if there are none."""
+        counts: dict[str, float] = {}
+        for prompt in dict.fromkeys(samples.prompts):
+            if not self.modes.get(prompt):
+                continue
+            images = samples.images[[i for i, other in enumerate(samples.prompts) if other == prompt]]
+            names, captions = zip(*self.modes[prompt].items(), strict=True)
+            found = similarities(self.scorer, images, captions, self.batch_size)
+            best, unknown = found.argmax(1), 0.0 if found.isfinite().all() else math.nan
+            for index, name in enumerate(names):
+                counts[name] = counts.get(name, 0.0) + int((best == index).sum()) + unknown
+        if not counts:
+            return {}
+        total = sum(counts.values())
+        shares = {f"modes/{name}": count / total for name, count in counts.items()}
+        return shares | {"modes/entropy": float(entropy(list(counts.values())))}
+
+
+def similarities(scorer: ClipScorer, images: Tensor, texts: Sequence[str], batch_size: int) -> Tensor:
+    """Cosine of every image (N, 3, H, W) with every text: (N, texts), on the CPU."""
+    text_features = scorer.text_features(texts)
+    parts = [scorer.image_features(images[part]) @ text_features.T for part in _slices(len(images), batch_size)]
+    return torch.cat(parts).cpu()
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover range(total)."""
+    return (slice(start, start + size) for start in range(0, total, size))
