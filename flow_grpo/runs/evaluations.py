@@ -13,7 +13,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ def record_path(folder: Path, label: str, epoch: int) -> Path:
 
 
 def write_record(folder: Path, record: Record, images: Tensor | np.ndarray | None) -> Path:
-    """Write a record of the run in `folder`, with a sprite of its images; an earlier one of that evaluation is replaced.
+    """Write a record of the run in `folder`, with a sprite of its images, in the place of an earlier one of its name.
 
     Args:
         images: (N, 3, H, W) in [0, 1], on the CPU; what is not finite is black. None: no sprite.
@@ -458,5 +458,7 @@ def _reach_change(record: Record, base: Record) -> Change | None:
         return None
     old = [squareform(base.diversity.within[i]) for i, _ in places]
     new = [squareform(record.diversity.within[j]) for _, j in places]
-    across = [np.reshape(record.diversity.to_base[j], (len(matrix),) * 2) for (_, j), matrix in zip(places, new, strict=True)]
+    across = [
+        np.reshape(record.diversity.to_base[j], (len(matrix),) * 2) for (_, j), matrix in zip(places, new, strict=True)
+    ]
     return change_of_reach(old, new, across)
