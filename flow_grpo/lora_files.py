@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from flow_grpo.errors import ConfigError
@@ -221,6 +220,7 @@ def _checked(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{file}: the {key} of its settings is {pattern!r:.60}, not an object.")
         for name, value in pattern.items():
             _check_number(file, f"{key}[{name[:60]!r}]", value)
+            _check_pattern(file, key, name)
     return settings
 
 
@@ -228,6 +228,13 @@ def _check_number(file: Path, key: str, value: Any) -> None:
     fits = value is None or (type(value) in (int, float) and math.isfinite(value) and value > 0)
     if not fits:
         raise ConfigError(f"{file}: {key} of its settings is {value!r:.60}, not a number above 0.")
+
+
+def _check_pattern(file: Path, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{file}: {pattern!r:.60} in the {key} of its settings is no pattern ({error}).") from None
 
 
 # --- matching -------------------------------------------------------------------------------------------
@@ -380,9 +387,11 @@ def _scale(file: LoraFile, layer: Layer, target: Target) -> float | None:
 
 
 def _of_module(settings: Mapping[str, Any], key: str, default: float | None, module: str) -> float | None:
-    """What a pattern of the settings says of a module, as peft reads it."""
-    pattern = settings.get(key) or {}
-    return pattern.get(get_pattern_key(list(pattern), module), default)
+    """What a pattern of the settings says of a module: the first that is the end of its name, as peft reads it."""
+    for pattern, value in (settings.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
 
 
 def _check_plan(file: LoraFile, placements: list[Placement]) -> None:
