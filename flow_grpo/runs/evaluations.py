@@ -25,11 +25,11 @@ from flow_grpo.diversity.paired import Change, change_of_means, change_of_reach,
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.messages import say
+from flow_grpo.runs.folder import EVALUATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVALUATIONS = "evaluations"
 FORMAT = 1
 CHANGES = ("reward", "vendi", "reached", "judge")
 DIGITS = 6  # significant, of every float
