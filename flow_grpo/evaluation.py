@@ -5,10 +5,12 @@ What they found is logged as means, and kept image by image in a record (flow_gr
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +24,14 @@ from torchvision.utils import make_grid
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
+from flow_grpo.files import strict_json
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer, trained_models
+from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer, reward_weights, trained_models
 from flow_grpo.runs.evaluations import Record, read_record, record_path, with_changes, write_record
 from flow_grpo.settings import Settings
 from flow_grpo.step_visualizer import StepVisualizer
@@ -63,7 +66,7 @@ def evaluate(
     if not run.is_main:
         return Evaluation()
     run.log_image(prefix, image_grid(view(samples, tested), settings.config), run.counters.epoch)
-    record = _against_base(record_of(samples, found, run), run)
+    record = _against_base(record_of(samples, found, prompts.prompts, run), run)
     if run.holds_folder():  # else `log` tells
         with run.writing(str(record_path(run.folder, record.label, record.epoch))):
             write_record(run.folder, record, samples.images)
@@ -140,18 +143,24 @@ def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
 # --- the record -----------------------------------------------------------------------------------------
 
 
-def record_of(samples: Samples, found: Sequence[tuple[Samples, Measured]], run: Run) -> Record:
-    """What the evaluators found of each image of their samples, joined over all that were drawn."""
-    prompts = list(dict.fromkeys(samples.prompts))
+def record_of(
+    samples: Samples, found: Sequence[tuple[Samples, Measured]], tested: Sequence[str], run: Run
+) -> Record:
+    """What the evaluators found of each image of their samples, joined over all that were drawn.
+
+    `tested`: the different prompts of the test file, in its order.
+    """
+    prompts = {text: number for number, text in enumerate(dict.fromkeys(samples.prompts))}
     places = {key: i for i, key in enumerate(_keys(samples))}
     record = Record(
         label=samples.label,
         epoch=run.counters.epoch,
-        prompts=prompts,
-        prompt=[prompts.index(text) for text in samples.prompts],
+        prompts=list(prompts),
+        prompt=[prompts[text] for text in samples.prompts],
         noise=samples.sample_ids.tolist(),
         seconds=run.counters.seconds,
         network_evaluations=run.counters.network_evaluations,
+        setting=setting_of(run.settings.config, tested),
         extra={k: v for _, part in found for k, v in part.metrics.items() if k.startswith(EXTRA)},
     )
     for seen, part in found:
@@ -161,7 +170,8 @@ def record_of(samples: Samples, found: Sequence[tuple[Samples, Measured]], run: 
 
 def _joined(record: Record, part: Measured, where: Sequence[int], prompts: Sequence[str]) -> Record:
     """A record with what one evaluator found of the images at these places, its prompts by their own numbers."""
-    numbers, total = [list(record.prompts).index(text) for text in prompts], len(record.prompt)
+    places, total = {text: number for number, text in enumerate(record.prompts)}, len(record.prompt)
+    numbers = [places[text] for text in prompts]
     rewards = {name: _spread(values, where, total) for name, values in part.rewards.items()}
     judge, diversity = part.judge or record.judge, part.diversity or record.diversity
     if part.judge is not None and judge is not None:
@@ -186,15 +196,29 @@ def _spread(values: Sequence[Any], where: Sequence[int], total: int) -> list[Any
 
 
 def _against_base(record: Record, run: Run) -> Record:
-    """With its changes against the base model's record of the same run, if there is one."""
+    """With its changes against the base model's record of the same run, if there is one and it was drawn alike."""
     path = record_path(run.folder, record.label, 0)
     if record.epoch == 0 or not path.exists():
         return record
     try:
-        return with_changes(record, read_record(path))
+        base = read_record(path)
     except ConfigError as error:
         run.tell(f"{str(error).rstrip('.')}: nothing is compared with the base model.", key=str(path))
         return record
+    if base.setting != record.setting:
+        run.tell("the base model was drawn or rewarded otherwise: nothing is compared with it.")
+    return with_changes(record, base)
+
+
+def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
+    """A digest of what decides an image, given its prompt and the number of its noise, and what it is rewarded for."""
+    names = ("revision",), ("resolution", "max_sequence_length"), ("seed", "num_steps", "guidance_scale")
+    parts = zip((config.pretrained, config, config.eval), names, strict=True)
+    values: list[Any] = [part[name] for part, chosen in parts for name in chosen]
+    values.append(Path(config.pretrained.model).name)  # the folder may have moved
+    values.append(list(tested))  # their places key the noise
+    rewards = {name: (weight, config.reward_model.get(name)) for name, weight in reward_weights(config).items()}
+    return hashlib.sha256(strict_json([*values, rewards]).encode()).hexdigest()[:16]
 
 
 # --- pictures and evaluators ----------------------------------------------------------------------------
