@@ -143,9 +143,7 @@ def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
 # --- the record -----------------------------------------------------------------------------------------
 
 
-def record_of(
-    samples: Samples, found: Sequence[tuple[Samples, Measured]], tested: Sequence[str], run: Run
-) -> Record:
+def record_of(samples: Samples, found: Sequence[tuple[Samples, Measured]], tested: Sequence[str], run: Run) -> Record:
     """What the evaluators found of each image of their samples, joined over all that were drawn.
 
     `tested`: the different prompts of the test file, in its order.
