@@ -304,14 +304,45 @@ INTENDED_PROCESSES: dict[str, int] = {
     "clipscore_sd3": 32,
 }
 
+# The names to type, and the recipes' first names, which run folders and published commands have. Both stay.
+NAMES: dict[str, str] = {
+    "tiny_grpo": "tiny_sd3",
+    "tiny_drtune": "tiny_sd3_use_gradient",
+    "tiny_nsr": "tiny_sd3_nsr",
+    "tiny_grpo_ode_step": "tiny_sd3_ode_step",
+    "tiny_grpo_ode_path": "tiny_sd3_ode_path",
+    "tiny_grpo_cfm": "tiny_sd3_cfm",
+    "sd35_grpo": "pickscore_sd3",
+    "sd35_grpo_4gpu": "pickscore_sd3_4gpu",
+    "sd35_grpo_1gpu": "pickscore_sd3_1batch_size",
+    "sd35_grpo_fast": "pickscore_sd3_fast",
+    "sd35_grpo_fast_4gpu": "pickscore_sd3_fast_4gpu",
+    "sd35_grpo_fast_nocfg": "pickscore_sd3_fast_nocfg",
+    "sd35_grpo_ode_step_4gpu": "pickscore_sd3_4gpu_ode_logprob",
+    "sd35_grpo_clipscore": "clipscore_sd3",
+    "sd35_grpo_jpeg": "compressibility",
+    "sd35_drtune": "pickscore_sd3_1batch_size_use_gradient",
+    "sd35_nsr_4gpu": "pickscore_sd3_4gpu_nsr",
+}
+
+
+def first_name(name: str) -> str:
+    """The key in RECIPES of a recipe under either of its names; of others, the name itself."""
+    return NAMES.get(name, name)
+
+
+def nearest_recipes(name: str) -> list[str]:
+    """Up to three names that are spelt alike."""
+    return get_close_matches(name, [*NAMES, *RECIPES], n=3, cutoff=0.6)
+
 
 def get_config(name: str = "") -> ConfigDict:
-    """Return the locked configuration of a recipe; raises ConfigError for a name that is none."""
-    if name not in RECIPES:
-        nearest = get_close_matches(name, RECIPES, n=3, cutoff=0.4) or list(RECIPES)
+    """Return the locked configuration of a recipe, under either name; raises ConfigError for a name that is none."""
+    if first_name(name) not in RECIPES:
+        nearest = nearest_recipes(name) or list(RECIPES)
         given = f"{name!r} is not a recipe of config/grpo.py" if name else "config/grpo.py needs the name of a recipe"
         raise ConfigError(f"{given}; choose {', '.join(nearest)}, as in --config config/grpo.py:{nearest[0]}.")
     config = base.get_config()
-    RECIPES[name](config)
+    RECIPES[first_name(name)](config)
     config.recipe = name
     return config
