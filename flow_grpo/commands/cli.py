@@ -333,12 +333,12 @@ def _check_key(argument: str, declared: dict[str, Any]) -> None:
     members = [f"config.{name}" for name in declared if name.startswith(f"{key}.")]
     if members:
         raise ConfigError(f"config.{key} is a group of keys, which are set one by one: {', '.join(members)}.")
-    nearest = [f"config.{name}" for name in _nearest(key, list(declared))]
-    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "`fme ls keys` lists all there are."
+    alike = [f"config.{name}" for name in nearest(key, list(declared))]
+    advice = f"did you mean {' or '.join(alike)}?" if alike else "`fme ls keys` lists all there are."
     raise ConfigError(f"config.{key} is not a key; {advice}")
 
 
-def _nearest(key: str, declared: list[str]) -> list[str]:
+def nearest(key: str, declared: list[str]) -> list[str]:
     """Up to three declared keys: first those of that name in another group, then those spelt alike."""
     elsewhere = [name for name in declared if name.split(".")[-1] == key.split(".")[-1]]
     last_names = {name.split(".")[-1]: name for name in declared}
