@@ -111,12 +111,15 @@ class VendiScore:
             whole, parts = gram(features), np.stack([gram(features[rows]) for rows in blocks])
             return self._spectra_of(lambda left_out: whole - parts[left_out].sum(1), d)
         k = cosine_kernel(features) if self.kernel == "cosine" else gaussian_kernel(features, self._bandwidth)
+        return self.without_rows(k, blocks)
+
+    def without_rows(self, kernel_matrix: np.ndarray, blocks: np.ndarray) -> Without:
+        """The same from a kernel matrix (n, n)."""
+        n = len(kernel_matrix)
 
         def remaining(left_out: np.ndarray) -> np.ndarray:
-            keep = np.ones((len(left_out), n), dtype=bool)
-            np.put_along_axis(keep, blocks[left_out].reshape(len(left_out), -1), False, axis=1)
-            rows = np.nonzero(keep)[1].reshape(len(left_out), -1)
-            return k[rows[:, :, None], rows[:, None, :]]
+            rows = rows_left(n, blocks, left_out)
+            return kernel_matrix[rows[:, :, None], rows[:, None, :]]
 
         return self._spectra_of(remaining, n)
 
@@ -223,6 +226,15 @@ def _replicates(
     parts = [_jackknife(x, score, rng, log) for x, rng in zip(features_by_group, rngs, strict=True)]
     values = np.array([part.value for part in parts])
     shares = values / values.sum() if log else np.full(len(parts), 1 / len(parts))
+    off = deviations(parts, shares, rngs, draws)
+    mean = float(values.mean())
+    return mean, mean * np.exp(off) if log else mean + off
+
+
+def deviations(
+    parts: Sequence[Jackknife], shares: Sequence[float] | np.ndarray, rngs: Sequence[np.random.Generator], draws: int
+) -> np.ndarray:
+    """(draws,) sqrt(V) t* of the sum of independent parts, each times its share; zeros where nothing varies."""
     jackknife = float(sum(a**2 * part.jackknife for a, part in zip(shares, parts, strict=True)))
     variance = float(sum(a**2 * part.variance for a, part in zip(shares, parts, strict=True)))
     numerator, spread = np.zeros(draws), np.zeros(draws)
@@ -233,14 +245,12 @@ def _replicates(
         numerator += sums
         spread += counts @ psi**2 - sums**2 / len(psi)
     if jackknife == 0:  # identical rows
-        return float(values.mean()), np.full(draws, values.mean())
-    deviations = math.sqrt(variance) * numerator / np.sqrt(np.maximum(spread, LEAST_SPREAD * jackknife))
-    mean = float(values.mean())
-    return mean, mean * np.exp(deviations) if log else mean + deviations
+        return np.zeros(draws)
+    return math.sqrt(variance) * numerator / np.sqrt(np.maximum(spread, LEAST_SPREAD * jackknife))
 
 
 @dataclass(frozen=True)
-class _Jackknife:
+class Jackknife:
     """One group's score; the `influence` (blocks,) of its images, and variances, are of its logarithm if `log`."""
 
     value: float
@@ -249,31 +259,50 @@ class _Jackknife:
     variance: float  # V
 
 
-def _jackknife(features: np.ndarray, score: Score, rng: np.random.Generator, log: bool) -> _Jackknife:
-    """The equations at the top of this file; with blocks of m images, n / m stands for n."""
+def _jackknife(features: np.ndarray, score: Score, rng: np.random.Generator, log: bool) -> Jackknife:
+    """Of one group's features (n, d)."""
     x = validated(features)
-    n = len(x)
-    if n < LEAST_ROWS:
-        raise ConfigError(f"features has {n} rows; an interval needs at least {LEAST_ROWS} in each group.")
-    size = math.ceil(n / MAX_BLOCKS)
-    blocks = rng.permutation(n)[: n // size * size].reshape(-1, size) if size > 1 else np.arange(n)[:, None]
+    if len(x) < LEAST_ROWS:
+        raise ConfigError(f"features has {len(x)} rows; an interval needs at least {LEAST_ROWS} in each group.")
+    blocks = blocks_of(len(x), rng)
     without = score.without(x, blocks) if isinstance(score, FastScore) else _one_by_one(score, x, blocks)
-    i, j = _pairs(len(blocks), rng)
-    value, one, two = score(x), without(np.arange(len(blocks))[:, None]), without(np.stack([i, j], 1))
-    whole = value
+    return jackknife(score(x), without, len(x), len(blocks), rng, log)
+
+
+def blocks_of(n: int, rng: np.random.Generator) -> np.ndarray:
+    """(blocks, size) numbers of the images that are left out together: one by one up to MAX_BLOCKS of them."""
+    size = math.ceil(n / MAX_BLOCKS)
+    return rng.permutation(n)[: n // size * size].reshape(-1, size) if size > 1 else np.arange(n)[:, None]
+
+
+def rows_left(n: int, blocks: np.ndarray, left_out: np.ndarray) -> np.ndarray:
+    """(k, rows) numbers of the n images that are outside the blocks `left_out` (k, r)."""
+    keep = np.ones((len(left_out), n), dtype=bool)
+    np.put_along_axis(keep, blocks[left_out].reshape(len(left_out), -1), False, axis=1)
+    return np.nonzero(keep)[1].reshape(len(left_out), -1)
+
+
+def jackknife(value: float, without: Without, n: int, blocks: int, rng: np.random.Generator, log: bool) -> Jackknife:
+    """The equations at the top of this file; with blocks of m images, n / m stands for n.
+
+    `value` is the score of all n images, `without` that of the images outside some of the blocks. ConfigError for a
+    score without a logarithm, if `log`.
+    """
+    i, j = _pairs(blocks, rng)
+    whole, one, two = value, without(np.arange(blocks)[:, None]), without(np.stack([i, j], 1))
     if log:
         if min(value, one.min(), two.min()) <= 0:
             raise ConfigError(f"A score of {min(value, one.min(), two.min()):g} has no logarithm; pass log=False.")
         whole, one, two = math.log(value), np.log(one), np.log(two)
-    units = n / size  # len(blocks), and a part of one where some images are in no block
-    influence = (one.mean() - one) * (units - 1) / math.sqrt(units * (len(blocks) - 1))
-    jackknife = float((influence**2).sum())
+    units = n / math.ceil(n / MAX_BLOCKS)  # the blocks, and a part of one where some images are in no block
+    influence = (one.mean() - one) * (units - 1) / math.sqrt(units * (blocks - 1))
+    first = float((influence**2).sum())
     interactions = whole - (units - 1) / units * (one[i] + one[j]) + (units - 2) / units * two
     pairs = units * (units - 1) / 2
     excess = units * (units - 3) ** 2 / ((units - 1) ** 2 * (units - 2)) * pairs * float(interactions.var())
     # where interactions are all there is, half of J and they themselves both estimate the variance
-    least = (1 - LEAST_WEIGHT) * jackknife * (units - 2) / (units - 1) / 2 + LEAST_WEIGHT * excess * (units - 2) / units
-    return _Jackknife(value, influence, jackknife, max(jackknife - excess, least))
+    least = (1 - LEAST_WEIGHT) * first * (units - 2) / (units - 1) / 2 + LEAST_WEIGHT * excess * (units - 2) / units
+    return Jackknife(value, influence, first, max(first - excess, least))
 
 
 def _pairs(number: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,1 @@
+"""The page: what an evaluation found, as one offline HTML."""
