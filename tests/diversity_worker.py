@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from config.base import get_config
 from flow_grpo.evaluation import evaluate
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
+from flow_grpo.recipes.base import get_config
 from flow_grpo.tracking import Run
 
 
