@@ -364,9 +364,7 @@ def _check_values(config: ConfigDict) -> None:
     for key, value in values.items():
         rule = RULES.get(key) or OPEN_GROUPS.get(key.split(".")[0])
         if rule is None:
-            raise ConfigError(
-                f"config.{key} = {value!r} is not a key; flow_grpo/recipes/base.py declares all there are."
-            )
+            raise ConfigError(f"config.{key} = {value!r} is not a key; `fme ls keys` lists all there are.")
         if not rule.accepts(value):
             raise ConfigError(f"config.{key} = {value!r} is not allowed; it takes {rule.allowed}.")
 
