@@ -18,12 +18,12 @@ import jinja2
 import numpy as np
 
 from flow_grpo.commands.train import run_process, train_command
-from flow_grpo.commands.view import PAGE_FILE, view
+from flow_grpo.commands.view import view
 from flow_grpo.errors import ConfigError
 from flow_grpo.messages import say
 from flow_grpo.page.data import Evaluation, PageRun, read_run
 from flow_grpo.page.words import FIGURES, load
-from flow_grpo.runs.folder import fresh_folder
+from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
 from flow_grpo.runs.history import first_crossing
 
 NUM_SEEDS = 16  # images of a prompt whose diversity is measured: those of the other evaluators
