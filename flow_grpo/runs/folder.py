@@ -39,6 +39,7 @@ from flow_grpo.runs.saved import (
 )
 
 CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER = "config.json", "environment.json", "metrics.jsonl", "images"
+PAGE_FILE = "page.html"  # the page of the run: flow_grpo/page
 RECORD_FOLDERS = ("steps", "diversity")  # of evaluators: <label>_<step>.json
 TRACKERS = ("wandb", "tensorboard")  # wandb first: the one that may have to be started twice
 OURS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, CHECKPOINTS, *RECORD_FOLDERS, *TRACKERS})
