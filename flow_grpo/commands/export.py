@@ -1,10 +1,10 @@
-"""Send a run to a dashboard from its folder alone: one fresh wandb run, or events of tensorboard, with its whole history.
+"""Send a run to a dashboard, from its folder alone: a fresh run of wandb, or events of tensorboard.
 
     fme export logs/RUN
     fme export logs/RUN --tracker tensorboard --out boards
 
-A run that was stopped and went on is one run there, and what it did again is shown once. Without a key for wandb, or with
-WANDB_MODE=offline, the run is written to --out, and the last line says how it is sent. The run's folder is only read.
+A run that was stopped and went on is one run there, and what it did again is shown once. Without a key for wandb, or
+with WANDB_MODE=offline, the run is written to --out, and the last line says how it is sent. RUN is only read.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tracker", choices=TRACKERS, default=TRACKERS[0], help="where to (default: %(default)s)")
     parser.add_argument("--project", default="", help="wandb's project (default: that of the run's settings)")
     parser.add_argument("--name", default="", help="the name it gets there (default: the folder's)")
-    parser.add_argument(
-        "--out", default="exports", help="where files are written, in a new folder (default: %(default)s)"
-    )
+    parser.add_argument("--out", default="exports", help="a new folder in it is written (default: %(default)s)")
 
 
 def main(arguments: argparse.Namespace) -> int:
