@@ -36,6 +36,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.messages import say
 from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.evaluations import read_record
 from flow_grpo.runs.folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -62,7 +63,6 @@ from flow_grpo.runs.trackers import (
 )
 
 if TYPE_CHECKING:
-    from flow_grpo.runs.evaluations import Record
     from flow_grpo.settings import Settings
 
 
@@ -199,9 +199,10 @@ class Run:
             write_atomically(path, buffer.getvalue())
         self._tell_trackers(lambda tracker: tracker.log_images({name: pixels[None]}, step=step))
 
-    def log_record(self, record: Record) -> None:
-        """Send the record of an evaluation, which is written already, to the trackers."""
-        if self.is_main:
+    def log_record(self, path: Path) -> None:
+        """Send the record of an evaluation, which has been written there, to the trackers."""
+        if self.is_main and self.settings.config.trackers:
+            record = read_record(path)
             self._tell_trackers(lambda tracker: tracker.log_record(record))
 
     def _tell_trackers(self, what: Callable[[Board], None] = lambda tracker: None) -> None:
@@ -240,8 +241,8 @@ class Run:
         """Forget what a resumed run will do again: metrics later than `step`, its checkpoint's epoch.
 
         The evaluation at `step` itself is forgotten too, unless it is not `evaluation_redone`; so are the evaluators'
-        own records, files named <label>_<step>.json. The history is replaced in one piece; a last line torn by a crash
-        goes with it, and so do damaged lines, in a file of their own.
+        own records, files named <label>_<step>.json and .webp. The history is replaced in one piece; a last line torn
+        by a crash goes with it, and so do damaged lines, in a file of their own.
 
         Args:
             expected: size and digest of the history at `step`, as the checkpoint has them; it is checked against them.
@@ -255,7 +256,10 @@ class Run:
             self._truncate_lines(path, step, last_evaluation, expected)
         elif expected is not None and expected.get("size"):
             self.tell(f"{path} is missing: the history of the epochs so far is lost, and goes on from here.")
-        for record in (file for folder in RECORD_FOLDERS for file in (self.folder / folder).glob("*_*.json")):
+        kinds = ("json", "webp")
+        for record in [
+            f for name in RECORD_FOLDERS for kind in kinds for f in (self.folder / name).glob(f"*_*.{kind}")
+        ]:
             number = record.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > last_evaluation:
                 record.unlink()

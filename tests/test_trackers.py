@@ -201,7 +201,8 @@ def test_the_summary_has_the_evaluation_that_the_judge_likes_best_and_not_the_la
 def test_wandb_gets_captioned_images_the_table_and_the_page(new_run: NewRun, offline: None) -> None:
     run = new_run(trackers=("wandb",))
     run.log_image("eval", np.zeros((4, 4, 3)), step=0)
-    run.log_record(evaluation(run.folder))
+    evaluation(run.folder)
+    run.log_record(run.folder / "evaluations/eval_000000.json")
     (run.folder / "page.html").write_text("<p>the page")
     run.finish()
     told = OfflineRun(run.folder)

@@ -110,6 +110,11 @@ def reward_names(config: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*reward_weights(config), *config.eval.rewards]))
 
 
+def trained_models(config: Any) -> set[str]:
+    """The checkpoints of the rewards that are trained on."""
+    return {config.reward_model[name] for name in reward_weights(config) if REWARDS[name].scorer is not None}
+
+
 def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple[str, str], Any]) -> RewardModel:
     factory = _import(spec.factory)
     if spec.scorer is None:

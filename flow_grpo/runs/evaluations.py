@@ -23,14 +23,15 @@ from scipy.spatial.distance import squareform
 
 from flow_grpo.diversity.paired import Change, change_of_means, change_of_reach, change_of_shares, change_of_vendi
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.files import open_regular, read_object, strict_json, write_atomically
 from flow_grpo.messages import say
+from flow_grpo.runs.folder import EVALUATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVALUATIONS = "evaluations"
 FORMAT = 1
+LABELS = ("eval", "eval_ema")  # of the current weights, and of their average
 CHANGES = ("reward", "vendi", "reached", "judge")
 DIGITS = 6  # significant, of every float
 SMALL = 64  # pixels of the long side: images up to here are kept as they are, without loss
@@ -88,6 +89,7 @@ class Record:
     name: str = ""  # shown instead of "base model" or "epoch 10"
     seconds: float = 0.0  # of training
     network_evaluations: int = 0  # of training
+    setting: str = ""  # digest of what decides the images and the trained reward; records that differ are not compared
     rewards: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # name -> (N,); "total": trained on
     judge: Judged | None = None
     sprite: Sprite | None = None
@@ -192,6 +194,26 @@ def _kept(record: Record, small: bool) -> list[int]:
 def _eight_bit(image: np.ndarray) -> np.ndarray:
     """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
     return (np.nan_to_num(image, posinf=0.0, neginf=0.0).clip(0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8)
+
+
+def copy_base(source: Path, folder: Path) -> None:
+    """Copy the base model's records of a run to another's folder, unless that has its own.
+
+    Raises:
+        ConfigError: a record, or its sprite, cannot be read.
+        OSError: as of any file that is written.
+    """
+    for label in LABELS:
+        path, target = record_path(source, label, 0), record_path(folder, label, 0)
+        if not path.exists() or target.exists():
+            continue
+        picture = read_record(path).sprite_path
+        target.parent.mkdir(exist_ok=True)
+        if picture is not None:
+            with open_regular(picture) as file:
+                write_atomically(target.with_suffix(".webp"), file.read())
+        with open_regular(path) as file:
+            write_atomically(target, file.read())
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -339,6 +361,7 @@ def _record(found: _Part, folder: Path) -> Record:
         name=found.text("name"),
         seconds=found.number("seconds") or 0.0,
         network_evaluations=found.whole("network_evaluations"),
+        setting=found.text("setting") if "setting" in found.value else "",
         rewards={name: rewards.numbers(name, len(prompt), missing=True) for name in rewards.value},
         judge=None if judge is None else _judged(judge, len(prompt), len(prompts)),
         sprite=None if sprite is None else _sprite_of(sprite, len(prompt)),
@@ -394,7 +417,12 @@ def _change(found: _Part) -> Change:
 
 
 def with_changes(record: Record, base: Record) -> Record:
-    """The record with its changes against the base, on the images that both have of one prompt and noise."""
+    """The record with its changes against the base, on the images that both have of one prompt and noise.
+
+    There are none where the two were not drawn, or rewarded, alike.
+    """
+    if record.setting != base.setting:
+        return replace(record, changes={})
     found = {
         "reward": _reward_change(record, base),
         "vendi": _vendi_change(record, base),

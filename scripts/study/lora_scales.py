@@ -102,7 +102,7 @@ class TrainedModel:
 
         with rescale_adapter_scale(self.policy.transformer, scale):
             found = evaluate(self.policy, self.prompts, self.evaluators, self.policy.settings, self.scratch, "eval")
-        metrics = {name: found[f"eval/{name}"] for name in (REWARD, VENDI, RKE, ACCURACY)}
+        metrics = {name: found.metrics[f"eval/{name}"] for name in (REWARD, VENDI, RKE, ACCURACY)}
         lost = [name for name, value in metrics.items() if not math.isfinite(value)]
         if lost:
             raise ConfigError(f"{', '.join(lost)} cannot be measured: not finite.")
