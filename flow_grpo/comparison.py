@@ -149,9 +149,7 @@ class Instruments:
         for prompt, number in zip(samples.prompts, samples.sample_ids.tolist(), strict=True):
             noise[prompt].append(number)
         order = self.settings.config.diversity.order
-        distances = distances_of(
-            features, list(noise.values()), self.extractor.name, order, self.bandwidth, self.base
-        )
+        distances = distances_of(features, list(noise.values()), self.extractor.name, order, self.bandwidth, self.base)
         found = [(samples, Measured(diversity=distances))]
         found += [(samples, evaluator.evaluate(samples)) for evaluator in self.evaluators]
         if self.base is None:

@@ -226,7 +226,9 @@ def set_features(config: ConfigDict, text: str) -> None:
     if kind == "open_clip" and not rest.startswith(OPEN_CLIP_SOURCES):
         model, _, pretrained = rest.partition(":")
     if not model:
-        raise ConfigError(f"--features {text} names no model; it takes [clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG.")
+        raise ConfigError(
+            f"--features {text} names no model; it takes [clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG."
+        )
     config.diversity.extractor, config.diversity.model, config.diversity.pretrained = kind, model, pretrained
 
 
@@ -246,7 +248,7 @@ def check_features(config: ConfigDict, side: int) -> None:
 
 
 def _set_reward(config: ConfigDict, values: Mapping[str, Any] | None, options: Options, side: int = 0) -> bool:
-    """Take the reward that is asked for, for images of this side (0: those drawn), or the run's; whether there is one."""
+    """Take the reward that is asked for, or the run's; whether there is one. `side`: of the images; 0: those drawn."""
     if options.measured and not options.reward and _has_reward(config, values):
         return True
     names = dict.fromkeys(config.reward_fn, 0.0)
@@ -275,7 +277,9 @@ def reward_of(text: str, side: int) -> tuple[str, str]:
     """The reward and its model that --reward names, NAME or NAME=MODEL, for images of this side."""
     name, _, model = text.partition("=")
     if name not in REWARDS:
-        raise ConfigError(f"--reward {text} is not allowed; it takes NAME or NAME=MODEL, NAME one of {', '.join(REWARDS)}.")
+        raise ConfigError(
+            f"--reward {text} is not allowed; it takes NAME or NAME=MODEL, NAME one of {', '.join(REWARDS)}."
+        )
     if REWARDS[name].scorer != CLIP_SCORER:
         return name, ""
     default = get_config().reward_model[name] if side <= SMALL else sd3.PICKSCORE if name == "pickscore" else sd3.CLIP
@@ -355,4 +359,6 @@ def _check_loras(model: Model) -> None:
         try:
             match(read_lora(path), shapes)
         except ConfigError as error:
-            raise ConfigError(f"{str(error).rstrip('.')}; the base is {model.pipeline}, and --base names another.") from None
+            raise ConfigError(
+                f"{str(error).rstrip('.')}; the base is {model.pipeline}, and --base names another."
+            ) from None

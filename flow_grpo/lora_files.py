@@ -14,7 +14,6 @@ A layer adds scale B A to a weight W; with DoRA (arXiv 2402.09353) W' = m (W + s
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -252,7 +251,7 @@ def _check_pattern(file: Path, key: str, pattern: str) -> None:
 
 
 def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Module -> shape of its weight matrix, from the files of a pipeline's transformer; {}: they are of another kind."""
+    """Module -> shape of its weight, from the files of a pipeline's transformer; {}: they are of another kind."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted((folder / "transformer").glob("*.safetensors")):
         shapes |= read_header(path)[0]

@@ -15,7 +15,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -70,8 +70,12 @@ def not_negative(text: str) -> float:
 
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """How images are drawn; the default is what the run, or else the pipeline, has."""
-    parser.add_argument("--base", default="", metavar="MODEL", help="pipeline that a LoRA is loaded on: folder or hub id")
-    parser.add_argument("--lora", action="append", default=[], metavar="LORA", help="load this besides; may be repeated")
+    parser.add_argument(
+        "--base", default="", metavar="MODEL", help="pipeline that a LoRA is loaded on: folder or hub id"
+    )
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="LORA", help="load this besides; may be repeated"
+    )
     parser.add_argument("--steps", type=whole(1), help="sampler steps")
     parser.add_argument("--guidance", type=not_negative, help="guidance scale; 1: none")
     parser.add_argument("--size", type=whole(1), help="pixels, height and width")
@@ -84,9 +88,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("thing", metavar="THING", help="run, checkpoint, LoRA, pipeline or folder of images")
     parser.add_argument("--against", default="", metavar="THING", help="compare with this (default: its base model)")
-    parser.add_argument("-n", type=whole(LEAST_IMAGES), default=16, metavar="N", help="images of each prompt (default: 16)")
-    parser.add_argument("--prompts", default="", metavar="FILE", help=".txt or .jsonl (default: the run's, or ten things)")
-    parser.add_argument("--features", default="", metavar="MODEL", help="[clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG")
+    parser.add_argument(
+        "-n", type=whole(LEAST_IMAGES), default=16, metavar="N", help="images of each prompt (default: 16)"
+    )
+    parser.add_argument(
+        "--prompts", default="", metavar="FILE", help=".txt or .jsonl (default: the run's, or ten things)"
+    )
+    parser.add_argument(
+        "--features", default="", metavar="MODEL", help="[clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG"
+    )
     parser.add_argument("--reward", default="", metavar="NAME[=MODEL]", help="measure this reward; `fme ls rewards`")
     parser.add_argument("--judge", default="", metavar="MODEL", help="a CLIP that is not the reward's")
     add_drawing_arguments(parser)
@@ -182,6 +192,7 @@ def folders_of(thing: Thing, against: Thing | None, options: Options) -> FolderL
     if (rewarded or options.judge) and any(_is_flat(folder) for folder in found):
         raise ConfigError(f"{thing.text}: a reward or judge needs a folder of images for each prompt, of its name.")
     paired = len(found) == 1 or _files(found[0]) == _files(found[1])
+    given = _count(found)
     if len(found) > 1:
         found = _alike(found[0], found[1])
     for name, group in found[0].groups.items():
@@ -189,12 +200,22 @@ def folders_of(thing: Thing, against: Thing | None, options: Options) -> FolderL
             raise ConfigError(
                 f"{name!r} has {len(group)} images to compare; an interval takes at least {LEAST_IMAGES}."
             )
-    names = [other.name for other in (against, thing) if other is not None]
-    if len(set(names)) < len(names):
-        names = [other.place for other in (against, thing) if other is not None]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"{thing.text} is compared with itself; --against takes another folder.")
-    return FolderLook(dict(zip(names, found, strict=True)), paired, config, rewarded)
+    if left_out := given - _count(found):
+        say(f"{left_out} images are left out, so that both folders have as many of each prompt.")
+    return FolderLook(dict(zip(_names(against, thing), found, strict=True)), paired, config, rewarded)
+
+
+def _count(folders: Sequence[ImageFolder]) -> int:
+    return sum(len(group) for folder in folders for group in folder.groups.values())
+
+
+def _names(against: Thing | None, thing: Thing) -> list[str]:
+    """Of the folders, with their paths where the names are equal; ConfigError for one folder given twice."""
+    things = [other for other in (against, thing) if other is not None]
+    for names in ([other.name for other in things], [other.place for other in things]):
+        if len(set(names)) == len(things):
+            return names
+    raise ConfigError(f"{thing.text} is compared with itself; --against takes another folder.")
 
 
 def _is_flat(folder: ImageFolder) -> bool:
@@ -217,9 +238,6 @@ def _alike(base: ImageFolder, other: ImageFolder) -> list[ImageFolder]:
             f"{base.root} and {other.root} hold different prompts: {different[0]!r} is in one of them alone."
         )
     counts = {name: min(len(group), len(base.groups[name])) for name, group in other.groups.items()}
-    left_out = sum(map(len, [*base.groups.values(), *other.groups.values()])) - 2 * sum(counts.values())
-    if left_out:
-        say(f"{left_out} images are left out, so that both folders have as many of each prompt.")
     return [
         replace(folder, groups={name: folder.groups[name][:count] for name, count in counts.items()})
         for folder in (base, other)
