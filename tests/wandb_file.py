@@ -44,10 +44,12 @@ class OfflineRun:
     def _whole(self, patience: float = 30.0) -> list[Record]:
         """The records up to the last: wandb's own process writes them, and goes on when `finish` has returned."""
         end = time.monotonic() + patience
-        while not any(r.HasField("exit") for r in (records := read_records(self.path))):
-            assert time.monotonic() < end, f"{self.path} has no end"
+        while time.monotonic() < end:
+            records = read_records(self.path)
+            if any(r.HasField("exit") for r in records):
+                return records
             time.sleep(0.02)
-        return records
+        raise AssertionError(f"{self.path} has no end")
 
     @property
     def rows(self) -> list[dict[str, Any]]:
