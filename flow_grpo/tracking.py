@@ -217,7 +217,7 @@ class Run:
             for tracker in self.accelerator.trackers:
                 what(tracker)
         except OSError as error:
-            self.tell(f"a tracker cannot write ({error.strerror}): the run goes on without trackers.")
+            self.tell(f"a tracker cannot write ({error.strerror or error}): the run goes on without trackers.")
             finish_trackers(self.accelerator.trackers, exit_code=1)
             self.accelerator.trackers = []
 
