@@ -215,11 +215,11 @@ def test_later_weights_are_compared_with_the_base_on_the_same_noise(config, meas
 
 def features(measured, *records):
     """Of the first prompt's images, read from the sprites."""
-    parts, evaluators = measured
+    extractor = measured[1][-1].extractor
     for record in records:
         sheet = np.asarray(Image.open(record.sprite_path)).transpose(2, 0, 1) / 255
         tiles = [sheet[:, :32, 32 * i : 32 * i + 32] for i in range(5)]
-        yield evaluators[-1].extractor(torch.tensor(np.stack(tiles), dtype=torch.float32))
+        yield extractor(torch.tensor(np.stack(tiles), dtype=torch.float32))
 
 
 def test_a_base_that_was_drawn_otherwise_or_is_damaged_is_told_and_not_compared(measured, capsys):
