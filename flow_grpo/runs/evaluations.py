@@ -156,7 +156,7 @@ def _plain(record: Record) -> dict[str, Any]:
     """The record's JSON."""
     plain = asdict(record)
     del plain["folder"]
-    return {"format": FORMAT} | _rounded(plain)
+    return {"format": FORMAT} | rounded(plain)
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -164,13 +164,13 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(strict_json(plain).encode()).hexdigest()
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Every float in it to so many significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Sprite, bytes]:
