@@ -46,8 +46,8 @@ from flow_grpo.runs.saved import (
 )
 from flow_grpo.settings import Settings, weights_record
 from flow_grpo.tracking import Run
-from flow_grpo.training_words import go_on
 from flow_grpo.training_state import TrainingState, collect, named_as, not_finite, read, restore, trained_tensors
+from flow_grpo.training_words import go_on
 
 
 @dataclass(frozen=True)

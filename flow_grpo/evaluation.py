@@ -143,9 +143,7 @@ def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
 # --- the record -----------------------------------------------------------------------------------------
 
 
-def record_of(
-    samples: Samples, found: Sequence[tuple[Samples, Measured]], tested: Sequence[str], run: Run
-) -> Record:
+def record_of(samples: Samples, found: Sequence[tuple[Samples, Measured]], tested: Sequence[str], run: Run) -> Record:
     """What the evaluators found of each image of their samples, joined over all that were drawn.
 
     `tested`: the different prompts of the test file, in its order.
@@ -198,7 +196,10 @@ def _spread(values: Sequence[Any], where: Sequence[int], total: int) -> list[Any
 def _against_base(record: Record, run: Run) -> Record:
     """With its changes against the base model's record of the same run, if there is one and it was drawn alike."""
     path = record_path(run.folder, record.label, 0)
-    if record.epoch == 0 or not path.exists():
+    if record.epoch == 0:
+        return record
+    if not path.exists():
+        run.tell(f"{path} is missing: nothing is compared with the base model.")
         return record
     try:
         base = read_record(path)

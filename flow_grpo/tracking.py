@@ -478,6 +478,7 @@ def describe_environment(settings: Settings, accelerator: Accelerator) -> dict[s
         "run_id": uuid.uuid4().hex[:8],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
+        "working_folder": os.getcwd(),  # that relative paths in the configuration start from
         "git": _git_state(),
         "device": _device_name(accelerator.device),
         "processes": accelerator.num_processes,

@@ -1,4 +1,4 @@
-"""What a training says on the terminal besides its bars: a line when it begins, one for each evaluation, one at the end."""
+"""What a training says on the terminal besides its bars: when it begins, of each evaluation, and when it ends."""
 
 from __future__ import annotations
 

@@ -21,9 +21,7 @@ HERE = Path(__file__).parent
 TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", ("charts.js", "page.js")
 
 
-def build_page(
-    folders: Sequence[Path], out: Path, command: str = "", live: bool = False, label: str = "eval"
-) -> Path:
+def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool = False, label: str = "eval") -> Path:
     """Write the page of one or more run folders, in one piece; the file that was there is replaced.
 
     Args:

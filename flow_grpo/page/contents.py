@@ -80,7 +80,9 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
         "refresh": REFRESH_SECONDS if live else 0,
         "label": label,
         "runs": plain_runs,
-        "groups": [{"name": g.name, "runs": g.runs, "curves": curves(g, runs) if len(g.runs) > 1 else {}} for g in groups],
+        "groups": [
+            {"name": g.name, "runs": g.runs, "curves": curves(g, runs) if len(g.runs) > 1 else {}} for g in groups
+        ],
     }
     differing, shared = _settings(runs)
     return Contents(
@@ -200,7 +202,9 @@ def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str]) -> d
         found["guess"] = [None if g is None else place[g] for g in guess]
         found["probability"] = [record.judge.probability[i] for i in kept]
     if record.diversity is not None:
-        found["vendi"] = {str(place[p]): v for p, v in zip(record.diversity.prompts, record.diversity.vendi, strict=True)}
+        found["vendi"] = {
+            str(place[p]): v for p, v in zip(record.diversity.prompts, record.diversity.vendi, strict=True)
+        }
     return found
 
 
@@ -287,7 +291,9 @@ def _settings(runs: Sequence[PageRun]) -> tuple[Table, list[tuple[str, str]]]:
     keys = sorted({key for run in runs for key in run.config} - set(NOT_SETTINGS))
     values = {key: [json.dumps(run.config[key]) if key in run.config else "" for run in runs] for key in keys}
     differing = [(key, row) for key, row in values.items() if len(set(row)) > 1]
-    return Table([run.name for run in runs], differing), [(k, row[0]) for k, row in values.items() if len(set(row)) == 1]
+    return Table([run.name for run in runs], differing), [
+        (k, row[0]) for k, row in values.items() if len(set(row)) == 1
+    ]
 
 
 def _environments(runs: Sequence[PageRun]) -> Table:

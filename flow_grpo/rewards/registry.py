@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.paths import find
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +169,7 @@ def check_checkpoint(key: str, checkpoint: str) -> None:
     first = checkpoint.split("/")[0]
     local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1
     local = local or first == "assets" or os.path.exists(first)
-    if local and not os.path.isdir(os.path.expanduser(checkpoint)):
+    if local and not os.path.isdir(find(checkpoint)):
         raise ConfigError(
             f"{key} = {checkpoint!r} is not a directory; it takes the directory or hub id (org/name) of a checkpoint."
         )

@@ -38,6 +38,9 @@ from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import CONFIG_FILE, flatten
 from flow_grpo.runs.saved import finished_checkpoints
 from flow_grpo.runs.weights import Bars, Model, choose_models, load_weights, output_folder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
 from scripts.diversity_metrics.checkpoint_figures import (
     GAP,
     LEFT,
