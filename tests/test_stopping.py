@@ -54,6 +54,14 @@ def history(parts):
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """A suite started in the background ignores Ctrl-C from the start, as it should; these tests send it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def evaluated(config):
     """2 epochs of 2 updates in minibatches of 2; evaluated and saved after each."""
