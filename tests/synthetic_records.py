@@ -56,7 +56,7 @@ def _texture(size: int) -> np.ndarray:
 def drifted(base: np.ndarray, lost: float) -> np.ndarray:
     """The images when a share `lost` of their diversity is: mixed with one blue picture of each prompt."""
     size = base.shape[-1]
-    y, x = np.mgrid[0:1 : size * 1j, 0:1 : size * 1j]
+    y, x = np.mgrid[0 : 1 : size * 1j, 0 : 1 : size * 1j]
     washed = np.stack([0.45 + 0.4 * np.sin(17 * x), 0.5 + 0.3 * np.cos(23 * y), 0.8 + 0.2 * np.sin(11 * (x + y))])
     target = 0.55 * base.mean(1, keepdims=True) + 0.45 * washed.clip(0, 1)
     return ((1 - lost) * base + lost * target).astype(np.float32)

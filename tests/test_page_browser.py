@@ -23,7 +23,6 @@ from flow_grpo.page.data import read_runs
 from tests.synthetic_records import base_images, drifted, write_records
 from tests.synthetic_runs import write_run
 
-
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
 FLAGS = (
     "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
@@ -182,7 +181,8 @@ def test_what_was_not_measured_is_said(view: Page, kind: str, missing: str, verd
 
 def test_a_run_without_records_shows_its_pictures_and_curves(view: Page) -> None:
     view.open("old")
-    assert view.js("return [...document.querySelectorAll('.pictures img')].map((i) => i.naturalWidth > 200)") == [True] * 2
+    widths = view.js("return [...document.querySelectorAll('.pictures img')].map((image) => image.naturalWidth)")
+    assert widths == [8 * 33] * 2
     assert view.count("#charts svg") == 3
     assert view.texts("#figures .tone") == ["no interval"] * 3
 
@@ -287,7 +287,7 @@ def test_the_filter_leaves_the_prompts_that_contain_it(view: Page) -> None:
 
 def test_prompts_stand_by_their_loss_and_filter_the_page(view: Page) -> None:
     view.open("run")
-    changes = [int(text.rstrip(" %").replace("−", "-")) for text in view.texts(".losses td:nth-child(4)")]
+    changes = [int(text.rstrip(" %").replace("\N{MINUS SIGN}", "-")) for text in view.texts(".losses td:nth-child(4)")]
     assert len(changes) == 10
     assert changes == sorted(changes)
     view.find(".losses button").click()
@@ -344,7 +344,9 @@ def test_a_dot_of_the_scatter_shows_its_images_and_goes_there(view: Page) -> Non
 
 def test_marks_of_a_chart_are_where_the_numbers_are(view: Page) -> None:
     view.open("run")
-    heights = view.js("return [...document.querySelectorAll('#charts .chart:first-child .dot')].map((d) => +d.getAttribute('cy'))")
+    heights = view.js(
+        "return [...document.querySelectorAll('#charts .chart:first-child .dot')].map((d) => +d.getAttribute('cy'))"
+    )
     figures = [e.figures["reward"] for e in read_runs([view.pages["run"].parent / "drtune"])[0].evaluations]
     slope, offset = np.polyfit(figures, heights, 1)
     assert slope < 0
@@ -375,7 +377,11 @@ def test_an_image_opens_at_every_checkpoint(view: Page) -> None:
 
 def test_the_buttons_of_the_dialog_move_too(view: Page) -> None:
     view.open("run", "prompt=a+bag&noise=0")
-    for button, title in (("noise-down", "a bag, noise 1"), ("noise-up", "a bag, noise 0"), ("noise-up", "a bag, noise 0")):
+    for button, title in (
+        ("noise-down", "a bag, noise 1"),
+        ("noise-up", "a bag, noise 0"),
+        ("noise-up", "a bag, noise 0"),
+    ):
         view.find(f"#{button}").click()
         view.until(lambda title=title: view.text("#dialog-title") == title)
     view.find("#dialog-previous").click()
@@ -402,7 +408,9 @@ def test_the_address_brings_everything_back(view: Page) -> None:
     assert view.address() == f"#{address}"
 
 
-@pytest.mark.parametrize("address", ["right=abc", "run=none&left=1e999", "prompt=no+such&noise=99", "axis=x&open=y", "%"])
+@pytest.mark.parametrize(
+    "address", ["right=abc", "run=none&left=1e999", "prompt=no+such&noise=99", "axis=x&open=y", "%"]
+)
 def test_a_senseless_address_is_a_page_all_the_same(view: Page, address: str) -> None:
     view.open("run", address)
     assert view.count(".row") == 11
@@ -464,7 +472,8 @@ def test_colours_follow_the_device_and_are_legible(view: Page, scheme: str, dark
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
     view.open("run")
-    colour = "const [e, p] = arguments; return getComputedStyle(document.querySelector(e))[p].match(/[\\d.]+/g).slice(0, 3).map(Number)"
+    colour = """const [selector, name] = arguments;
+        return getComputedStyle(document.querySelector(selector))[name].match(/[\\d.]+/g).slice(0, 3).map(Number);"""
     paper = view.js(colour, "body", "backgroundColor")
     assert (_luminance(paper) < 0.05) == dark
     for selector in ("body", ".quiet", "h1 .worse", "#filter", ".link"):
@@ -545,7 +554,8 @@ def test_the_page_of_a_run_that_goes_on_loads_itself_again(view: Page, tmp_path:
     assert view.text("#status") == "training: epoch 20"
     write_records(tmp_path / "later" / "run", EPOCHS[:5])
     build_page([tmp_path / "later" / "run"], page, live=False)
-    view.until(lambda: view.js("return document.documentElement.dataset.ready") and view.text("#right-name") == "epoch 60")
+    view.until(lambda: view.js("return document.documentElement.dataset.ready"))
+    view.until(lambda: view.text("#right-name") == "epoch 60")
     assert view.address() == "#filter=bag"
     assert not view.find("#status").is_displayed()
 

@@ -237,4 +237,3 @@ def _share_right(guess: Sequence[int | None], prompt: Sequence[int]) -> float | 
 
 def _is_finite(change: Change) -> bool:
     return all(math.isfinite(value) for value in (change.old, change.new, change.difference, change.low, change.high))
-
