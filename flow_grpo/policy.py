@@ -26,6 +26,7 @@ from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_lo
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
 from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.paths import find
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import WITHOUT_T5, Settings, check_scheduler
 from flow_grpo.types import PromptEmbeds, Trajectory
@@ -45,7 +46,7 @@ def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
     try:
         with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            folder = pretrained.model
+            folder = find(pretrained.model)
             if not os.path.isdir(folder):
                 folder = StableDiffusion3Pipeline.download(folder, revision=pretrained.revision or None)
             pipeline, missing = _load_parts(folder, DTYPES[settings.config.mixed_precision])

@@ -218,8 +218,8 @@ class Run:
         """Forget what a resumed run will do again: metrics later than `step`, its checkpoint's epoch.
 
         The evaluation at `step` itself is forgotten too, unless it is not `evaluation_redone`; so are the evaluators'
-        own records, files named <label>_<step>.json. The history is replaced in one piece; a last line torn by a crash
-        goes with it, and so do damaged lines, in a file of their own.
+        own records, files named <label>_<step>.json and .webp. The history is replaced in one piece; a last line torn
+        by a crash goes with it, and so do damaged lines, in a file of their own.
 
         Args:
             expected: size and digest of the history at `step`, as the checkpoint has them; it is checked against them.
@@ -233,7 +233,10 @@ class Run:
             self._truncate_lines(path, step, last_evaluation, expected)
         elif expected is not None and expected.get("size"):
             self.tell(f"{path} is missing: the history of the epochs so far is lost, and goes on from here.")
-        for record in (file for folder in RECORD_FOLDERS for file in (self.folder / folder).glob("*_*.json")):
+        kinds = ("json", "webp")
+        for record in [
+            f for name in RECORD_FOLDERS for kind in kinds for f in (self.folder / name).glob(f"*_*.{kind}")
+        ]:
             number = record.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > last_evaluation:
                 record.unlink()
@@ -574,6 +577,7 @@ def describe_environment(settings: Settings, accelerator: Accelerator) -> dict[s
         "run_id": uuid.uuid4().hex[:8],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
+        "working_folder": os.getcwd(),  # that relative paths in the configuration start from
         "git": _git_state(),
         "device": _device_name(accelerator.device),
         "processes": accelerator.num_processes,

@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-from config.base import get_config
 from flow_grpo.evaluation import evaluate
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
+from flow_grpo.recipes.base import get_config
 from flow_grpo.tracking import Run
 
 
@@ -25,7 +25,7 @@ def main(models: str, out: str) -> None:
     settings, accelerator = launch(config)
     policy, run = Policy.load(settings, accelerator), Run(settings, accelerator)
     evaluators = build_diversity_evaluators(settings, run, accelerator.device)
-    metrics = evaluate(policy, PromptDataset.load(config.prompts.test), evaluators, settings, run, "eval")
+    metrics = evaluate(policy, PromptDataset.load(config.prompts.test), evaluators, settings, run, "eval").metrics
     if run.is_main:
         counts = json.loads((run.folder / "diversity/eval_000000.json").read_text())["counts"]
         Path(out).write_text(json.dumps({"metrics": metrics, "counts": counts}))

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from config import base, grpo
+from config import base
 from config.grpo import INTENDED_PROCESSES, RECIPES, get_config
 from flow_grpo.commands.cli import parse_config
 from flow_grpo.errors import ConfigError
+from flow_grpo.recipes import sd3
 from flow_grpo.settings import leaves, resolve
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def test_a_recipe_without_its_prompts_names_the_command_that_fetches_them(name, 
     command = "python scripts/train/fetch_prompts.py --dataset yuvalkirstain/pickapic_v1_no_images --column caption"
     assert config.prompts.train in str(error.value)
     assert f"{command} --out assets/prompts/pickscore" in str(error.value)
-    assert command in " ".join((inspect.getdoc(grpo) or "").split())
+    assert command in " ".join((inspect.getdoc(sd3) or "").split())
 
 
 def cost(config: ConfigDict, processes: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import (
     JudgeEvaluator,
+    Measured,
     ModeEvaluator,
     RewardEvaluator,
     draw_samples,
@@ -26,6 +27,8 @@ class ColourScorer:
     """A scorer that knows one thing: the mean colour of an image and the colour a text names."""
 
     COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}  # noqa: RUF012
+
+    logit_scale = torch.tensor(math.log(10.0))
 
     def image_features(self, images):
         return torch.nn.functional.normalize(images.mean((2, 3)), dim=1)
@@ -46,21 +49,21 @@ def painted(colours, prompts):
 
 def test_judge_accuracy_counts_images_nearest_their_own_prompt():
     samples = painted(["red", "green", "red", "green"], ["a red bag", "a red bag", "a green bag", "a green bag"])
-    metrics = JudgeEvaluator(ColourScorer(), batch_size=3).evaluate(samples)
+    metrics = JudgeEvaluator(ColourScorer(), batch_size=3).evaluate(samples).metrics
     assert metrics == {"judge/accuracy": 0.5, "judge/similarity": 0.5}
 
 
 def test_modes_are_counted_among_the_prompts_that_have_them():
     samples = painted(["red", "red", "red", "blue", "green"], ["a bag"] * 4 + ["a green boot"])
     modes = {"a bag": {"red": "a red bag", "green": "a green bag", "blue": "a blue bag"}}
-    metrics = ModeEvaluator(ColourScorer(), modes, batch_size=2).evaluate(samples)
+    metrics = ModeEvaluator(ColourScorer(), modes, batch_size=2).evaluate(samples).metrics
     shares = {"modes/red": 0.75, "modes/green": 0.0, "modes/blue": 0.25}
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert metrics == pytest.approx(shares | {"modes/entropy": entropy})
 
 
 def test_without_known_modes_nothing_is_claimed():
-    assert ModeEvaluator(ColourScorer(), {}, 2).evaluate(painted(["red"], ["a red bag"])) == {}
+    assert ModeEvaluator(ColourScorer(), {}, 2).evaluate(painted(["red"], ["a red bag"])) == Measured()
 
 
 # --- samples that are not finite -------------------------------------------------------------------------
@@ -73,7 +76,7 @@ def broken(samples):
 
 def test_a_judge_that_sees_an_image_of_nan_claims_nothing():
     samples = broken(painted(["red", "green"], ["a red bag", "a green bag"]))
-    metrics = JudgeEvaluator(ColourScorer(), batch_size=3).evaluate(samples)
+    metrics = JudgeEvaluator(ColourScorer(), batch_size=3).evaluate(samples).metrics
     assert set(metrics) == {"judge/accuracy", "judge/similarity"}
     assert all(map(math.isnan, metrics.values()))
 
@@ -81,7 +84,7 @@ def test_a_judge_that_sees_an_image_of_nan_claims_nothing():
 def test_an_image_of_nan_is_in_no_mode():
     samples = broken(painted(["red", "blue"], ["a bag"] * 2))
     modes = {"a bag": {"red": "a red bag", "blue": "a blue bag"}}
-    metrics = ModeEvaluator(ColourScorer(), modes, batch_size=2).evaluate(samples)
+    metrics = ModeEvaluator(ColourScorer(), modes, batch_size=2).evaluate(samples).metrics
     assert set(metrics) == {"modes/red", "modes/blue", "modes/entropy"}
     assert all(map(math.isnan, metrics.values()))
 
@@ -94,7 +97,7 @@ def test_weights_of_nan_give_metrics_of_nan_and_the_run_goes_on(config, build):
         for parameter in parts.policy.trainable:
             parameter.fill_(torch.nan)
     evaluators = sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))
-    metrics = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval")
+    metrics = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval").metrics
     assert {name.split("/")[1] for name in metrics} == {"reward", "judge", "modes"}
     assert all(map(math.isnan, metrics.values()))
     assert (parts.run.folder / "images/eval_000000.png").is_file()
@@ -125,7 +128,7 @@ def test_rewards_are_means_over_all_samples_whatever_the_batch(config, build):
     samples = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
     whole = parts.reward.evaluate(samples.images, samples.prompts, samples.metadata)
     for batch_size in (3, 8):
-        metrics = RewardEvaluator(parts.reward, batch_size, torch.device("cpu")).evaluate(samples)
+        metrics = RewardEvaluator(parts.reward, batch_size, torch.device("cpu")).evaluate(samples).metrics
         assert set(metrics) == {"reward/total", "reward/pickscore", "reward/jpeg_compressibility"}
         for name, values in {"total": whole.total, **whole.terms}.items():
             assert metrics[f"reward/{name}"] == pytest.approx(values.mean().item(), rel=1e-5)

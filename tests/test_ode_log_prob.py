@@ -152,11 +152,11 @@ def test_more_orthogonal_probes_than_dimensions_are_refused_with_the_evaluator(c
 def test_weights_that_are_not_finite_have_nan_for_every_figure(parts):
     evaluator = OdeLogProbEvaluator(parts.policy, parts.settings, parts.run)
     samples = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
-    names = evaluator.evaluate(samples).keys()
+    names = evaluator.evaluate(samples).metrics.keys()
     with torch.no_grad():
         parts.policy.trainable[0].fill_(math.nan)
     with pytest.warns(UserWarning, match="no log-densities at epoch 0: step 0 of 4: the velocity is not finite"):
-        metrics = evaluator.evaluate(samples)
+        metrics = evaluator.evaluate(samples).metrics
     assert metrics.keys() == names
     assert all(math.isnan(value) for value in metrics.values())
     with pytest.raises(NonFiniteError, match="step 0 of 4"):
@@ -187,10 +187,10 @@ settings, accelerator = launch(config)
 policy, run = Policy.load(settings, accelerator), Run(settings, accelerator)
 samples = draw_samples(policy, PromptDataset.load(config.prompts.test), settings, run)
 evaluator, rank = OdeLogProbEvaluator(policy, settings, run), accelerator.process_index
-whole = evaluator.evaluate(samples)
+whole = evaluator.evaluate(samples).metrics
 if rank == 1:
     policy.trainable[0].data.fill_(float("nan"))
-broken = evaluator.evaluate(samples)
+broken = evaluator.evaluate(samples).metrics
 seconds = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump([whole, broken, seconds], file)
@@ -223,4 +223,4 @@ def test_the_evaluator_measures_the_first_prompts_on_every_process(parts):
     assert evaluator.collective
     samples = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
     direct = entropy_metrics(prompt_log_densities(parts.policy, PROMPTS[:2], parts.run))
-    assert evaluator.evaluate(samples) == direct
+    assert evaluator.evaluate(samples).metrics == direct

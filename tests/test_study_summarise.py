@@ -126,7 +126,7 @@ def test_a_page_edited_by_hand_is_noticed(place: Place, capsys: pytest.CaptureFi
     assert main(["--check", *place.arguments]) == 1
     assert f"{place.page} is not what" in capsys.readouterr().err
     place.page.write_text(text)
-    place.readme.write_text(place.readme.read_text().replace("**Holds.**", "**Fails.**", 1))
+    place.readme.write_text(place.readme.read_text().replace("**Holds", "**Fails", 1))
     assert place.outdated() == [place.readme]
 
 
@@ -153,7 +153,7 @@ def test_what_is_missing_is_said(committed: Place) -> None:
 def test_every_figure_that_a_page_shows_is_there_and_legible(committed: Place) -> None:
     for path in (committed.page, committed.readme):
         links = re.findall(r"\[[^]]*\]\(([^)]+\.png)\)", path.read_text())
-        assert len(links) >= 8
+        assert len(links) >= (8 if path == committed.page else 1)
         for link in links:
             file = path.parent / link
             if "entropy_validation" in link:  # of another command

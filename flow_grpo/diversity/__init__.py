@@ -1,18 +1,15 @@
 """The diversity of images, measured in features: pure functions of arrays, and the encoders that make features."""
 
 from flow_grpo.diversity.bootstrap import Interval, RkeScore, VendiScore, grouped_interval
-from flow_grpo.diversity.prdc import PRDC, prdc
 from flow_grpo.diversity.rke import median_bandwidth, relative_rke, rke_score
 from flow_grpo.diversity.vendi import vendi_score
 
 __all__ = [
-    "PRDC",
     "Interval",
     "RkeScore",
     "VendiScore",
     "grouped_interval",
     "median_bandwidth",
-    "prdc",
     "relative_rke",
     "rke_score",
     "vendi_score",

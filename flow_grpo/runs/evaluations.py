@@ -13,7 +13,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,19 +23,21 @@ from scipy.spatial.distance import squareform
 
 from flow_grpo.diversity.paired import Change, change_of_means, change_of_reach, change_of_shares, change_of_vendi
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.files import open_regular, read_object, strict_json, write_atomically
 from flow_grpo.messages import say
+from flow_grpo.runs.folder import EVALUATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVALUATIONS = "evaluations"
 FORMAT = 1
+LABELS = ("eval", "eval_ema")  # of the current weights, and of their average
 CHANGES = ("reward", "vendi", "reached", "judge")
 DIGITS = 6  # significant, of every float
 SMALL = 64  # pixels of the long side: images up to here are kept as they are, without loss
 LONG_SIDE = 192  # pixels, to which larger ones are reduced
-QUALITY = 80  # of the WebP of larger ones
+LOSSY = {"quality": 80}  # the WebP of larger ones
+LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # of small ones; here `quality` is effort
 MOST_PROMPTS, MOST_NOISES = 10, 8  # of larger ones
 MOST_TILES = 4096  # of small ones: 50 MB of pixels at 64 x 64
 COLUMNS = 16
@@ -88,6 +90,7 @@ class Record:
     name: str = ""  # shown instead of "base model" or "epoch 10"
     seconds: float = 0.0  # of training
     network_evaluations: int = 0  # of training
+    setting: str = ""  # digest of what decides the images and the trained reward; records that differ are not compared
     rewards: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # name -> (N,); "total": trained on
     judge: Judged | None = None
     sprite: Sprite | None = None
@@ -116,7 +119,7 @@ def record_path(folder: Path, label: str, epoch: int) -> Path:
 
 
 def write_record(folder: Path, record: Record, images: Tensor | np.ndarray | None) -> Path:
-    """Write a record of the run in `folder`, with a sprite of its images; an earlier one of that evaluation is replaced.
+    """Write a record of the run in `folder`, with a sprite of its images, in the place of an earlier one of its name.
 
     Args:
         images: (N, 3, H, W) in [0, 1], on the CPU; what is not finite is black. None: no sprite.
@@ -177,7 +180,7 @@ def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Spr
         row, column = divmod(place, columns)
         grid.paste(tile if small else tile.resize(cell, Image.Resampling.LANCZOS), (column * cell[0], row * cell[1]))
     buffer = io.BytesIO()
-    grid.save(buffer, "WEBP", lossless=small, quality=QUALITY)
+    grid.save(buffer, "WEBP", **(LOSSLESS if small else LOSSY))
     return Sprite(file, cell, columns, kept), buffer.getvalue()
 
 
@@ -192,6 +195,26 @@ def _kept(record: Record, small: bool) -> list[int]:
 def _eight_bit(image: np.ndarray) -> np.ndarray:
     """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
     return (np.nan_to_num(image, posinf=0.0, neginf=0.0).clip(0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8)
+
+
+def copy_base(source: Path, folder: Path) -> None:
+    """Copy the base model's records of a run to another's folder, unless that has its own.
+
+    Raises:
+        ConfigError: a record, or its sprite, cannot be read.
+        OSError: as of any file that is written.
+    """
+    for label in LABELS:
+        path, target = record_path(source, label, 0), record_path(folder, label, 0)
+        if not path.exists() or target.exists():
+            continue
+        picture = read_record(path).sprite_path
+        target.parent.mkdir(exist_ok=True)
+        if picture is not None:
+            with open_regular(picture) as file:
+                write_atomically(target.with_suffix(".webp"), file.read())
+        with open_regular(path) as file:
+            write_atomically(target, file.read())
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -339,6 +362,7 @@ def _record(found: _Part, folder: Path) -> Record:
         name=found.text("name"),
         seconds=found.number("seconds") or 0.0,
         network_evaluations=found.whole("network_evaluations"),
+        setting=found.text("setting") if "setting" in found.value else "",
         rewards={name: rewards.numbers(name, len(prompt), missing=True) for name in rewards.value},
         judge=None if judge is None else _judged(judge, len(prompt), len(prompts)),
         sprite=None if sprite is None else _sprite_of(sprite, len(prompt)),
@@ -394,7 +418,12 @@ def _change(found: _Part) -> Change:
 
 
 def with_changes(record: Record, base: Record) -> Record:
-    """The record with its changes against the base, on the images that both have of one prompt and noise."""
+    """The record with its changes against the base, on the images that both have of one prompt and noise.
+
+    There are none where the two were not drawn, or rewarded, alike.
+    """
+    if record.setting != base.setting:
+        return replace(record, changes={})
     found = {
         "reward": _reward_change(record, base),
         "vendi": _vendi_change(record, base),
@@ -458,5 +487,7 @@ def _reach_change(record: Record, base: Record) -> Change | None:
         return None
     old = [squareform(base.diversity.within[i]) for i, _ in places]
     new = [squareform(record.diversity.within[j]) for _, j in places]
-    across = [np.reshape(record.diversity.to_base[j], (len(matrix),) * 2) for (_, j), matrix in zip(places, new, strict=True)]
+    across = [
+        np.reshape(record.diversity.to_base[j], (len(matrix),) * 2) for (_, j), matrix in zip(places, new, strict=True)
+    ]
     return change_of_reach(old, new, across)

@@ -15,7 +15,7 @@ import numpy as np
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
-from flow_grpo.runs.history import read_history
+from flow_grpo.runs.history import first_crossing, read_history
 
 QUANTITIES = ("seconds", "network_evaluations")  # what training spends
 REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
@@ -162,18 +162,6 @@ class Crossing:
             f"{self.seconds / total:.1%} of {target}'s {total:.0f} s, and after {self.network_evaluations:,.0f} "
             f"network evaluations, {self.network_evaluations / forwards:.1%} of {target}'s {forwards:,}."
         )
-
-
-def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
-    """Where the piecewise linear curve through the points (x, y), both (n,), first reaches a level; None: never."""
-    reached = np.flatnonzero(y >= level)
-    if len(reached) == 0:
-        return None
-    after = reached[0]
-    if after == 0:
-        return float(x[0])
-    before = after - 1
-    return float(x[before] + (x[after] - x[before]) * (level - y[before]) / (y[after] - y[before]))
 
 
 def compare(runs: Sequence[RunRecord]) -> list[Crossing]:

@@ -32,6 +32,9 @@ VALIDATION = ROOT / "assets/figures/entropy_validation/results.json"
 TEMPLATE = "study.md.j2"
 TEXTS = ("form", "source", "label", "method")  # of optional results; what else they hold are numbers or null
 BEGIN, END = "<!-- study -->", "<!-- /study -->"
+IN_README = ("claim-1", "claim-2", "claim-3", "claim-4", "frontier")  # a line each; docs/study.md has the others
+IN_README_DRAWN = "frontier"
+SHORT = 170  # letters of a summary that the README has room for
 
 
 def read_results(out: Path, validation: Path = VALIDATION) -> Results:
@@ -139,31 +142,20 @@ def _environments(environments: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def readme_block(found: Sequence[Section], out: Path, folder: Path) -> str:
-    """The README's part, markers included; `folder` is the README's."""
-    found = [section for section in found if section.anchor != "search"]
-    rows = [
-        f"| {section.claim} | {section.answer} | {_first_figure(section, out, folder)} | `{section.command}` |"
-        for section in found
-    ]
-    drawn = {name for section in found for name in section.figures} & {"reward", "frontier"}
-    pictures = [f"![{link['title']}]({link['link']})" for link in _links(sorted(drawn, reverse=True), out, folder)]
-    lines = [
-        BEGIN,
-        "On the tiny SD3; means over seeds with 95 % intervals, from the runs committed in `assets/study`.",
-        "[docs/study.md](docs/study.md) has the rules behind the verdicts, every table and every figure.",
-        "`make study` trains it all again, `make study-quick` a part of it, to be held against these intervals.",
-        "",
-        "| claim or question | answer | figure | made by |",
-        "|---|---|---|---|",
-        *rows,
-        *(["", *pictures] if pictures else []),
-        END,
-    ]
-    return "\n".join(lines)
+    """The README's part, markers included: a line for each claim, and one figure; `folder` is the README's."""
+    page_link = os.path.relpath(PAGE, ROOT)
+    shown = [section for section in found if section.anchor in IN_README]
+    drawn = [name for section in shown for name in section.figures if name == IN_README_DRAWN]
+    pictures = [f"![{link['title']}]({link['link']})" for link in _links(drawn[:1], out, folder)]
+    lines = [f"- [{section.claim}]({page_link}#{section.anchor}). {_short_answer(section)}" for section in shown]
+    return "\n".join([BEGIN, *lines, *(["", *pictures] if pictures else []), END])
 
 
-def _first_figure(section: Section, out: Path, folder: Path) -> str:
-    return "".join(f"[{link['title']}]({link['link']})" for link in _links(section.figures[:1], out, folder))
+def _short_answer(section: Section) -> str:
+    """The verdict, with its numbers where they are few."""
+    return (
+        section.answer if len(section.summary) <= SHORT else f"**{section.verdict[0].upper()}{section.verdict[1:]}.**"
+    )
 
 
 def with_block(text: str, block: str) -> str:
@@ -288,4 +280,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
     raise SystemExit(main())
