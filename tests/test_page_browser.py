@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -20,14 +19,11 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from flow_grpo.page.build import build_page
 from flow_grpo.page.data import read_runs
+from scripts.bench.page import start_browser
 from tests.synthetic_records import base_images, drifted, write_records
 from tests.synthetic_runs import write_run
 
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-FLAGS = (
-    "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync", "hide-scrollbars",
-)  # fmt: skip
 HOSTILE = (
     "<img src=x onerror=window.hacked=1>",
     "</script><script>window.hacked=2</script>",
@@ -45,12 +41,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         if os.environ.get("CI"):
             pytest.fail("CI needs chromium and chromedriver for the tests of the page.")
         pytest.skip("there is no chromium with its chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = start_browser(CHROMIUM, DRIVER, tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
 
