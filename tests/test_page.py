@@ -68,7 +68,7 @@ def test_evaluations_without_records_come_from_the_history(tmp_path: Path) -> No
 def test_an_older_run_has_its_history_and_pictures(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", [0.5, None, 0.7], [0, 5, 10], True, density=True), "run")
     assert [e.figures.get("reward") for e in run.evaluations] == [0.5, None, 0.7]
-    assert all(e.picture is not None and e.has_images for e in run.evaluations)
+    assert all(e.picture_path == e.picture is not None for e in run.evaluations)
     assert "entropy/nats" in run.last.extra
 
 
@@ -172,7 +172,7 @@ def test_checkpoints_fit_the_bytes_they_may_weigh(tmp_path: Path) -> None:
     some = checkpoints_within(run, sum(weights) * 2 // 3)
     assert 2 < len(some) < 6
     assert sum(weights[i] for i in some) <= sum(weights) * 2 // 3
-    assert checkpoints_within(run, 0) == [0, 5]
+    assert checkpoints_within(run, 0) == [0, 1, 2, 3, 4, 5]  # none of which has its pictures then
 
 
 def test_what_is_left_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +182,15 @@ def test_what_is_left_out_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [c["evaluation"] for c in data_of(page)["runs"][0]["checkpoints"]][::2] == [0, 5]
     assert len(data_of(page)["runs"][0]["evaluations"]) == 6
     assert "run: 3 of 6 evaluations are checkpoints of this page" in page.read_text()
+
+
+def test_pictures_that_are_too_heavy_are_left_out_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "MOST_IMAGE_BYTES", 100)
+    page = build_page([write_records(tmp_path / "run", **SMALL)], tmp_path / "page.html")
+    assert all(checkpoint["sprite"] is None for checkpoint in data_of(page)["runs"][0]["checkpoints"])
+    assert "Its images are left out" in page.read_text()
 
 
 def test_a_sprite_that_is_gone_leaves_its_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

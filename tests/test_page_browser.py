@@ -362,7 +362,7 @@ def test_an_image_opens_at_every_checkpoint(view: Page) -> None:
     assert view.address() == "#right=80&prompt=a+trouser&noise=1"
     view.press(Keys.ESCAPE)
     view.until(lambda: view.address() == "#right=80")
-    assert view.js("return document.activeElement.dataset.image") == "a trouser\0001"
+    assert view.js("return document.activeElement.dataset.image") == "1 a trouser"
     assert view.text("#right-name") == "epoch 80"
 
 
@@ -524,11 +524,12 @@ def test_one_stop_of_the_tab_key_leads_into_the_grids(view: Page) -> None:
 
 
 def test_the_printed_page_is_open_and_without_controls(view: Page) -> None:
-    view.open("run")
+    view.open("run", width=760)
     view.js("dispatchEvent(new Event('beforeprint'))")
     view.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert view.js("return [...document.querySelectorAll('details')].every((d) => d.open)")
     assert not view.find("#bar").is_displayed()
+    assert view.js("return document.documentElement.scrollWidth") == 760
     assert view.driver.execute_cdp_cmd("Page.printToPDF", {})["data"].startswith("JVBERi0")  # %PDF-
     view.js("dispatchEvent(new Event('afterprint'))")
     assert view.count("details[open]") == 0
@@ -553,11 +554,10 @@ def test_the_page_of_a_run_that_goes_on_loads_itself_again(view: Page, tmp_path:
 
 def test_it_waits_while_an_image_is_open(view: Page, tmp_path: Path) -> None:
     page = build_page([write_records(tmp_path / "run", EPOCHS[:3])], tmp_path / "page.html", live=True)
-    page.write_text(page.read_text().replace('"refresh": 20', '"refresh": 0.01'))
-    view.driver.get("about:blank")
+    page.write_text(page.read_text().replace('"refresh": 20', '"refresh": 0.3'))
     view.open(page, "prompt=a+bag&noise=1")
-    view.js("window.same = true; window.asked = 0; setInterval(() => (window.asked += 1), 10)")
-    view.until(lambda: view.js("return window.asked") > 20)
+    view.js("window.same = true; window.passed = 0; setInterval(() => (window.passed += 1), 300)")
+    view.until(lambda: view.js("return window.passed") > 3)
     assert view.js("return window.same")
     view.find("#close").click()
     view.until(lambda: view.js("return window.same") is None)

@@ -60,7 +60,7 @@ class Contents:
     environments: Table
     comparison: Sequence[Mapping[str, Any]]  # a row for each group of runs; [] for one run
     incomparable: Sequence[str]  # settings of what is measured in which the runs differ
-    left_out: Sequence[Mapping[str, Any]]  # runs of whose checkpoints some have no images here: run, shown, of
+    left_out: Sequence[Mapping[str, Any]]  # of runs that are not shown whole: run, shown, of, pictures
     measured: Mapping[str, Any]  # how: judge, features, ...
     strips: Sequence[Mapping[str, str]]  # film strips: name, data
 
@@ -71,7 +71,8 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
     incomparable = differing_measures(runs)
     budget = MOST_IMAGE_BYTES // len(runs)
     shown = [checkpoints_within(run, budget) for run in runs]
-    plain_runs = [_run(run, chosen) for run, chosen in zip(runs, shown, strict=True)]
+    affordable = [_weight(run, chosen) <= budget for run, chosen in zip(runs, shown, strict=True)]
+    plain_runs = [_run(*parts) for parts in zip(runs, shown, affordable, strict=True)]
     for number, group in enumerate(groups):
         for i in group.runs:
             plain_runs[i]["group"] = number
@@ -93,9 +94,9 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
         comparison=_comparison(groups, runs, bool(incomparable)) if len(runs) > 1 else [],
         incomparable=incomparable,
         left_out=[
-            {"run": run.name, "shown": len(chosen), "of": len(run.evaluations)}
-            for run, chosen in zip(runs, shown, strict=True)
-            if len(chosen) < len(run.evaluations)
+            {"run": run.name, "shown": len(chosen), "of": len(run.evaluations), "pictures": pictures}
+            for run, chosen, pictures in zip(runs, shown, affordable, strict=True)
+            if len(chosen) < len(run.evaluations) or not pictures
         ],
         measured=_measured(runs),
         strips=[strip for run in runs[:MOST_STRIP_RUNS] for strip in _strips(run, label, len(runs) > 1)],
@@ -122,25 +123,22 @@ def _rounded(value: Any) -> Any:
 def checkpoints_within(run: PageRun, budget: int) -> list[int]:
     """Indices of the evaluations that are checkpoints of the page, fewer where their pictures are over the budget.
 
-    At least the first and the last are, if need be without pictures: see `_images`.
+    Where those of the first and the last alone are over it, all, without pictures: see `_weight`.
     """
-    for most in range(MOST_CHECKPOINTS, 2, -1):
+    for most in range(MOST_CHECKPOINTS, 1, -1):
         chosen = run.shown(most)
-        if sum(_weight(run.evaluations[i]) for i in chosen) <= budget:
+        if _weight(run, chosen) <= budget:
             return chosen
-    return evenly(run.shown(), 2)
+    return run.shown(MOST_CHECKPOINTS)
 
 
-def _weight(evaluation: Evaluation) -> int:
-    path = _picture_of(evaluation)
-    return path.stat().st_size if path is not None and path.is_file() else 0
+def _weight(run: PageRun, shown: Sequence[int]) -> int:
+    """Bytes of the pictures of these evaluations."""
+    pictures = [run.evaluations[i].picture_path for i in shown]
+    return sum(path.stat().st_size for path in pictures if path is not None and path.is_file())
 
 
-def _picture_of(evaluation: Evaluation) -> Path | None:
-    return evaluation.picture if evaluation.record is None else evaluation.record.sprite_path
-
-
-def _run(run: PageRun, shown: Sequence[int]) -> dict[str, Any]:
+def _run(run: PageRun, shown: Sequence[int], pictures: bool) -> dict[str, Any]:
     prompts = list(dict.fromkeys(p for e in run.evaluations if e.record is not None for p in e.record.prompts))
     return {
         "name": run.name,
@@ -149,7 +147,7 @@ def _run(run: PageRun, shown: Sequence[int]) -> dict[str, Any]:
         "prompts": prompts,
         "n": _counts([e.record for e in run.evaluations if e.record is not None]),
         "evaluations": [_evaluation(evaluation) for evaluation in run.evaluations],
-        "checkpoints": [_checkpoint(i, run.evaluations[i], prompts) for i in shown],
+        "checkpoints": [_checkpoint(i, run.evaluations[i], prompts, pictures) for i in shown],
     }
 
 
@@ -195,13 +193,14 @@ def _direction(figure: str, evaluation: Evaluation) -> str:
     return direction(evaluation.changes[figure]) if figure in evaluation.changes else "no_interval"
 
 
-def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str]) -> dict[str, Any]:
+def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str], pictures: bool) -> dict[str, Any]:
     """Image by image, those that are in the sprite; of all that were scored where there is no sprite."""
     found: dict[str, Any] = {"evaluation": index, "sprite": None, "picture": None}
     record = evaluation.record
     if record is None:
-        return found | {"picture": _embedded(evaluation.picture), "prompt": [], "noise": []}
-    picture = None if record.sprite is None else _data_url(record.sprite_path)
+        picture = _embedded(evaluation.picture) if pictures else None
+        return found | {"picture": picture, "prompt": [], "noise": []}
+    picture = _data_url(record.sprite_path) if pictures and record.sprite is not None else None
     kept = range(len(record.prompt)) if record.sprite is None else record.sprite.images
     place = [prompts.index(prompt) for prompt in record.prompts]
     if record.sprite is not None and picture is not None:

@@ -6,8 +6,6 @@ const SMALL = 64; // pixels: cells up to here are magnified without smoothing
 
 // --- runs, checkpoints, images ----------------------------------------------------------------------------
 
-const SEPARATOR = "\u0000"; // in no prompt that a browser shows: the HTML parser replaces it
-
 for (const run of RUNS) {
   const [first] = run.evaluations;
   run.base = first.epoch === 0 ? first : undefined; // a run that lost its first evaluation has nothing to compare with
@@ -22,7 +20,7 @@ for (const run of RUNS) {
 }
 
 function imageKey(prompt, noise) {
-  return `${prompt}${SEPARATOR}${noise}`;
+  return `${noise} ${prompt}`;
 }
 
 /** The sprite as a picture; it is decoded once. */
