@@ -60,13 +60,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                                                              range(10)], noises=8, size=256)],
         "folders": [write_records(root / "folders", (0, 1), parts=("diversity", "images"), names={1: "after"},
                                   trained=False)],
+        "begun": [write_records(root / "begun", (0,))],
+        "baseless": [without_base(write_records(root / "baseless", EPOCHS[:3]))],
         "bare": [write_records(root / "bare", EPOCHS[:3], parts=("reward",))],
         "old": [write_run(root / "old", [0.5, 0.6, 0.7], [0, 5, 10], True, diversity=True)],
     }  # fmt: skip
     return {name: build_page(folders, root / f"{name}.html", "fme view <run>") for name, folders in runs.items()}
 
 
-KINDS = ("run", "seeds", "hostile", "large", "folders", "bare", "old")
+KINDS = ("run", "seeds", "hostile", "large", "folders", "begun", "baseless", "bare", "old")
+
+
+def without_base(folder: Path) -> Path:
+    """The run when its first evaluation is lost."""
+    (folder / "evaluations/eval_000000.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    return folder
 
 
 @pytest.fixture
@@ -183,6 +192,23 @@ def test_two_folders_have_no_training(view: Page) -> None:
     assert not view.find("#along").is_displayed()
     assert view.count(".on-the-right .tile") == 160
     assert view.text("#images-note").startswith("No judge was asked.")
+
+
+def test_a_run_that_has_begun_shows_its_base(view: Page) -> None:
+    view.open("begun")
+    assert view.text("#diversity-verdict") == "This is the base"
+    assert view.text("#sentence") == "Of 16 images of one prompt the base makes about 3.2 different ones."
+    assert view.find("#right").get_attribute("disabled")
+    assert view.texts("#figures .tone") == ["the base"] * 3
+    assert not view.find("#suspects").is_displayed()
+
+
+def test_a_run_without_its_base_is_compared_with_nothing(view: Page) -> None:
+    view.open("baseless")
+    assert view.text("#models") == "epoch 20"
+    assert view.count("#charts .base") == 0
+    assert not view.find("#suspects").is_displayed()
+    assert not view.find("#prompts").is_displayed()
 
 
 # --- grids ------------------------------------------------------------------------------------------------------
@@ -437,7 +463,7 @@ def test_nothing_is_asked_of_a_network_and_nothing_is_wrong(view: Page, kind: st
     view.open(kind)
     view.js("document.querySelectorAll('details').forEach((d) => (d.open = true))")
     view.press(Keys.ARROW_LEFT)
-    view.until(lambda: view.js("return state.right") == view.js("return RUNS[0].checkpoints.length") - 2)
+    view.until(lambda: view.js("return state.right === Math.max(RUNS[0].checkpoints.length - 2, 0)"))
     assert view.requests() <= {"file", "data"}
     assert view.complaints() == []
 

@@ -37,7 +37,6 @@ MOST_IMAGE_BYTES = 24 << 20  # of all sprites in a page, before base64
 MOST_STRIPS, MOST_STRIP_RUNS, STRIP_WIDTH = 3, 4, 1280  # film strips of a run, runs that have some, pixels
 QUALITY = 80  # of pictures that are made anew, WebP
 REFRESH_SECONDS = 20  # of the page of a run that goes on
-DIGITS = 5  # significant, of numbers in the page
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flow-matching-entropy")
 
 
@@ -87,7 +86,7 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
     differing, shared = _settings(runs)
     return Contents(
         title=", ".join(group.name for group in groups),
-        data=_rounded(data),
+        data=data,
         differing=differing,
         shared=shared,
         environments=_environments(runs),
@@ -106,15 +105,6 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
 def _group(group: Group, runs: Sequence[PageRun]) -> dict[str, Any]:
     """A group of one run has no curves of its own: the page draws the run's."""
     return {"name": group.name, "runs": group.runs, "curves": curves(group, runs) if len(group.runs) > 1 else {}}
-
-
-def _rounded(value: Any) -> Any:
-    """Every float in it to so many significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 # --- runs -----------------------------------------------------------------------------------------------

@@ -246,15 +246,14 @@ function drawSuspects() {
   const right = rightModel();
   const base = right.run.baseCheckpoint;
   const found = suspectsOf(right);
-  byId("suspects").hidden = !right.sprite || (found === null && right !== base);
+  byId("suspects").hidden = !right.sprite || found === null;
   if (byId("suspects").hidden) return;
-  byId("suspects-note").textContent = found === null
-    ? "This is the base: nothing was gained yet."
-    : `${found.length} of ${right.prompt.length} images: recognised at the base and not at ${right.model.name}, though their reward rose. ${found.length ? "Base beside now, greatest gain first." : ""}`;
-  const cards = (found ?? []).slice(0, state.allSuspects ? undefined : MOST_SUSPECTS).map((one) => suspectCard(one, base, right));
+  const how = found.length ? " Base beside now, greatest gain first." : "";
+  byId("suspects-note").textContent = `${found.length} of ${right.prompt.length} images: recognised at the base and not at ${right.model.name}, though their reward rose.${how}`;
+  const cards = found.slice(0, state.allSuspects ? undefined : MOST_SUSPECTS).map((one) => suspectCard(one, base, right));
   byId("suspect-cards").replaceChildren(...cards);
-  byId("more-suspects").textContent = `show all ${(found ?? []).length}`;
-  byId("more-suspects").hidden = state.allSuspects || (found ?? []).length <= MOST_SUSPECTS;
+  byId("more-suspects").textContent = `show all ${found.length}`;
+  byId("more-suspects").hidden = state.allSuspects || found.length <= MOST_SUSPECTS;
 }
 
 function suspectCard({ prompt, noise, place, before }, base, now) {

@@ -16,7 +16,7 @@ function drawFirstScreen() {
   const measured = DATA.figures.filter((name) => run.evaluations.some((evaluation) => name in evaluation.figures));
   byId("figures").replaceChildren(...measured.map((name) => figureCard(name, run, model)));
   const missing = DATA.figures.filter((name) => !measured.includes(name)).map((name) => WORDS.figures[name].short);
-  byId("figures-note").textContent = missing.length ? `Not measured: ${missing.join(", ")}.` : "";
+  byId("figures-note").textContent = missing.length && run.evaluations.length > 1 ? `Not measured: ${missing.join(", ")}.` : "";
 }
 
 function drawVerdict(kind, key, second) {
@@ -49,7 +49,7 @@ function figureCard(name, run, model) {
   const places = decimals([old ?? 0, now ?? 0], change ? change.high - change.low : 0);
   const counts = { n: run.n || "n", images: change?.images ?? model.images };
   const values = make("div", { className: "values" });
-  if (model.epoch && run.base) values.append(make("span", { className: "old", textContent: `${shown(old, words.unit, places)} → ` }));
+  if (model.epoch && Number.isFinite(old)) values.append(make("span", { className: "old", textContent: `${shown(old, words.unit, places)} → ` }));
   values.append(shown(now, words.unit, places));
   const line = make("p", {}, make("span", { className: `tone ${direction}`, textContent: WORDS.direction[direction] }));
   if (change) {
