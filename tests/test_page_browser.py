@@ -60,6 +60,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                                                              range(10)], noises=8, size=256)],
         "folders": [write_records(root / "folders", (0, 1), parts=("diversity", "images"), names={1: "after"},
                                   trained=False)],
+        "many": [write_records(root / "many", (0, 10), [f"prompt {i}" for i in range(30)], 32, parts=("images",))],
         "begun": [write_records(root / "begun", (0,))],
         "baseless": [without_base(write_records(root / "baseless", EPOCHS[:3]))],
         "bare": [write_records(root / "bare", EPOCHS[:3], parts=("reward",))],
@@ -223,6 +224,18 @@ def test_tiles_show_the_pixels_of_their_image(view: Page) -> None:
     images = drifted(base_images(10, 16), 0.97 * (1 - np.exp(-20 / 12)))
     pixels = np.array(shown).reshape(32, 32, 4)[..., :3]
     np.testing.assert_array_equal(pixels, (images[3, 5].transpose(1, 2, 0) * 255).round())
+
+
+def test_the_rest_of_many_images_is_shown_when_asked_for(view: Page) -> None:
+    view.open("many")
+    assert view.count(".on-the-right .tile") == 640
+    view.find("#filter").send_keys("prompt 29")
+    view.until(lambda: view.count(".on-the-right .tile") == 32)
+    assert not view.find("#more-prompts").is_displayed()
+    view.find("#filter").send_keys(Keys.BACKSPACE * 9)
+    view.until(lambda: view.text("#more-prompts") == "show all 30 prompts" and view.find("#more-prompts").is_displayed())
+    view.find("#more-prompts").click()
+    view.until(lambda: view.count(".on-the-right .tile") == 960)
 
 
 def test_images_are_framed_where_the_judge_disagrees(view: Page, pages: dict[str, Path]) -> None:

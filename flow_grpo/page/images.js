@@ -2,6 +2,7 @@
 /* Images: tiles cut from the sprites, two grids of the same noises, one noise at every checkpoint, and the suspects. */
 
 const MOST_SUSPECTS = 12;
+const MOST_TILES = 640; // of a grid, so that the slider stays quick; a button shows the rest
 const SMALL = 64; // pixels: cells up to here are magnified without smoothing
 
 // --- runs, checkpoints, images ----------------------------------------------------------------------------
@@ -93,8 +94,11 @@ function drawGrids() {
   byId("images-note").textContent = imagesNote(left, right);
   if (left.picture || right.picture) return drawPictures(grids, [left, right]);
   if (!left.sprite && !right.sprite) return grids.replaceChildren();
-  const prompts = promptsShown(right);
   const noises = [...new Set(right.noise)].sort((a, b) => a - b);
+  const found = promptsShown(right);
+  const prompts = state.allPrompts ? found : found.slice(0, Math.ceil(MOST_TILES / noises.length));
+  byId("more-prompts").hidden = prompts.length === found.length;
+  byId("more-prompts").textContent = `show all ${found.length} prompts`;
   const cells = right.sprite?.cell ?? left.sprite.cell;
   const above = prompts.some((prompt) => prompt.length > 14) || Math.max(...cells) > SMALL;
   grids.className = above ? "above" : "";

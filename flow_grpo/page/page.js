@@ -182,6 +182,7 @@ function listen() {
   document.addEventListener("keydown", onKey);
   byId("grids").addEventListener("keydown", onGridKey);
   for (const kind of ["pointerover", "pointerout"]) byId("grids").addEventListener(kind, onGridPointer);
+  byId("more-prompts").addEventListener("click", () => change({ allPrompts: true }));
   byId("more-suspects").addEventListener("click", () => change({ allSuspects: true }));
   for (const fold of folds) fold.addEventListener("toggle", () => { writeAddress(); drawCharts(); });
   addEventListener("hashchange", () => { readAddress(); update(); drawCharts(); });
