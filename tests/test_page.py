@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flow_grpo.diversity.paired import Change, change_of_means
+from flow_grpo.diversity.paired import change_of_means
 from flow_grpo.errors import ConfigError
 from flow_grpo.page import contents
 from flow_grpo.page.build import build_page, content_policy, number, safe_json
@@ -23,6 +24,7 @@ from flow_grpo.page.contents import checkpoints_within, contents_of
 from flow_grpo.page.data import PageRun, evenly, read_run, read_runs, run_names
 from flow_grpo.page.seeds import Group, curves, differences, differing_measures, groups_of, mean_of
 from flow_grpo.page.words import FIGURES, load, model_name
+from flow_grpo.runs.evaluations import write_record
 from tests.synthetic_records import write_records
 from tests.synthetic_runs import write_run
 
@@ -408,10 +410,10 @@ def test_numbers_as_people_read_them(value: float, unit: str, sign: bool, expect
 
 def test_changes_that_are_not_finite_are_not_shown(tmp_path: Path) -> None:
     folder = write_records(tmp_path / "run", **SMALL)
-    path = folder / "evaluations/eval_000020.json"
-    record = json.loads(path.read_text())
-    record["changes"]["vendi"] |= {"low": None}
-    path.write_text(json.dumps(record))
+    record = read_run(folder, "run").last.record
+    assert record is not None
+    unknown = replace(record.changes["vendi"], low=math.nan)
+    write_record(folder, replace(record, changes={**record.changes, "vendi": unknown}), None)
     last = read_run(folder, "run").last
-    assert "vendi" not in last.changes
-    assert isinstance(last.changes["reward"], Change)
+    assert last.changes.keys() == {"reward", "judge", "reached"}
+    assert last.picture_path is None

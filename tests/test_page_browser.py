@@ -233,7 +233,9 @@ def test_the_rest_of_many_images_is_shown_when_asked_for(view: Page) -> None:
     view.until(lambda: view.count(".on-the-right .tile") == 32)
     assert not view.find("#more-prompts").is_displayed()
     view.find("#filter").send_keys(Keys.BACKSPACE * 9)
-    view.until(lambda: view.text("#more-prompts") == "show all 30 prompts" and view.find("#more-prompts").is_displayed())
+    view.until(
+        lambda: view.text("#more-prompts") == "show all 30 prompts" and view.find("#more-prompts").is_displayed()
+    )
     view.find("#more-prompts").click()
     view.until(lambda: view.count(".on-the-right .tile") == 960)
 
