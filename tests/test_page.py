@@ -22,7 +22,7 @@ from flow_grpo.page import contents
 from flow_grpo.page.build import build_page, content_policy, number, safe_json
 from flow_grpo.page.contents import checkpoints_within, contents_of
 from flow_grpo.page.data import PageRun, evenly, read_run, read_runs, run_names
-from flow_grpo.page.seeds import Group, curves, differences, differing_measures, groups_of, mean_of
+from flow_grpo.page.seeds import Estimate, Group, curves, differences, differing_measures, groups_of, mean_of
 from flow_grpo.page.words import FIGURES, load, model_name
 from flow_grpo.runs.evaluations import write_record
 from tests.synthetic_records import write_records
@@ -231,6 +231,7 @@ def test_the_interval_of_seeds_is_students() -> None:
     found = mean_of(values)
     half = stats.t.ppf(0.975, 2) * math.sqrt(np.var(values, ddof=1) / 3)
     assert (found.value, found.low, found.high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), rel=1e-12)
+    assert mean_of(values, 0.0, 5.0) == Estimate(found.value, 0.0, 5.0)  # what it can be
     assert mean_of([3.0]).low is None
     assert (mean_of([3.0, 3.0]).low, mean_of([3.0, 3.0]).high) == (3.0, 3.0)
 
@@ -396,6 +397,8 @@ def test_there_are_words_for_everything_that_can_be_said() -> None:
     ("value", "unit", "sign", "expected"),
     [
         (0.51234, "number", False, "0.512"),
+        (0.53, "number", False, "0.530"),
+        (123.4, "number", False, "123"),
         (-0.0227, "number", False, "\N{MINUS SIGN}0.0227"),
         (0.0227, "number", True, "+0.0227"),
         (0.0, "number", True, "0"),

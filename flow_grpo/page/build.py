@@ -99,6 +99,7 @@ def _template() -> jinja2.Template:
 
 def number(value: float, unit: str = "number", sign: bool = False) -> str:
     """Three significant digits, or per cent of a share; with a true minus, and no sign of 0."""
-    shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+.3g}"
-    kept = shown if (sign or shown[0] == "-") and float(shown) else shown[1:]
-    return kept.replace("-", MINUS)
+    shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+#.3g}".rstrip(".")
+    if not float(shown):
+        return "0"
+    return shown.removeprefix("" if sign else "+").replace("-", MINUS)

@@ -29,7 +29,7 @@ from flow_grpo.page.seeds import (
     mean_of,
 )
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
-from flow_grpo.page.words import FIGURES, load
+from flow_grpo.page.words import FIGURES, load, range_of
 from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import IMAGE_FOLDER
 
@@ -266,12 +266,13 @@ def _comparison(groups: Sequence[Group], runs: Sequence[PageRun], incomparable: 
         last = [runs[i].last for i in group.runs]
         compared = {} if incomparable or group is groups[0] else differences(group, groups[0], runs)
         measured = {f: [e.figures[f] for e in last] for f in FIGURES if all(f in e.figures for e in last)}
-        figures = {
-            f: {"estimate": mean_of(values), "difference": compared.get(f), "tone": _tone(compared.get(f))}
-            for f, values in measured.items()
-        }
+        figures = {f: _compared(mean_of(values, *range_of(f)), compared.get(f)) for f, values in measured.items()}
         rows.append({"name": group.name, "runs": len(group.runs), "at": _at(last), "figures": figures})
     return rows
+
+
+def _compared(estimate: Estimate, difference: Difference | None) -> dict[str, Any]:
+    return {"estimate": estimate, "difference": difference, "tone": _tone(difference)}
 
 
 def _at(last: Sequence[Evaluation]) -> str:
