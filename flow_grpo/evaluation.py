@@ -69,7 +69,7 @@ def evaluate(
     record = _against_base(record_of(samples, found, prompts.prompts, run), run)
     if run.holds_folder():  # else `log` tells
         with run.writing(str(record_path(run.folder, record.label, record.epoch))):
-            write_record(run.folder, record, samples.images)
+            run.log_record(write_record(run.folder, record, samples.images))
     return Evaluation({f"{prefix}/{k}": value for _, part in found for k, value in part.metrics.items()}, record)
 
 

@@ -18,7 +18,9 @@ from flow_grpo.page.data import read_runs
 from flow_grpo.page.words import load
 
 HERE = Path(__file__).parent
-TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", ("charts.js", "page.js")
+TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", (
+    "text.js", "charts.js", "state.js", "images.js", "plots.js", "page.js",
+)  # fmt: skip
 
 
 def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool = False, label: str = "eval") -> Path:
@@ -95,6 +97,7 @@ def _template() -> jinja2.Template:
 
 
 def number(value: float, unit: str = "number", sign: bool = False) -> str:
-    """Three significant digits, or per cent of a share; with a true minus."""
-    shown = f"{100 * value:{'+' if sign else ''}.0f}" if unit == "share" else f"{value:{'+' if sign else ''}.3g}"
-    return shown.replace("-", "−")
+    """Three significant digits, or per cent of a share; with a true minus, and no sign of 0."""
+    shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+.3g}"
+    kept = shown if (sign or shown[0] == "-") and float(shown) else shown[1:]
+    return kept.replace("-", "−")

@@ -34,7 +34,7 @@ from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import IMAGE_FOLDER
 
 MOST_IMAGE_BYTES = 24 << 20  # of all sprites in a page, before base64
-MOST_STRIPS, STRIP_WIDTH = 3, 1280  # film strips of a run, pixels
+MOST_STRIPS, MOST_STRIP_RUNS, STRIP_WIDTH = 3, 4, 1280  # film strips of a run, runs that have some, pixels
 QUALITY = 80  # of pictures that are made anew, WebP
 REFRESH_SECONDS = 20  # of the page of a run that goes on
 DIGITS = 5  # significant, of numbers in the page
@@ -62,6 +62,7 @@ class Contents:
     incomparable: Sequence[str]  # settings of what is measured in which the runs differ
     left_out: Sequence[Mapping[str, Any]]  # runs of whose checkpoints some have no images here: run, shown, of
     measured: Mapping[str, Any]  # how: judge, features, ...
+    strips: Sequence[Mapping[str, str]]  # film strips: name, data
 
 
 def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
@@ -99,6 +100,7 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
             if len(chosen) < len(run.evaluations)
         ],
         measured=_measured(runs),
+        strips=[strip for run in runs[:MOST_STRIP_RUNS] for strip in _strips(run, label, len(runs) > 1)],
     )
 
 
@@ -145,7 +147,6 @@ def _run(run: PageRun, shown: Sequence[int]) -> dict[str, Any]:
         "n": _counts([e.record for e in run.evaluations if e.record is not None]),
         "evaluations": [_evaluation(evaluation) for evaluation in run.evaluations],
         "checkpoints": [_checkpoint(i, run.evaluations[i], prompts) for i in shown],
-        "strips": _strips(run),
     }
 
 
@@ -167,12 +168,19 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "figures": evaluation.figures,
         "changes": {name: asdict(change) for name, change in changes.items()},
         "directions": directions,
-        "diversity": diversity_verdict(changes.get("vendi")) if evaluation.epoch else "base",
-        "exploitation": exploitation_verdict(changes.get("reward"), changes.get("judge"), independent),
+        "diversity": _without_records(diversity_verdict(changes.get("vendi")), "vendi", evaluation),
+        "exploitation": _without_records(
+            exploitation_verdict(changes.get("reward"), changes.get("judge"), independent), "reward", evaluation
+        ),
         "independent": independent,
         "images": 0 if record is None else len(record.prompt),
         "extra": evaluation.extra,
     }
+
+
+def _without_records(verdict: str, figure: str, evaluation: Evaluation) -> str:
+    """The verdict; "no_records" of a figure whose mean alone is known."""
+    return "no_records" if evaluation.record is None and figure in evaluation.figures else verdict
 
 
 def _direction(figure: str, evaluation: Evaluation) -> str:
@@ -244,14 +252,17 @@ def _webp(content: bytes) -> str:
     return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
-def _strips(run: PageRun) -> list[dict[str, Any]]:
+def _strips(run: PageRun, label: str, named: bool) -> list[dict[str, str]]:
     """The film strips of a few evaluations, first and last among them."""
-    label = run.last.record.label if run.last.record is not None else "eval"
     found = [(e, run.folder / IMAGE_FOLDER / f"{label}_strip_{e.epoch:06d}.png") for e in run.evaluations]
     found = [(evaluation, path) for evaluation, path in found if path.is_file()]
-    chosen = [found[i] for i in evenly(range(len(found)), MOST_STRIPS)]
-    strips = [{"name": evaluation.name, "data": _embedded(path, STRIP_WIDTH)} for evaluation, path in chosen]
-    return [strip for strip in strips if strip["data"] is not None]
+    strips = []
+    for i in evenly(range(len(found)), MOST_STRIPS):
+        evaluation, path = found[i]
+        picture = _embedded(path, STRIP_WIDTH)
+        if picture is not None:
+            strips.append({"name": f"{run.name}: {evaluation.name}" if named else evaluation.name, "data": picture})
+    return strips
 
 
 # --- tables ---------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ CHANGES = ("reward", "vendi", "reached", "judge")
 DIGITS = 6  # significant, of every float
 SMALL = 64  # pixels of the long side: images up to here are kept as they are, without loss
 LONG_SIDE = 192  # pixels, to which larger ones are reduced
-QUALITY = 80  # of the WebP of larger ones
+LOSSY = {"quality": 80}  # the WebP of larger ones
+LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # of small ones; here `quality` is effort
 MOST_PROMPTS, MOST_NOISES = 10, 8  # of larger ones
 MOST_TILES = 4096  # of small ones: 50 MB of pixels at 64 x 64
 COLUMNS = 16
@@ -179,7 +180,7 @@ def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Spr
         row, column = divmod(place, columns)
         grid.paste(tile if small else tile.resize(cell, Image.Resampling.LANCZOS), (column * cell[0], row * cell[1]))
     buffer = io.BytesIO()
-    grid.save(buffer, "WEBP", lossless=small, quality=QUALITY)
+    grid.save(buffer, "WEBP", **(LOSSLESS if small else LOSSY))
     return Sprite(file, cell, columns, kept), buffer.getvalue()
 
 
