@@ -17,6 +17,7 @@ from flow_grpo.page.contents import contents_of
 from flow_grpo.page.data import read_runs
 from flow_grpo.page.words import load
 
+MINUS = "\N{MINUS SIGN}"
 HERE = Path(__file__).parent
 TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", (
     "text.js", "charts.js", "state.js", "images.js", "plots.js", "page.js",
@@ -100,4 +101,4 @@ def number(value: float, unit: str = "number", sign: bool = False) -> str:
     """Three significant digits, or per cent of a share; with a true minus, and no sign of 0."""
     shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+.3g}"
     kept = shown if (sign or shown[0] == "-") and float(shown) else shown[1:]
-    return kept.replace("-", "−")
+    return kept.replace("-", MINUS)

@@ -81,9 +81,7 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
         "refresh": REFRESH_SECONDS if live else 0,
         "label": label,
         "runs": plain_runs,
-        "groups": [
-            {"name": g.name, "runs": g.runs, "curves": curves(g, runs) if len(g.runs) > 1 else {}} for g in groups
-        ],
+        "groups": [_group(group, runs) for group in groups],
     }
     differing, shared = _settings(runs)
     return Contents(
@@ -102,6 +100,11 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
         measured=_measured(runs),
         strips=[strip for run in runs[:MOST_STRIP_RUNS] for strip in _strips(run, label, len(runs) > 1)],
     )
+
+
+def _group(group: Group, runs: Sequence[PageRun]) -> dict[str, Any]:
+    """A group of one run has no curves of its own: the page draws the run's."""
+    return {"name": group.name, "runs": group.runs, "curves": curves(group, runs) if len(group.runs) > 1 else {}}
 
 
 def _rounded(value: Any) -> Any:
@@ -210,9 +213,8 @@ def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str]) -> d
         found["guess"] = [None if g is None else place[g] for g in guess]
         found["probability"] = [record.judge.probability[i] for i in kept]
     if record.diversity is not None:
-        found["vendi"] = {
-            str(place[p]): v for p, v in zip(record.diversity.prompts, record.diversity.vendi, strict=True)
-        }
+        scores = zip(record.diversity.prompts, record.diversity.vendi, strict=True)
+        found["vendi"] = {str(place[p]): score for p, score in scores}
     return found
 
 
@@ -275,9 +277,10 @@ def _comparison(groups: Sequence[Group], runs: Sequence[PageRun], incomparable: 
         last = [runs[i].last for i in group.runs]
         compared = {} if incomparable or group is groups[0] else differences(group, groups[0], runs)
         measured = {f: [e.figures[f] for e in last] for f in FIGURES if all(f in e.figures for e in last)}
-        figures = {f: {"estimate": mean_of(values), "difference": compared.get(f)} for f, values in measured.items()}
-        for figure in figures.values():
-            figure["tone"] = _tone(figure["difference"])
+        figures = {
+            f: {"estimate": mean_of(values), "difference": compared.get(f), "tone": _tone(compared.get(f))}
+            for f, values in measured.items()
+        }
         rows.append({"name": group.name, "runs": len(group.runs), "at": _at(last), "figures": figures})
     return rows
 
@@ -302,9 +305,8 @@ def _settings(runs: Sequence[PageRun]) -> tuple[Table, list[tuple[str, str]]]:
     keys = sorted({key for run in runs for key in run.config} - set(NOT_SETTINGS))
     values = {key: [json.dumps(run.config[key]) if key in run.config else "" for run in runs] for key in keys}
     differing = [(key, row) for key, row in values.items() if len(set(row)) > 1]
-    return Table([run.name for run in runs], differing), [
-        (k, row[0]) for k, row in values.items() if len(set(row)) == 1
-    ]
+    shared = [(key, row[0]) for key, row in values.items() if len(set(row)) == 1]
+    return Table([run.name for run in runs], differing), shared
 
 
 def _environments(runs: Sequence[PageRun]) -> Table:

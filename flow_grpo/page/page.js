@@ -169,13 +169,13 @@ function keepFresh() {
 }
 
 function preparePrinting() {
-  let closed = [];
+  const closed = [];
   addEventListener("beforeprint", () => {
-    closed = folds.filter((fold) => !fold.open);
+    closed.push(...folds.filter((fold) => !fold.open));
     for (const fold of closed) fold.open = true;
     drawCharts();
   });
-  addEventListener("afterprint", () => closed.forEach((fold) => (fold.open = false)));
+  addEventListener("afterprint", () => closed.splice(0).forEach((fold) => (fold.open = false)));
 }
 
 function listen() {

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from flow_grpo.diversity.paired import Change
 from flow_grpo.page.data import PageRun
 from flow_grpo.page.words import FIGURES
 from flow_grpo.runs.evaluations import with_changes
@@ -173,7 +174,7 @@ def _of_images(run: PageRun, first: PageRun) -> dict[str, Difference]:
     What they reach of the base's images has no such interval: that would take distances between the two runs.
     """
     new, old = run.last, first.last
-    changes = {}
+    changes: Mapping[str, Change] = {}
     if new.record is not None and old.record is not None:
         changes = with_changes(replace(new.record, changes={}), old.record).changes
     found = {}
