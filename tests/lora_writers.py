@@ -102,9 +102,7 @@ def stock_peft(folder: Path, transformer, lora: Lora, **settings) -> Path:
     ranks = {f"^{name}": len(layer.a) for name, layer in lora.items()}
     dora = next(iter(lora.values())).magnitude is not None
     alpha = next(iter(lora.values())).alpha
-    config = LoraConfig(
-        r=4, lora_alpha=alpha, rank_pattern=ranks, target_modules=list(lora), use_dora=dora, **settings
-    )
+    config = LoraConfig(r=4, lora_alpha=alpha, rank_pattern=ranks, target_modules=list(lora), use_dora=dora, **settings)
     model = get_peft_model(transformer, config)
     with torch.no_grad():
         for name, layer in lora.items():

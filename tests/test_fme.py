@@ -18,6 +18,7 @@ from flow_grpo.errors import Interrupted, TrainingStopped
 from flow_grpo.recipes.base import KEYS
 from flow_grpo.recipes.sd3 import NAMES, RECIPES, get_config
 from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.runs.lock import command_line
 from flow_grpo.settings import leaves
 from tests.synthetic_runs import ENVIRONMENT, write_run
 
@@ -202,6 +203,7 @@ def processes(monkeypatch):
 
     def run(command):
         commands.append(command)
+        write_run(Path("logs") / command[-1], [0.5, 0.6], [0, 10], gradient=True)
         return codes.pop(0) if codes else 0
 
     monkeypatch.setattr(train, "run_process", run)
@@ -216,8 +218,11 @@ def test_seeds_are_runs_of_their_own_one_after_another(processes, started, capsy
     for command, seed in zip(commands, (1, 2, 30), strict=True):
         assert command[3:] == ["train", "tiny_drtune", "num_epochs=3", f"seed={seed}", "--name", f"mine-seed{seed}"]
     out, err = capsys.readouterr()
-    assert out.splitlines() == ["[1/3] mine-seed1", "[2/3] mine-seed2", "[3/3] mine-seed30"]
+    assert out.splitlines() == [
+        "[1/3] mine-seed1", "[2/3] mine-seed2", "[3/3] mine-seed30", "page: logs/mine.html",
+    ]  # fmt: skip
     assert err == ""
+    assert "mine-seed30" in Path("logs/mine.html").read_text()
 
 
 @pytest.mark.parametrize("code", [1, 2, 130])
@@ -232,6 +237,12 @@ def test_the_first_seed_that_fails_is_the_last(processes, code):
 def test_a_mistake_is_found_before_the_first_seed(processes, capsys):
     refusal(capsys, "train", "tiny_drtune", "num_epochs=x", "--seeds", "1,2")
     assert processes[0] == []
+
+
+def test_seeds_that_evaluated_nothing_have_no_page_and_no_error(monkeypatch, capsys):
+    monkeypatch.setattr(train, "run_process", lambda command: 0)
+    assert fme("train", "tiny_drtune", "--seeds", "1,2") == 0
+    assert "no page of all seeds" in capsys.readouterr().err
 
 
 CHILD = """
@@ -256,6 +267,15 @@ def test_a_signal_is_passed_on_and_the_end_of_the_run_waited_for(number):
         parent.send_signal(number)
         assert parent.stdout.read() == "stopped\n"
         assert parent.wait() == 128 + number
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"),
+    [("/usr/bin/fme", "fme"), ("/x/flow_grpo/commands/main.py", "fme"), ("scripts/a.py", "python scripts/a.py")],
+)
+def test_a_run_records_the_command_as_it_is_typed(program, typed, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "train", "a b"])
+    assert command_line() == f"{typed} train 'a b'"
 
 
 # --- train: mistakes ------------------------------------------------------------------------------------

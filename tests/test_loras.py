@@ -203,7 +203,9 @@ def original_checkpoint(transformer) -> tuple[dict[str, torch.Tensor], dict[str,
     return weights, convert_sd3_transformer_checkpoint_to_diffusers(dict(found))
 
 
-@pytest.mark.parametrize("key", [lambda name: f"diffusion_model.{name}", lambda name: "lora_unet_" + name.replace(".", "_")])
+@pytest.mark.parametrize(
+    "key", [lambda name: f"diffusion_model.{name}", lambda name: "lora_unet_" + name.replace(".", "_")]
+)
 def test_layers_under_sd3s_own_names_mean_what_diffusers_converts(stock, pipeline, tmp_path, key) -> None:
     """B A = a weight of full rank: the difference must be what the library's converter makes of that weight."""
     weights, converted = original_checkpoint(stock.transformer)
