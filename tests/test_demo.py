@@ -72,7 +72,7 @@ def test_the_commands_train_one_after_another_into_a_folder_of_their_own(trained
     assert [command[3:5] for command in commands] == [["train", "tiny_drtune"], ["train", "tiny_grpo"]]
     assert all(command[0] == sys.executable for command in commands)
     assert all({f"logdir={folder}", "seed=3", "max_seconds=600.0"} <= set(command) for command in commands)
-    assert lines[:2] == ["[1/2] DRTune: 240 epochs", "[2/2] GRPO: 100 epochs"]
+    assert lines[:2] == ["[1/2] DRTune: 360 epochs", "[2/2] GRPO: 100 epochs"]
     assert lines[-1] == f"page: {folder / 'page.html'}"
     assert (folder / "page.html").is_file()
     assert [path.name for path in (tmp_path / "logs/demo").iterdir()] == ["earlier"]
@@ -87,7 +87,7 @@ def test_whole_runs_are_compared_by_time_and_at_equal_reward(trained, capsys):
         ["GRPO", "0.7500", "3.50", "78.0%"],
     ]
     assert "DRTune had GRPO's final reward (0.7500) after 15 s of training, GRPO after 100 s." in lines
-    assert "At that reward, DRTune made 1.25 different images (epoch 240), GRPO 3.50." in lines
+    assert "At that reward, DRTune made 1.25 different images (epoch 360), GRPO 3.50." in lines
     assert "cut" not in "\n".join(lines)
 
 
@@ -95,7 +95,7 @@ def test_whole_runs_are_compared_by_time_and_at_equal_reward(trained, capsys):
     ("name", "says"),
     [
         ("grpo", "GRPO was cut by the clock: 50 of 100 epochs in 50 s"),
-        ("drtune", "DRTune was cut by the clock: 120 of 240 epochs in 10 s"),
+        ("drtune", "DRTune was cut by the clock: 180 of 360 epochs in 10 s"),
     ],
 )
 def test_a_cut_run_is_said_first_and_nothing_is_compared(trained, name, says, capsys):
