@@ -26,7 +26,7 @@ from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
 from flow_grpo.files import strict_json
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
-from flow_grpo.policy import Policy
+from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
@@ -80,7 +80,7 @@ def test_request(prompts: PromptDataset, settings: Settings) -> SampleRequest:
 
 
 def draw_samples(
-    policy: Policy,
+    policy: ImageModel,
     prompts: PromptDataset,
     settings: Settings,
     run: Run,
