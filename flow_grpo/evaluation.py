@@ -196,7 +196,10 @@ def _spread(values: Sequence[Any], where: Sequence[int], total: int) -> list[Any
 def _against_base(record: Record, run: Run) -> Record:
     """With its changes against the base model's record of the same run, if there is one and it was drawn alike."""
     path = record_path(run.folder, record.label, 0)
-    if record.epoch == 0 or not path.exists():
+    if record.epoch == 0:
+        return record
+    if not path.exists():
+        run.tell(f"{path} is missing: nothing is compared with the base model.")
         return record
     try:
         base = read_record(path)

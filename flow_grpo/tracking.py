@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -51,6 +50,7 @@ from flow_grpo.runs.folder import (
     open_folder,
 )
 from flow_grpo.runs.history import append_line, is_evaluation, salvage_history, starts_with, write_history
+from flow_grpo.runs.lock import command_line
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.stopping import Reason, StopWatch
 from flow_grpo.runs.trackers import (
@@ -217,7 +217,7 @@ class Run:
             for tracker in self.accelerator.trackers:
                 what(tracker)
         except OSError as error:
-            self.tell(f"a tracker cannot write ({error.strerror}): the run goes on without trackers.")
+            self.tell(f"a tracker cannot write ({error.strerror or error}): the run goes on without trackers.")
             finish_trackers(self.accelerator.trackers, exit_code=1)
             self.accelerator.trackers = []
 
@@ -477,7 +477,7 @@ def describe_environment(settings: Settings, accelerator: Accelerator) -> dict[s
     return {
         "run_id": uuid.uuid4().hex[:8],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "working_folder": os.getcwd(),  # that relative paths in the configuration start from
         "git": _git_state(),
         "device": _device_name(accelerator.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 
 from flow_grpo import training_words
@@ -66,6 +67,9 @@ def fit(
         saved = saver.save_remembered()
         _show(run, live=False)
         raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
+    except TrainingStopped:
+        _show(run, live=False)
+        raise
     _show(run, live=False)
     run.tell(training_words.ends(run.folder, counters.epoch))
 
@@ -88,7 +92,7 @@ def _show(run: Run, live: bool) -> None:
     if not (run.is_main and run.holds_folder() and (run.folder / EVALUATIONS).is_dir()):
         return
     try:
-        build_page([run.folder], run.folder / PAGE_FILE, command=f"fme view {run.folder}", live=live)
+        build_page([run.folder], run.folder / PAGE_FILE, command=f"fme view {shlex.quote(str(run.folder))}", live=live)
     except (ConfigError, OSError) as error:
         run.tell(f"no page of {run.folder}: {str(error).rstrip('.')}; the run goes on.", key=PAGE_FILE)
 

@@ -22,6 +22,7 @@ from flow_grpo.runs.evaluations import (
     Distances,
     Judged,
     Record,
+    copy_base,
     read_record,
     record_path,
     records_of,
@@ -219,6 +220,7 @@ def put(*keys_and_value):
         (put("extra", {"x": "y"}), r"extra\.x is not a finite number"),
         (put("epoch", -1), "epoch is not a whole number of at least 0"),
         (lambda plain: plain.pop("label"), "it lacks label"),
+        (put("rewards", "total", 0, 0.25), "its numbers are not those that were written"),
     ],
 )  # fmt: skip
 def test_a_damaged_record_is_one_sentence(tmp_path, edit, sentence):
@@ -241,6 +243,36 @@ def test_damaged_records_are_left_out_with_one_word(tmp_path, capsys):
     assert "and 1 more" in said
     assert [record.label for record in records_of(tmp_path, "eval_ema")] == ["eval_ema"]
     assert records_of(tmp_path / "nowhere") == []
+
+
+# --- a run that branches off ----------------------------------------------------------------------------
+
+
+def test_the_base_models_records_are_copied_byte_for_byte_and_never_over_others(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    folder.mkdir()
+    for epoch in (0, 10):
+        write_record(source, made(epoch), images(made()))
+    copy_base(source, folder)
+    assert contents(folder) == {k: v for k, v in contents(source).items() if "_000000." in k}
+    write_record(source, made(0, reward=0.9), None)
+    copy_base(source, folder)
+    assert read_record(record_path(folder, "eval", 0)).rewards["total"][0] == 0.5
+
+
+def contents(run):
+    return {path.name: path.read_bytes() for path in (run / "evaluations").iterdir()}
+
+
+def test_a_damaged_base_record_is_not_copied(tmp_path):
+    source, folder = tmp_path / "source", tmp_path / "run"
+    source.mkdir()
+    folder.mkdir()
+    write_record(source, made(0), None).write_text("{}")
+    with pytest.raises(ConfigError, match="its format is missing"):
+        copy_base(source, folder)
+    assert not (folder / "evaluations").exists()
 
 
 # --- changes --------------------------------------------------------------------------------------------
@@ -273,6 +305,12 @@ def test_images_that_only_one_has_and_those_not_measured_are_left_out():
     assert with_changes(missing, base).changes["reward"].images == 17
     assert "reward" not in with_changes(replace(record, rewards={}), base).changes
     assert set(with_changes(replace(record, judge=None, diversity=None), base).changes) == {"reward"}
+
+
+def test_records_of_images_drawn_otherwise_are_not_compared():
+    base = made(epoch=0)
+    assert with_changes(replace(made(), setting="a"), replace(base, setting="a")).changes
+    assert with_changes(replace(made(), setting="a"), replace(base, setting="b")).changes == {}
 
 
 def test_distances_of_other_features_and_guesses_of_another_judge_are_not_compared():

@@ -376,6 +376,7 @@ def test_a_run_stopped_at_8_that_goes_on_from_5_shows_every_point_once(new_run: 
     expected = [(step, 0.25 if step <= 5 else 0.5) for step in range(1, 8)]
     assert points(run.folder, "a_reward/train") == expected
     assert points(run.folder, "a_reward/total") == expected
+    assert points(run.folder, "seconds") == [(step, 0) for step in range(1, 8)]
     assert [event.step for event in events(run.folder).Images("samples/eval")] == list(range(1, 8))
 
 

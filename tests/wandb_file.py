@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ def read_records(path: Path) -> list[Record]:
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", content[place : place + HEADER])
+        if place + HEADER + length > len(content):
+            break  # half written
         parts += content[place + HEADER : place + HEADER + length]
         place += HEADER + length
         if kind in (FULL, LAST):
@@ -31,12 +34,22 @@ def read_records(path: Path) -> list[Record]:
 
 
 class OfflineRun:
-    """The one run that wandb wrote below a folder."""
+    """The one run that wandb wrote below a folder, and has ended."""
 
     def __init__(self, folder: Path) -> None:
         (self.path,) = folder.glob("wandb/offline-run-*/*.wandb")
-        self.records = read_records(self.path)
+        self.records = self._whole()
         self.run = next(r.run for r in self.records if r.HasField("run"))
+
+    def _whole(self, patience: float = 30.0) -> list[Record]:
+        """The records up to the last: wandb's own process writes them, and goes on when `finish` has returned."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            records = read_records(self.path)
+            if any(r.HasField("exit") for r in records):
+                return records
+            time.sleep(0.02)
+        raise AssertionError(f"{self.path} has no end")
 
     @property
     def rows(self) -> list[dict[str, Any]]:

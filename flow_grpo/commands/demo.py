@@ -44,7 +44,7 @@ class Method:
 
 
 METHODS = (
-    Method("DRTune", "drtune", "tiny_drtune", epochs=240, eval_freq=20, entropy_freq=120),
+    Method("DRTune", "drtune", "tiny_drtune", epochs=360, eval_freq=30, entropy_freq=120),
     Method("GRPO", "grpo", "tiny_grpo", epochs=100, eval_freq=10, entropy_freq=50),
 )
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("--out", type=Path, default=Path("logs/demo"), help="folder; logs/demo-2, ... if it exists")
     parser.add_argument("--seed", type=int, default=42, help="keys every random number (default: 42)")
-    parser.add_argument("--epochs", type=int, default=0, help="at most so many of each run (default: 240 and 100)")
+    parser.add_argument("--epochs", type=int, default=0, help="at most so many of each run (default: 360 and 100)")
     parser.add_argument(
         "--max_seconds", "--seconds", type=float, default=MAX_SECONDS, metavar="SECONDS",
         help="at most so much training of each run (default: 600); cut runs are not compared",

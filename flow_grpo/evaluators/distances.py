@@ -6,6 +6,7 @@ written when the base model is evaluated, and read by every session that goes on
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -75,7 +76,14 @@ def write_base_features(run: Path, features: Features, extractor: str) -> None:
     path = base_features_path(run)
     path.parent.mkdir(exist_ok=True)
     arrays = {prompt: np.ascontiguousarray(group, np.float32) for prompt, group in features.items()}
-    write_atomically(path, save(arrays, {"features": extractor}))
+    write_atomically(path, save(arrays, {"features": extractor, "sha256": _digest(arrays)}))
+
+
+def _digest(features: Features) -> str:
+    found = hashlib.sha256()
+    for prompt in sorted(features):
+        found.update(features[prompt].tobytes())
+    return found.hexdigest()
 
 
 def read_base_features(run: Path, extractor: str) -> dict[str, np.ndarray] | None:
@@ -90,10 +98,10 @@ def read_base_features(run: Path, extractor: str) -> dict[str, np.ndarray] | Non
     open_regular(path).close()
     try:
         with safe_open(path, "numpy") as file:
-            name = (file.metadata() or {}).get("features")
+            words = file.metadata() or {}
             found = {prompt: file.get_tensor(prompt) for prompt in file.keys()}  # noqa: SIM118 # no mapping
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path} is damaged: {first_line(error)}.") from None
-    if not all(group.ndim == 2 and group.dtype == np.float32 and np.isfinite(group).all() for group in found.values()):
-        raise ConfigError(f"{path} is damaged: it holds something else than finite features (n, d).")
-    return found if name == extractor else None
+    if words.get("sha256") != _digest(found):
+        raise ConfigError(f"{path} is damaged: its features are not those that were written.")
+    return found if words.get("features") == extractor else None

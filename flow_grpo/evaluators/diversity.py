@@ -139,7 +139,7 @@ def _base_of(source: Path, extractor: str, run: Run) -> dict[str, np.ndarray] | 
         run.tell(f"{str(error).rstrip('.')}: {where}, and the base's images still reached are not measured.")
         return None
     if base is None:
-        run.tell(f"{path} has no {extractor}: the base's images still reached are not measured.")
+        run.tell(f"{path} is missing, or has no {extractor}: the base's images still reached are not measured.")
     elif not run.resumed:
         with run.writing(str(base_features_path(run.folder))):
             write_base_features(run.folder, base, extractor)

@@ -17,6 +17,7 @@ from flow_grpo.page.contents import contents_of
 from flow_grpo.page.data import read_runs
 from flow_grpo.page.words import load
 
+MINUS = "\N{MINUS SIGN}"
 HERE = Path(__file__).parent
 TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", (
     "text.js", "charts.js", "state.js", "images.js", "plots.js", "page.js",
@@ -52,7 +53,7 @@ def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, html)
+        write_atomically(out, html.encode("utf-8", "backslashreplace"))  # folders of undecodable names
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}).") from None
     return out
@@ -98,6 +99,7 @@ def _template() -> jinja2.Template:
 
 def number(value: float, unit: str = "number", sign: bool = False) -> str:
     """Three significant digits, or per cent of a share; with a true minus, and no sign of 0."""
-    shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+.3g}"
-    kept = shown if (sign or shown[0] == "-") and float(shown) else shown[1:]
-    return kept.replace("-", "−")
+    shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+#.3g}".rstrip(".")
+    if not float(shown):
+        return "0"
+    return shown.removeprefix("" if sign else "+").replace("-", MINUS)

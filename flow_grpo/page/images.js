@@ -2,11 +2,10 @@
 /* Images: tiles cut from the sprites, two grids of the same noises, one noise at every checkpoint, and the suspects. */
 
 const MOST_SUSPECTS = 12;
+const MOST_TILES = 640; // of a grid, so that the slider stays quick; a button shows the rest
 const SMALL = 64; // pixels: cells up to here are magnified without smoothing
 
 // --- runs, checkpoints, images ----------------------------------------------------------------------------
-
-const SEPARATOR = "\u0000"; // in no prompt that a browser shows: the HTML parser replaces it
 
 for (const run of RUNS) {
   const [first] = run.evaluations;
@@ -22,7 +21,7 @@ for (const run of RUNS) {
 }
 
 function imageKey(prompt, noise) {
-  return `${prompt}${SEPARATOR}${noise}`;
+  return `${noise} ${prompt}`;
 }
 
 /** The sprite as a picture; it is decoded once. */
@@ -95,8 +94,11 @@ function drawGrids() {
   byId("images-note").textContent = imagesNote(left, right);
   if (left.picture || right.picture) return drawPictures(grids, [left, right]);
   if (!left.sprite && !right.sprite) return grids.replaceChildren();
-  const prompts = promptsShown(right);
   const noises = [...new Set(right.noise)].sort((a, b) => a - b);
+  const found = promptsShown(right);
+  const prompts = state.allPrompts ? found : found.slice(0, Math.ceil(MOST_TILES / noises.length));
+  byId("more-prompts").hidden = prompts.length === found.length;
+  byId("more-prompts").textContent = `show all ${found.length} prompts`;
   const cells = right.sprite?.cell ?? left.sprite.cell;
   const above = prompts.some((prompt) => prompt.length > 14) || Math.max(...cells) > SMALL;
   grids.className = above ? "above" : "";
@@ -248,15 +250,14 @@ function drawSuspects() {
   const right = rightModel();
   const base = right.run.baseCheckpoint;
   const found = suspectsOf(right);
-  byId("suspects").hidden = !right.sprite || (found === null && right !== base);
+  byId("suspects").hidden = !right.sprite || found === null;
   if (byId("suspects").hidden) return;
-  byId("suspects-note").textContent = found === null
-    ? "This is the base: nothing was gained yet."
-    : `${found.length} of ${right.prompt.length} images: recognised at the base and not at ${right.model.name}, though their reward rose. ${found.length ? "Base beside now, greatest gain first." : ""}`;
-  const cards = (found ?? []).slice(0, state.allSuspects ? undefined : MOST_SUSPECTS).map((one) => suspectCard(one, base, right));
+  const how = found.length ? " Base beside now, greatest gain first." : "";
+  byId("suspects-note").textContent = `${found.length} of ${right.prompt.length} images: recognised at the base and not at ${right.model.name}, though their reward rose.${how}`;
+  const cards = found.slice(0, state.allSuspects ? undefined : MOST_SUSPECTS).map((one) => suspectCard(one, base, right));
   byId("suspect-cards").replaceChildren(...cards);
-  byId("more-suspects").textContent = `show all ${(found ?? []).length}`;
-  byId("more-suspects").hidden = state.allSuspects || (found ?? []).length <= MOST_SUSPECTS;
+  byId("more-suspects").textContent = `show all ${found.length}`;
+  byId("more-suspects").hidden = state.allSuspects || found.length <= MOST_SUSPECTS;
 }
 
 function suspectCard({ prompt, noise, place, before }, base, now) {

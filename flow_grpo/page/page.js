@@ -16,7 +16,7 @@ function drawFirstScreen() {
   const measured = DATA.figures.filter((name) => run.evaluations.some((evaluation) => name in evaluation.figures));
   byId("figures").replaceChildren(...measured.map((name) => figureCard(name, run, model)));
   const missing = DATA.figures.filter((name) => !measured.includes(name)).map((name) => WORDS.figures[name].short);
-  byId("figures-note").textContent = missing.length ? `Not measured: ${missing.join(", ")}.` : "";
+  byId("figures-note").textContent = missing.length && run.evaluations.length > 1 ? `Not measured: ${missing.join(", ")}.` : "";
 }
 
 function drawVerdict(kind, key, second) {
@@ -49,7 +49,7 @@ function figureCard(name, run, model) {
   const places = decimals([old ?? 0, now ?? 0], change ? change.high - change.low : 0);
   const counts = { n: run.n || "n", images: change?.images ?? model.images };
   const values = make("div", { className: "values" });
-  if (model.epoch && run.base) values.append(make("span", { className: "old", textContent: `${shown(old, words.unit, places)} → ` }));
+  if (model.epoch && Number.isFinite(old)) values.append(make("span", { className: "old", textContent: `${shown(old, words.unit, places)} → ` }));
   values.append(shown(now, words.unit, places));
   const line = make("p", {}, make("span", { className: `tone ${direction}`, textContent: WORDS.direction[direction] }));
   if (change) {
@@ -169,19 +169,20 @@ function keepFresh() {
 }
 
 function preparePrinting() {
-  let closed = [];
+  const closed = [];
   addEventListener("beforeprint", () => {
-    closed = folds.filter((fold) => !fold.open);
+    closed.push(...folds.filter((fold) => !fold.open));
     for (const fold of closed) fold.open = true;
     drawCharts();
   });
-  addEventListener("afterprint", () => closed.forEach((fold) => (fold.open = false)));
+  addEventListener("afterprint", () => closed.splice(0).forEach((fold) => (fold.open = false)));
 }
 
 function listen() {
   document.addEventListener("keydown", onKey);
   byId("grids").addEventListener("keydown", onGridKey);
   for (const kind of ["pointerover", "pointerout"]) byId("grids").addEventListener(kind, onGridPointer);
+  byId("more-prompts").addEventListener("click", () => change({ allPrompts: true }));
   byId("more-suspects").addEventListener("click", () => change({ allSuspects: true }));
   for (const fold of folds) fold.addEventListener("toggle", () => { writeAddress(); drawCharts(); });
   addEventListener("hashchange", () => { readAddress(); update(); drawCharts(); });

@@ -123,7 +123,10 @@ function drawScatter() {
   scatter = scatterChart({
     label: "reward against different images", width, height: Math.round(clamp(width * 0.6, 240, 380)), series,
     titles: { x: "reward", y: "different images" }, formatX: tick("number"), formatY: tick("number"),
-    onHover: (point) => drawThumbnails(point ? checkpointNear(point) : rightModel()),
+    onHover: (point) => {
+      if (!point && document.activeElement.closest("#scatter")) return; // the dot that has the focus goes on being told of
+      drawThumbnails(point ? checkpointNear(point) : rightModel());
+    },
     onPick: (point) => point && pickPoint(point),
   });
   byId("scatter").replaceChildren(scatter.element);

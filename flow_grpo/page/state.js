@@ -1,7 +1,7 @@
 "use strict";
 /* What the reader has chosen, and the address that keeps it. Everything shown is a function of `state`. */
 
-const state = { run: 0, right: 0, leftRun: 0, left: 0, filter: "", axis: "epoch", image: null, allSuspects: false };
+const state = { run: 0, right: 0, leftRun: 0, left: 0, filter: "", axis: "epoch", image: null, allSuspects: false, allPrompts: false };
 const folds = [...document.querySelectorAll("details")];
 
 const rightModel = () => RUNS[state.run].checkpoints[state.right];

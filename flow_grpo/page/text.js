@@ -28,7 +28,8 @@ const exponent = (value) => (value ? Math.floor(Math.log10(Math.abs(value))) : -
 
 /** Decimals that show three digits of the larger value, and the width of the interval if there is one. */
 function decimals(values, width = 0) {
-  const largest = Math.max(...values.map((value) => exponent(value)));
+  const largest = Math.max(...values.map(exponent));
+  if (values.every((value) => value === 0)) return 0;
   return Math.min(6, Math.max(0, 2 - largest, width ? -exponent(width) : 0));
 }
 

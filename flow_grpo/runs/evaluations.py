@@ -9,6 +9,7 @@ Nothing here imports torch: a page is made of records alone.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import re
@@ -135,7 +136,8 @@ def write_record(folder: Path, record: Record, images: Tensor | np.ndarray | Non
     sprite, pixels = None, b""
     if images is not None:
         sprite, pixels = _sprite(record, images, picture.name)
-    text = strict_json(_plain(replace(record, sprite=sprite)))
+    plain = _plain(replace(record, sprite=sprite))
+    text = strict_json(plain | {"sha256": _digest(plain)})
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)  # never an old record of new images
     try:
@@ -154,16 +156,21 @@ def _plain(record: Record) -> dict[str, Any]:
     """The record's JSON."""
     plain = asdict(record)
     del plain["folder"]
-    return {"format": FORMAT} | _rounded(plain)
+    return {"format": FORMAT} | rounded(plain)
 
 
-def _rounded(value: Any) -> Any:
+def _digest(plain: Mapping[str, Any]) -> str:
+    """Of a record's JSON: the base model's numbers are read again at every evaluation, where a wrong digit counts."""
+    return hashlib.sha256(strict_json(plain).encode()).hexdigest()
+
+
+def rounded(value: Any) -> Any:
     """Every float in it to so many significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Sprite, bytes]:
@@ -250,7 +257,11 @@ def read_record(path: Path) -> Record:
     try:
         if version != FORMAT:
             raise _Damaged("its format is missing")
-        return _record(_Part(content, ""), path.parent)
+        record = _record(_Part(content, ""), path.parent)
+        digest = content.pop("sha256", None)
+        if digest is not None and digest != _digest(content):
+            raise _Damaged("its numbers are not those that were written")
+        return record
     except _Damaged as problem:
         raise ConfigError(f"{path} is damaged: {problem}.") from None
 

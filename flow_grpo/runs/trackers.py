@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from ml_collections import ConfigDict
 from PIL import Image
@@ -40,7 +40,7 @@ from flow_grpo.figure_text import one_line
 from flow_grpo.files import read_object
 from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import ENVIRONMENT_FILE, TRACKERS, flatten
-from flow_grpo.runs.history import deciding_metric
+from flow_grpo.runs.history import deciding_metric, is_evaluation
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 WANDB_TAG = 64  # characters at most
@@ -232,8 +232,9 @@ class TensorBoard(TensorBoardTracker):
         self.writer.flush()
 
     def log(self, values: Mapping[str, float], step: int | None = None, **_: Any) -> None:
-        """Metrics of the history."""
-        super().log(shown(values), step=step)
+        """Metrics of the history; the counters, which every line of it has, once an epoch."""
+        once = {name: value for name, value in values.items() if "/" in name or not is_evaluation(values)}
+        super().log(shown(once), step=step)
 
     def log_images(self, values: Mapping[str, np.ndarray], step: int | None = None, **_: Any) -> None:
         """Images (1, H, W, 3) uint8 by name."""
@@ -338,6 +339,7 @@ def start_trackers(
     Raises:
         OSError: something cannot be written; none is left running.
     """
+    PartialState(cpu=True)  # accelerate's trackers ask for it; in a training it is there already
     boards: list[Board] = []
     try:
         for name in names:
