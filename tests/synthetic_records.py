@@ -73,6 +73,7 @@ def write_records(
     parts: Sequence[str] = ("reward", "judge", "diversity", "images"),
     overrides: Mapping[str, Any] | None = None,
     names: Mapping[int, str] | None = None,
+    trained: bool = True,
 ) -> Path:
     """A run folder whose evaluations have records.
 
@@ -80,6 +81,7 @@ def write_records(
         speed: of the drift; 0: the model stays as it is.
         parts: what was measured and kept.
         names: epoch -> what the model is called instead.
+        trained: whether the epochs are of a training, which took time; else they number the models.
     """
     folder.mkdir(parents=True)
     config = get_config()
@@ -91,6 +93,7 @@ def write_records(
     for epoch in epochs:
         record, images = evaluation(epoch, prompts, noises, size, seed, speed, parts, base)
         record = replace(record, name=(names or {}).get(epoch, ""))
+        record = record if trained else replace(record, seconds=0.0, network_evaluations=0)
         base = base or record
         write_record(folder, record if record is base else with_changes(record, base), images)
         lines.append(_line(record))

@@ -17,8 +17,11 @@ from flow_grpo.page.contents import contents_of
 from flow_grpo.page.data import read_runs
 from flow_grpo.page.words import load
 
+MINUS = "\N{MINUS SIGN}"
 HERE = Path(__file__).parent
-TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", ("charts.js", "page.js")
+TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", (
+    "text.js", "charts.js", "state.js", "images.js", "plots.js", "page.js",
+)  # fmt: skip
 
 
 def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool = False, label: str = "eval") -> Path:
@@ -50,7 +53,7 @@ def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, html)
+        write_atomically(out, html.encode("utf-8", "backslashreplace"))  # folders of undecodable names
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}).") from None
     return out
@@ -95,6 +98,8 @@ def _template() -> jinja2.Template:
 
 
 def number(value: float, unit: str = "number", sign: bool = False) -> str:
-    """Three significant digits, or per cent of a share; with a true minus."""
-    shown = f"{100 * value:{'+' if sign else ''}.0f}" if unit == "share" else f"{value:{'+' if sign else ''}.3g}"
-    return shown.replace("-", "−")
+    """Three significant digits, or per cent of a share; with a true minus, and no sign of 0."""
+    shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+#.3g}".rstrip(".")
+    if not float(shown):
+        return "0"
+    return shown.removeprefix("" if sign else "+").replace("-", MINUS)

@@ -15,8 +15,8 @@ function svg(name, attributes = {}, ...children) {
 }
 
 /** Round numbers, about `count` of them, that cover [low, high]: steps of 1, 2 or 5 times a power of ten. */
-function ticks(low, high, count) {
-  const rough = (high - low) / count;
+function ticks(low, high, count, whole = false) {
+  const rough = Math.max((high - low) / count, whole ? 1 : 0);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough * 0.9999);
   const first = Math.ceil(low / step - 1e-9);
@@ -39,15 +39,15 @@ function scale([low, high], from, to) {
 }
 
 /** The plot's frame: grid lines, tick labels, and the scales of both axes. */
-function frame(root, { width, height, xs, ys, formatX, formatY, zeroX }) {
-  const [xRange, yRange] = [extent(xs, zeroX ? 0 : 0.06), extent(ys, 0.06)];
+function frame(root, { width, height, top = MARGIN.top, xs, ys, formatX, formatY, wholeX = false, edge = 0.06 }) {
+  const [xRange, yRange] = [extent(xs, edge), extent(ys, 0.06)];
   const x = scale(xRange, MARGIN.left, width - MARGIN.right);
-  const y = scale(yRange, height - MARGIN.bottom, MARGIN.top);
+  const y = scale(yRange, height - MARGIN.bottom, top);
   for (const value of ticks(...yRange, 4)) {
     root.append(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(value), y2: y(value) }));
     root.append(svg("text", { x: MARGIN.left - 7, y: y(value) + 4, "text-anchor": "end" }, formatY(value)));
   }
-  for (const value of ticks(...xRange, Math.max(2, Math.floor(width / 80)))) {
+  for (const value of ticks(...xRange, Math.max(2, Math.floor(width / 80)), wholeX)) {
     const anchor = x(value) > width - 24 ? "end" : "middle";
     const at = anchor === "end" ? width - MARGIN.right + 8 : x(value);
     root.append(svg("text", { x: at, y: height - 5, "text-anchor": anchor }, formatX(value)));
@@ -76,11 +76,11 @@ function bandPath(points, x, y) {
  * base: a dashed line at this height. onHover(index or null), onPick(index).
  * Returns the element, and `mark(index)` and `hover(index or null)`, which move the two marks.
  */
-function lineChart({ label, width, height, series, base, formatX, formatY, onHover, onPick }) {
+function lineChart({ label, width, height, series, base, formatX, formatY, wholeX, onHover, onPick }) {
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, class: onPick ? "pick" : "" });
   const all = series.flatMap((one) => one.points);
   const ys = all.flatMap((point) => [point.y, point.low, point.high]).concat(base ?? []);
-  const { x, y } = frame(root, { width, height, xs: all.map((point) => point.x), ys, formatX, formatY, zeroX: true });
+  const { x, y } = frame(root, { width, height, xs: all.map((point) => point.x), ys, formatX, formatY, wholeX, edge: 0 });
   if (Number.isFinite(base)) {
     root.append(svg("line", { class: "base", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(base), y2: y(base) }));
   }
@@ -117,10 +117,10 @@ function lineChart({ label, width, height, series, base, formatX, formatY, onHov
 function scatterChart({ label, width, height, series, titles, formatX, formatY, onHover, onPick }) {
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": label, class: "pick" });
   const all = series.flatMap((one) => one.points.map((point) => ({ ...point, colour: one.colour })));
-  const inner = { width, height: height - 18, xs: all.map((point) => point.x), ys: all.map((point) => point.y) };
+  const inner = { width, height: height - 18, top: MARGIN.top + 20, xs: all.map((point) => point.x), ys: all.map((point) => point.y) };
   const { x, y } = frame(root, { ...inner, formatX, formatY });
   root.append(svg("text", { x: width - MARGIN.right, y: height - 4, "text-anchor": "end" }, `${titles.x} →`));
-  root.append(svg("text", { x: MARGIN.left + 6, y: MARGIN.top + 8 }, `↑ ${titles.y}`));
+  root.append(svg("text", { x: 4, y: MARGIN.top + 4 }, `↑ ${titles.y}`));
   for (const one of series) root.append(svg("path", { class: `line thin c${one.colour}`, d: path(one.points, x, y) }));
   for (const point of all) root.append(scatterDot(point, x, y, onHover, onPick));
   for (const point of all.filter((one) => one.caption)) {
@@ -137,7 +137,7 @@ function scatterChart({ label, width, height, series, titles, formatX, formatY, 
 /** A dot that can be reached by the keyboard. */
 function scatterDot(point, x, y, onHover, onPick) {
   const dot = svg("circle", {
-    class: `dot c${point.colour}${point.large ? "" : " small"}`, cx: x(point.x), cy: y(point.y), r: 5.5,
+    class: `dot c${point.colour}${point.large ? "" : " small"}${point.other ? " other" : ""}`, cx: x(point.x), cy: y(point.y), r: 5.5,
     tabindex: 0, role: "button", "aria-label": point.name,
   });
   dot.addEventListener("focus", () => onHover(point));

@@ -29,15 +29,14 @@ from flow_grpo.page.seeds import (
     mean_of,
 )
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
-from flow_grpo.page.words import FIGURES, load
+from flow_grpo.page.words import FIGURES, load, range_of
 from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import IMAGE_FOLDER
 
 MOST_IMAGE_BYTES = 24 << 20  # of all sprites in a page, before base64
-MOST_STRIPS, STRIP_WIDTH = 3, 1280  # film strips of a run, pixels
+MOST_STRIPS, MOST_STRIP_RUNS, STRIP_WIDTH = 3, 4, 1280  # film strips of a run, runs that have some, pixels
 QUALITY = 80  # of pictures that are made anew, WebP
 REFRESH_SECONDS = 20  # of the page of a run that goes on
-DIGITS = 5  # significant, of numbers in the page
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flow-matching-entropy")
 
 
@@ -60,8 +59,9 @@ class Contents:
     environments: Table
     comparison: Sequence[Mapping[str, Any]]  # a row for each group of runs; [] for one run
     incomparable: Sequence[str]  # settings of what is measured in which the runs differ
-    left_out: Sequence[Mapping[str, Any]]  # runs of whose checkpoints some have no images here: run, shown, of
+    left_out: Sequence[Mapping[str, Any]]  # of runs that are not shown whole: run, shown, of, pictures
     measured: Mapping[str, Any]  # how: judge, features, ...
+    strips: Sequence[Mapping[str, str]]  # film strips: name, data
 
 
 def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
@@ -70,7 +70,8 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
     incomparable = differing_measures(runs)
     budget = MOST_IMAGE_BYTES // len(runs)
     shown = [checkpoints_within(run, budget) for run in runs]
-    plain_runs = [_run(run, chosen) for run, chosen in zip(runs, shown, strict=True)]
+    affordable = [_weight(run, chosen) <= budget for run, chosen in zip(runs, shown, strict=True)]
+    plain_runs = [_run(*parts) for parts in zip(runs, shown, affordable, strict=True)]
     for number, group in enumerate(groups):
         for i in group.runs:
             plain_runs[i]["group"] = number
@@ -80,35 +81,30 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
         "refresh": REFRESH_SECONDS if live else 0,
         "label": label,
         "runs": plain_runs,
-        "groups": [
-            {"name": g.name, "runs": g.runs, "curves": curves(g, runs) if len(g.runs) > 1 else {}} for g in groups
-        ],
+        "groups": [_group(group, runs) for group in groups],
     }
     differing, shared = _settings(runs)
     return Contents(
         title=", ".join(group.name for group in groups),
-        data=_rounded(data),
+        data=data,
         differing=differing,
         shared=shared,
         environments=_environments(runs),
         comparison=_comparison(groups, runs, bool(incomparable)) if len(runs) > 1 else [],
         incomparable=incomparable,
         left_out=[
-            {"run": run.name, "shown": len(chosen), "of": len(run.evaluations)}
-            for run, chosen in zip(runs, shown, strict=True)
-            if len(chosen) < len(run.evaluations)
+            {"run": run.name, "shown": len(chosen), "of": len(run.evaluations), "pictures": pictures}
+            for run, chosen, pictures in zip(runs, shown, affordable, strict=True)
+            if len(chosen) < len(run.evaluations) or not pictures
         ],
         measured=_measured(runs),
+        strips=[strip for run in runs[:MOST_STRIP_RUNS] for strip in _strips(run, label, len(runs) > 1)],
     )
 
 
-def _rounded(value: Any) -> Any:
-    """Every float in it to so many significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+def _group(group: Group, runs: Sequence[PageRun]) -> dict[str, Any]:
+    """A group of one run has no curves of its own: the page draws the run's."""
+    return {"name": group.name, "runs": group.runs, "curves": curves(group, runs) if len(group.runs) > 1 else {}}
 
 
 # --- runs -----------------------------------------------------------------------------------------------
@@ -117,25 +113,22 @@ def _rounded(value: Any) -> Any:
 def checkpoints_within(run: PageRun, budget: int) -> list[int]:
     """Indices of the evaluations that are checkpoints of the page, fewer where their pictures are over the budget.
 
-    At least the first and the last are, if need be without pictures: see `_images`.
+    Where those of the first and the last alone are over it, all, without pictures: see `_weight`.
     """
-    for most in range(MOST_CHECKPOINTS, 2, -1):
+    for most in range(MOST_CHECKPOINTS, 1, -1):
         chosen = run.shown(most)
-        if sum(_weight(run.evaluations[i]) for i in chosen) <= budget:
+        if _weight(run, chosen) <= budget:
             return chosen
-    return evenly(run.shown(), 2)
+    return run.shown(MOST_CHECKPOINTS)
 
 
-def _weight(evaluation: Evaluation) -> int:
-    path = _picture_of(evaluation)
-    return path.stat().st_size if path is not None and path.is_file() else 0
+def _weight(run: PageRun, shown: Sequence[int]) -> int:
+    """Bytes of the pictures of these evaluations."""
+    pictures = [run.evaluations[i].picture_path for i in shown]
+    return sum(path.stat().st_size for path in pictures if path is not None and path.is_file())
 
 
-def _picture_of(evaluation: Evaluation) -> Path | None:
-    return evaluation.picture if evaluation.record is None else evaluation.record.sprite_path
-
-
-def _run(run: PageRun, shown: Sequence[int]) -> dict[str, Any]:
+def _run(run: PageRun, shown: Sequence[int], pictures: bool) -> dict[str, Any]:
     prompts = list(dict.fromkeys(p for e in run.evaluations if e.record is not None for p in e.record.prompts))
     return {
         "name": run.name,
@@ -144,8 +137,7 @@ def _run(run: PageRun, shown: Sequence[int]) -> dict[str, Any]:
         "prompts": prompts,
         "n": _counts([e.record for e in run.evaluations if e.record is not None]),
         "evaluations": [_evaluation(evaluation) for evaluation in run.evaluations],
-        "checkpoints": [_checkpoint(i, run.evaluations[i], prompts) for i in shown],
-        "strips": _strips(run),
+        "checkpoints": [_checkpoint(i, run.evaluations[i], prompts, pictures) for i in shown],
     }
 
 
@@ -167,12 +159,19 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "figures": evaluation.figures,
         "changes": {name: asdict(change) for name, change in changes.items()},
         "directions": directions,
-        "diversity": diversity_verdict(changes.get("vendi")) if evaluation.epoch else "base",
-        "exploitation": exploitation_verdict(changes.get("reward"), changes.get("judge"), independent),
+        "diversity": _without_records(diversity_verdict(changes.get("vendi")), "vendi", evaluation),
+        "exploitation": _without_records(
+            exploitation_verdict(changes.get("reward"), changes.get("judge"), independent), "reward", evaluation
+        ),
         "independent": independent,
         "images": 0 if record is None else len(record.prompt),
         "extra": evaluation.extra,
     }
+
+
+def _without_records(verdict: str, figure: str, evaluation: Evaluation) -> str:
+    """The verdict; "no_records" of a figure whose mean alone is known."""
+    return "no_records" if evaluation.record is None and figure in evaluation.figures else verdict
 
 
 def _direction(figure: str, evaluation: Evaluation) -> str:
@@ -184,13 +183,14 @@ def _direction(figure: str, evaluation: Evaluation) -> str:
     return direction(evaluation.changes[figure]) if figure in evaluation.changes else "no_interval"
 
 
-def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str]) -> dict[str, Any]:
+def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str], pictures: bool) -> dict[str, Any]:
     """Image by image, those that are in the sprite; of all that were scored where there is no sprite."""
     found: dict[str, Any] = {"evaluation": index, "sprite": None, "picture": None}
     record = evaluation.record
     if record is None:
-        return found | {"picture": _embedded(evaluation.picture), "prompt": [], "noise": []}
-    picture = None if record.sprite is None else _data_url(record.sprite_path)
+        picture = _embedded(evaluation.picture) if pictures else None
+        return found | {"picture": picture, "prompt": [], "noise": []}
+    picture = _data_url(record.sprite_path) if pictures and record.sprite is not None else None
     kept = range(len(record.prompt)) if record.sprite is None else record.sprite.images
     place = [prompts.index(prompt) for prompt in record.prompts]
     if record.sprite is not None and picture is not None:
@@ -202,9 +202,8 @@ def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str]) -> d
         found["guess"] = [None if g is None else place[g] for g in guess]
         found["probability"] = [record.judge.probability[i] for i in kept]
     if record.diversity is not None:
-        found["vendi"] = {
-            str(place[p]): v for p, v in zip(record.diversity.prompts, record.diversity.vendi, strict=True)
-        }
+        scores = zip(record.diversity.prompts, record.diversity.vendi, strict=True)
+        found["vendi"] = {str(place[p]): score for p, score in scores}
     return found
 
 
@@ -244,14 +243,17 @@ def _webp(content: bytes) -> str:
     return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
-def _strips(run: PageRun) -> list[dict[str, Any]]:
+def _strips(run: PageRun, label: str, named: bool) -> list[dict[str, str]]:
     """The film strips of a few evaluations, first and last among them."""
-    label = run.last.record.label if run.last.record is not None else "eval"
     found = [(e, run.folder / IMAGE_FOLDER / f"{label}_strip_{e.epoch:06d}.png") for e in run.evaluations]
     found = [(evaluation, path) for evaluation, path in found if path.is_file()]
-    chosen = [found[i] for i in evenly(range(len(found)), MOST_STRIPS)]
-    strips = [{"name": evaluation.name, "data": _embedded(path, STRIP_WIDTH)} for evaluation, path in chosen]
-    return [strip for strip in strips if strip["data"] is not None]
+    strips = []
+    for i in evenly(range(len(found)), MOST_STRIPS):
+        evaluation, path = found[i]
+        picture = _embedded(path, STRIP_WIDTH)
+        if picture is not None:
+            strips.append({"name": f"{run.name}: {evaluation.name}" if named else evaluation.name, "data": picture})
+    return strips
 
 
 # --- tables ---------------------------------------------------------------------------------------------
@@ -264,11 +266,13 @@ def _comparison(groups: Sequence[Group], runs: Sequence[PageRun], incomparable: 
         last = [runs[i].last for i in group.runs]
         compared = {} if incomparable or group is groups[0] else differences(group, groups[0], runs)
         measured = {f: [e.figures[f] for e in last] for f in FIGURES if all(f in e.figures for e in last)}
-        figures = {f: {"estimate": mean_of(values), "difference": compared.get(f)} for f, values in measured.items()}
-        for figure in figures.values():
-            figure["tone"] = _tone(figure["difference"])
+        figures = {f: _compared(mean_of(values, *range_of(f)), compared.get(f)) for f, values in measured.items()}
         rows.append({"name": group.name, "runs": len(group.runs), "at": _at(last), "figures": figures})
     return rows
+
+
+def _compared(estimate: Estimate, difference: Difference | None) -> dict[str, Any]:
+    return {"estimate": estimate, "difference": difference, "tone": _tone(difference)}
 
 
 def _at(last: Sequence[Evaluation]) -> str:
@@ -291,9 +295,8 @@ def _settings(runs: Sequence[PageRun]) -> tuple[Table, list[tuple[str, str]]]:
     keys = sorted({key for run in runs for key in run.config} - set(NOT_SETTINGS))
     values = {key: [json.dumps(run.config[key]) if key in run.config else "" for run in runs] for key in keys}
     differing = [(key, row) for key, row in values.items() if len(set(row)) > 1]
-    return Table([run.name for run in runs], differing), [
-        (k, row[0]) for k, row in values.items() if len(set(row)) == 1
-    ]
+    shared = [(key, row[0]) for key, row in values.items() if len(set(row)) == 1]
+    return Table([run.name for run in runs], differing), shared
 
 
 def _environments(runs: Sequence[PageRun]) -> Table:

@@ -43,9 +43,9 @@ class Evaluation:
     picture: Path | None = None  # of the first images, where there is no record
 
     @property
-    def has_images(self) -> bool:
-        """Whether there is anything to look at."""
-        return self.picture is not None or (self.record is not None and self.record.sprite is not None)
+    def picture_path(self) -> Path | None:
+        """The file of its images, if there is anything to look at."""
+        return self.picture if self.record is None else self.record.sprite_path
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class PageRun:
         """Which evaluations are checkpoints of the page: of those with images (else of all) the first, best, last and
         others evenly between.
         """
-        found = [i for i, evaluation in enumerate(self.evaluations) if evaluation.has_images]
+        found = [i for i, evaluation in enumerate(self.evaluations) if evaluation.picture_path is not None]
         return evenly(found or range(len(self.evaluations)), most, self.best)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from flow_grpo.diversity.paired import Change
 from flow_grpo.page.data import PageRun
-from flow_grpo.page.words import FIGURES
+from flow_grpo.page.words import FIGURES, range_of
 from flow_grpo.runs.evaluations import with_changes
 
 NOT_SETTINGS = ("run_name", "logdir", "project", "trackers", "resume_from")  # of no effect on the numbers
@@ -92,7 +93,7 @@ def curves(group: Group, runs: Sequence[PageRun]) -> dict[str, list[dict[str, fl
         for epoch in epochs:
             at = [member[epoch] for member in members]
             if all(figure in evaluation.figures for evaluation in at):
-                estimate = mean_of([evaluation.figures[figure] for evaluation in at])
+                estimate = mean_of([evaluation.figures[figure] for evaluation in at], *range_of(figure))
                 found.setdefault(figure, []).append(
                     {
                         "epoch": epoch,
@@ -106,10 +107,13 @@ def curves(group: Group, runs: Sequence[PageRun]) -> dict[str, list[dict[str, fl
     return found
 
 
-def mean_of(values: Sequence[float]) -> Estimate:
-    """Mean over runs with its t interval; one run has none."""
+def mean_of(values: Sequence[float], least: float | None = None, most: float | None = None) -> Estimate:
+    """Mean over runs with its t interval, cut to what the figure can be; one run has none."""
     mean = float(np.mean(values))
-    return Estimate(mean, *_interval(stats.ttest_1samp, mean, values, 0.0)) if len(values) > 1 else Estimate(mean)
+    if len(values) < 2:
+        return Estimate(mean)
+    low, high = _interval(stats.ttest_1samp, mean, values, 0.0)
+    return Estimate(mean, low if least is None else max(low, least), high if most is None else min(high, most))
 
 
 def _interval(test: Any, centre: float, *samples: Any, **options: Any) -> tuple[float, float]:
@@ -173,7 +177,7 @@ def _of_images(run: PageRun, first: PageRun) -> dict[str, Difference]:
     What they reach of the base's images has no such interval: that would take distances between the two runs.
     """
     new, old = run.last, first.last
-    changes = {}
+    changes: Mapping[str, Change] = {}
     if new.record is not None and old.record is not None:
         changes = with_changes(replace(new.record, changes={}), old.record).changes
     found = {}
