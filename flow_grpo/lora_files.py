@@ -122,6 +122,9 @@ def lora_path(path: Path) -> Path | None:
         for name in (PEFT_FILE, DIFFUSERS_FILE) if (path / PEFT_CONFIG).exists() else (DIFFUSERS_FILE,):
             if (path / name).exists():
                 return path / name
+        others = list(path.glob("*.safetensors"))
+        if len(others) == 1 and _holds_lora(others[0]):
+            return others[0]
         pickled = [path / f"{Path(name).stem}.bin" for name in (PEFT_FILE, DIFFUSERS_FILE)]
         path = next((file for file in pickled if file.exists()), path)
     if path.suffix in PICKLES:
@@ -129,6 +132,14 @@ def lora_path(path: Path) -> Path | None:
             f"{path} is a pickle, which can run anybody's code when it is read; save the LoRA as .safetensors."
         )
     return path if path.suffix == ".safetensors" else None
+
+
+def _holds_lora(path: Path) -> bool:
+    """Whether a file of another name has a LoRA's matrices; a damaged one has not."""
+    try:
+        return any(_split(key)[1] in ("A", "B") for key in read_header(path)[0])
+    except ConfigError:
+        return False
 
 
 def read_lora(path: Path) -> LoraFile:

@@ -49,7 +49,7 @@ class Thing:
         """Short: the last part of its path or id, a checkpoint's and its LoRA's with the run's."""
         if self.path is None:
             return self.text
-        name = self.path.resolve().name
+        name = self.path.resolve().name.removesuffix(".safetensors")
         if self.run is None or self.kind == "run":
             return name
         inside = self.path.resolve().relative_to(self.run.resolve()).parts
@@ -103,7 +103,9 @@ def _folder(text: str, folder: Path) -> Thing:
 
 
 def _with_run(kind: str, folder: Path) -> tuple[Path, Path | None]:
-    """The folder that is meant, and its run's."""
+    """What is meant, and the folder of its run."""
+    if kind == "lora" and not _is_known_lora(folder):
+        return lora_path(folder) or folder, _run_around(folder)
     if kind == "run":
         run = folder if _is_run_itself(folder) else folder.resolve().parent
         return run, run
@@ -152,6 +154,11 @@ def _is_lora(folder: Path) -> bool:
     if (folder / PEFT_CONFIG).is_file():
         raise ConfigError(f"{folder} has an {PEFT_CONFIG}, but no {PEFT_FILE}.")
     return False
+
+
+def _is_known_lora(folder: Path) -> bool:
+    """Whether its file has the name that diffusers or peft give it."""
+    return any((folder / name).exists() for name in (PEFT_CONFIG, DIFFUSERS_FILE))
 
 
 def _has_images(folder: Path) -> bool:
