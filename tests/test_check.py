@@ -11,12 +11,11 @@ import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 
+from flow_grpo import evaluation
 from flow_grpo.checkpoint import Saver
 from flow_grpo.commands.main import main
 from flow_grpo.comparison import FilesAsTensor, draw, start
 from flow_grpo.diversity.images import read_images
-from flow_grpo.evaluation import draw_samples
-from flow_grpo.evaluation import test_request as tested
 from flow_grpo.looking import Options, check_features, look_at, reward_of, set_features
 from flow_grpo.recipes.base import get_config
 from flow_grpo.runs.evaluations import records_of
@@ -169,8 +168,8 @@ def trained(config, build):
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_a_checkpoints_images_are_those_of_the_runs_own_evaluation(trained, use_lora) -> None:
     parts = trained(use_lora=use_lora)
-    request = tested(parts.prompts, parts.settings)
-    expected = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run, [request]).images
+    request = evaluation.test_request(parts.prompts, parts.settings)
+    expected = evaluation.draw_samples(parts.policy, parts.prompts, parts.settings, parts.run, [request]).images
     look = look_at(find_out(str(parts.run.folder)), None, Options(images=5))
     settings, accelerator = start(look)
     base, other = (drawn.samples.images for drawn in draw(look.models, settings, accelerator, parts.prompts, request))
