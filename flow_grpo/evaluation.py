@@ -26,7 +26,7 @@ from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
 from flow_grpo.files import strict_json
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
-from flow_grpo.policy import Policy
+from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
@@ -69,7 +69,7 @@ def evaluate(
     record = _against_base(record_of(samples, found, prompts.prompts, run), run)
     if run.holds_folder():  # else `log` tells
         with run.writing(str(record_path(run.folder, record.label, record.epoch))):
-            write_record(run.folder, record, samples.images)
+            run.log_record(write_record(run.folder, record, samples.images))
     return Evaluation({f"{prefix}/{k}": value for _, part in found for k, value in part.metrics.items()}, record)
 
 
@@ -80,7 +80,7 @@ def test_request(prompts: PromptDataset, settings: Settings) -> SampleRequest:
 
 
 def draw_samples(
-    policy: Policy,
+    policy: ImageModel,
     prompts: PromptDataset,
     settings: Settings,
     run: Run,

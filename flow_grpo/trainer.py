@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 
 from flow_grpo import training_words
@@ -14,7 +15,8 @@ from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.evaluations import copy_base
-from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, run_folder_of
+from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
+from flow_grpo.runs.history import deciding_metric
 from flow_grpo.settings import Settings, is_over
 from flow_grpo.tracking import Run
 
@@ -65,6 +67,9 @@ def fit(
         saved = saver.save_remembered()
         _show(run, live=False)
         raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
+    except TrainingStopped:
+        _show(run, live=False)
+        raise
     _show(run, live=False)
     run.tell(training_words.ends(run.folder, counters.epoch))
 
@@ -87,7 +92,7 @@ def _show(run: Run, live: bool) -> None:
     if not (run.is_main and run.holds_folder() and (run.folder / EVALUATIONS).is_dir()):
         return
     try:
-        build_page([run.folder], run.folder / PAGE_FILE, command=f"fme view {run.folder}", live=live)
+        build_page([run.folder], run.folder / PAGE_FILE, command=f"fme view {shlex.quote(str(run.folder))}", live=live)
     except (ConfigError, OSError) as error:
         run.tell(f"no page of {run.folder}: {str(error).rstrip('.')}; the run goes on.", key=PAGE_FILE)
 
@@ -167,14 +172,8 @@ def evaluate_weights(
 
 
 def score_of(metrics: Mapping[str, float], settings: Settings, label: str) -> Score | None:
-    """The metric that says how good a checkpoint is; None if it was not measured or is not finite.
-
-    The judge's accuracy where there is a judge; else the first reward of `config.eval.rewards` that is not trained on;
-    else the training reward on the evaluation's noise, whose highest value may be the most exploited one.
-    """
-    config = settings.config
-    held_out = [f"reward/{name}" for name in config.eval.rewards if not config.reward_fn.get(name, 0.0)]
-    metric = f"{label}/{'judge/accuracy' if config.eval.judge else [*held_out, 'reward/total'][0]}"
+    """How good a checkpoint is, by `deciding_metric`; None if it was not measured or is not finite."""
+    metric = deciding_metric(flatten(settings.config.to_dict()), label)
     value = metrics.get(metric)
     return Score(metric, value) if value is not None and math.isfinite(value) else None
 

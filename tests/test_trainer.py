@@ -188,6 +188,15 @@ def test_the_page_is_live_until_the_end_and_its_building_is_no_training(evaluate
     assert built == [([run.folder], run.folder / "page.html", live) for live in (True, True, False)]
 
 
+def test_the_page_of_a_training_that_cannot_go_on_is_no_longer_live(evaluated, build, monkeypatch):
+    live = []
+    monkeypatch.setattr(trainer, "build_page", lambda *_, **words: live.append(words["live"]))
+    failing(monkeypatch, 10**9)
+    with pytest.raises(TrainingStopped):
+        train_evaluated(evaluated, build, [1, 1])
+    assert live == [True, True, False]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ConfigError("it cannot be written.")])
 def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(evaluated, build, monkeypatch, capsys, error):
     def build_page(*_, **__):

@@ -18,12 +18,12 @@ import jinja2
 import numpy as np
 
 from flow_grpo.commands.train import run_process, train_command
-from flow_grpo.commands.view import PAGE_FILE, view
+from flow_grpo.commands.view import view
 from flow_grpo.errors import ConfigError
 from flow_grpo.messages import say
 from flow_grpo.page.data import Evaluation, PageRun, read_run
 from flow_grpo.page.words import FIGURES, load
-from flow_grpo.runs.folder import fresh_folder
+from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
 from flow_grpo.runs.history import first_crossing
 
 NUM_SEEDS = 16  # images of a prompt whose diversity is measured: those of the other evaluators
@@ -44,7 +44,7 @@ class Method:
 
 
 METHODS = (
-    Method("DRTune", "drtune", "tiny_drtune", epochs=240, eval_freq=20, entropy_freq=120),
+    Method("DRTune", "drtune", "tiny_drtune", epochs=360, eval_freq=30, entropy_freq=120),
     Method("GRPO", "grpo", "tiny_grpo", epochs=100, eval_freq=10, entropy_freq=50),
 )
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("--out", type=Path, default=Path("logs/demo"), help="folder; logs/demo-2, ... if it exists")
     parser.add_argument("--seed", type=int, default=42, help="keys every random number (default: 42)")
-    parser.add_argument("--epochs", type=int, default=0, help="at most so many of each run (default: 240 and 100)")
+    parser.add_argument("--epochs", type=int, default=0, help="at most so many of each run (default: 360 and 100)")
     parser.add_argument(
         "--max_seconds", "--seconds", type=float, default=MAX_SECONDS, metavar="SECONDS",
         help="at most so much training of each run (default: 600); cut runs are not compared",
@@ -84,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
         if code != 0:
             return _give_up(method, code, out)
     page = view([out / method.run_name for method in METHODS], out / PAGE_FILE)
-    print(outcome(out, (time.monotonic() - begin) / 60))
+    print(outcome(out, (time.monotonic() - begin) / 60).rstrip())
     print(f"page: {page}")
     return 0
 
@@ -133,7 +133,8 @@ def outcome(out: Path, minutes: float) -> str:
         cut={label: run for label, run in runs.items() if run.epoch < run.config["num_epochs"]},
         minutes=minutes,
         rows=[_row(label, evaluation) for label, evaluation in shown.items()],
-        titles=[_words(name, target)["title"] for name in FIGURES],
+        titles=[load()["figures"][name]["short"] for name in FIGURES],
+        images=NUM_SEEDS,
         base=target.evaluations[0].figures["reward"],
         runs=runs,
         first=METHODS[0].label,
@@ -150,11 +151,6 @@ def reached(run: PageRun, level: float) -> Reached | None:
     if seconds is None:
         return None
     return Reached(seconds, evaluations[int(np.flatnonzero(rewards >= level)[0])])
-
-
-def _words(figure: str, run: PageRun) -> dict[str, str]:
-    words = load()["figures"][figure]
-    return words | {"title": words["title"].format(n=run.config["num_seeds"])}
 
 
 def _row(label: str, evaluation: Evaluation) -> list[str]:

@@ -25,8 +25,10 @@ from types import FrameType
 from ml_collections import ConfigDict
 
 from flow_grpo.commands import cli
+from flow_grpo.commands.view import view
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
+from flow_grpo.messages import say
 from flow_grpo.recipes import sd3
 from flow_grpo.runs.config import config_of_file
 from flow_grpo.runs.folder import CONFIG_FILE
@@ -82,8 +84,8 @@ def train(config: ConfigDict) -> None:
 def load(start: str) -> ConfigDict:
     """The configuration that `start` names: a recipe's, a file's, or that of another run without its name."""
     path = Path(start).expanduser()
-    if (file := start.partition(":")[0]).endswith(".py"):
-        if not Path(file).is_file():
+    if (module := start.partition(":")[0]).endswith(".py"):
+        if not Path(module).is_file():
             raise ConfigError(f"{start} names no Python file (from {Path.cwd()}).")
         return cli.load_file(start)
     if path.suffix == ".json" or (path / CONFIG_FILE).is_file():
@@ -145,7 +147,16 @@ def train_seeds(arguments: argparse.Namespace, config: ConfigDict) -> int:
         code = run_process(train_command(arguments.start, [*arguments.changes, f"seed={seed}"], run_name))
         if code != 0:
             return code
+    _show([Path(config.logdir, f"{name}-seed{seed}").expanduser() for seed in seeds], name)
     return 0
+
+
+def _show(folders: list[Path], name: str) -> None:
+    """The page of all seeds, beside their folders."""
+    try:
+        print(f"page: {view(folders, folders[0].with_name(f'{name}.html'))}")
+    except ConfigError as error:  # they evaluated nothing
+        say(f"no page of all seeds: {error}")
 
 
 def _seeds(arguments: argparse.Namespace) -> list[int]:

@@ -11,8 +11,7 @@ import shlex
 from pathlib import Path
 
 from flow_grpo.page.build import build_page
-
-PAGE_FILE = "page.html"
+from flow_grpo.runs.folder import PAGE_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

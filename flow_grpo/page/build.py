@@ -53,7 +53,7 @@ def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, html)
+        write_atomically(out, html.encode("utf-8", "backslashreplace"))  # folders of undecodable names
     except OSError as error:
         raise ConfigError(f"{out} cannot be written ({error.strerror}).") from None
     return out

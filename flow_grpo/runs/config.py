@@ -31,8 +31,12 @@ def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int |
     """
     if num_processes is not None:
         overrides = {"num_processes": num_processes, **overrides}
-    values = _found(run_config(folder), folder)
-    return config_from(values, folder / CONFIG_FILE, {"resume_from": "", **overrides})
+    return config_from(settings_of(folder), folder / CONFIG_FILE, {"resume_from": "", **overrides})
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """A run's settings by their full names, unchecked; ConfigError if they cannot be read."""
+    return _found(run_config(folder), folder)
 
 
 def config_of_file(path: Path, overrides: Mapping[str, Any]) -> ConfigDict:

@@ -156,7 +156,7 @@ def _plain(record: Record) -> dict[str, Any]:
     """The record's JSON."""
     plain = asdict(record)
     del plain["folder"]
-    return {"format": FORMAT} | _rounded(plain)
+    return {"format": FORMAT} | rounded(plain)
 
 
 def _digest(plain: Mapping[str, Any]) -> str:
@@ -164,13 +164,13 @@ def _digest(plain: Mapping[str, Any]) -> str:
     return hashlib.sha256(strict_json(plain).encode()).hexdigest()
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Every float in it to so many significant digits."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Sprite, bytes]:
@@ -428,18 +428,19 @@ def _change(found: _Part) -> Change:
 # --- against the base -----------------------------------------------------------------------------------
 
 
-def with_changes(record: Record, base: Record) -> Record:
+def with_changes(record: Record, base: Record, paired: bool = True) -> Record:
     """The record with its changes against the base, on the images that both have of one prompt and noise.
 
-    There are none where the two were not drawn, or rewarded, alike.
+    There are none where the two were not drawn, or rewarded, alike. `paired`: False where images of one number have
+    nothing in common, as in two folders of images.
     """
     if record.setting != base.setting:
         return replace(record, changes={})
     found = {
-        "reward": _reward_change(record, base),
-        "vendi": _vendi_change(record, base),
-        "reached": _reach_change(record, base),
-        "judge": _judge_change(record, base),
+        "reward": _reward_change(record, base, paired),
+        "vendi": _vendi_change(record, base, paired),
+        "reached": _reach_change(record, base, paired),
+        "judge": _judge_change(record, base, paired),
     }
     return replace(record, changes={name: change for name, change in found.items() if change is not None})
 
@@ -450,7 +451,7 @@ def _pairs(record: Record, base: Record) -> list[tuple[int, int]]:
     return [(old[key], i) for key, i in record.images.items() if key in old]
 
 
-def _reward_change(record: Record, base: Record) -> Change | None:
+def _reward_change(record: Record, base: Record, paired: bool) -> Change | None:
     before, after = base.rewards.get("total"), record.rewards.get("total")
     if before is None or after is None:
         return None
@@ -459,10 +460,10 @@ def _reward_change(record: Record, base: Record) -> Change | None:
     if not known:
         return None
     old, new, groups = (np.array(column) for column in zip(*known, strict=True))
-    return change_of_means(old.astype(float), new.astype(float), groups)
+    return change_of_means(old.astype(float), new.astype(float), groups, paired)
 
 
-def _judge_change(record: Record, base: Record) -> Change | None:
+def _judge_change(record: Record, base: Record, paired: bool) -> Change | None:
     before, after = base.judge, record.judge
     if before is None or after is None or before.model != after.model:
         return None
@@ -470,7 +471,7 @@ def _judge_change(record: Record, base: Record) -> Change | None:
     if not pairs:
         return None
     old = np.array([before.guess[i] == base.prompt[i] for i, _ in pairs])
-    return change_of_shares(old, np.array([after.guess[j] == record.prompt[j] for _, j in pairs]))
+    return change_of_shares(old, np.array([after.guess[j] == record.prompt[j] for _, j in pairs]), paired)
 
 
 def _matched(record: Record, base: Record) -> list[tuple[int, int]]:
@@ -483,16 +484,16 @@ def _matched(record: Record, base: Record) -> list[tuple[int, int]]:
     return [(i, j) for i, j in places if i >= 0 and list(before.noise[i]) == list(after.noise[j])]
 
 
-def _vendi_change(record: Record, base: Record) -> Change | None:
+def _vendi_change(record: Record, base: Record, paired: bool) -> Change | None:
     places = _matched(record, base)
     if not places or base.diversity is None or record.diversity is None:
         return None
     old = [squareform(base.diversity.within[i]) for i, _ in places]
     new = [squareform(record.diversity.within[j]) for _, j in places]
-    return change_of_vendi(old, new, record.diversity.order)
+    return change_of_vendi(old, new, record.diversity.order, paired)
 
 
-def _reach_change(record: Record, base: Record) -> Change | None:
+def _reach_change(record: Record, base: Record, paired: bool) -> Change | None:
     places = _matched(record, base)
     if not places or base.diversity is None or record.diversity is None or record.diversity.to_base is None:
         return None
@@ -501,4 +502,4 @@ def _reach_change(record: Record, base: Record) -> Change | None:
     across = [
         np.reshape(record.diversity.to_base[j], (len(matrix),) * 2) for (_, j), matrix in zip(places, new, strict=True)
     ]
-    return change_of_reach(old, new, across)
+    return change_of_reach(old, new, across, paired=paired)

@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace

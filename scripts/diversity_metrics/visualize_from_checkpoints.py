@@ -503,7 +503,7 @@ def visualize(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
-    from flow_grpo.tracking import log_checkpoints
+    from flow_grpo.runs.trackers import log_checkpoints
 
     settings, accelerator = launch(config)
     room = (MAX_WIDTH - LEFT) // len(models) // (cell_side(config.resolution) + GAP)

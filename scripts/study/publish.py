@@ -1,5 +1,6 @@
 """Put a demo's figures into the repository: PNGs and numbers in assets/figures/demo/, its table in README.md.
 
+    python scripts/study/report.py logs/demo/drtune logs/demo/grpo --out logs/demo/report
     python scripts/study/publish.py logs/demo/report
 
 tests/test_publish.py checks that the README says what assets/figures/demo/summary.json says.
