@@ -111,15 +111,10 @@ class VendiScore:
             whole, parts = gram(features), np.stack([gram(features[rows]) for rows in blocks])
             return self._spectra_of(lambda left_out: whole - parts[left_out].sum(1), d)
         k = cosine_kernel(features) if self.kernel == "cosine" else gaussian_kernel(features, self._bandwidth)
-        return self.without_rows(k, blocks)
-
-    def without_rows(self, kernel_matrix: np.ndarray, blocks: np.ndarray) -> Without:
-        """The same from a kernel matrix (n, n)."""
-        n = len(kernel_matrix)
 
         def remaining(left_out: np.ndarray) -> np.ndarray:
             rows = rows_left(n, blocks, left_out)
-            return kernel_matrix[rows[:, :, None], rows[:, None, :]]
+            return k[rows[:, :, None], rows[:, None, :]]
 
         return self._spectra_of(remaining, n)
 
