@@ -128,9 +128,9 @@ class Velocity:
     def now(self) -> torch.Tensor:
         return guided_velocity(self.transformer, self.latents, 0.6, self.embeds)
 
-    def _evaluate(self, *_) -> dict[str, float]:
+    def _evaluate(self, *_) -> Evaluation:
         self.seen = self.now()
-        return dict.fromkeys((f"eval/{name}" for name in NAMES), 0.0)
+        return Evaluation(dict.fromkeys((f"eval/{name}" for name in NAMES), 0.0))
 
     def evaluated(self, scale: float) -> torch.Tensor:
         self.model.evaluate(scale)
