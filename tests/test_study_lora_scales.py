@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from flow_grpo import drtune
 from flow_grpo.diffusers_patch.velocity import guided_velocity
-from flow_grpo.evaluation import build_evaluators
+from flow_grpo.evaluation import Evaluation, build_evaluators
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.runs.history import read_history
 from flow_grpo.settings import leaves
