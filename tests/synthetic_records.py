@@ -177,9 +177,9 @@ def _line(record: Record) -> dict[str, Any]:
     line: dict[str, Any] = {"step": record.epoch, "seconds": record.seconds}
     line |= {"network_evaluations": record.network_evaluations, "images": 80 * record.epoch, "updates": record.epoch}
     if record.rewards:
-        line["eval/reward/total"] = float(np.mean(record.rewards["total"]))
+        line["eval/reward/total"] = float(np.mean(np.asarray(record.rewards["total"], dtype=float)))
     if record.judge is not None:
-        line["eval/judge/accuracy"] = float(np.mean(np.equal(record.judge.guess, record.prompt)))
+        line["eval/judge/accuracy"] = float(np.mean(np.asarray(record.judge.guess) == np.asarray(record.prompt)))
     if record.diversity is not None:
         line["eval/diversity/vendi"] = float(np.mean(record.diversity.vendi))
     return line
