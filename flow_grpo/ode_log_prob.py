@@ -182,7 +182,8 @@ class OdeLogProbEvaluator:
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
         self.policy, self.run = policy, run
-        self.freq, self.num_prompts = settings.config.eval_ode_log_prob_freq, settings.config.entropy.num_prompts
+        self.freq = settings.config.eval_ode_log_prob_freq or settings.config.eval_freq
+        self.num_prompts = settings.config.entropy.num_prompts
         estimator_of(policy)  # refuses what cannot be
 
     def evaluate(self, samples: Samples) -> Measured:

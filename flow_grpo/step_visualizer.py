@@ -88,7 +88,8 @@ class StepVisualizer:
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
         self.policy, self.run = policy, run
-        self.freq, self.num_prompts = settings.config.visualize_steps_freq, settings.config.entropy.num_strip_prompts
+        self.freq = settings.config.visualize_steps_freq or settings.config.eval_freq
+        self.num_prompts = settings.config.entropy.num_strip_prompts
         self.folder = run.folder / "steps"
         estimator_of(policy)  # refuses what cannot be
 

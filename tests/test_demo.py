@@ -52,11 +52,11 @@ def run_demo(capsys, *arguments: str) -> list[str]:
 def test_the_settings_are_the_recipes_with_a_number_of_epochs(method, tmp_path):
     config = get_config(method.recipe)
     changes = dict(change.split("=") for change in demo.changed(method, tmp_path, method.epochs, 7, 600.0))
-    kept = {"logdir", "seed", "num_epochs", "max_seconds", "eval_freq", "eval_diversity", "eval_diversity_freq"}
-    kept |= {"num_seeds", "eval_ode_log_prob", "eval_ode_log_prob_freq", "eval.ema", "save_freq"}
+    kept = {"logdir", "seed", "num_epochs", "max_seconds", "eval_freq"}
+    kept |= {"eval_ode_log_prob", "eval_ode_log_prob_freq", "eval.ema", "save_freq"}
     assert set(changes) == kept | {"num_checkpoint_limit"}
     assert changes["num_epochs"] == str(method.epochs)
-    assert int(changes["num_seeds"]) == config.eval.num_image_per_prompt  # no image is drawn for the diversity alone
+    assert config.num_seeds == config.eval.num_image_per_prompt  # no image is drawn for the diversity alone
     assert config.use_reward_gradient == (method.label == "DRTune")
     assert config.eval.seed == base_config().eval.seed
     assert method.epochs % method.eval_freq == method.entropy_freq % method.eval_freq == 0

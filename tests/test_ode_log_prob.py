@@ -16,6 +16,7 @@ from flow_grpo import drtune
 from flow_grpo.entropy import DivergenceEstimator, NonFiniteError, differential_entropy, ode_log_density
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import build_evaluators, draw_samples
+from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.ode_log_prob import (
     MeanOverPrompts,
     OdeLogProbEvaluator,
@@ -136,6 +137,15 @@ def test_each_evaluator_has_its_own_frequency(config, build):
     evaluators = build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
     frequencies = {evaluator.name: evaluator.freq for evaluator in evaluators}
     assert (frequencies["ode_log_prob"], frequencies["steps"], frequencies["reward"]) == (3, 5, 2)
+
+
+def test_an_evaluator_without_a_frequency_of_its_own_takes_that_of_the_evaluation(config, build):
+    config.eval_ode_log_prob = config.visualize_steps = config.eval_diversity = True
+    config.eval_freq = 7
+    parts = build(config)
+    evaluators = build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
+    evaluators += build_diversity_evaluators(parts.settings, parts.run, parts.policy.device)
+    assert {evaluator.freq for evaluator in evaluators} == {7}
 
 
 @pytest.mark.parametrize("key", ["eval_ode_log_prob", "visualize_steps"])

@@ -26,7 +26,6 @@ from flow_grpo.page.words import FIGURES, load
 from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
 from flow_grpo.runs.history import first_crossing
 
-NUM_SEEDS = 16  # images of a prompt whose diversity is measured: those of the other evaluators
 MAX_SECONDS = 600.0  # several times what the slower run takes on a free machine
 TEMPLATE = "demo.txt.j2"
 
@@ -97,9 +96,6 @@ def changed(method: Method, out: Path, epochs: int, seed: int, max_seconds: floa
         "num_epochs": epochs,
         "max_seconds": float(max_seconds),
         "eval_freq": method.eval_freq,
-        "eval_diversity": "true",
-        "eval_diversity_freq": method.eval_freq,
-        "num_seeds": NUM_SEEDS,
         "eval_ode_log_prob": "true",
         "eval_ode_log_prob_freq": method.entropy_freq,
         "eval.ema": "false",
@@ -134,7 +130,7 @@ def outcome(out: Path, minutes: float) -> str:
         minutes=minutes,
         rows=[_row(label, evaluation) for label, evaluation in shown.items()],
         titles=[load()["figures"][name]["short"] for name in FIGURES],
-        images=NUM_SEEDS,
+        images=target.config["num_seeds"],
         base=target.evaluations[0].figures["reward"],
         runs=runs,
         first=METHODS[0].label,

@@ -65,7 +65,8 @@ class DiversityEvaluator:
         `base`: features of the base model's images; None: they are still to come, or are lost.
         """
         self.extractor, self.bandwidth, self.run, self.base = extractor, bandwidth, run, base
-        self.config, self.freq = settings.config, settings.config.eval_diversity_freq
+        self.config = settings.config
+        self.freq = settings.config.eval_diversity_freq or settings.config.eval_freq
         self.request = diversity_request(settings.config)
 
     def evaluate(self, samples: Samples) -> Measured:

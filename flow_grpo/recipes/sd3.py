@@ -109,7 +109,6 @@ def pickscore_sd3_4gpu_nsr(config: ConfigDict) -> None:
     """
     pickscore_sd3_4gpu(config)
     _negative_samples(config)
-    config.eval_ode_log_prob_freq = config.visualize_steps_freq = config.eval_freq
 
 
 def pickscore_sd3_4gpu_ode_logprob(config: ConfigDict) -> None:
@@ -222,7 +221,7 @@ def _sd3_5_medium(config: ConfigDict) -> None:
     GPU memory, and a forward of 256 images an evaluation); eval_diversity=false does without.
     """
     config.num_epochs = 1000
-    config.eval_freq = config.eval_diversity_freq = 30
+    config.eval_freq = 30
     config.save_freq = 30
 
     config.pretrained.model = "stabilityai/stable-diffusion-3.5-medium"
