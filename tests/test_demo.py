@@ -86,7 +86,7 @@ def test_whole_runs_are_compared_by_time_and_at_equal_reward(trained, capsys):
         ["DRTune", "0.9000", "1.25", "78.0%"],
         ["GRPO", "0.7500", "3.50", "78.0%"],
     ]
-    assert "DRTune had GRPO's final reward (0.7500) after 15 s of training, GRPO after 100 s." in lines
+    assert "DRTune had GRPO's final reward (0.7500) after 20 s of training, GRPO after 100 s." in lines
     assert "At that reward, DRTune made 1.25 different images (epoch 360), GRPO 3.50." in lines
     assert "cut" not in "\n".join(lines)
 

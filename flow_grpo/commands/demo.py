@@ -10,12 +10,12 @@ evaluate and save. Runs that are cut by --max_seconds are not compared.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-import numpy as np
 
 from flow_grpo.commands.train import run_process, train_command
 from flow_grpo.commands.view import view
@@ -24,7 +24,6 @@ from flow_grpo.messages import say
 from flow_grpo.page.data import Evaluation, PageRun, read_run
 from flow_grpo.page.words import FIGURES, load
 from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
-from flow_grpo.runs.history import first_crossing
 
 MAX_SECONDS = 600.0  # several times what the slower run takes on a free machine
 TEMPLATE = "demo.txt.j2"
@@ -46,14 +45,6 @@ METHODS = (
     Method("DRTune", "drtune", "tiny_drtune", epochs=360, eval_freq=30, entropy_freq=120),
     Method("GRPO", "grpo", "tiny_grpo", epochs=100, eval_freq=10, entropy_freq=50),
 )
-
-
-@dataclass(frozen=True)
-class Reached:
-    """When one run first had the final reward of another."""
-
-    seconds: float  # of training; interpolated between evaluations
-    evaluation: Evaluation  # the first that had it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,14 +130,9 @@ def outcome(out: Path, minutes: float) -> str:
     )
 
 
-def reached(run: PageRun, level: float) -> Reached | None:
-    """When a run first had a reward; None: never."""
-    evaluations = [evaluation for evaluation in run.evaluations if "reward" in evaluation.figures]
-    rewards = np.array([evaluation.figures["reward"] for evaluation in evaluations])
-    seconds = first_crossing(np.array([evaluation.seconds for evaluation in evaluations]), rewards, level)
-    if seconds is None:
-        return None
-    return Reached(seconds, evaluations[int(np.flatnonzero(rewards >= level)[0])])
+def reached(run: PageRun, level: float) -> Evaluation | None:
+    """The first evaluation of a run with at least this reward; None: there is none."""
+    return next((e for e in run.evaluations if e.figures.get("reward", -math.inf) >= level), None)
 
 
 def _row(label: str, evaluation: Evaluation) -> list[str]:

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, open_regular, parse_json, strict_json, write_atomically
 
@@ -76,18 +74,6 @@ def digest_of_history(path: Path) -> dict[str, Any]:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"size": file.tell(), "sha256": digest}
-
-
-def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
-    """Where the piecewise linear curve through the points (x, y), both (n,), first reaches a level; None: never."""
-    reached = np.flatnonzero(y >= level)
-    if len(reached) == 0:
-        return None
-    after = reached[0]
-    if after == 0:
-        return float(x[0])
-    before = after - 1
-    return float(x[before] + (x[after] - x[before]) * (level - y[before]) / (y[after] - y[before]))
 
 
 def starts_with(path: Path, expected: Mapping[str, Any]) -> bool:
