@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +26,14 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import draw_samples, record_of, sample_evaluators
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.distances import distances_of
-from flow_grpo.evaluators.diversity import extractor_of, features_by_prompt, fitting_bandwidth, measure, usable
+from flow_grpo.evaluators.diversity import (
+    extractor_of,
+    features_by_prompt,
+    fitting_bandwidth,
+    measure,
+    noises_by_prompt,
+    usable,
+)
 from flow_grpo.launch import launch
 from flow_grpo.looking import Look, Model
 from flow_grpo.loras import Loaded, load_lora
@@ -145,17 +151,15 @@ class Instruments:
         """All that is measured of one model's images; the first that is asked for is the base."""
         if self.base is None:
             self.bandwidth = usable(fitting_bandwidth(features))
-        noise: dict[str, list[int]] = {prompt: [] for prompt in features}
-        for prompt, number in zip(samples.prompts, samples.sample_ids.tolist(), strict=True):
-            noise[prompt].append(number)
         order = self.settings.config.diversity.order
-        distances = distances_of(features, list(noise.values()), self.extractor.name, order, self.bandwidth, self.base)
+        distances = distances_of(
+            features, noises_by_prompt(samples), self.extractor.name, order, self.bandwidth, self.base
+        )
         found = [(samples, Measured(diversity=distances))]
         found += [(samples, evaluator.evaluate(samples)) for evaluator in self.evaluators]
         if self.base is None:
             self.base = features
-        stand_in = SimpleNamespace(counters=Counters(epoch=epoch), settings=self.settings)
-        return replace(record_of(samples, found, (), cast(Run, stand_in)), name=name, setting="")
+        return replace(record_of(samples, found, Counters(epoch=epoch)), name=name)
 
     def alone(self, features: Features) -> Interval:
         """The Vendi score where there is nothing to compare with."""

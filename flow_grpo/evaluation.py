@@ -35,7 +35,7 @@ from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer, reward_weights,
 from flow_grpo.runs.evaluations import Record, read_record, record_path, with_changes, write_record
 from flow_grpo.settings import Settings
 from flow_grpo.step_visualizer import StepVisualizer
-from flow_grpo.tracking import Run
+from flow_grpo.tracking import Counters, Run
 from flow_grpo.types import Samples
 
 EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/")  # metrics that a record keeps besides
@@ -66,7 +66,7 @@ def evaluate(
     if not run.is_main:
         return Evaluation()
     run.log_image(prefix, image_grid(view(samples, tested), settings.config), run.counters.epoch)
-    record = _against_base(record_of(samples, found, prompts.prompts, run), run)
+    record = _against_base(record_of(samples, found, run.counters, setting_of(settings.config, prompts.prompts)), run)
     if run.holds_folder():  # else `log` tells
         with run.writing(str(record_path(run.folder, record.label, record.epoch))):
             run.log_record(write_record(run.folder, record, samples.images))
@@ -143,22 +143,26 @@ def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
 # --- the record -----------------------------------------------------------------------------------------
 
 
-def record_of(samples: Samples, found: Sequence[tuple[Samples, Measured]], tested: Sequence[str], run: Run) -> Record:
+def record_of(
+    samples: Samples, found: Sequence[tuple[Samples, Measured]], counters: Counters, setting: str = ""
+) -> Record:
     """What the evaluators found of each image of their samples, joined over all that were drawn.
 
-    `tested`: the different prompts of the test file, in its order.
+    Args:
+        counters: what training had spent on the model.
+        setting: `setting_of` what was drawn; records of different ones are not compared.
     """
     prompts = {text: number for number, text in enumerate(dict.fromkeys(samples.prompts))}
     places = {key: i for i, key in enumerate(_keys(samples))}
     record = Record(
         label=samples.label,
-        epoch=run.counters.epoch,
+        epoch=counters.epoch,
         prompts=list(prompts),
         prompt=[prompts[text] for text in samples.prompts],
         noise=samples.sample_ids.tolist(),
-        seconds=run.counters.seconds,
-        network_evaluations=run.counters.network_evaluations,
-        setting=setting_of(run.settings.config, tested),
+        seconds=counters.seconds,
+        network_evaluations=counters.network_evaluations,
+        setting=setting,
         extra={k: v for _, part in found for k, v in part.metrics.items() if k.startswith(EXTRA)},
     )
     for seen, part in found:
@@ -212,7 +216,10 @@ def _against_base(record: Record, run: Run) -> Record:
 
 
 def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
-    """A digest of what decides an image, given its prompt and the number of its noise, and what it is rewarded for."""
+    """A digest of what decides an image, given its prompt and the number of its noise, and what it is rewarded for.
+
+    `tested`: the different prompts of the test file, in its order.
+    """
     names = ("revision",), ("resolution", "max_sequence_length"), ("seed", "num_steps", "guidance_scale")
     parts = zip((config.pretrained, config, config.eval), names, strict=True)
     values: list[Any] = [part[name] for part, chosen in parts for name in chosen]

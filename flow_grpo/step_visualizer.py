@@ -13,8 +13,9 @@ there but is not drawn, and neither is a record that cannot be read.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+from scipy.stats import t
 from torch import Tensor
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo.entropy import NonFiniteError, divergence, draw_probes
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Measured
-from flow_grpo.figure_text import optional_figure
+from flow_grpo.figure_text import optional_figure, sheet_text
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.ode_log_prob import estimator_of, probe_generators
 from flow_grpo.policy import Policy
@@ -40,7 +43,10 @@ from flow_grpo.settings import Settings
 from flow_grpo.tracking import IMAGE_FOLDER, Run
 from flow_grpo.types import Samples
 
-MAX_CURVES = 8  # steps drawn against training
+MAX_FRAMES, MAX_CURVES = 12, 8  # steps of a strip, and drawn against training
+LEFT, HEADER, GAP = 170, 28, 2  # of the margins of a strip, and between its cells; pixels
+FONT_SIZE, LINE_HEIGHT, LETTERS = 14, 18, 18
+LEAST_CELL, MOST_CELL = 64, 128  # pixels
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class StepVisualizer:
         self._write(samples.label, step, prompts, strip)
         history = self._read(samples.label, step)
         drawings: dict[str, Callable[[], Image.Image]] = {
-            "strip": lambda: strip_image(strip),
+            "strip": lambda: strip_image(strip, prompts),
             "curves": lambda: rendered(curves_figure(history)),
             "training": lambda: rendered(training_figure(history)),
         }
@@ -145,10 +151,34 @@ def _readable(path: Path) -> dict[str, Any] | None:
 # --- pictures ------------------------------------------------------------------------------------------
 
 
-def strip_image(strip: FilmStrip) -> Image.Image:
-    """Rows are prompts, columns steps from noise to image."""
-    grid = make_grid(strip.images.flatten(0, 1), nrow=strip.images.shape[1], padding=1, pad_value=1.0)
-    return Image.fromarray((grid.permute(1, 2, 0).float().numpy() * 255).round().astype(np.uint8))
+def strip_image(strip: FilmStrip, prompts: Sequence[str]) -> Image.Image:
+    """Rows are prompts, columns the steps from noise to image, at most MAX_FRAMES of them, under their sigma."""
+    count, steps = strip.images.shape[:2]
+    chosen = np.unique(np.linspace(0, steps - 1, min(steps, MAX_FRAMES)).round().astype(int)).tolist()
+    side = cell_side(strip.images.shape[-1])
+    pitch = side + GAP
+    drawn = Image.new("RGB", (LEFT + len(chosen) * pitch - GAP, HEADER + count * pitch - GAP), "white")
+    pen = ImageDraw.Draw(drawn)
+    for row, prompt in enumerate(prompts):
+        text, file = sheet_text(prompt, LETTERS, max(1, side // LINE_HEIGHT))
+        font = ImageFont.truetype(file, FONT_SIZE)
+        pen.text((4, HEADER + row * pitch + side // 2), text, fill="black", anchor="lm", font=font)
+    pen.font = ImageFont.truetype(sheet_text("sigma", LETTERS, 1)[1], FONT_SIZE)
+    pen.text((4, HEADER - 6), "sigma", fill="black", anchor="ld")
+    for column, step in enumerate(chosen):
+        left = LEFT + column * pitch
+        pen.text((left + side // 2, HEADER - 6), f"{strip.sigmas[step]:.3f}", fill="black", anchor="md")
+        for row in range(count):
+            drawn.paste(
+                to_pil_image(strip.images[row, step].float()).resize((side, side), Image.Resampling.BOX),
+                (left, HEADER + row * pitch),
+            )
+    return drawn
+
+
+def cell_side(side: int) -> int:
+    """Of the cell that shows an image of this side: enlarged or reduced by a whole factor."""
+    return side // max(1, side // MOST_CELL) if side >= LEAST_CELL else side * math.ceil(LEAST_CELL / side)
 
 
 def curves_figure(history: list[dict[str, Any]]) -> Figure:
@@ -168,21 +198,37 @@ def curves_figure(history: list[dict[str, Any]]) -> Figure:
 
 
 def training_figure(history: list[dict[str, Any]]) -> Figure:
-    """Each step's mean over prompts against training, for at most eight steps."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    epochs = [record["step"] for record in history]
-    for axes, name, unit in zip(
-        figure.subplots(1, 2), ("divergence", "log_density"), ("1 / sigma", "nats"), strict=True
-    ):
-        values = np.array([np.mean(record[name], 0) for record in history])  # (evaluations, T or T + 1)
-        chosen = np.unique(np.linspace(0, values.shape[1] - 1, MAX_CURVES).round().astype(int))
-        for i, colour in zip(chosen, colormaps["viridis"](np.linspace(0, 0.9, len(chosen))), strict=True):
-            sigma = history[-1]["sigmas"][i]
-            axes.plot(epochs, values[:, i], color=colour, marker="o", markersize=3, label=f"{sigma:.3g}")
-        axes.set_xlabel("epochs")
-        axes.set_ylabel(f"{name.replace('_', ' ')} ({unit}), mean over prompts")
-        axes.legend(title="sigma", frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    """Some steps against training, means over prompts; below, their change since the first evaluation.
+
+    The 95 % intervals of the changes are of pairs, on the same noise and probes.
+    """
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    epochs = np.array([record["step"] for record in history])
+    panels = figure.subplots(2, 2, sharex=True)
+    units = {"divergence": "1 / sigma", "log_density": "nats"}
+    for (upper, lower), (name, unit) in zip(panels.T, units.items(), strict=True):
+        values = np.array([record[name] for record in history])  # (evaluations, P, T or T + 1)
+        chosen = np.unique(np.linspace(0, values.shape[2] - 1, MAX_CURVES).round().astype(int))
+        aside = np.linspace(-0.025, 0.025, len(chosen)) * epochs.max()  # bars of several steps stand side by side
+        for i, shift, colour in zip(chosen, aside, colormaps["viridis"](np.linspace(0, 0.9, len(chosen))), strict=True):
+            level, change = values[:, :, i], values[:, :, i] - values[0, :, i]
+            style = {"color": colour, "marker": "o", "markersize": 3}
+            upper.plot(epochs, level.mean(1), label=f"{history[-1]['sigmas'][i]:.3g}", **style)
+            lower.errorbar(epochs + shift, change.mean(1), t_half_widths(change), capsize=2, elinewidth=0.8, **style)
+        upper.set_ylabel(f"{name.replace('_', ' ')} ({unit}), mean over prompts")
+        lower.set_ylabel(f"change since epoch {epochs[0]}")
+        lower.set_xlabel("epochs")
+        lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+        upper.legend(title="sigma", frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def t_half_widths(values: np.ndarray) -> np.ndarray:
+    """Of the 95 % interval of the mean over the last axis, of independent values; nan if there is only one."""
+    count = values.shape[-1]
+    if count < 2:
+        return np.full(values.shape[:-1], np.nan)
+    return t.ppf(0.975, count - 1) * values.std(-1, ddof=1) / math.sqrt(count)
 
 
 def rendered(figure: Figure) -> Image.Image:

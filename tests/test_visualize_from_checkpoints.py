@@ -19,6 +19,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts.diversity_metrics.checkpoint_figures import (
+    BLOCK_GAP,
+    GAP,
+    HEADER,
+    LEFT,
+    cell_side,
+    sheet,
+    t_half_widths,
+    thumbnails,
+)
 
 from flow_grpo import checkpoint, drtune
 from flow_grpo.diversity import measure as diversity
@@ -37,16 +47,6 @@ from flow_grpo.rewards import build_reward
 from flow_grpo.runs.weights import Bars
 from flow_grpo.step_visualizer import film_strip
 from flow_grpo.tracking import Run
-from scripts.diversity_metrics.checkpoint_figures import (
-    BLOCK_GAP,
-    GAP,
-    HEADER,
-    LEFT,
-    cell_side,
-    sheet,
-    t_half_widths,
-    thumbnails,
-)
 from scripts.diversity_metrics.visualize_from_checkpoints import (
     captions,
     main,

@@ -94,12 +94,9 @@ class DiversityEvaluator:
             self.base = features
             with self.run.writing(str(base_features_path(self.run.folder))):
                 write_base_features(self.run.folder, features, self.extractor.name)
-        noise: dict[str, list[int]] = {prompt: [] for prompt in features}
-        for prompt, number in zip(samples.prompts, samples.sample_ids.tolist(), strict=True):
-            noise[prompt].append(number)
         bandwidth = None if self.bandwidth is None else usable(self.bandwidth)
         order, base = self.config.diversity.order, None if is_base else self.base
-        return distances_of(features, list(noise.values()), self.extractor.name, order, bandwidth, base)
+        return distances_of(features, noises_by_prompt(samples), self.extractor.name, order, bandwidth, base)
 
 
 def build_diversity_evaluators(settings: Settings, run: Run, device: torch.device) -> list[DiversityEvaluator]:
@@ -168,6 +165,14 @@ def features_by_prompt(samples: Samples, extractor: FeatureExtractor) -> dict[st
     for i, prompt in enumerate(samples.prompts):
         rows.setdefault(prompt, []).append(i)
     return {prompt: features[indices] for prompt, indices in rows.items()}
+
+
+def noises_by_prompt(samples: Samples) -> list[list[int]]:
+    """The numbers of the images' noises, in the order of `features_by_prompt`."""
+    found: dict[str, list[int]] = {}
+    for prompt, number in zip(samples.prompts, samples.sample_ids.tolist(), strict=True):
+        found.setdefault(prompt, []).append(number)
+    return list(found.values())
 
 
 def measure(

@@ -4,26 +4,30 @@
     python scripts/diversity_metrics/visualize_from_checkpoints.py --checkpoint_dir logs/RUN/checkpoints \\
         --checkpoint_steps 100,200 --ema --num_prompts 4 --num_seeds 8
 
-For each model, with one load of the base model: the film strip of the denoising, final images side by side, divergence
-and log-density at every step, Vendi, RKE, differential entropy, the spread of the log-density, reward, and what the
-judge recognises. Samples are those of the run's evaluations: noise and probes are keyed, and the same for every model.
-The run's config.json says everything; the last two options only make it smaller.
+For each model, with one load of the base model: images, reward, what the judge recognises, Vendi, RKE, differential
+entropy, the spread of the log-density, the film strip of the denoising, divergence and log-density at every step.
+Samples are those of the run's evaluations: noise and probes are keyed, and the same for every model. The run's
+config.json says everything; the last two options only make it smaller.
 
-Written to --out (default: RUN/visualization, or RUN/visualization_ema): index.html, which needs no other file, its
-figures as PNGs, and results.json. Metrics and figures go to the run's trackers under checkpoint/ or checkpoint_ema/.
-A run that never chose RKE's bandwidth gets RUN/diversity/bandwidth.json. Nothing else of the run is written.
+Written to --out (default: RUN/visualization, or RUN/visualization_ema), a folder as a run's:
+
+    page.html      the page, which needs no other file
+    evaluations/   a record of each model
+    images/        film strips; curves along the path and against training
+    results.json   every number
+
+Metrics and figures go to the run's trackers under checkpoint/ or checkpoint_ema/. A run that never chose RKE's
+bandwidth gets RUN/diversity/bandwidth.json. Nothing else of the run is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,54 +36,42 @@ from ml_collections import ConfigDict
 
 from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
+from flow_grpo.evaluators.base import Measured
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.page.build import build_page
 from flow_grpo.runs.config import read_config
-from flow_grpo.runs.folder import CONFIG_FILE, flatten
-from flow_grpo.runs.saved import finished_checkpoints
+from flow_grpo.runs.evaluations import with_changes, write_record
+from flow_grpo.runs.folder import CONFIG_FILE, EVALUATIONS, IMAGE_FOLDER, PAGE_FILE, flatten
+from flow_grpo.runs.saved import checkpoint_state, finished_checkpoints
 from flow_grpo.runs.weights import Bars, Model, choose_models, load_weights, output_folder
+from flow_grpo.training_words import evaluation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
-from scripts.diversity_metrics.checkpoint_figures import (
-    GAP,
-    LEFT,
-    MAX_CURVES,
-    MAX_FRAMES,
-    MAX_WIDTH,
-    PANELS,
-    cell_side,
-    curves_figure,
-    label,
-    metrics_figure,
-    sheet,
-    shown_metrics,
-    steps_figure,
-    strip_frames,
-    t_half_widths,
-    thumbnails,
-)
-
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from PIL import Image
 
     from flow_grpo.diversity.measure import Diversity
     from flow_grpo.ode_log_prob import PromptLogDensities
     from flow_grpo.policy import Policy
+    from flow_grpo.runs.evaluations import Record
     from flow_grpo.step_visualizer import FilmStrip
     from flow_grpo.tracking import Run
     from flow_grpo.types import Samples
 
-PAGE, RESULTS, TEMPLATE = "index.html", "results.json", "visualize_from_checkpoints.html.j2"
+COMMAND = ("python", "scripts/diversity_metrics/visualize_from_checkpoints.py")
+RESULTS = "results.json"
 SETTINGS = ("resolution", "pretrained.", "prompts.test", "prompts.eval_diversity", "num_seeds", "reward_fn.",
             "reward_model.", "eval.", "entropy.", "diversity.")  # fmt: skip
 LEAST_SEEDS = 4  # an interval of Vendi and RKE needs so many images of a prompt
 NORMAL_95 = 1.96
 
+Parts = list[tuple["Samples", Measured]]  # what evaluators found, and of which samples
+
 
 @dataclass
-class Measured:
+class Findings:
     """What one model gave; a part that failed is None, and `failures` says why."""
 
     model: Model
@@ -87,10 +79,9 @@ class Measured:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of some of them, 95 %
     diversity: Diversity | None = None
     densities: PromptLogDensities | None = None
-    strip: FilmStrip | None = None  # without its images: what is shown of them are the frames
-    frames: dict[str, np.ndarray] = field(default_factory=dict)  # noise level -> (prompts, 1, s, s, 3) uint8
-    thumbnails: np.ndarray | None = None  # (prompts, seeds, s, s, 3) uint8
+    strip: FilmStrip | None = None  # without its images
     failures: dict[str, str] = field(default_factory=dict)  # part -> why
+    record: Record | None = None  # as it is written
 
 
 # --- what to show -------------------------------------------------------------------------------------------
@@ -154,22 +145,26 @@ def smaller(config: ConfigDict, num_prompts: int | None, num_seeds: int | None) 
 
 
 class Instruments:
-    """Everything that measures a model, loaded once. The base model must come first: RKE's bandwidth may be its."""
+    """Everything that measures a model, loaded once. The base model must come first: the others are compared with it,
+    and RKE's bandwidth may be its.
+    """
 
-    def __init__(self, policy: Policy, config: ConfigDict, run: Path, grid_width: int) -> None:
-        """`grid_width`: images of a prompt that the grid has room for."""
+    def __init__(self, policy: Policy, config: ConfigDict, run: Path, out: Path, label: str) -> None:
+        """`out`: where records and film strips are written, under `label`."""
         from flow_grpo.evaluation import sample_evaluators, test_request
         from flow_grpo.evaluators.diversity import diversity_request, extractor_of
         from flow_grpo.prompts import PromptDataset
         from flow_grpo.rewards import build_reward
 
-        self.policy, self.config, self.run, self.grid_width = policy, config, run, grid_width
+        self.policy, self.config, self.run, self.out, self.label = policy, config, run, out, label
         self.prompts = PromptDataset.load(config.prompts.test)
         self.tested = test_request(self.prompts, policy.settings)
         self.diverse = diversity_request(config)
         self.evaluators = sample_evaluators(build_reward(config, policy.device), policy.settings, policy.device)
         self.extractor = extractor_of(config, policy.device)
         self.bandwidth: float | None = None
+        self.base: Record | None = None
+        self.base_features: dict[str, np.ndarray] | None = None
         self.bars = cast("Run", Bars())
 
     @property
@@ -177,7 +172,7 @@ class Instruments:
         """The different test prompts."""
         return tuple(dict.fromkeys(self.tested.prompts))
 
-    def measure(self, model: Model) -> Measured:
+    def measure(self, model: Model) -> Findings:
         """The model whose weights the policy has; a checkpoint that has diverged only loses its own numbers.
 
         Raises:
@@ -185,89 +180,127 @@ class Instruments:
         """
         from flow_grpo.diversity.features import NonFiniteFeatures
         from flow_grpo.entropy import NonFiniteError
+        from flow_grpo.evaluation import draw_samples
 
-        found = Measured(model)
-        parts: dict[str, Callable[[Measured], None]] = {
-            "samples": self._samples,
+        samples = draw_samples(
+            self.policy, self.prompts, self.policy.settings, self.bars, [self.tested, self.diverse], self.label
+        )
+        found, parts = Findings(model), []
+        measures: dict[str, Callable[[Findings, Samples], Parts]] = {
+            "samples": self._images,
             "log-densities": self._densities,
             "film strip": self._strip,
         }
-        for name, part in parts.items():
+        for name, part in measures.items():
             try:
-                part(found)
+                parts += part(found, samples)
             except (NonFiniteError, NonFiniteFeatures) as error:
                 if model.folder is None:
                     raise ConfigError(f"The base model's {name} cannot be measured: {error}") from error
                 found.failures[name] = str(error)
+        found.metrics = {name: value for _, part in parts for name, value in part.metrics.items()}
+        found.record = self._record(model, samples, parts)
         return found
 
-    def _samples(self, found: Measured) -> None:
-        """Rewards, judge, diversity, thumbnails."""
+    def _images(self, found: Findings, samples: Samples) -> Parts:
+        """Rewards, judge, diversity."""
         from flow_grpo.diversity import measure as diversity
         from flow_grpo.entropy import NonFiniteError
-        from flow_grpo.evaluation import draw_samples, view
-        from flow_grpo.evaluators.diversity import features_by_prompt, measure, run_bandwidth
-
-        samples = draw_samples(
-            self.policy, self.prompts, self.policy.settings, self.bars, [self.tested, self.diverse], "checkpoints"
+        from flow_grpo.evaluation import view
+        from flow_grpo.evaluators.distances import distances_of
+        from flow_grpo.evaluators.diversity import (
+            features_by_prompt,
+            measure,
+            noises_by_prompt,
+            run_bandwidth,
+            usable,
         )
+
         if not (samples.images.isfinite().all() and samples.latents.isfinite().all()):
             raise NonFiniteError("its images are not finite")
-        tested = view(samples, self.tested)
-        found.thumbnails = self._thumbnails(tested)
-        for evaluator in self.evaluators:
-            found.metrics |= evaluator.evaluate(tested).metrics
-        found.intervals |= self._intervals(tested, found.metrics)
-        features = features_by_prompt(view(samples, self.diverse), self.extractor)
-        self.bandwidth = self.bandwidth or run_bandwidth(self.config, self.run, self.extractor, features)
+        tested, diverse = view(samples, self.tested), view(samples, self.diverse)
+        parts = [(tested, evaluator.evaluate(tested)) for evaluator in self.evaluators]
+        features = features_by_prompt(diverse, self.extractor)
+        if self.bandwidth is None:
+            self.bandwidth = run_bandwidth(self.config, self.run, self.extractor, features)
         found.diversity = measure(features, self.bandwidth, self.extractor.name, self.config)
-        found.metrics |= diversity.metrics(found.diversity)
+        distances = distances_of(
+            features, noises_by_prompt(diverse), self.extractor.name, self.config.diversity.order,
+            usable(self.bandwidth), self.base_features,
+        )  # fmt: skip
+        if self.base_features is None:
+            self.base_features = features
+        for _, part in parts:
+            found.intervals |= _intervals(tested, part)
         for name in ("vendi", "rke"):
             interval = getattr(found.diversity.within, name)
             found.intervals[f"diversity/{name}"] = (interval.low, interval.high)
+        return [*parts, (diverse, Measured(diversity.metrics(found.diversity), diversity=distances))]
 
-    def _thumbnails(self, tested: Samples) -> np.ndarray:
-        """(prompts, seeds, s, s, 3) of the first images of the first prompts."""
-        rows = [
-            thumbnails(tested.images[tested.prompt_ids == prompt][: self.grid_width])
-            for prompt in tested.prompt_ids.unique().tolist()[: self.config.eval.num_grid_prompts]
-        ]
-        return np.stack(rows)
-
-    def _intervals(self, tested: Samples, metrics: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-        """Of the rewards: t, from the means of each seed, which are independent; of the judge's accuracy: Wilson's."""
-        from scipy.stats import binomtest
-
-        reward = next(evaluator for evaluator in self.evaluators if evaluator.name == "reward")
-        seeds = [(tested.sample_ids == seed).nonzero().flatten().tolist() for seed in tested.sample_ids.unique()]
-        means = [reward.evaluate(tested[rows]).metrics for rows in seeds]
-        widths = {name: t_half_widths(np.array([mean[name] for mean in means])) for name in means[0]}
-        found = {name: _around(metrics[name], float(width)) for name, width in widths.items()}
-        if "judge/accuracy" in metrics:
-            count = len(tested.prompts)
-            wilson = binomtest(round(metrics["judge/accuracy"] * count), count).proportion_ci(method="wilson")
-            found["judge/accuracy"] = (float(wilson.low), float(wilson.high))
-        return found
-
-    def _densities(self, found: Measured) -> None:
+    def _densities(self, found: Findings, samples: Samples) -> Parts:
         """Entropy and the spread of the log-density."""
         from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
 
-        texts = self.texts[: self.config.entropy.num_prompts]
-        found.densities = prompt_log_densities(self.policy, texts, self.bars)
-        found.metrics |= entropy_metrics(found.densities)
+        densities = prompt_log_densities(self.policy, self.texts[: self.config.entropy.num_prompts], self.bars)
+        metrics = entropy_metrics(densities)
         half_widths = {
-            "entropy/nats": found.metrics["entropy/half_width_95"],
-            "ode_log_prob/std": NORMAL_95 * std_standard_error(found.densities.log_prob.numpy()),
+            "entropy/nats": metrics["entropy/half_width_95"],
+            "ode_log_prob/std": NORMAL_95 * std_standard_error(densities.log_prob.numpy()),
         }
-        found.intervals |= {name: _around(found.metrics[name], width) for name, width in half_widths.items()}
+        found.densities = densities
+        found.intervals |= {name: _around(metrics[name], width) for name, width in half_widths.items()}
+        return [(samples, Measured(metrics))]
 
-    def _strip(self, found: Measured) -> None:
-        from flow_grpo.step_visualizer import film_strip
+    def _strip(self, found: Findings, samples: Samples) -> Parts:
+        """Drawn at once, where the page looks for it."""
+        from flow_grpo.step_visualizer import film_strip, strip_image
 
-        strip = film_strip(self.policy, self.texts[: self.config.entropy.num_strip_prompts])
-        found.frames = strip_frames(strip)
+        prompts = self.texts[: self.config.entropy.num_strip_prompts]
+        strip = film_strip(self.policy, prompts)
+        path = picture_path(self.out, self.label, "strip", found.model.step)
+        with optional_figure(path):
+            strip_image(strip, prompts).save(path)
         found.strip = replace(strip, images=strip.images[:, :0])
+        return []
+
+    def _record(self, model: Model, samples: Samples, parts: Parts) -> Record:
+        """Compared with the base's, and written."""
+        from flow_grpo.evaluation import record_of, setting_of
+        from flow_grpo.tracking import Counters
+
+        counters = Counters()
+        if model.folder is not None:
+            counters.load_state_dict(checkpoint_state(model.folder)["counters"])
+        setting = setting_of(self.policy.settings.config, self.prompts.prompts)
+        record = record_of(samples, parts, counters, setting)
+        if self.base is None:
+            self.base = record
+        else:
+            record = with_changes(record, self.base)
+        write_record(self.out, record, samples.images)
+        return record
+
+
+def picture_path(out: Path, label: str, name: str, step: int) -> Path:
+    """As a run's evaluators name theirs."""
+    return out / IMAGE_FOLDER / f"{label}_{name}_{step:06d}.png"
+
+
+def _intervals(tested: Samples, part: Measured) -> dict[str, tuple[float, float]]:
+    """Of the rewards: t, from the means of each seed, which are independent; of the judge's accuracy: Wilson's."""
+    from scipy.stats import binomtest
+
+    from flow_grpo.step_visualizer import t_half_widths
+
+    found, seeds = {}, tested.sample_ids.numpy()
+    for name, values in part.rewards.items():
+        means = np.array([np.asarray(values)[seeds == seed].mean() for seed in np.unique(seeds)])
+        found[f"reward/{name}"] = _around(part.metrics[f"reward/{name}"], float(t_half_widths(means)))
+    if "judge/accuracy" in part.metrics:
+        count = len(tested.prompts)
+        wilson = binomtest(round(part.metrics["judge/accuracy"] * count), count).proportion_ci(method="wilson")
+        found["judge/accuracy"] = (float(wilson.low), float(wilson.high))
+    return found
 
 
 def _around(value: float, half_width: float) -> tuple[float, float]:
@@ -287,7 +320,7 @@ def std_standard_error(log_prob: np.ndarray) -> float:
 # --- results ------------------------------------------------------------------------------------------------
 
 
-def results(measured: Sequence[Measured], instruments: Instruments, ema: bool) -> dict[str, Any]:
+def results(measured: Sequence[Findings], instruments: Instruments, ema: bool) -> dict[str, Any]:
     """What results.json holds, nan included: every model has the keys that the base model has."""
     config, base = instruments.config, measured[0]
     assert base.densities is not None  # or measuring it had raised
@@ -316,7 +349,7 @@ def results(measured: Sequence[Measured], instruments: Instruments, ema: bool) -
     }
 
 
-def _entry(found: Measured, base: Measured) -> dict[str, Any]:
+def _entry(found: Findings, base: Findings) -> dict[str, Any]:
     from flow_grpo.diversity import measure as diversity
 
     strip, densities = found.strip, found.densities
@@ -334,7 +367,7 @@ def _entry(found: Measured, base: Measured) -> dict[str, Any]:
     }
 
 
-def _entropy_change(found: Measured, base: Measured) -> dict[str, float] | None:
+def _entropy_change(found: Findings, base: Findings) -> dict[str, float] | None:
     """Since the base model, in pairs of samples with common noise and probes."""
     from scripts.diversity_metrics.eval_ode_log_prob import entropy_change
 
@@ -345,198 +378,104 @@ def _entropy_change(found: Measured, base: Measured) -> dict[str, float] | None:
     return {"nats": change.mean, "low": low, "high": high}
 
 
-def table(record: Mapping[str, Any]) -> list[list[str]]:
-    """A line of heads, then one for each model."""
-    names = shown_metrics(record)
-    lines = [["model", *(f"{PANELS[name][0]}, {PANELS[name][1]}" for name in names), "Change of the entropy, nats"]]
-    for model in record["models"]:
-        cells = [_cell(model["metrics"][name], model["intervals"][name], PANELS[name][2]) for name in names]
-        change = model["entropy_change"]
-        cells.append(_cell(change["nats"], (change["low"], change["high"]), 1) if change else "")
-        lines.append([label(model), *cells])
-    return lines
-
-
-def _cell(value: float, interval: tuple[float, float], decimals: int) -> str:
-    low, high = interval
-    if not math.isfinite(value):
-        return "not finite"
-    ends = f" ({low:.{decimals}f} to {high:.{decimals}f})" if math.isfinite(low + high) else ""
-    return f"{value:.{decimals}f}{ends}"
-
-
-def notes(record: Mapping[str, Any]) -> list[str]:
-    """What could not be measured."""
-    found = []
-    for model in record["models"]:
-        found += [f"{model['name']}: no {part}: {why}." for part, why in model["failures"].items()]
-        lost = [PANELS[name][0] for name in shown_metrics(record) if not math.isfinite(model["metrics"][name])]
-        if lost and not model["failures"]:
-            found.append(f"{model['name']}: not finite: {', '.join(lost)}.")
-    return found
-
-
-def grid_sheet(measured: Sequence[Measured], prompts: Sequence[str]) -> Image.Image:
-    """A column of blocks for each model: rows are prompts, within a block each column is a seed."""
-    blocks = {label(found.model).replace(" ", "\n"): found.thumbnails for found in measured}
-    rows = measured[0].thumbnails
-    assert rows is not None  # or measuring the base model had raised
-    return sheet(blocks, prompts[: len(rows)], "prompt")
-
-
-# --- the page -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure of the page."""
-
-    file: str
-    title: str  # empty: it goes on under the heading before
-    caption: str
-    data: str  # base64 of the PNG
-
-
-def write_pictures(measured: Sequence[Measured], record: Mapping[str, Any], out: Path) -> list[Picture]:
-    """Draw and save every figure; one that cannot be drawn is a warning, and the page is without it."""
-    said, texts = captions(record), record["prompts"]
-    found = [
-        _saved(lambda: metrics_figure(record), out / "metrics.png", "Against training", said["metrics"]),
-        _saved(lambda: grid_sheet(measured, texts["evaluated"]), out / "grid.png", "Images", said["grid"]),
-        _saved(lambda: curves_figure(record), out / "curves.png", "Along the path", said["curves"]),
-        _saved(lambda: steps_figure(record), out / "steps.png", "Steps against training", said["steps"]),
-    ]
-    for model in measured:
-        if not model.frames:
-            continue
-        draw = partial(sheet, model.frames, texts["strip"], label(model.model))
-        first = model is measured[0]
-        caption = f"{label(model.model)}. {said['strip']}" if first else f"{label(model.model)}."
-        found.append(_saved(draw, out / f"strip_{model.model.name}.png", "Film strips" if first else "", caption))
-    return [picture for picture in found if picture]
-
-
-def _saved(draw: Callable[[], Figure | Image.Image], path: Path, title: str, caption: str) -> Picture | None:
-    from PIL import Image
-
-    with optional_figure(path):
-        drawn = draw()
-        if isinstance(drawn, Image.Image):
-            drawn.save(path)
-        else:
-            drawn.savefig(path, dpi=110)
-        return Picture(path.name, title, caption, base64.b64encode(path.read_bytes()).decode())
-    return None
-
-
-def captions(record: Mapping[str, Any]) -> dict[str, str]:
-    """What is measured on what."""
-    said, counts = record["settings"], record["images_per_prompt"]
-    found = record["models"][0]["diversity"]
-    width = "no h fits" if found["bandwidth"] is None else f"h = {found['bandwidth']:.4g}"
-    prompts = {name: len(texts) for name, texts in record["prompts"].items()}
-    sampler = f"ODE sampler, {said['eval.num_steps']} steps, guidance {said['eval.guidance_scale']:g}"
-    probes = f"{said['entropy.num_probes']} {said['entropy.distribution']} probes"
-    density = "the density of VAE-scaled latents given the prompt, under the guided ODE"
-    return {
-        "metrics": (
-            f"{sampler}. Vendi (q = {found['order']:g}, cosine kernel) and RKE (Gaussian kernel, "
-            f"{width}): means over {prompts['diversity']} prompts with {counts['diversity']} images "
-            f"each, features {found['features']}; bootstrap intervals, prompts fixed. Both depend on the number of "
-            f"images. Entropy and spread of log p: {density}, {prompts['density']} prompts with {counts['density']} "
-            f"images each, {probes}, solver {said['entropy.solver']}; intervals by Student's t, probes included, and "
-            f"the jackknife. Reward and judge: {prompts['evaluated']} prompts with {counts['evaluated']} images "
-            "each; Student's t over seeds, and Wilson's interval. All are of 95 % and of one model; noise is common: "
-            "changes are known better than these tell. Dotted: base model. Cross: not finite."
-        ),
-        "grid": (
-            f"Columns are models, rows the first prompts of {prompts['evaluated']}; the same place has the same prompt "
-            f"and the same noise in every column. {sampler}, {said['resolution']} x {said['resolution']} pixels, "
-            "enlarged or reduced by a whole factor."
-        ),
-        "curves": (
-            f"Divergence of the guided velocity ({probes}) and log-density of x at each sigma ({density}) along the "
-            f"sampler's own path: {sampler}. Means over {prompts['strip']} prompts, one image each; noise and probes "
-            "are the same for every model. Below: the same less the base model's; its intervals are in the next figure."
-        ),
-        "steps": (
-            f"At most {MAX_CURVES} of the steps of the figure above. Below: less the base model's on the same noise "
-            f"and probes, with the 95 % interval of the mean over the {prompts['strip']} prompts (Student's t; none "
-            "with one prompt). Bars stand side by side to be seen."
-        ),
-        "strip": (
-            f"x0_hat = x - sigma v, decoded, at each step ({sampler}; at most {MAX_FRAMES} are shown). The first noise "
-            f"of {prompts['strip']} prompts, the same for every model."
-        ),
-    }
-
-
-def page(record: Mapping[str, Any], pictures: Sequence[Picture], command: str) -> str:
-    """The HTML, which refers to nothing outside it."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    heads, *lines = table(record)
-    return environment.get_template(TEMPLATE).render(
-        record=record, notes=notes(record), heads=heads, lines=lines, pictures=pictures, command=command
-    )
-
-
-def text_table(lines: Sequence[Sequence[str]]) -> str:
-    """Turned round for the terminal: a line for each metric."""
-    turned = list(zip(*lines, strict=True))
-    widths = [max(map(len, column)) for column in zip(*turned, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in turned)
-
-
 # --- the command --------------------------------------------------------------------------------------------
+
+
+def draw_figures(record: Mapping[str, Any], out: Path, label: str) -> None:
+    """Divergence and log-density along the path and against training; one that cannot be drawn is a warning."""
+    from flow_grpo.step_visualizer import curves_figure, training_figure
+
+    history = [
+        {
+            "step": model["step"],
+            "sigmas": record["sigmas"],
+            "divergence": model["divergence_by_step"],
+            "log_density": model["log_density_by_step"],
+        }
+        for model in record["models"]
+        if model["divergence_by_step"] is not None
+    ]
+    for name, draw in {"curves": curves_figure, "training": training_figure}.items():
+        path = picture_path(out, label, name, record["models"][-1]["step"])
+        with optional_figure(path):
+            draw(history).savefig(path, dpi=110)
+
+
+def results_folder(given: str, run: Path, label: str) -> Path:
+    """Where the results go.
+
+    Raises:
+        ConfigError: it is a file, or holds what another command wrote.
+    """
+    out = output_folder(given or run / ("visualization_ema" if label == "eval_ema" else "visualization"))
+    others = (out / CONFIG_FILE).exists() or ((out / EVALUATIONS).exists() and not (out / RESULTS).exists())
+    if given and others:
+        raise ConfigError(f"--out {given} holds evaluations of another command; it takes a folder of its own.")
+    return out
+
+
+def clear(out: Path, label: str) -> None:
+    """Make the folders; what this command left there under the label, of other checkpoints perhaps, goes."""
+    files = {EVALUATIONS: ("",), IMAGE_FOLDER: ("strip_", "curves_", "training_")}
+    for name, kinds in files.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        for path in (path for kind in kinds for path in (out / name).glob(f"{label}_{kind}[0-9]*")):
+            path.unlink()
 
 
 def visualize(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure, draw, write the page and the trackers; what results.json holds."""
-    run = run_folder(args.checkpoint_dir)
+    run, label = run_folder(args.checkpoint_dir), "eval_ema" if args.ema else "eval"
     config = read_config(run, {"eval_diversity": True})
     models = choose_models(run, chosen_checkpoints(args, run), config, args.ema)
     config.update_from_flattened_dict(smaller(config, args.num_prompts, args.num_seeds))
-    out = output_folder(args.out or run / ("visualization_ema" if args.ema else "visualization"))
+    out = results_folder(args.out, run, label)
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
     from flow_grpo.runs.trackers import log_checkpoints
 
     settings, accelerator = launch(config)
-    room = (MAX_WIDTH - LEFT) // len(models) // (cell_side(config.resolution) + GAP)
-    grid_width = min(config.eval.num_grid_images, config.eval.num_image_per_prompt, max(2, room))
-    instruments = Instruments(Policy.load(settings, accelerator), config, run, grid_width)
-    out.mkdir(parents=True, exist_ok=True)
-    measured = measure_models(instruments, models, args.ema)
-    record = results(measured, instruments, args.ema)
+    instruments = Instruments(Policy.load(settings, accelerator), config, run, out, label)
+    clear(out, label)
+    found = measure_models(instruments, models, args.ema)
+    record = results(found, instruments, args.ema)
     write_atomically(out / RESULTS, strict_json(record, indent=1) + "\n")
-    pictures = write_pictures(measured, record, out)
-    write_atomically(out / PAGE, page(record, pictures, command).encode("utf-8", "backslashreplace"))
-    prefix = "checkpoint_ema" if args.ema else "checkpoint"
-    metrics = {found.model.step: found.metrics for found in measured if found.metrics}
-    log_checkpoints(accelerator, config, run, prefix, metrics, _images(pictures, out))
-    print(text_table(table(record)), *notes(record), f"\nwritten to {out / PAGE}", sep="\n")
+    draw_figures(record, out, label)
+    build_page([out], out / PAGE_FILE, command, label=label)
+    metrics = {one.model.step: one.metrics for one in found if one.metrics}
+    log_checkpoints(
+        accelerator, config, run, label.replace("eval", "checkpoint"), metrics, pictures(models, out, label)
+    )
+    print(*words_of(found), f"page: {out / PAGE_FILE}", sep="\n")
     return record
 
 
-def measure_models(instruments: Instruments, models: Sequence[Model], ema: bool) -> list[Measured]:
+def measure_models(instruments: Instruments, models: Sequence[Model], ema: bool) -> list[Findings]:
     """One after the other; afterwards the policy has the weights of the last."""
     policy = instruments.policy
     base = [parameter.detach().clone() for parameter in policy.trainable]
-    measured = []
+    found = []
     for model in Bars().progress(models, "models"):
         load_weights(policy, model, base, ema)
-        measured.append(instruments.measure(model))
-    return measured
+        found.append(instruments.measure(model))
+    return found
 
 
-def _images(pictures: Sequence[Picture], out: Path) -> dict[str, Image.Image]:
+def pictures(models: Sequence[Model], out: Path, label: str) -> dict[str, Image.Image]:
+    """Those that could be drawn, by their names in the trackers."""
     from PIL import Image
 
-    return {Path(picture.file).stem: Image.open(out / picture.file) for picture in pictures}
+    paths = {name: picture_path(out, label, name, models[-1].step) for name in ("curves", "training")}
+    paths |= {f"strip_{model.name}": picture_path(out, label, "strip", model.step) for model in models}
+    return {name: Image.open(path) for name, path in paths.items() if path.is_file()}
+
+
+def words_of(found: Sequence[Findings]) -> list[str]:
+    """A line for each model, and for each of its parts that could not be measured."""
+    lines = [evaluation(one.record) for one in found if one.record is not None]
+    lines += [f"{one.model.name}: no {part}: {why}." for one in found for part, why in one.failures.items()]
+    return [line for line in lines if line]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -561,7 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(given)
     with cli.one_sentence_errors():
-        visualize(args, shlex.join(["python", "scripts/diversity_metrics/visualize_from_checkpoints.py", *given]))
+        visualize(args, shlex.join([*COMMAND, *given]))
 
 
 if __name__ == "__main__":

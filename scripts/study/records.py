@@ -14,6 +14,7 @@ import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
+from flow_grpo.page.seeds import MEASURE, NOT_MEASURE
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, run_config
 from flow_grpo.runs.history import read_history
 
@@ -21,21 +22,6 @@ REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
 VENDI, RKE = "diversity/vendi", "diversity/rke"
 OCCASIONAL = ("entropy/", "ode_log_prob/", "diversity/")  # what may be measured less often than the rest
 LARGEST = 2**63  # from here on a whole number is no count of a run, and may be too large for a float
-# settings that decide what an evaluation measures: runs that differ in one cannot be compared
-MEASURE = (
-    "reward_fn.",
-    "reward_model.",
-    "prompts.test",
-    "prompts.eval_diversity",
-    "resolution",
-    "eval.",
-    "diversity.",
-    "num_seeds",
-)
-NOT_MEASURE = (
-    "eval.ema", "eval.batch_size", "eval.rewards", "eval.num_grid_prompts", "eval.num_grid_images",
-    "diversity.batch_size", "diversity.num_draws",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
