@@ -170,10 +170,14 @@ def strip_image(strip: FilmStrip, prompts: Sequence[str]) -> Image.Image:
         pen.text((left + side // 2, HEADER - 6), f"{strip.sigmas[step]:.3f}", fill="black", anchor="md")
         for row in range(count):
             drawn.paste(
-                to_pil_image(strip.images[row, step].float()).resize((side, side), Image.Resampling.BOX),
+                _eight_bit(strip.images[row, step]).resize((side, side), Image.Resampling.BOX),
                 (left, HEADER + row * pitch),
             )
     return drawn
+
+
+def _eight_bit(image: Tensor) -> Image.Image:
+    return to_pil_image((image.float() * 255).round().byte())
 
 
 def cell_side(side: int) -> int:
@@ -198,16 +202,17 @@ def curves_figure(history: list[dict[str, Any]]) -> Figure:
 
 
 def training_figure(history: list[dict[str, Any]]) -> Figure:
-    """Some steps against training, means over prompts; below, their change since the first evaluation.
+    """Some steps against training, means over the prompts that all have; below, the change since the first evaluation.
 
     The 95 % intervals of the changes are of pairs, on the same noise and probes.
     """
     figure = Figure(figsize=(13, 8), layout="constrained")
     epochs = np.array([record["step"] for record in history])
     panels = figure.subplots(2, 2, sharex=True)
+    prompts = min(len(record["divergence"]) for record in history)
     units = {"divergence": "1 / sigma", "log_density": "nats"}
     for (upper, lower), (name, unit) in zip(panels.T, units.items(), strict=True):
-        values = np.array([record[name] for record in history])  # (evaluations, P, T or T + 1)
+        values = np.array([record[name][:prompts] for record in history])  # (evaluations, P, T or T + 1)
         chosen = np.unique(np.linspace(0, values.shape[2] - 1, MAX_CURVES).round().astype(int))
         aside = np.linspace(-0.025, 0.025, len(chosen)) * epochs.max()  # bars of several steps stand side by side
         for i, shift, colour in zip(chosen, aside, colormaps["viridis"](np.linspace(0, 0.9, len(chosen))), strict=True):

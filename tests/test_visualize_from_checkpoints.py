@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import re
 import shlex
 import shutil
 import subprocess
@@ -19,16 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripts.diversity_metrics.checkpoint_figures import (
-    BLOCK_GAP,
-    GAP,
-    HEADER,
-    LEFT,
-    cell_side,
-    sheet,
-    t_half_widths,
-    thumbnails,
-)
 
 from flow_grpo import checkpoint, drtune
 from flow_grpo.diversity import measure as diversity
@@ -44,15 +32,11 @@ from flow_grpo.evaluators.diversity import (
 from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
+from flow_grpo.runs.evaluations import Record, records_of
 from flow_grpo.runs.weights import Bars
-from flow_grpo.step_visualizer import film_strip
+from flow_grpo.step_visualizer import GAP, HEADER, LEFT, film_strip
 from flow_grpo.tracking import Run
-from scripts.diversity_metrics.visualize_from_checkpoints import (
-    captions,
-    main,
-    notes,
-    std_standard_error,
-)
+from scripts.diversity_metrics.visualize_from_checkpoints import main, std_standard_error
 from tests import saved_runs
 
 EPOCHS = (1, 2, 3)
@@ -78,6 +62,7 @@ def trained(config, build, kept):
     direct, pictures = [measured(parts)], [pictures_of(parts)]
     for epoch in EPOCHS:
         parts.train(drtune)
+        parts.run.counters.network_evaluations, parts.run.counters.seconds = 100 * epoch, 1.5 * epoch
         parts.run.log({}, epoch)
         checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
         direct.append(measured(parts))
@@ -86,6 +71,7 @@ def trained(config, build, kept):
         averaged = measured(parts)
     parts.run.finish()
     kept |= {"folder": parts.run.folder, "direct": direct, "pictures": pictures, "averaged": averaged}
+    kept["texts"] = evaluated_request(parts.prompts, parts.settings).prompts
     return SimpleNamespace(**kept)
 
 
@@ -172,6 +158,10 @@ def test_every_number_is_that_of_the_policy_when_it_was_saved(trained, shown):
         for name, values in steps.items():
             np.testing.assert_allclose(model[f"{name}_by_step"], values, rtol=1e-9)
         assert model["failures"] == {}
+
+
+def test_models_differ_in_every_number(shown):
+    models = shown.record["models"]
     for name in ("reward/total", "diversity/vendi", "diversity/rke", "entropy/nats", "ode_log_prob/std"):
         assert len({model["metrics"][name] for model in models}) == len(models), name
 
@@ -211,12 +201,16 @@ def test_without_their_weights_all_checkpoints_would_be_the_base(trained, tmp_pa
     assert base["metrics"] == last["metrics"]
 
 
-def test_averaged_weights_and_fewer_prompts_and_seeds(trained, tmp_path):
-    base, last = visualize(trained.folder, tmp_path / "a", "--checkpoint_steps", "3", "--ema")["models"]
+def test_averaged_weights_have_records_of_their_own_name(trained, tmp_path):
+    base, last = visualize(trained.folder, tmp_path, "--checkpoint_steps", "3", "--ema")["models"]
     found = {name: trained.averaged[name] for name in last["metrics"]}
     assert last["metrics"] == pytest.approx(found, rel=1e-9)
     assert base["metrics"]["reward/total"] == pytest.approx(trained.direct[0]["reward/total"], rel=1e-9)
-    small = visualize(trained.folder, tmp_path / "b", "--checkpoint_steps=1", "--num_prompts", "1", "--num-seeds=4")
+    assert [record.epoch for record in records_of(tmp_path, "eval_ema")] == [0, 3]
+
+
+def test_fewer_prompts_and_seeds(trained, tmp_path):
+    small = visualize(trained.folder, tmp_path, "--checkpoint_steps=1", "--num_prompts", "1", "--num-seeds=4")
     assert {name: len(texts) for name, texts in small["prompts"].items()} == dict.fromkeys(small["prompts"], 1)
     assert small["images_per_prompt"] == {"evaluated": 2, "diversity": 4, "density": 3, "strip": 1}
     assert len(small["models"][1]["divergence_by_step"]) == 1
@@ -234,7 +228,7 @@ def test_bandwidth_and_judge_are_the_run_s(trained, tmp_path):
     assert record["models"][0]["metrics"]["diversity/rke"] < trained.direct[0]["diversity/rke"]
 
 
-def test_a_diverged_checkpoint_loses_only_its_own_numbers(trained, shown, tmp_path):
+def test_a_diverged_checkpoint_loses_only_its_own_numbers(trained, shown, tmp_path, capsys):
     run = copied(trained.folder, tmp_path / "run")
     spoil(run, 2)
     models = visualize(run, tmp_path / "out", "--checkpoint_steps", "1,2,3")["models"]
@@ -243,26 +237,62 @@ def test_a_diverged_checkpoint_loses_only_its_own_numbers(trained, shown, tmp_pa
     assert set(models[2]["metrics"].values()) == {None}
     assert models[2]["metrics"].keys() == models[1]["metrics"].keys()
     assert models[2]["failures"].keys() == {"samples", "log-densities", "film strip"}
-    page = (tmp_path / "out" / "index.html").read_text()
-    assert "checkpoint-000002: no samples: its images are not finite." in page
-    assert page.count("not finite</td>") == 6
-    assert not (tmp_path / "out" / "strip_checkpoint-000002.png").exists()
-    width = cell_side(32) + GAP
-    block = LEFT + 2 * (2 * width - GAP + BLOCK_GAP)
-    assert Image.open(tmp_path / "out" / "grid.png").getpixel((block + 3, HEADER + 3)) == (204, 204, 204)
+    assert capsys.readouterr().out.count("checkpoint-000002: no ") == 3
+
+
+def test_the_page_shows_a_diverged_checkpoint_without_numbers(trained, tmp_path):
+    run = copied(trained.folder, tmp_path / "run")
+    spoil(run, 2)
+    visualize(run, tmp_path / "out", "--checkpoint_steps", "2")
+    _, diverged = records_of(tmp_path / "out")
+    assert (diverged.epoch, diverged.rewards, diverged.judge, diverged.diversity) == (2, {}, None, None)
+    assert np.asarray(Image.open(diverged.sprite_path)).max() == 0
+    assert not list((tmp_path / "out" / "images").glob("eval_strip_000002.png"))
+
+
+# --- records --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def records(shown) -> list[Record]:
+    """Of all models."""
+    return records_of(shown.out)
+
+
+def test_a_record_says_what_training_had_spent(records):
+    spent = [(record.epoch, record.seconds, record.network_evaluations) for record in records]
+    assert spent == [(0, 0.0, 0), (1, 1.5, 100), (2, 3.0, 200), (3, 4.5, 300)]
+
+
+def test_a_record_holds_the_numbers_of_results_json(shown, records):
+    for record, model in zip(records, shown.record["models"], strict=True):
+        rewards = [value for value in record.rewards["total"] if value is not None]
+        assert np.mean(rewards) == pytest.approx(model["metrics"]["reward/total"], rel=1e-5)
+        assert np.mean(record.diversity.vendi) == pytest.approx(model["metrics"]["diversity/vendi"], rel=1e-5)
+        for name in ("entropy/nats", "ode_log_prob/std", "modes/entropy"):
+            assert record.extra[name] == pytest.approx(model["metrics"][name], rel=1e-5)
+
+
+def test_a_record_is_compared_with_the_base(records):
+    base, *others = records
+    assert base.changes == {}
+    for record in others:
+        assert record.changes.keys() == {"reward", "vendi", "judge"}  # 4 images have no fifth neighbour
+        assert record.diversity.to_base is not None
+        assert record.changes["vendi"].old == pytest.approx(np.mean(base.diversity.vendi), rel=1e-5)
+
+
+def test_the_images_of_a_record_are_the_policy_s(trained, records):
+    for record, images in zip(records, trained.pictures, strict=True):
+        sprite, places = np.asarray(Image.open(record.sprite_path)), record.images
+        for number, key in enumerate((text, seed) for text in trained.texts for seed in (0, 1)):
+            row, column = divmod(record.sprite.images.index(places[key]), record.sprite.columns)
+            tile = sprite[32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+            assert np.array_equal(tile, (images[number].permute(1, 2, 0).numpy() * 255).round())
+    assert not torch.equal(trained.pictures[0], trained.pictures[3])
 
 
 # --- intervals ------------------------------------------------------------------------------------------
-
-
-def test_the_interval_of_a_mean_covers_it():
-    """95 % of 4,000 sets of 5: standard error 0.34 %."""
-    values = np.random.default_rng(0).normal(size=(4000, 5))
-    covered = np.abs(values.mean(1)) < t_half_widths(values)
-    assert covered.mean() == pytest.approx(0.95, abs=0.0105)
-    normal = np.abs(values.mean(1)) < 1.96 * values.std(1, ddof=1) / 5**0.5  # the broken twin: no Student
-    assert normal.mean() < 0.92
-    assert np.isnan(t_half_widths(values[:, :1])).all()
 
 
 def test_the_error_of_the_spread_is_its_standard_deviation():
@@ -277,108 +307,61 @@ def test_the_error_of_the_spread_is_its_standard_deviation():
 # --- pictures and page ----------------------------------------------------------------------------------
 
 
-def test_the_grid_has_a_column_for_each_model_in_order_with_the_same_noise(trained, shown):
-    grid = np.asarray(Image.open(shown.out / "grid.png"))
-    side = cell_side(32)
-    assert side == 64
-    for number, images in enumerate(trained.pictures):
-        for prompt, seed in ((0, 0), (1, 1), (3, 0)):
-            left = LEFT + number * (2 * (side + GAP) - GAP + BLOCK_GAP) + seed * (side + GAP)
-            top = HEADER + prompt * (side + GAP)
-            cell = grid[top : top + side, left : left + side]
-            expected = (images[2 * prompt + seed].permute(1, 2, 0).numpy() * 255).round()  # 2 seeds a prompt
-            assert np.array_equal(cell[::2, ::2], expected)
-            assert np.array_equal(cell[1::2, 1::2], expected)
-    assert not torch.equal(trained.pictures[0], trained.pictures[3])
-
-
-def test_the_last_frame_of_a_strip_is_close_to_the_final_image_and_models_differ(trained, shown):
+def test_the_last_frame_of_a_strip_is_close_to_the_final_image(trained, shown):
     """Its noise level is next to 0; the first two prompts, seed 0."""
-    side = cell_side(32)
-    strips = [np.asarray(Image.open(shown.out / f"strip_{name}.png")).astype(float) for name in NAMES]
-    for strip, images in zip(strips, trained.pictures, strict=True):
+    for number, images in enumerate(trained.pictures):
+        strip = np.asarray(Image.open(shown.out / f"images/eval_strip_{number:06d}.png")).astype(float)
         for prompt in (0, 1):
-            left, top = LEFT + 3 * (side + BLOCK_GAP), HEADER + prompt * (side + GAP)  # the last of 4 steps
-            cell = strip[top : top + side : 2, left : left + side : 2]
+            left, top = LEFT + 3 * (64 + GAP), HEADER + prompt * (64 + GAP)  # the last of 4 steps
+            cell = strip[top : top + 64 : 2, left : left + 64 : 2]
             expected = images[2 * prompt].permute(1, 2, 0).numpy() * 255
             assert np.abs(cell - expected).mean() < 3
             other = images[2 * prompt + 1].permute(1, 2, 0).numpy() * 255  # the broken twin: another noise
             assert np.abs(cell - other).mean() > 10
 
 
-@pytest.mark.parametrize(("side", "shown_side"), [(8, 64), (32, 64), (48, 96), (64, 64), (200, 200), (512, 128)])
-def test_cells_are_whole_multiples_or_parts(side, shown_side):
-    image = torch.linspace(0, 1, side * side).view(1, 1, side, side).expand(1, 3, -1, -1)
-    cell = thumbnails(image)[0]
-    assert cell.shape == (shown_side, shown_side, 3) == (cell_side(side), cell_side(side), 3)
-    assert cell.mean() == pytest.approx(127.5, abs=0.6)
-
-
-def test_a_sheet_of_long_prompts_keeps_them_beside_its_cells():
-    cells = np.full((2, 1, 64, 64, 3), 255, dtype=np.uint8)
-    drawn = np.asarray(sheet({"epoch\n1000": cells}, ["a very " + "long " * 60 + "prompt", "x" * 300]))
-    assert (drawn[HEADER:, LEFT:] == 255).all(axis=2)[: 2 * 66 - GAP, :64].all()
-    assert (drawn[HEADER:, :LEFT] < 128).any()
-    assert (drawn[:HEADER, LEFT:] < 128).any()
-
-
-def test_what_has_no_shape_leaves_no_mark_on_a_sheet():
-    cells = np.zeros((1, 1, 64, 64, 3), np.uint8)
-    clean, written = (np.array(sheet({"base": cells}, [text], "prompt")) for text in ("a bag", "a\n\x1bbag\u202e"))
-    np.testing.assert_array_equal(written, clean)
-    numbers = np.array(sheet({"base": cells}, [r"\U0001f392"], "prompt"))
-    np.testing.assert_array_equal(np.array(sheet({"base": cells}, ["\U0001f392"], "prompt")), numbers)
-
-
 def test_a_figure_that_cannot_be_drawn_loses_only_itself(trained, tmp_path, monkeypatch):
-    def fail(record):
+    def fail(history):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("scripts.diversity_metrics.visualize_from_checkpoints.curves_figure", fail)
-    with pytest.warns(UserWarning, match=r"curves\.png could not be drawn \(no font\)"):
-        record = visualize(trained.folder, tmp_path / "out", "--checkpoint_steps", "3")
-    assert len(record["models"]) == 2
-    assert {path.name for path in (tmp_path / "out").glob("[!s]*.png")} == {"grid.png", "metrics.png"}
-    assert (tmp_path / "out/index.html").is_file()
+    monkeypatch.setattr("flow_grpo.step_visualizer.curves_figure", fail)
+    with pytest.warns(UserWarning, match=r"curves_000003\.png could not be drawn \(no font\)"):
+        visualize(trained.folder, tmp_path / "out", "--checkpoint_steps", "3")
+    names = {path.name for path in (tmp_path / "out/images").iterdir()}
+    assert names == {"eval_training_000003.png", "eval_strip_000000.png", "eval_strip_000003.png"}
+    assert (tmp_path / "out/page.html").is_file()
 
 
-def test_a_run_without_a_bandwidth_says_so(shown):
-    record = json.loads(json.dumps(shown.record))
-    record["models"][0]["diversity"]["bandwidth"] = None
-    assert "RKE (Gaussian kernel, no h fits)" in captions(record)["metrics"]
+def test_figures_and_strips_lie_where_a_run_has_them(shown):
+    strips = {f"eval_strip_{epoch:06d}.png" for epoch in (0, *EPOCHS)}
+    names = {path.name for path in (shown.out / "images").iterdir()}
+    assert names == {"eval_curves_000003.png", "eval_training_000003.png"} | strips
 
 
-def test_the_page_needs_nothing_else(shown):
-    page = (shown.out / "index.html").read_text()
-    pictures = sorted(shown.out.glob("*.png"))
-    assert {path.name for path in pictures} == {
-        "curves.png", "grid.png", "metrics.png", "steps.png", *(f"strip_{name}.png" for name in NAMES),
-    }  # fmt: skip
-    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert sorted(map(base64.b64decode, embedded)) == sorted(path.read_bytes() for path in pictures)
-    assert len(re.findall(r"\bsrc=", page)) == len(embedded)
-    assert not re.search(r"href|url\(|@import|<script|<link|https?://", page)
+def test_the_page_is_the_run_s_with_all_models_strips_and_the_command(trained, shown):
+    page = (shown.out / "page.html").read_text()
+    assert f"<title>{trained.folder.name}" in page
+    assert all(name in page for name in ("base model", "epoch 1", "epoch 2", "epoch 3", "film strip of base model"))
     command = ["python", "scripts/diversity_metrics/visualize_from_checkpoints.py", "--checkpoint_dir"]
     assert shlex.join(command) in page
-    assert "--visualize_all=True" in page
 
 
-def test_the_page_says_what_was_measured_on_what(shown):
-    page, record = (shown.out / "index.html").read_text(), shown.record
-    vendi = record["models"][3]["metrics"]["diversity/vendi"]
-    low, high = record["models"][3]["intervals"]["diversity/vendi"]
-    assert f"{vendi:.2f} ({low:.2f} to {high:.2f})" in page
-    said = captions(record)["metrics"]
-    for fact in (
-        "VAE-scaled latents",
-        "4 steps, guidance 3", "q = 1,", f"h = {record['bandwidth']:.4g}", "4 prompts with 4 images each",
-        "2 prompts with 3 images each, 2 rademacher probes, solver euler", "4 prompts with 2 images each",
-        "features clip",
-    ):  # fmt: skip
-        assert fact in said
-    assert notes(record) == []
-    for file, least in (("metrics.png", 1200), ("curves.png", 1200), ("steps.png", 1200), ("grid.png", 600)):
-        assert Image.open(shown.out / file).size[0] > least
+def test_nothing_of_other_checkpoints_is_left_on_the_page(trained, tmp_path):
+    visualize(trained.folder, tmp_path, "--checkpoint_steps", "1,2")
+    other = tmp_path / "images" / "mine.png"
+    other.write_bytes(b"")
+    visualize(trained.folder, tmp_path, "--checkpoint_steps", "1")
+    assert [record.epoch for record in records_of(tmp_path)] == [0, 1]
+    assert not (tmp_path / "images/eval_strip_000002.png").exists()
+    assert other.exists()
+
+
+def test_a_line_is_printed_of_each_model_and_of_the_page(trained, tmp_path, capsys):
+    visualize(trained.folder, tmp_path, "--checkpoint_steps", "3")
+    base, last, page = capsys.readouterr().out.splitlines()
+    assert base.startswith("base model: reward ")
+    assert last.startswith("epoch 3, ")
+    assert page == f"page: {tmp_path / 'page.html'}"
 
 
 def test_the_trackers_are_told(shown):
@@ -387,7 +370,7 @@ def test_the_trackers_are_told(shown):
         expected = {model["step"]: model["metrics"][name] for model in shown.record["models"]}
         assert logged == pytest.approx(expected, rel=1e-5)
     tags = shown.events.Tags()["images"]
-    assert {f"checkpoint/{name}" for name in ("grid", "metrics", "curves", "steps", "strip_base")} <= set(tags)
+    assert {f"checkpoint/{name}" for name in ("curves", "training", "strip_base")} <= set(tags)
 
 
 # --- the command line ------------------------------------------------------------------------------------
@@ -440,6 +423,13 @@ def test_folders_that_will_not_do_are_one_sentence(refusal, trained, tmp_path):
         assert f"{file} is a file; it takes a folder" in refusal("--visualize_all", "--out", str(out))
 
 
+@pytest.mark.parametrize("held", ["config.json", "evaluations"])
+def test_a_folder_of_another_command_is_refused(refusal, trained, tmp_path, held):
+    (tmp_path / held).mkdir()
+    message = refusal("--visualize_all", "--out", str(tmp_path))
+    assert f"--out {tmp_path} holds evaluations of another command; it takes a folder of its own." in message
+
+
 def test_checkpoints_that_are_not_there_or_do_not_fit_are_one_sentence(refusal, trained, tmp_path):
     for steps in ("7", "1,,2", "best", "1,7"):
         assert "it has those of 1, 2, 3." in refusal("--checkpoint_steps", steps)
@@ -464,13 +454,15 @@ def test_too_few_and_too_many_are_one_sentence(refusal):
 
 
 def test_a_base_model_that_cannot_be_measured_is_one_sentence(trained, tmp_path, capsys, monkeypatch):
-    from flow_grpo.entropy import NonFiniteError
+    drawn = draw_samples
 
-    def broken(*_):
-        raise NonFiniteError("the velocity is not finite")
+    def broken(*arguments):
+        samples = drawn(*arguments)
+        samples.images[0, 0, 0, 0] = math.nan
+        return samples
 
     monkeypatch.setattr("flow_grpo.evaluation.draw_samples", broken)
     with pytest.raises(SystemExit) as exit_code:
         visualize(trained.folder, tmp_path, "--checkpoint_steps", "1")
     assert exit_code.value.code == 2
-    assert "The base model's samples cannot be measured: the velocity is not finite" in capsys.readouterr().err
+    assert "The base model's samples cannot be measured: its images are not finite" in capsys.readouterr().err

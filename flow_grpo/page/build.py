@@ -24,7 +24,14 @@ TEMPLATE, STYLE, SCRIPTS = "page.html.j2", "page.css", (
 )  # fmt: skip
 
 
-def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool = False, label: str = "eval") -> Path:
+def build_page(
+    folders: Sequence[Path],
+    out: Path,
+    command: str = "",
+    live: bool = False,
+    label: str = "eval",
+    names: Sequence[str] = (),
+) -> Path:
     """Write the page of one or more run folders, in one piece; the file that was there is replaced.
 
     Args:
@@ -32,6 +39,7 @@ def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool
         command: by which the page can be made again, shown at its end.
         live: whether the first run goes on: the page then loads itself again every so often.
         label: "eval": the current weights; "eval_ema": the averaged ones.
+        names: what the runs are called; none: as their folders.
 
     Returns:
         `out`.
@@ -39,7 +47,7 @@ def build_page(folders: Sequence[Path], out: Path, command: str = "", live: bool
     Raises:
         ConfigError: a folder holds no evaluation of that label, or is no run's; or `out` cannot be written.
     """
-    contents = contents_of(read_runs(folders, label), live, label)
+    contents = contents_of(read_runs(folders, label, names), live, label)
     script = "\n".join(_asset(name) for name in SCRIPTS)
     style = _asset(STYLE)
     html = _template().render(

@@ -88,8 +88,8 @@ def evenly(items: Sequence[int], most: int, wanted: int | None = None) -> list[i
 # --- reading --------------------------------------------------------------------------------------------
 
 
-def read_runs(folders: Iterable[Path], label: str = "eval") -> list[PageRun]:
-    """The runs in these folders, in their order.
+def read_runs(folders: Iterable[Path], label: str = "eval", names: Sequence[str] = ()) -> list[PageRun]:
+    """The runs in these folders, in their order, under these names or else their folders'.
 
     Raises:
         ConfigError: no folder, one twice, or one without an evaluation.
@@ -100,7 +100,8 @@ def read_runs(folders: Iterable[Path], label: str = "eval") -> list[PageRun]:
     twice = [folder for folder, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
     if twice:
         raise ConfigError(f"the run folder {twice[0]} was given twice.")
-    return [read_run(folder, name, label) for folder, name in zip(folders, run_names(folders), strict=True)]
+    names = names or run_names(folders)
+    return [read_run(folder, name, label) for folder, name in zip(folders, names, strict=True)]
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -442,7 +442,7 @@ def visualize(args: argparse.Namespace, command: str) -> dict[str, Any]:
     record = results(found, instruments, args.ema)
     write_atomically(out / RESULTS, strict_json(record, indent=1) + "\n")
     draw_figures(record, out, label)
-    build_page([out], out / PAGE_FILE, command, label=label)
+    build_page([out], out / PAGE_FILE, command, label=label, names=[record["run"]])
     metrics = {one.model.step: one.metrics for one in found if one.metrics}
     log_checkpoints(
         accelerator, config, run, label.replace("eval", "checkpoint"), metrics, pictures(models, out, label)
