@@ -42,6 +42,7 @@ LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # of small ones; here
 MOST_PROMPTS, MOST_NOISES = 10, 8  # of larger ones
 MOST_TILES = 4096  # of small ones: 50 MB of pixels at 64 x 64
 COLUMNS = 16
+FOLDERS = "folders "  # a setting begins so where images were not drawn, but there already
 WEBP_SIDE = 16383  # pixels, at most
 
 
@@ -105,6 +106,11 @@ class Record:
     def sprite_path(self) -> Path | None:
         """The file of the images."""
         return None if self.sprite is None else self.folder / self.sprite.file
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the images were drawn for it, from noises that other records share."""
+        return not self.setting.startswith(FOLDERS)
 
     @property
     def images(self) -> dict[tuple[str, int], int]:
