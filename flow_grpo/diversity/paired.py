@@ -24,10 +24,11 @@ from flow_grpo.diversity.bootstrap import (
 from flow_grpo.errors import ConfigError
 
 Array = NDArray[np.float64]
+Matrices = Sequence[ArrayLike] | np.ndarray  # one for each prompt
 LEVEL = 0.95
 DRAWS = 2000  # of the studentised bootstrap
 NEIGHBOURS = 2  # of 16 images the base then reaches 78 to 93 % of its own, see above
-ROUNDING = 2e-7  # an eigenvalue below this share of their sum is rounding: distances are kept with 6 digits
+ROUNDING = 1e-8  # an eigenvalue below this share of their sum is none: distances are kept with 6 digits
 INDEFINITE = 1e-5  # a negative one beyond this share is none
 
 
@@ -108,9 +109,7 @@ def _strata(groups: np.ndarray) -> list[np.ndarray]:
 # --- Vendi, from distances ----------------------------------------------------------------------------------
 
 
-def change_of_vendi(
-    old: Sequence[ArrayLike], new: Sequence[ArrayLike], order: float = 1.0, paired: bool = True
-) -> Change | None:
+def change_of_vendi(old: Matrices, new: Matrices, order: float = 1.0, paired: bool = True) -> Change | None:
     """Of the mean over prompts (fixed) of Vendi_q of n images, cosine kernel.
 
     Args:
@@ -176,9 +175,9 @@ def _features(distances: Array) -> Array:
 
 
 def change_of_reach(
-    old: Sequence[ArrayLike],
-    new: Sequence[ArrayLike],
-    old_to_new: Sequence[ArrayLike],
+    old: Matrices,
+    new: Matrices,
+    old_to_new: Matrices,
     neighbours: int = NEIGHBOURS,
     paired: bool = True,
 ) -> Change | None:
@@ -289,7 +288,7 @@ def _change(old: float, new: float, half: float, most: float, images: int, paire
     return Change(old, new, difference, low, high, LEVEL, images, paired)
 
 
-def _matrices(sets: Sequence[Sequence[ArrayLike]], paired: bool) -> list[list[Array]] | None:
+def _matrices(sets: Sequence[Matrices], paired: bool) -> list[list[Array]] | None:
     """As float64, cut to one size for each prompt unless paired; None if there is none, or not all are finite."""
     counts = [len(matrices) for matrices in sets]
     if len(set(counts)) > 1:
