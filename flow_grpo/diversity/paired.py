@@ -21,6 +21,7 @@ from flow_grpo.diversity.bootstrap import (
     jackknife,
     rows_left,
 )
+from flow_grpo.diversity.vendi import NEGLIGIBLE
 from flow_grpo.errors import ConfigError
 
 Array = NDArray[np.float64]
@@ -28,7 +29,7 @@ Matrices = Sequence[ArrayLike] | np.ndarray  # one for each prompt
 LEVEL = 0.95
 DRAWS = 2000  # of the studentised bootstrap
 NEIGHBOURS = 2  # of 16 images the base then reaches 78 to 93 % of its own, see above
-ROUNDING = 1e-8  # an eigenvalue below this share of their sum is none: distances are kept with 6 digits
+ROUNDING = 1.5  # eigenvalues below so many times the most negative one are rounding, as that one is
 INDEFINITE = 1e-5  # a negative one beyond this share is none
 
 
@@ -167,7 +168,7 @@ def _features(distances: Array) -> Array:
             f"The distances are none of unit features: their cosines have an eigenvalue of {shares[0]:.2g} n, and it "
             f"must be at least {-INDEFINITE:g} n."
         )
-    kept = shares > ROUNDING
+    kept = shares > max(NEGLIGIBLE * shares[-1], -ROUNDING * shares[0])
     return vectors[:, kept] * np.sqrt(eigenvalues[kept])
 
 
