@@ -6,7 +6,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: demo test lint bench study study-quick pretrain
 demo: .venv/installed  ## fine-tune the tiny SD3 with DRTune and GRPO, and report
-	$(BIN)/python scripts/study/demo.py
+	$(BIN)/fme demo
 
 test: .venv/installed  ## the whole suite
 	$(TESTS)

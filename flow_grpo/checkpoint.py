@@ -47,6 +47,7 @@ from flow_grpo.runs.saved import (
 from flow_grpo.settings import Settings, weights_record
 from flow_grpo.tracking import Run
 from flow_grpo.training_state import TrainingState, collect, named_as, not_finite, read, restore, trained_tensors
+from flow_grpo.training_words import go_on
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,12 @@ class Saver:
         assert state is not None, "remember comes first"
         restore(self.policy, run, state, "the state of the last epoch")
         folder = checkpoint_folder(run)
+        whole = f"checkpoint {run.counters.epoch} is whole; {go_on(run.folder)}"
         if _holds(folder, state):
-            return f"{folder.name} is whole, go on with --config.resume_from={run.folder.resolve()}"
+            return whole
         problem = self._attempt(self._score, state.evaluated)
         if problem is None:
-            return f"{folder.name} is written, go on with --config.resume_from={run.folder.resolve()}"
+            return whole
         saved = finished_checkpoints(run.folder / CHECKPOINTS)
         kept = f"{saved[max(saved)].name} is the newest" if saved else "there is none"
         return f"its checkpoint could not be written ({problem}): {kept}"

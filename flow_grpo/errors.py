@@ -20,8 +20,9 @@ class Interrupted(Exception):
     """Somebody asked the process to stop, and it has saved what there was (exit code 128 + signal)."""
 
     def __init__(self, reason: IntEnum, what: str) -> None:
-        """`reason`: a `stopping.Reason`; `what` completes "stopped by SIGTERM ..."."""
-        super().__init__(f"stopped by {CAUSES.get(reason.name, reason.name)} {what}.")
+        """`reason`: a `stopping.Reason`; `what` completes "stopped by SIGTERM ..." (of Ctrl-C, "stopped ...")."""
+        cause = "" if reason == signal.SIGINT else f"by {CAUSES.get(reason.name, reason.name)} "
+        super().__init__(f"stopped {cause}{what}.")
         self.reason = reason
         self.exit_code = 128 + (reason if reason < 128 else signal.SIGTERM)
 

@@ -1,8 +1,17 @@
-"""Evaluation: fixed prompts and fixed noise through the ODE sampler, once; then every evaluator on those samples."""
+"""Evaluation: fixed prompts and fixed noise through the ODE sampler, once; then every evaluator on those samples.
+
+What they found is logged as means, and kept image by image in a record (flow_grpo/runs/evaluations.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,43 +21,56 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from flow_grpo.evaluators.base import Evaluator, SampleRequest
+from flow_grpo.errors import ConfigError
+from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
+from flow_grpo.files import strict_json
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
-from flow_grpo.policy import Policy
+from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer
+from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer, reward_weights, trained_models
+from flow_grpo.runs.evaluations import Record, read_record, record_path, with_changes, write_record
 from flow_grpo.settings import Settings
 from flow_grpo.step_visualizer import StepVisualizer
 from flow_grpo.tracking import Run
 from flow_grpo.types import Samples
 
+EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/")  # metrics that a record keeps besides
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation gave, on the main process; nothing on the others."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)  # <label>/<metric> of every evaluator
+    record: Record | None = None
+
 
 def evaluate(
     policy: Policy, prompts: PromptDataset, evaluators: Sequence[Evaluator], settings: Settings, run: Run, prefix: str
-) -> dict[str, float]:
-    """Sample with the policy's current weights, measure, and write the image grid.
-
-    Returns:
-        `prefix/<metric>` of every evaluator, on the main process; nothing on the others.
-    """
+) -> Evaluation:
+    """Sample with the policy's current weights, measure, and write the image grid and the record."""
     tested = test_request(prompts, settings)
     requests = [tested, *(evaluator.request for evaluator in evaluators if evaluator.request)]
     samples = draw_samples(policy, prompts, settings, run, requests, prefix)
-    metrics: dict[str, float] = {}
+    found: list[tuple[Samples, Measured]] = []
     for evaluator in run.progress(evaluators, "evaluating"):
         run.check_stop()
         if run.is_main or evaluator.collective:
             seen = view(samples, evaluator.request or tested)
             with run.writing(f"what {evaluator.name} keeps of an evaluation"):
-                metrics |= {f"{prefix}/{name}": value for name, value in evaluator.evaluate(seen).items()}
+                found.append((seen, evaluator.evaluate(seen)))
     if not run.is_main:
-        return {}
+        return Evaluation()
     run.log_image(prefix, image_grid(view(samples, tested), settings.config), run.counters.epoch)
-    return metrics
+    record = _against_base(record_of(samples, found, prompts.prompts, run), run)
+    if run.holds_folder():  # else `log` tells
+        with run.writing(str(record_path(run.folder, record.label, record.epoch))):
+            run.log_record(write_record(run.folder, record, samples.images))
+    return Evaluation({f"{prefix}/{k}": value for _, part in found for k, value in part.metrics.items()}, record)
 
 
 def test_request(prompts: PromptDataset, settings: Settings) -> SampleRequest:
@@ -58,7 +80,7 @@ def test_request(prompts: PromptDataset, settings: Settings) -> SampleRequest:
 
 
 def draw_samples(
-    policy: Policy,
+    policy: ImageModel,
     prompts: PromptDataset,
     settings: Settings,
     run: Run,
@@ -118,6 +140,91 @@ def _gather_in_order(parts: list[Tensor], positions: list[int]) -> Tensor:
     return torch.stack([found[position] for position in sorted(found)])
 
 
+# --- the record -----------------------------------------------------------------------------------------
+
+
+def record_of(samples: Samples, found: Sequence[tuple[Samples, Measured]], tested: Sequence[str], run: Run) -> Record:
+    """What the evaluators found of each image of their samples, joined over all that were drawn.
+
+    `tested`: the different prompts of the test file, in its order.
+    """
+    prompts = {text: number for number, text in enumerate(dict.fromkeys(samples.prompts))}
+    places = {key: i for i, key in enumerate(_keys(samples))}
+    record = Record(
+        label=samples.label,
+        epoch=run.counters.epoch,
+        prompts=list(prompts),
+        prompt=[prompts[text] for text in samples.prompts],
+        noise=samples.sample_ids.tolist(),
+        seconds=run.counters.seconds,
+        network_evaluations=run.counters.network_evaluations,
+        setting=setting_of(run.settings.config, tested),
+        extra={k: v for _, part in found for k, v in part.metrics.items() if k.startswith(EXTRA)},
+    )
+    for seen, part in found:
+        record = _joined(record, part, [places[key] for key in _keys(seen)], list(dict.fromkeys(seen.prompts)))
+    return record
+
+
+def _joined(record: Record, part: Measured, where: Sequence[int], prompts: Sequence[str]) -> Record:
+    """A record with what one evaluator found of the images at these places, its prompts by their own numbers."""
+    places, total = {text: number for number, text in enumerate(record.prompts)}, len(record.prompt)
+    numbers = [places[text] for text in prompts]
+    rewards = {name: _spread(values, where, total) for name, values in part.rewards.items()}
+    judge, diversity = part.judge or record.judge, part.diversity or record.diversity
+    if part.judge is not None and judge is not None:
+        guess = [None if number is None else numbers[number] for number in part.judge.guess]
+        probability = _spread(part.judge.probability, where, total)
+        judge = replace(judge, guess=_spread(guess, where, total), probability=probability)
+    if part.diversity is not None and diversity is not None:
+        diversity = replace(diversity, prompts=[numbers[number] for number in part.diversity.prompts])
+    return replace(record, rewards={**record.rewards, **rewards}, judge=judge, diversity=diversity)
+
+
+def _keys(samples: Samples) -> list[tuple[int, int]]:
+    return list(zip(samples.prompt_ids.tolist(), samples.sample_ids.tolist(), strict=True))
+
+
+def _spread(values: Sequence[Any], where: Sequence[int], total: int) -> list[Any]:
+    """A list of `total` with the finite values at these places, and None elsewhere."""
+    spread = [None] * total
+    for place, value in zip(where, values, strict=True):
+        spread[place] = value if value is not None and math.isfinite(value) else None
+    return spread
+
+
+def _against_base(record: Record, run: Run) -> Record:
+    """With its changes against the base model's record of the same run, if there is one and it was drawn alike."""
+    path = record_path(run.folder, record.label, 0)
+    if record.epoch == 0:
+        return record
+    if not path.exists():
+        run.tell(f"{path} is missing: nothing is compared with the base model.")
+        return record
+    try:
+        base = read_record(path)
+    except ConfigError as error:
+        run.tell(f"{str(error).rstrip('.')}: nothing is compared with the base model.", key=str(path))
+        return record
+    if base.setting != record.setting:
+        run.tell("the base model was drawn or rewarded otherwise: nothing is compared with it.")
+    return with_changes(record, base)
+
+
+def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
+    """A digest of what decides an image, given its prompt and the number of its noise, and what it is rewarded for."""
+    names = ("revision",), ("resolution", "max_sequence_length"), ("seed", "num_steps", "guidance_scale")
+    parts = zip((config.pretrained, config, config.eval), names, strict=True)
+    values: list[Any] = [part[name] for part, chosen in parts for name in chosen]
+    values.append(Path(config.pretrained.model).name)  # the folder may have moved
+    values.append(list(tested))  # their places key the noise
+    rewards = {name: (weight, config.reward_model.get(name)) for name, weight in reward_weights(config).items()}
+    return hashlib.sha256(strict_json([*values, rewards]).encode()).hexdigest()[:16]
+
+
+# --- pictures and evaluators ----------------------------------------------------------------------------
+
+
 def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
     """The first images of the first prompts: a row for each prompt; black where an image is not finite."""
     rows = [
@@ -134,7 +241,8 @@ def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.
     evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device, freq)]
     if config.judge:
         scorer: ClipScorer = load_scorer("config.eval.judge", CLIP_SCORER, config.judge, device)
-        evaluators.append(JudgeEvaluator(scorer, config.batch_size, freq))
+        independent = os.path.realpath(config.judge) not in map(os.path.realpath, trained_models(settings.config))
+        evaluators.append(JudgeEvaluator(scorer, config.batch_size, freq, config.judge, independent))
         if config.modes:
             evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size, freq))
     return evaluators

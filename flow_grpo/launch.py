@@ -23,6 +23,7 @@ from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.messages import say
 from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.paths import find
 from flow_grpo.policy import check_lora_targets, noise_levels
 from flow_grpo.rewards import REWARDS, reward_names
 from flow_grpo.runs.stopping import StopWatch
@@ -110,7 +111,7 @@ def _check_hub(settings: Settings) -> None:
         models["diversity.model"] = config.diversity.model
     wanted |= {key: (model, "config.json", None) for key, model in models.items()}
     for key, (model, file, revision) in wanted.items():
-        if os.path.isdir(os.path.expanduser(model)):
+        if os.path.isdir(find(model)):
             continue
         try:
             hf_hub_download(model, file, revision=revision)
@@ -123,7 +124,7 @@ def _check_hub(settings: Settings) -> None:
 def _check_pipeline(settings: Settings) -> None:
     """What its own classes make of the settings in a pipeline's folder; that of a hub id is checked when it loads."""
     config = settings.config
-    folder = Path(config.pretrained.model)
+    folder = Path(find(config.pretrained.model))
     if not os.path.isdir(folder):
         return
     files = (folder / "scheduler/scheduler_config.json", folder / "transformer/config.json")

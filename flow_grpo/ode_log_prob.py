@@ -27,6 +27,7 @@ from flow_grpo.entropy import (
     ode_log_density,
 )
 from flow_grpo.errors import ConfigError
+from flow_grpo.evaluators.base import Measured
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators, keyed_generator
 from flow_grpo.settings import Settings
@@ -181,10 +182,11 @@ class OdeLogProbEvaluator:
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
         self.policy, self.run = policy, run
-        self.freq, self.num_prompts = settings.config.eval_ode_log_prob_freq, settings.config.entropy.num_prompts
+        self.freq = settings.config.eval_ode_log_prob_freq or settings.config.eval_freq
+        self.num_prompts = settings.config.entropy.num_prompts
         estimator_of(policy)  # refuses what cannot be
 
-    def evaluate(self, samples: Samples) -> dict[str, float]:
+    def evaluate(self, samples: Samples) -> Measured:
         """Of the weights that the policy has now; on every process. All nan where the velocity is not finite."""
         prompts = tuple(dict.fromkeys(samples.prompts))[: self.num_prompts]
         try:
@@ -194,4 +196,4 @@ class OdeLogProbEvaluator:
                 warnings.warn(f"no log-densities at epoch {self.run.counters.epoch}: {error}", stacklevel=2)
             unknown = torch.full((len(prompts), 2), math.nan, dtype=torch.float64)
             densities = PromptLogDensities(prompts, unknown, unknown, latent_dims(self.policy))
-        return entropy_metrics(densities)
+        return Measured(entropy_metrics(densities))

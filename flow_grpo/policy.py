@@ -26,6 +26,7 @@ from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_lo
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
 from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.paths import find
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import WITHOUT_T5, Settings, check_scheduler
 from flow_grpo.types import PromptEmbeds, Trajectory
@@ -45,7 +46,7 @@ def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
     try:
         with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            folder = pretrained.model
+            folder = find(pretrained.model)
             if not os.path.isdir(folder):
                 folder = StableDiffusion3Pipeline.download(folder, revision=pretrained.revision or None)
             pipeline, missing = _load_parts(folder, DTYPES[settings.config.mixed_precision])
@@ -111,31 +112,105 @@ def check_lora_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> 
             )
 
 
-class Policy:
+class ImageModel:
+    """A pipeline that makes images as a configuration says: all that an evaluation needs of it. Nothing in it trains.
+
+    Attributes:
+        transformer, vae: the modules themselves.
+        network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
+            forward count.
+    """
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, settings: Settings, accelerator: Accelerator) -> None:
+        self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
+        self.pipeline = pipeline.to(self.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        self.network_evaluations = 0
+        self._freeze()
+        self._encode_one = lru_cache(maxsize=settings.config.prompt_cache_size)(self._encode_uncached)
+
+    def _freeze(self) -> None:
+        """No module trains, and none has dropout on."""
+        for module in self.pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval()
+
+    # --- prompts, velocity, images -----------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P)."""
+        parts = [self._encode_one(prompt) for prompt in prompts]
+        return PromptEmbeds.cat(parts)
+
+    @torch.no_grad()
+    def _encode_uncached(self, prompt: str) -> PromptEmbeds:
+        prompt_embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.settings.config.max_sequence_length,
+        )
+        return PromptEmbeds(prompt_embeds, pooled)
+
+    def velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        """The guided velocity v(x, sigma) of these prompts: (B, C, h, w) -> (B, C, h, w), float32."""
+        return self._velocity_of(self.transformer, embeds, guidance_scale)
+
+    def _velocity_of(self, transformer: torch.nn.Module, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        guided = guidance_scale != 1.0
+        negative = self.encode([""] * len(embeds)) if guided else None
+
+        def velocity(latents: Tensor, sigma: float) -> Tensor:
+            self.network_evaluations += len(latents) * (2 if guided else 1)
+            with self.accelerator.autocast():
+                return guided_velocity(transformer, latents, sigma, embeds, negative, guidance_scale)
+
+        return velocity
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
+        pixels_per_token = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
+        tokens = (self.settings.config.resolution // pixels_per_token) ** 2
+        return noise_levels(self.pipeline.scheduler, num_steps, tokens)
+
+    def noise(self, generators: list[torch.Generator]) -> Tensor:
+        """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""
+        side = self.settings.config.resolution // self.pipeline.vae_scale_factor
+        shape = (len(generators), self.transformer.config.in_channels, side, side)
+        return randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
+
+    def sample_ode(self, prompts: Sequence[str], generators: list[torch.Generator]) -> Trajectory:
+        """Evaluation's sampler: the ODE at `config.eval`'s steps and guidance."""
+        evaluation = self.settings.config.eval
+        velocity = self.velocity(self.encode(prompts), evaluation.guidance_scale)
+        return pipeline_with_logprob(velocity, self.noise(generators), self.sigmas(evaluation.num_steps))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, differentiable."""
+        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+
+
+class Policy(ImageModel):
     """Everything of the model that the two training loops and the evaluation need.
 
     Weights that are trained are float32; all others are frozen, in the dtype of `mixed_precision`. The transformer is
     not wrapped for distributed training: `optimization.apply_update` averages gradients once per update.
 
     Attributes:
-        transformer, vae: the modules themselves.
         trainable, named_trainable: the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
-        network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
-            forward count.
         skipped_in_a_row: updates skipped since the last that was applied.
     """
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, settings: Settings, accelerator: Accelerator) -> None:
+        super().__init__(pipeline, settings, accelerator)
         config = settings.config
-        self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
-        self.pipeline = pipeline.to(self.device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.transformer, self.vae = pipeline.transformer, pipeline.vae
-        self.network_evaluations = 0
         self.skipped_in_a_row = 0
-        self._freeze()
         self._reference: torch.nn.Module | None = None
         if config.use_lora:
             self._add_lora()
@@ -147,7 +222,6 @@ class Policy:
         self.trainable = list(self.named_trainable.values())
         self.optimizer = accelerator.prepare(self._adamw())
         self.ema = EMAModel(self.trainable, decay=config.train.ema_decay) if config.train.ema else None
-        self._encode_one = lru_cache(maxsize=config.prompt_cache_size)(self._encode_uncached)
 
     @classmethod
     def load(cls, settings: Settings, accelerator: Accelerator) -> Policy:
@@ -156,12 +230,6 @@ class Policy:
         return cls(load_pipeline(settings), settings, accelerator)
 
     # --- construction --------------------------------------------------------------------------------
-
-    def _freeze(self) -> None:
-        """No module trains, and none has dropout on."""
-        for module in self.pipeline.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False).eval()
 
     def _add_lora(self) -> None:
         """LoRA (arXiv 2106.09685) on the transformer; Gaussian A, zero B, the same on every process."""
@@ -204,28 +272,7 @@ class Policy:
             eps=train.adam_epsilon,
         )
 
-    # --- prompts, velocity, images -----------------------------------------------------------------------
-
-    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P)."""
-        parts = [self._encode_one(prompt) for prompt in prompts]
-        return PromptEmbeds.cat(parts)
-
-    @torch.no_grad()
-    def _encode_uncached(self, prompt: str) -> PromptEmbeds:
-        prompt_embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt,
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.settings.config.max_sequence_length,
-        )
-        return PromptEmbeds(prompt_embeds, pooled)
-
-    def velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
-        """The guided velocity v(x, sigma) of these prompts: (B, C, h, w) -> (B, C, h, w), float32."""
-        return self._velocity_of(self.transformer, embeds, guidance_scale)
+    # --- the pretrained weights -------------------------------------------------------------------------
 
     def reference_velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
         """The same under the pretrained weights, without gradient."""
@@ -238,17 +285,6 @@ class Policy:
 
         return reference
 
-    def _velocity_of(self, transformer: torch.nn.Module, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
-        guided = guidance_scale != 1.0
-        negative = self.encode([""] * len(embeds)) if guided else None
-
-        def velocity(latents: Tensor, sigma: float) -> Tensor:
-            self.network_evaluations += len(latents) * (2 if guided else 1)
-            with self.accelerator.autocast():
-                return guided_velocity(transformer, latents, sigma, embeds, negative, guidance_scale)
-
-        return velocity
-
     @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:
         """Switch LoRA off; nothing to do for a frozen copy."""
@@ -260,29 +296,6 @@ class Policy:
             yield
         finally:
             self.transformer.enable_adapters()
-
-    def sigmas(self, num_steps: int) -> Tensor:
-        """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
-        pixels_per_token = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
-        tokens = (self.settings.config.resolution // pixels_per_token) ** 2
-        return noise_levels(self.pipeline.scheduler, num_steps, tokens)
-
-    def noise(self, generators: list[torch.Generator]) -> Tensor:
-        """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""
-        side = self.settings.config.resolution // self.pipeline.vae_scale_factor
-        shape = (len(generators), self.transformer.config.in_channels, side, side)
-        return randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
-
-    def sample_ode(self, prompts: Sequence[str], generators: list[torch.Generator]) -> Trajectory:
-        """Evaluation's sampler: the ODE at `config.eval`'s steps and guidance."""
-        evaluation = self.settings.config.eval
-        velocity = self.velocity(self.encode(prompts), evaluation.guidance_scale)
-        return pipeline_with_logprob(velocity, self.noise(generators), self.sigmas(evaluation.num_steps))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, differentiable."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
     # --- averaged weights --------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import torch
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, parse_json, read_bytes
+from flow_grpo.paths import find
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import BatchPlan, text_fault
 from flow_grpo.types import PromptBatch
@@ -62,7 +63,7 @@ class PromptDataset:
         Raises:
             ConfigError: the file is missing, empty, too large, of another kind, or has a line that is not a prompt.
         """
-        file = os.path.expanduser(path)
+        file = find(path)
         if not os.path.exists(file):
             raise ConfigError(f"the prompt file {path} does not exist{_how_to_fetch(path)}.")
         parse, found = _parser(path), os.stat(file)

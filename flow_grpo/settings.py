@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, read_object
 from flow_grpo.model_files import CLIP_NEEDS, MODEL_NEEDS, PART_NEEDS, Needs, check_files
+from flow_grpo.paths import find
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
 from flow_grpo.runs.folder import run_folder_of
 from flow_grpo.runs.lock import in_use, is_locked
@@ -363,9 +364,7 @@ def _check_values(config: ConfigDict) -> None:
     for key, value in values.items():
         rule = RULES.get(key) or OPEN_GROUPS.get(key.split(".")[0])
         if rule is None:
-            raise ConfigError(
-                f"config.{key} = {value!r} is not a key; flow_grpo/recipes/base.py declares all there are."
-            )
+            raise ConfigError(f"config.{key} = {value!r} is not a key; `fme ls keys` lists all there are.")
         if not rule.accepts(value):
             raise ConfigError(f"config.{key} = {value!r} is not allowed; it takes {rule.allowed}.")
 
@@ -537,8 +536,8 @@ def _check_drtune(config: ConfigDict) -> None:
 
 def _check_model(config: ConfigDict) -> None:
     """The model is a hub id, or a folder with an SD3 pipeline that can make images of this size."""
-    model = config.pretrained.model
-    check_checkpoint("config.pretrained.model", model)
+    check_checkpoint("config.pretrained.model", config.pretrained.model)
+    model = find(config.pretrained.model)
     pixels, largest = HUB_PIXELS_PER_TOKEN, math.inf
     if os.path.isdir(model):
         _check_pipeline(Path(model))
@@ -549,7 +548,8 @@ def _check_model(config: ConfigDict) -> None:
     if config.resolution % pixels or config.resolution > largest:
         limit = "" if largest == math.inf else f", at most {largest}"
         raise ConfigError(
-            f"config.resolution = {config.resolution} does not fit the model {model}; it takes a multiple of "
+            f"config.resolution = {config.resolution} does not fit the model "
+            f"{config.pretrained.model}; it takes a multiple of "
             f"{pixels}{limit}."
         )
 
@@ -654,8 +654,8 @@ def _check_scorers(config: ConfigDict) -> None:
 
 def _check_folder(key: str, model: str, needs: Needs) -> None:
     """A folder has what it needs; a hub id is asked for when the processes start."""
-    if os.path.isdir(model):
-        check_files(Path(model), f"config.{key}: ", needs)
+    if os.path.isdir(found := find(model)):
+        check_files(Path(found), f"config.{key}: ", needs)
 
 
 def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:
@@ -663,7 +663,7 @@ def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:
 
     A file without a prompt, {}, is allowed: nothing is counted then.
     """
-    modes = read_object(path, subject)
+    modes = read_object(Path(find(str(path))), subject)
     for prompt, captions in modes.items():
         if not isinstance(captions, dict) or not captions:
             raise ConfigError(

@@ -30,6 +30,7 @@ from torchvision.utils import make_grid
 
 from flow_grpo.entropy import NonFiniteError, divergence, draw_probes
 from flow_grpo.errors import ConfigError
+from flow_grpo.evaluators.base import Measured
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.ode_log_prob import estimator_of, probe_generators
@@ -87,18 +88,19 @@ class StepVisualizer:
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
         self.policy, self.run = policy, run
-        self.freq, self.num_prompts = settings.config.visualize_steps_freq, settings.config.entropy.num_strip_prompts
+        self.freq = settings.config.visualize_steps_freq or settings.config.eval_freq
+        self.num_prompts = settings.config.entropy.num_strip_prompts
         self.folder = run.folder / "steps"
         estimator_of(policy)  # refuses what cannot be
 
-    def evaluate(self, samples: Samples) -> dict[str, float]:
+    def evaluate(self, samples: Samples) -> Measured:
         """Draw the weights that the policy has now; nothing where their velocity is not finite."""
         step, prompts = self.run.counters.epoch, tuple(dict.fromkeys(samples.prompts))[: self.num_prompts]
         try:
             strip = film_strip(self.policy, prompts)
         except NonFiniteError as error:
             warnings.warn(f"no film strip at epoch {step}: {error}", stacklevel=2)
-            return {}
+            return Measured()
         self._write(samples.label, step, prompts, strip)
         history = self._read(samples.label, step)
         drawings: dict[str, Callable[[], Image.Image]] = {
@@ -109,7 +111,7 @@ class StepVisualizer:
         for name, draw in drawings.items():
             with optional_figure(self.folder.parent / IMAGE_FOLDER / f"{samples.label}_{name}_{step:06d}.png"):
                 self.run.log_image(f"{samples.label}_{name}", draw(), step)
-        return {}
+        return Measured()
 
     def _write(self, label: str, step: int, prompts: tuple[str, ...], strip: FilmStrip) -> None:
         self.folder.mkdir(exist_ok=True)

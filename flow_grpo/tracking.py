@@ -1,4 +1,4 @@
-"""A run: counters, history and trackers; the only file that knows wandb and tensorboard.
+"""A run: its counters, and everything that is written to its folder and told to its trackers.
 
 Everything that a report shows is rebuilt from the run's folder, flow_grpo/runs/folder.py; only the main process writes.
 """
@@ -7,31 +7,26 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import importlib.util
 import io
 import json
-import netrc
+import math
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 from tqdm import tqdm
@@ -40,29 +35,38 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.messages import say
 from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.evaluations import read_record
 from flow_grpo.runs.folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     HISTORY_FILE,
     IMAGE_FOLDER,
+    PAGE_FILE,
     RECORD_FOLDERS,
-    TRACKERS,
     OpenFolder,
     config_digest,
     flatten,
     keep_damaged,
     open_folder,
 )
-from flow_grpo.runs.history import append_line, salvage_history, starts_with, write_history
+from flow_grpo.runs.history import append_line, is_evaluation, salvage_history, starts_with, write_history
+from flow_grpo.runs.lock import command_line
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.stopping import Reason, StopWatch
+from flow_grpo.runs.trackers import (
+    Board,
+    Description,
+    choose_trackers,
+    finish_trackers,
+    pixels_of,
+    start_trackers,
+)
 
 if TYPE_CHECKING:
     from flow_grpo.settings import Settings
 
 
 FAILURE = 1 << 16  # in the place of a reason to stop: the main process cannot write
-WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 
 
 @dataclass
@@ -117,6 +121,7 @@ class Run:
         self._failure = ""  # why the main process can no longer write metrics
         self._told: set[str] = set()
         self._logged = False  # whether there is a history, which must not vanish
+        self._start_trackers: Callable[[], list[Board]] | None = None  # of the main process, until it has been called
         self.folder, self.resumed, self.checkpoint = self.from_main(self._open)
         self.run_id: str = self.from_main(self._begin)
         if self.checkpoint is not None:
@@ -125,8 +130,8 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.finish()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.finish(0 if error is None else getattr(error, "exit_code", 1))
 
     @property
     def name(self) -> str:
@@ -160,6 +165,7 @@ class Run:
         """
         if not self.is_main:
             return
+        self._tell_trackers()  # they read the history when they start
         spent = self.counters.state_dict()
         del spent["epoch"], spent["groups"]  # the step says them
         values = {name: _number(value) for name, value in (spent | dict(metrics)).items()}
@@ -173,11 +179,7 @@ class Run:
                 f"{self.folder / HISTORY_FILE} cannot be written ({error.strerror}) after {self.counters.epoch} "
                 "epochs; the checkpoints that were saved are intact"
             )
-        try:
-            self.accelerator.log(values, step=step)
-        except OSError as error:
-            self.tell(f"a tracker cannot write ({error.strerror}): the run goes on without trackers.")
-            self.accelerator.trackers.clear()
+        self._tell_trackers(lambda tracker: tracker.log(values, step=step))
 
     def log_image(self, name: str, image: Image.Image | np.ndarray, step: int) -> None:
         """Write images/<name>_<step>.png and send it to the trackers; one that cannot be written is told and left out.
@@ -186,7 +188,7 @@ class Run:
         """
         if not self.is_main:
             return
-        pixels = _pixels(image)  # (H, W, 3)
+        pixels = pixels_of(image)  # (H, W, 3)
         path = self.folder / IMAGE_FOLDER / f"{name}_{step:06d}.png"
         if not self.holds_folder():
             return  # `log` tells
@@ -195,8 +197,29 @@ class Run:
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
             write_atomically(path, buffer.getvalue())
+        self._tell_trackers(lambda tracker: tracker.log_images({name: pixels[None]}, step=step))
+
+    def log_record(self, path: Path) -> None:
+        """Send the record of an evaluation, which has been written there, to the trackers."""
+        if self.is_main and self.settings.config.trackers:
+            record = read_record(path)
+            self._tell_trackers(lambda tracker: tracker.log_record(record))
+
+    def _tell_trackers(self, what: Callable[[Board], None] = lambda tracker: None) -> None:
+        """Of the main process: tell every tracker. The first word starts them: a run that never began is not shown.
+
+        Where one cannot write, the run goes on without them.
+        """
+        try:
+            if self._start_trackers is not None:
+                start, self._start_trackers = self._start_trackers, None
+                self.accelerator.trackers = start()
             for tracker in self.accelerator.trackers:
-                _log_image(tracker, name, pixels, step)
+                what(tracker)
+        except OSError as error:
+            self.tell(f"a tracker cannot write ({error.strerror or error}): the run goes on without trackers.")
+            finish_trackers(self.accelerator.trackers, exit_code=1)
+            self.accelerator.trackers = []
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -218,8 +241,8 @@ class Run:
         """Forget what a resumed run will do again: metrics later than `step`, its checkpoint's epoch.
 
         The evaluation at `step` itself is forgotten too, unless it is not `evaluation_redone`; so are the evaluators'
-        own records, files named <label>_<step>.json. The history is replaced in one piece; a last line torn by a crash
-        goes with it, and so do damaged lines, in a file of their own.
+        own records, files named <label>_<step>.json and .webp. The history is replaced in one piece; a last line torn
+        by a crash goes with it, and so do damaged lines, in a file of their own.
 
         Args:
             expected: size and digest of the history at `step`, as the checkpoint has them; it is checked against them.
@@ -233,7 +256,10 @@ class Run:
             self._truncate_lines(path, step, last_evaluation, expected)
         elif expected is not None and expected.get("size"):
             self.tell(f"{path} is missing: the history of the epochs so far is lost, and goes on from here.")
-        for record in (file for folder in RECORD_FOLDERS for file in (self.folder / folder).glob("*_*.json")):
+        kinds = ("json", "webp")
+        for record in [
+            f for name in RECORD_FOLDERS for kind in kinds for f in (self.folder / name).glob(f"*_*.{kind}")
+        ]:
             number = record.stem.rpartition("_")[2]
             if number.isdecimal() and int(number) > last_evaluation:
                 record.unlink()
@@ -248,14 +274,16 @@ class Run:
         lines, lost = salvage_history(path)
         if lost:
             self.tell(f"{path} has {lost} damaged lines: as it was, it is now {keep_damaged(path)}.")
-        kept = [line for line in lines if line["step"] <= (last_evaluation if _is_evaluation(line) else step)]
+        kept = [line for line in lines if line["step"] <= (last_evaluation if is_evaluation(line) else step)]
         write_history(path, kept)
 
     # --- stopping -------------------------------------------------------------------------------------
 
     def arm(self) -> None:
-        """From now on, note a signal instead of ending at once; `check_stop` raises it."""
+        """Training begins: from now on, note a signal instead of ending at once; `check_stop` raises it."""
         self._stop.armed = True
+        if self.is_main:
+            self._tell_trackers()
 
     def check_stop(self, ended: bool = False) -> None:
         """Collective: every process asks, after the same minibatches, and all are told the same.
@@ -309,12 +337,19 @@ class Run:
             torch.cuda.synchronize(self.accelerator.device)
         self.counters.seconds += self._broadcast(time.perf_counter() - start)
 
-    def finish(self) -> None:
-        """Close the trackers, leave the process group, and unlock the folder. Nothing can be logged afterwards."""
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the trackers, leave the process group, and unlock the folder. Nothing can be logged afterwards.
+
+        Args:
+            exit_code: with which the run ends, for the trackers.
+        """
         try:
+            if self._start_trackers is None and (self.folder / PAGE_FILE).is_file():
+                self._tell_trackers(lambda tracker: tracker.log_page(self.folder / PAGE_FILE))
+            finish_trackers(self.accelerator.trackers, exit_code)
+            self.accelerator.trackers.clear()
             self.accelerator.end_training()
         finally:
-            self.accelerator.trackers.clear()
             if self._opened is not None:
                 self._opened.lock.release()
 
@@ -355,20 +390,36 @@ class Run:
             raise ConfigError(f"config.pretrained.model = {self.settings.config.pretrained.model!r} {problem}")
 
     def _begin(self) -> str:
-        """Write the records and start the trackers; the run's id."""
-        run_id = self._write_records()
-        purge = None
-        if self.resumed and self.checkpoint is not None:
-            purge = checkpoint_state(self.checkpoint)["counters"]["epoch"] + 1
-        try:
-            start_trackers(self.accelerator, self.settings.config, self.folder, run_id, purge)
-        except OSError as error:
-            self.tell(f"the trackers cannot write ({error.strerror}): the run goes on without them.")
-            self.accelerator.trackers.clear()
-        return run_id
+        """Write the records and choose the trackers; the run's id."""
+        names = choose_trackers(self.settings.config.trackers)
+        environment = self._write_records()
+        settings = flatten(self.settings.config.to_dict())
+        description = Description(self.name, settings | {"run_name": self.name}, environment)
+        self._start_trackers = lambda: self._started(names, description)
+        return str(environment["run_id"])
 
-    def _write_records(self) -> str:
-        """Write config.json and environment.json; a resumed run keeps what the earlier session wrote. The run's id."""
+    def _started(self, names: Sequence[str], description: Description) -> list[Board]:
+        """The trackers; those that forget what is done again are told the rest once more."""
+        first, once_more = self._done_again()
+        trackers = start_trackers(names, description, self.folder, self.run_id, first)
+        for tracker in trackers:
+            for line in once_more if tracker.name == "tensorboard" else ():
+                tracker.log({name: _number(value) for name, value in line.items() if name != "step"}, step=first)
+        return trackers
+
+    def _done_again(self) -> tuple[int | None, list[dict[str, Any]]]:
+        """The first epoch of which something is logged again, and what was logged of it that is not; None: none is."""
+        if not self.resumed or self.checkpoint is None:
+            return None, []
+        state = checkpoint_state(self.checkpoint)
+        epoch, path = state["counters"]["epoch"], self.folder / HISTORY_FILE
+        if state.get("evaluated", True):
+            return epoch + 1, []
+        lines = salvage_history(path)[0] if path.is_file() else []
+        return epoch, [line for line in lines if line["step"] == epoch and not is_evaluation(line)]
+
+    def _write_records(self) -> dict[str, Any]:
+        """Write config.json and environment.json, which is returned and keeps what earlier sessions wrote."""
         config = json.loads(strict_json(self.settings.config.to_dict() | {"run_name": self.name}))
         environment = describe_environment(self.settings, self.accelerator)
         if self.resumed:
@@ -380,7 +431,7 @@ class Run:
             write_atomically(self.folder / ENVIRONMENT_FILE, strict_json(environment, indent=2) + "\n")
         except OSError as error:
             raise ConfigError(f"{self.folder} cannot be written ({error.strerror}).") from None
-        return str(environment["run_id"])
+        return environment
 
     def _earlier(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What environment.json takes over from the sessions before; a damaged one is kept under another name."""
@@ -410,159 +461,12 @@ class Run:
             return None
 
 
-# --- trackers -------------------------------------------------------------------------------------------
-
-
-def start_trackers(
-    accelerator: Accelerator, config: Any, folder: Path, run_id: str, purge_step: int | None = None
-) -> None:
-    """Start the configured trackers of a run folder; one that is not installed or not reachable never fails the run.
-
-    Args:
-        purge_step: of a run that goes on, the first step that is done again: tensorboard forgets it and later ones.
-    """
-    names = [name for name in TRACKERS if name in config.trackers and _is_installed(name)]
-    if "wandb" not in names:
-        return _init_trackers(accelerator, config, folder, names, run_id, purge_step, mode="")
-    from wandb.errors import Error as WandbError
-
-    try:
-        os.environ["WANDB_MODE"] = wandb_mode()  # wandb reads it too, and knows small letters only
-        _init_trackers(accelerator, config, folder, names, run_id, purge_step, os.environ["WANDB_MODE"])
-    except WandbError as error:
-        warnings.warn(f"wandb could not start ({error}); this run is kept offline in {folder}", stacklevel=2)
-        accelerator.trackers.clear()
-        _init_trackers(accelerator, config, folder, names, run_id, purge_step, mode="offline")
-
-
-def _init_trackers(
-    accelerator: Accelerator,
-    config: Any,
-    folder: Path,
-    names: list[str],
-    run_id: str,
-    purge_step: int | None,
-    mode: str,
-) -> None:
-    wandb_options = {"name": folder.name, "dir": str(folder), "mode": mode}
-    if mode == "online":  # an offline start after a failed online one must not claim the same id
-        wandb_options |= {"id": run_id, "resume": "allow"}
-    trackers: dict[str, GeneralTracker] = {}
-    if "wandb" in names:
-        trackers["wandb"] = WandBTracker(config.project, **wandb_options)
-    if "tensorboard" in names:
-        trackers["tensorboard"] = TensorBoardTracker("tensorboard", folder, purge_step=purge_step)
-    hyperparameters = {
-        key: value if _is_plain(value) else str(value) for key, value in flatten(config.to_dict()).items()
-    }
-    accelerator.log_with = list(trackers.values())
-    accelerator.init_trackers(config.project, hyperparameters)
-
-
-def log_checkpoints(
-    accelerator: Accelerator,
-    config: Any,
-    folder: Path,
-    prefix: str,
-    metrics: Mapping[int, Mapping[str, float]],
-    images: Mapping[str, Image.Image] | None = None,
-) -> None:
-    """Send what was measured of a run's checkpoints, after the run has ended, to the trackers of its folder.
-
-    Args:
-        prefix: metrics and images are named `prefix/<name>`, so that they are told from those of the training.
-        metrics: epoch -> metrics. wandb, which takes no earlier step of a run that went on, gets `prefix/epoch` as
-            their horizontal axis.
-        images: of the last of these epochs.
-
-    Raises:
-        ConfigError: the folder is not that of a run.
-    """
-    try:
-        run_id = read_object(folder / ENVIRONMENT_FILE)["run_id"]
-    except (ConfigError, KeyError):
-        raise ConfigError(f"{folder / ENVIRONMENT_FILE} does not name a run: {folder} is no run folder.") from None
-    start_trackers(accelerator, config, folder, run_id)
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            tracker.tracker.define_metric(f"{prefix}/*", step_metric=f"{prefix}/epoch")
-        for epoch, values in sorted(metrics.items()):
-            named = {f"{prefix}/{name}": _number(value) for name, value in values.items()}
-            if tracker.name == "wandb":
-                tracker.log(named | {f"{prefix}/epoch": epoch})
-            else:
-                tracker.log(named, step=epoch)
-        for name, image in (images or {}).items():
-            _log_image(tracker, f"{prefix}/{name}", _pixels(image), None if tracker.name == "wandb" else max(metrics))
-    accelerator.end_training()
-    accelerator.trackers.clear()
-
-
-def _log_image(tracker: GeneralTracker, name: str, pixels: np.ndarray, step: int | None) -> None:
-    """One image (H, W, 3) uint8."""
-    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-    tracker.log_images({name: pixels[None]}, step=step, **layout)
-
-
 # --- values ---------------------------------------------------------------------------------------------
 
 
 def _number(value: Any) -> int | float:
-    """A Python number of a number, a numpy scalar or a tensor of one element."""
-    return value if isinstance(value, int) else float(value)
-
-
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    return any(name.startswith(("eval/", "eval_ema/")) for name in line)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str))
-
-
-def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8."""
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
-    if np.issubdtype(image.dtype, np.floating):
-        image = np.round(image.clip(0, 1) * 255).astype(np.uint8)
-    return np.asarray(Image.fromarray(image).convert("RGB"))
-
-
-# --- wandb ----------------------------------------------------------------------------------------------
-
-
-def wandb_mode() -> str:
-    """The environment's WANDB_MODE; without one, or without a key, "online" becomes "offline": wandb never asks.
-
-    Raises:
-        ConfigError: WANDB_MODE is none that wandb knows.
-    """
-    given = os.environ.get("WANDB_MODE") or "online"
-    mode = given.lower()
-    if mode not in WANDB_MODES:
-        raise ConfigError(f"WANDB_MODE={given} is not allowed; it takes {', '.join(WANDB_MODES)}.")
-    return "offline" if mode == "online" and not _has_wandb_key() else mode
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(str(file)).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _is_installed(tracker: str) -> bool:
-    if importlib.util.find_spec(tracker) is not None:
-        return True
-    warnings.warn(
-        f"tracker {tracker!r} is not installed (pip install {tracker}): the run goes on without it", stacklevel=2
-    )
-    return False
+    """A Python number of a number, a numpy scalar or a tensor of one element; nan of None, as histories have it."""
+    return math.nan if value is None else value if isinstance(value, int) else float(value)
 
 
 # --- environment ----------------------------------------------------------------------------------------
@@ -573,7 +477,8 @@ def describe_environment(settings: Settings, accelerator: Accelerator) -> dict[s
     return {
         "run_id": uuid.uuid4().hex[:8],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
+        "working_folder": os.getcwd(),  # that relative paths in the configuration start from
         "git": _git_state(),
         "device": _device_name(accelerator.device),
         "processes": accelerator.num_processes,

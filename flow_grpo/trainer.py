@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 
+from flow_grpo import training_words
 from flow_grpo.checkpoint import Saver, Score
-from flow_grpo.errors import Interrupted, TrainingStopped
+from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.evaluation import Evaluator, evaluate
+from flow_grpo.page.build import build_page
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
+from flow_grpo.runs.evaluations import copy_base
+from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
+from flow_grpo.runs.history import deciding_metric
 from flow_grpo.settings import Settings, is_over
 from flow_grpo.tracking import Run
 
@@ -39,6 +45,8 @@ def fit(
     """
     config, counters = settings.config, run.counters
     saver = Saver(policy, run, settings)
+    run.tell(training_words.begins(run.folder, settings.plan.images))
+    _take_over_base(run)
     try:
         run.arm()
         saver.remember(evaluated=not evaluation_due)  # what a stop goes back to
@@ -56,8 +64,37 @@ def fit(
                 saver.remember(evaluated=False)
                 _evaluate(policy, test_prompts, evaluators, settings, run, saver)
     except Interrupted as stop:
-        raise Interrupted(stop.reason, f"after epoch {counters.epoch}: {saver.save_remembered()}") from None
-    run.tell(f"done: {counters.epoch} epochs, in {run.folder}.")
+        saved = saver.save_remembered()
+        _show(run, live=False)
+        raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
+    except TrainingStopped:
+        _show(run, live=False)
+        raise
+    _show(run, live=False)
+    run.tell(training_words.ends(run.folder, counters.epoch))
+
+
+def _take_over_base(run: Run) -> None:
+    """A run that branches off has the base model's records of the run that it comes from."""
+    if not run.is_main or run.resumed or run.begins:
+        return
+    source = run_folder_of(run.settings.config.resume_from)
+    try:
+        with run.writing("the base model's record"):
+            if source is not None:
+                copy_base(source, run.folder)
+    except ConfigError as error:
+        run.tell(f"{str(error).rstrip('.')}: nothing is compared with the base model.")
+
+
+def _show(run: Run, live: bool) -> None:
+    """Write the run's page, `live` while it goes on; one that cannot be written is told once, and ends nothing."""
+    if not (run.is_main and run.holds_folder() and (run.folder / EVALUATIONS).is_dir()):
+        return
+    try:
+        build_page([run.folder], run.folder / PAGE_FILE, command=f"fme view {shlex.quote(str(run.folder))}", live=live)
+    except (ConfigError, OSError) as error:
+        run.tell(f"no page of {run.folder}: {str(error).rstrip('.')}; the run goes on.", key=PAGE_FILE)
 
 
 def _evaluate(
@@ -75,6 +112,8 @@ def _evaluate(
     due = [e for e in evaluators if (e.freq > 0 if first else _due(e.freq, counters.epoch, last))]
     score = evaluate_weights(policy, prompts, due, settings, run)
     saver.remember(evaluated=True, score=score)  # before a stop: what was logged is not logged again
+    if due and not last:
+        _show(run, live=True)
     run.check_stop(ended=last)
     if first and not last:
         return
@@ -111,33 +150,30 @@ def _one_epoch(
 def evaluate_weights(
     policy: Policy, prompts: PromptDataset, evaluators: Sequence[Evaluator], settings: Settings, run: Run
 ) -> Score | None:
-    """Evaluate the current weights and, if there are any, the averaged ones; log both.
+    """Evaluate the current weights and, if there are any, the averaged ones; log both, and say what was found.
 
     Returns:
         On the main process, what the best checkpoint is chosen by: see `score_of`.
     """
     if not evaluators:
         return None
-    metrics = evaluate(policy, prompts, evaluators, settings, run, "eval")
+    current = evaluate(policy, prompts, evaluators, settings, run, "eval")
+    metrics = dict(current.metrics)
     averaged = policy.ema is not None and settings.config.eval.ema
     if averaged:
         with policy.ema_weights():
-            metrics |= evaluate(policy, prompts, evaluators, settings, run, "eval_ema")
+            metrics |= evaluate(policy, prompts, evaluators, settings, run, "eval_ema").metrics
     if not run.is_main:
         return None
     run.log(metrics, run.counters.epoch)
+    if current.record is not None and (said := training_words.evaluation(current.record)):
+        run.tell(said)
     return score_of(metrics, settings, "eval_ema" if averaged else "eval")
 
 
 def score_of(metrics: Mapping[str, float], settings: Settings, label: str) -> Score | None:
-    """The metric that says how good a checkpoint is; None if it was not measured or is not finite.
-
-    The judge's accuracy where there is a judge; else the first reward of `config.eval.rewards` that is not trained on;
-    else the training reward on the evaluation's noise, whose highest value may be the most exploited one.
-    """
-    config = settings.config
-    held_out = [f"reward/{name}" for name in config.eval.rewards if not config.reward_fn.get(name, 0.0)]
-    metric = f"{label}/{'judge/accuracy' if config.eval.judge else [*held_out, 'reward/total'][0]}"
+    """How good a checkpoint is, by `deciding_metric`; None if it was not measured or is not finite."""
+    metric = deciding_metric(flatten(settings.config.to_dict()), label)
     value = metrics.get(metric)
     return Score(metric, value) if value is not None and math.isfinite(value) else None
 

@@ -67,7 +67,7 @@ def small_config(random_models: Path, folder: Path) -> ConfigDict:
     config.pretrained.model = str(random_models / "sd3")
     for name in ("train", "test", "eval_diversity"):
         config.prompts[name] = str(random_models / "prompts.txt")
-    config.diversity.model, config.num_seeds = str(random_models / "judge"), 4
+    config.diversity.model, config.num_seeds, config.eval_diversity = str(random_models / "judge"), 4, False
     config.reward_fn.pickscore = 1.0
     config.reward_model.pickscore = config.reward_model.clipscore = str(random_models / "clip")
     config.eval.judge, config.eval.modes = str(random_models / "judge"), str(random_models / "modes.json")

@@ -2,11 +2,13 @@
 
 import sys
 
-from config.base import get_config
 from flow_grpo import checkpoint, drtune, grpo
+from flow_grpo.evaluation import Evaluator, sample_evaluators
+from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
+from flow_grpo.recipes.base import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.settings import resolve
 from flow_grpo.tracking import Run
@@ -18,6 +20,7 @@ CASES = {  # name -> (reward gradient, LoRA)
     "grpo_full": (False, False),
     "drtune_full": (True, False),
 }
+EVALUATED = "grpo"  # the one that is evaluated after every epoch
 
 
 def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
@@ -29,6 +32,12 @@ def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
     config.reward_model.pickscore, config.eval.judge, config.eval.modes = f"{models}/clip", "", ""
     config.num_epochs, config.save_freq, config.eval_freq = epochs, 1, 0
+    config.eval_diversity = case == EVALUATED
+    if case == EVALUATED:
+        config.prompts.eval_diversity, config.eval.judge = config.prompts.test, f"{models}/judge"
+        config.eval_freq = config.eval_diversity_freq = 1
+        config.num_seeds, config.eval.num_image_per_prompt, config.diversity.model = 8, 3, f"{models}/judge"
+        config.eval.num_steps, config.eval.ema = 2, False
     config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
     config.sample.batch_size, config.train.batch_size, config.train.updates_per_epoch = 4, 4, 2
     config.sample.num_steps, config.drtune.num_train_steps = 3, 2
@@ -55,7 +64,11 @@ def main(models: str, out: str, name: str, first: str, last: str) -> None:
         assert run.counters.epoch == int(first)
         method = drtune if settings.config.use_reward_gradient else grpo
         reward = build_reward(settings.config, accelerator.device)
-        fit(policy, method.train_epoch, prompts, prompts, reward, (), settings, run, due)
+        evaluators: list[Evaluator] = []
+        if case == EVALUATED:
+            evaluators += sample_evaluators(reward, settings, accelerator.device)
+            evaluators += build_diversity_evaluators(settings, run, accelerator.device)
+        fit(policy, method.train_epoch, prompts, prompts, reward, evaluators, settings, run, due)
     run.finish()
 
 

@@ -239,7 +239,7 @@ MISTAKES = [
     ((TINY, "--config.train.lerning_rate=1"), ["config.train.lerning_rate is not a key", "config.train.learning_rate"]),
     ((TINY, "--config.beta=1"), ["config.beta is not a key", "config.train.beta"]),
     ((TINY, "--config.eval.num_stesp=1"), ["config.eval.num_stesp is not a key", "config.eval.num_steps"]),
-    ((TINY, "--config.zzz=1"), ["config.zzz is not a key", "recipes/base.py"]),
+    ((TINY, "--config.zzz=1"), ["config.zzz is not a key", "fme ls keys"]),
     ((TINY, "--config.train.beta.x=1"), ["config.train.beta.x is not a key"]),
     ((TINY, "--noconfig.use_lroa"), ["config.use_lroa is not a key", "config.use_lora"]),
     ((TINY, "--config.reward_fn={}"), ["config.reward_fn is a group", "config.reward_fn.pickscore"]),

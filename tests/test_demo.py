@@ -1,126 +1,153 @@
-"""The demo trains both methods with real commands and recipes, overwrites nothing, and ends with what to do next."""
+"""The demo trains both methods for a fixed number of epochs, and compares them only where both made all of them."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from config.base import get_config as base_config
-from config.grpo import INTENDED_PROCESSES, get_config
-from flow_grpo.commands.cli import parse_config
+from flow_grpo.commands import demo, main
+from flow_grpo.commands.demo import METHODS
+from flow_grpo.recipes.base import get_config as base_config
+from flow_grpo.recipes.sd3 import INTENDED_PROCESSES, NAMES, get_config
 from flow_grpo.settings import resolve
-from scripts.study import demo
-from scripts.study.demo import METHODS, ROOT, parse_arguments, run_demo, train_command
-
-# stands in for scripts/train/train_sd3.py: reads the same command line, writes a run folder of known numbers
-FAKE_TRAINER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from flow_grpo.commands.cli import parse_config
 from tests.synthetic_runs import write_run
-config = parse_config(sys.argv, "")
-gradient = config.use_reward_gradient
-rewards = [0.5, 0.6, 0.9] if gradient else [0.5, 0.65, 0.75]
-write_run(Path(config.logdir) / config.run_name, rewards, [0, 10, 20] if gradient else [0, 50, 100], gradient,
-          diversity=True)
-print("trained", config.recipe, config.max_seconds, config.seed)
-"""
+
+ROOT = Path(__file__).parents[1]
+REWARDS = {"drtune": [0.5, 0.6, 0.9], "grpo": [0.5, 0.65, 0.75]}
+SECONDS = {"drtune": [0, 10, 20], "grpo": [0, 50, 100]}
 
 
-@dataclass(frozen=True)
-class Demo:
-    """A demo that was run where an earlier one's folder stood."""
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Commands that would train; each leaves a run of known numbers, of which `rewards` may be changed."""
+    monkeypatch.chdir(tmp_path)
+    commands, rewards = [], {name: list(values) for name, values in REWARDS.items()}
 
-    folder: Path
-    earlier: Path
-    output: str
+    def train(command):
+        commands.append(command)
+        name = command[-1]
+        out = Path(next(part for part in command if part.startswith("logdir=")).partition("=")[2])
+        values = rewards[name]
+        write_run(
+            out / name, values, SECONDS[name][: len(values)], name == "drtune", diversity=True,
+            evals_every=next(method.epochs for method in METHODS if method.run_name == name) // 2,
+            collapse=[0, 0.2, 0.9][: len(values)] if name == "drtune" else None,
+            overrides={"num_epochs": next(method.epochs for method in METHODS if method.run_name == name)},
+        )  # fmt: skip
+        return 0
+
+    monkeypatch.setattr(demo, "run_process", train)
+    return commands, rewards
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The demo with the stand-in trainer, in a process of its own."""
-    folder = tmp_path_factory.mktemp("demo")
-    trainer, earlier = folder / "fake_trainer.py", folder / "demo/drtune/metrics.jsonl"
-    trainer.write_text(FAKE_TRAINER.format(root=str(ROOT)))
-    earlier.parent.mkdir(parents=True)
-    earlier.write_text("earlier")
-    call = f"from scripts.study.demo import *; raise SystemExit(run_demo(Path('demo'), 5, 3, Path({str(trainer)!r})))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", call], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return Demo(folder / "demo-2", earlier, done.stdout)
+def run_demo(capsys, *arguments: str) -> list[str]:
+    assert main.main(["demo", *arguments]) == 0
+    return capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
-def test_the_commands_are_the_recipes_with_the_clock_and_nothing_else(
-    method: demo.Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
-    config = parse_config(train_command(method, tmp_path, seconds=180, seed=7)[1:], "")
-    resolve(config, num_processes=1, cuda=False)
-    changed = {"logdir", "run_name", "seed", "max_seconds", "num_epochs", "eval_freq", "save_freq", "eval"}
-    changed |= {"eval_ode_log_prob", "eval_ode_log_prob_freq", "eval_diversity", "eval_diversity_freq", "num_seeds"}
-    changed |= {"num_checkpoint_limit"}
+def test_the_settings_are_the_recipes_with_a_number_of_epochs(method, tmp_path):
+    config = get_config(method.recipe)
+    changes = dict(change.split("=") for change in demo.changed(method, tmp_path, method.epochs, 7, 600.0))
+    kept = {"logdir", "seed", "num_epochs", "max_seconds", "eval_freq"}
+    kept |= {"eval_ode_log_prob", "eval_ode_log_prob_freq", "eval.ema", "save_freq"}
+    assert set(changes) == kept | {"num_checkpoint_limit"}
+    assert changes["num_epochs"] == str(method.epochs)
     assert config.num_seeds == config.eval.num_image_per_prompt  # no image is drawn for the diversity alone
-    recipe = get_config(method.recipe)
-    assert {key for key in recipe if config[key] != recipe[key]} <= changed
-    assert (config.logdir, config.run_name, config.seed, config.max_seconds) == (
-        str(tmp_path),
-        method.run_name,
-        7,
-        180.0,
-    )
     assert config.use_reward_gradient == (method.label == "DRTune")
-    assert not config.eval.ema
     assert config.eval.seed == base_config().eval.seed
+    assert method.epochs % method.eval_freq == method.entropy_freq % method.eval_freq == 0
+    resolve(config, num_processes=1, cuda=False)
 
 
-def test_the_demo_ends_with_numbers_report_and_next_step(finished: Demo) -> None:
-    out = finished.output
-    assert "trained tiny_sd3_use_gradient 5.0 3" in out
-    assert "trained tiny_sd3 5.0 3" in out
-    assert out.index("[1/2] DRTune") < out.index("trained tiny_sd3_use_gradient") < out.index("[2/2] GRPO")
-    lines = out.splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith("held-out noise"))
-    assert [line.split() for line in lines[start + 1 : start + 4]] == [
-        ["base", "0.5000", "78.0%", "3.50", "(3.40", "to", "3.60)", "4.50", "(4.30", "to", "4.70)"],
-        ["DRTune", "0.9000", "78.0%", "3.50", "(3.40", "to", "3.60)", "4.50", "(4.30", "to", "4.70)"],
-        ["GRPO", "0.7500", "78.0%", "3.50", "(3.40", "to", "3.60)", "4.50", "(4.30", "to", "4.70)"],
+def test_the_commands_train_one_after_another_into_a_folder_of_their_own(trained, tmp_path, capsys):
+    (tmp_path / "logs/demo").mkdir(parents=True)
+    (tmp_path / "logs/demo/earlier").write_text("earlier")
+    lines = run_demo(capsys, "--seed", "3")
+    commands, _ = trained
+    folder = tmp_path / "logs/demo-2"
+    assert [command[3:5] for command in commands] == [["train", "tiny_drtune"], ["train", "tiny_grpo"]]
+    assert all(command[0] == sys.executable for command in commands)
+    assert all({f"logdir={folder}", "seed=3", "max_seconds=600.0"} <= set(command) for command in commands)
+    assert lines[:2] == ["[1/2] DRTune: 360 epochs", "[2/2] GRPO: 100 epochs"]
+    assert lines[-1] == f"page: {folder / 'page.html'}"
+    assert (folder / "page.html").is_file()
+    assert [path.name for path in (tmp_path / "logs/demo").iterdir()] == ["earlier"]
+
+
+def test_whole_runs_are_compared_by_time_and_at_equal_reward(trained, capsys):
+    lines = run_demo(capsys)
+    start = next(index for index, line in enumerate(lines) if line.startswith("base model"))
+    assert [line.split() for line in lines[start : start + 3]] == [
+        ["base", "model", "0.5000", "3.50", "78.0%"],
+        ["DRTune", "0.9000", "1.25", "78.0%"],
+        ["GRPO", "0.7500", "3.50", "78.0%"],
     ]
-    assert lines[start + 4].startswith("DRTune reached GRPO's final reward (0.7500) after 15.0 s of training, 15.0%")
-    assert lines[start + 5] == f"Report: {finished.folder / 'report/report.html'}"
-    assert "\n".join(lines[start + 6 :]) == demo.NEXT
+    assert "DRTune had GRPO's final reward (0.7500) after 20 s of training, GRPO after 100 s." in lines
+    assert "At that reward, DRTune made 1.25 different images (epoch 360), GRPO 3.50." in lines
+    assert "cut" not in "\n".join(lines)
 
 
-def test_an_earlier_demo_is_left_as_it_was(finished: Demo) -> None:
-    assert finished.earlier.read_text() == "earlier"
-    assert (finished.folder / "report/report.html").is_file()
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("grpo", "GRPO was cut by the clock: 50 of 100 epochs in 50 s"),
+        ("drtune", "DRTune was cut by the clock: 180 of 360 epochs in 10 s"),
+    ],
+)
+def test_a_cut_run_is_said_first_and_nothing_is_compared(trained, name, says, capsys):
+    """The busy machine of issue 12: GRPO had made one epoch, and DRTune was said to have beaten it."""
+    trained[1][name].pop()
+    lines = run_demo(capsys)
+    assert lines[2].startswith(says)
+    text = "\n".join(lines[2:])
+    assert "Nothing is compared." in text
+    assert "final reward" not in text
+    assert "0.75" not in text
+    assert lines[-1].startswith("page: ")
 
 
-def test_a_failing_command_ends_the_demo_with_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    script = tmp_path / "failing.py"
-    script.write_text("raise SystemExit(2)")
-    assert run_demo(tmp_path / "demo", seconds=5, seed=3, train_script=script) == 2
-    assert "training with DRTune ended with exit code 2" in capfd.readouterr().err
-    assert not (tmp_path / "demo").exists()
+@pytest.mark.parametrize(
+    ("name", "rewards", "says"),
+    [
+        ("drtune", [0.5, 0.55, 0.6], "DRTune did not reach GRPO's final reward (0.7500)."),
+        ("grpo", [0.5, 0.6, 0.45], "GRPO ended at 0.4500, not above the base model: there is nothing for DRTune"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_is_not_reached_or_did_not_rise_is_said(trained, name, rewards, says, capsys):
+    trained[1][name][:] = rewards
+    assert says in "\n".join(run_demo(capsys))
 
 
-def test_a_time_that_is_not_positive_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fewer_epochs_may_be_asked_for(trained, capsys):
+    main.main(["demo", "--epochs", "4"])
+    assert all("num_epochs=4" in command for command in trained[0])
+
+
+def test_a_run_that_fails_ends_the_demo_with_its_exit_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "run_process", lambda command: 2)
+    assert main.main(["demo"]) == 2
+    assert "training with DRTune ended with exit code 2" in capsys.readouterr().err
+    assert not (tmp_path / "logs/demo").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--max_seconds", "0"), ("--epochs", "-1"), ("--seed", "-1"), ("--max_seconds", "nan")]
+)
+def test_a_number_that_is_not_allowed_is_refused(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as refusal:
-        parse_arguments(["--seconds", "0"])
+        main.main(["demo", *arguments])
     assert refusal.value.code == 2
-    assert "--seconds must be positive" in capsys.readouterr().err
+    assert arguments[0] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_next_step_names_a_recipe_and_a_launch_file_that_exist() -> None:
-    words = demo.NEXT.split()
-    get_config(words[words.index("--config") + 1].partition(":")[2])
-    assert (ROOT / words[words.index("--config_file") + 1]).is_file()
-    assert int(words[words.index("--num_processes") + 1]) == INTENDED_PROCESSES["pickscore_sd3_4gpu"]
-    assert demo.train_command(METHODS[0], Path("x"), 1, 1)[0] == sys.executable
+def test_the_next_step_names_a_recipe_for_as_many_gpus():
+    text = (ROOT / "flow_grpo/commands" / demo.TEMPLATE).read_text()
+    processes, recipe = re.search(r"--num_processes (\d+) -m flow_grpo.commands.main train (\w+)", text).groups()
+    assert INTENDED_PROCESSES[NAMES[recipe]] == int(processes)

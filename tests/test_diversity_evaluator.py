@@ -21,7 +21,7 @@ from flow_grpo import checkpoint, drtune
 from flow_grpo.diversity import measure as diversity
 from flow_grpo.diversity.rke import median_bandwidth
 from flow_grpo.errors import ConfigError
-from flow_grpo.evaluation import SampleRequest, draw_samples, evaluate, view
+from flow_grpo.evaluation import Measured, SampleRequest, draw_samples, evaluate, view
 from flow_grpo.evaluators.diversity import (
     build_diversity_evaluators,
     extractor_of,
@@ -45,7 +45,7 @@ def parts(config, build):
 
 
 def evaluated(parts, evaluators, prefix="eval"):
-    return evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, prefix)
+    return evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, prefix).metrics
 
 
 # --- the images -----------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_each_evaluator_sees_its_own_images(parts):
 
         def evaluate(self, samples):
             seen[self.name] = samples
-            return {}
+            return Measured()
 
     evaluated(parts, [Spy("test", None), Spy("diversity", SampleRequest(PROMPTS[:1], 5))], "eval_ema")
     assert seen["test"].prompts == tuple(p for p in PROMPTS for _ in range(2))

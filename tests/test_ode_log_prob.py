@@ -16,6 +16,7 @@ from flow_grpo import drtune
 from flow_grpo.entropy import DivergenceEstimator, NonFiniteError, differential_entropy, ode_log_density
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluation import build_evaluators, draw_samples
+from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.ode_log_prob import (
     MeanOverPrompts,
     OdeLogProbEvaluator,
@@ -138,6 +139,15 @@ def test_each_evaluator_has_its_own_frequency(config, build):
     assert (frequencies["ode_log_prob"], frequencies["steps"], frequencies["reward"]) == (3, 5, 2)
 
 
+def test_an_evaluator_without_a_frequency_of_its_own_takes_that_of_the_evaluation(config, build):
+    config.eval_ode_log_prob = config.visualize_steps = config.eval_diversity = True
+    config.eval_freq = 7
+    parts = build(config)
+    evaluators = build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
+    evaluators += build_diversity_evaluators(parts.settings, parts.run, parts.policy.device)
+    assert {evaluator.freq for evaluator in evaluators} == {7}
+
+
 @pytest.mark.parametrize("key", ["eval_ode_log_prob", "visualize_steps"])
 def test_more_orthogonal_probes_than_dimensions_are_refused_with_the_evaluator(config, build, key):
     config[key], config.entropy.distribution, config.entropy.num_probes = True, "orthogonal", 257
@@ -152,11 +162,11 @@ def test_more_orthogonal_probes_than_dimensions_are_refused_with_the_evaluator(c
 def test_weights_that_are_not_finite_have_nan_for_every_figure(parts):
     evaluator = OdeLogProbEvaluator(parts.policy, parts.settings, parts.run)
     samples = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
-    names = evaluator.evaluate(samples).keys()
+    names = evaluator.evaluate(samples).metrics.keys()
     with torch.no_grad():
         parts.policy.trainable[0].fill_(math.nan)
     with pytest.warns(UserWarning, match="no log-densities at epoch 0: step 0 of 4: the velocity is not finite"):
-        metrics = evaluator.evaluate(samples)
+        metrics = evaluator.evaluate(samples).metrics
     assert metrics.keys() == names
     assert all(math.isnan(value) for value in metrics.values())
     with pytest.raises(NonFiniteError, match="step 0 of 4"):
@@ -187,10 +197,10 @@ settings, accelerator = launch(config)
 policy, run = Policy.load(settings, accelerator), Run(settings, accelerator)
 samples = draw_samples(policy, PromptDataset.load(config.prompts.test), settings, run)
 evaluator, rank = OdeLogProbEvaluator(policy, settings, run), accelerator.process_index
-whole = evaluator.evaluate(samples)
+whole = evaluator.evaluate(samples).metrics
 if rank == 1:
     policy.trainable[0].data.fill_(float("nan"))
-broken = evaluator.evaluate(samples)
+broken = evaluator.evaluate(samples).metrics
 seconds = torch.distributed.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump([whole, broken, seconds], file)
@@ -223,4 +233,4 @@ def test_the_evaluator_measures_the_first_prompts_on_every_process(parts):
     assert evaluator.collective
     samples = draw_samples(parts.policy, parts.prompts, parts.settings, parts.run)
     direct = entropy_metrics(prompt_log_densities(parts.policy, PROMPTS[:2], parts.run))
-    assert evaluator.evaluate(samples) == direct
+    assert evaluator.evaluate(samples).metrics == direct

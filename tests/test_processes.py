@@ -36,10 +36,12 @@ def test_one_and_two_processes_give_the_same_gradient_and_samples(random_models,
     torch.testing.assert_close(two["latents"], one["latents"], rtol=1e-5, atol=1e-5)
 
 
-def test_one_and_two_processes_measure_the_same_diversity(random_models, tmp_path):
+def test_one_and_two_processes_measure_the_same_diversity_and_keep_the_same_record(random_models, tmp_path):
     """5 images of each of 3 prompts, which two processes do not divide; one image a batch, so that no bit differs."""
     worker = WORKER.with_name("diversity_worker.py")
     one, two = (json.loads(run_worker(n, worker, random_models, tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     assert list(two["counts"].values()) == [5, 5, 5]
     assert one["metrics"]["eval/diversity/vendi"] > 1
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-12)
+    assert (two["record"], two["sprite"]) == (one["record"], one["sprite"])
+    assert (len(one["record"]["noise"]), one["record"]["judge"]["guess"].count(None)) == (15, 14)

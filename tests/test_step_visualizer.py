@@ -62,7 +62,7 @@ def drawn(monkeypatch):
 def test_the_history_overlays_earlier_evaluations_and_forgets_later_ones(parts, samples, drawn):
     visualizer = StepVisualizer(parts.policy, parts.settings, parts.run)
     for _ in range(3):
-        assert visualizer.evaluate(samples) == {}
+        assert visualizer.evaluate(samples).metrics == {}
         parts.train(drtune)
     parts.run.counters.epoch = 1
     visualizer.evaluate(samples)
@@ -197,7 +197,7 @@ def test_weights_that_are_not_finite_leave_no_strip_and_the_history_whole(parts,
         parts.policy.trainable[0].fill_(math.nan)
     parts.run.counters.epoch = 1
     with pytest.warns(UserWarning, match="no film strip at epoch 1: the velocity is not finite at sigma = 1"):
-        assert visualizer.evaluate(samples) == {}
+        assert visualizer.evaluate(samples).metrics == {}
     assert not list(parts.run.folder.rglob("*_000001.*"))
     with torch.no_grad():
         parts.policy.trainable[0].copy_(kept[0])

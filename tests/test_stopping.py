@@ -85,7 +85,7 @@ def check_resumed(config, build, unbroken, number):
     """Stop at a question, go on, and compare with the unbroken run: weights, history, counters, score."""
     expected = [p.detach().clone() for p in unbroken.policy.trainable]
     config.run_name, config.resume_from = f"stopped-{number}", ""
-    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after epoch \d: checkpoint-00000\d is w"):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM after epoch (\d), checkpoint \1 is whole; "):
         train(config, build, stop_after=number)
     config.resume_from = f"{config.logdir}/stopped-{number}"
     resumed = train(config, build)
@@ -316,5 +316,6 @@ def test_a_real_signal_ends_every_process_with_one_sentence_and_a_checkpoint(ran
         assert "Traceback" not in said
     assert said.count("stopped by SIGTERM after epoch") == 1
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
-    assert f"{saved.name} is written, go on with --config.resume_from={tmp_path / 'run'}" in said
+    epoch = int(saved.name.removeprefix("checkpoint-"))
+    assert f"checkpoint {epoch} is whole; go on with `fme train --resume {tmp_path / 'run'}`." in said
     assert checkpoint.checkpoint_damage(saved, deep=True) is None

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 from flow_grpo import drtune
 from flow_grpo.diffusers_patch.velocity import guided_velocity
-from flow_grpo.evaluation import build_evaluators
+from flow_grpo.evaluation import Evaluation, build_evaluators
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.runs.history import read_history
 from flow_grpo.settings import leaves
@@ -128,9 +128,9 @@ class Velocity:
     def now(self) -> torch.Tensor:
         return guided_velocity(self.transformer, self.latents, 0.6, self.embeds)
 
-    def _evaluate(self, *_) -> dict[str, float]:
+    def _evaluate(self, *_) -> Evaluation:
         self.seen = self.now()
-        return dict.fromkeys((f"eval/{name}" for name in NAMES), 0.0)
+        return Evaluation(dict.fromkeys((f"eval/{name}" for name in NAMES), 0.0))
 
     def evaluated(self, scale: float) -> torch.Tensor:
         self.model.evaluate(scale)

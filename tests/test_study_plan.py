@@ -16,10 +16,9 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.runs.lock import RunLock
 from flow_grpo.settings import resolve
 from scripts.study import plan, run
-from scripts.study.demo import ROOT
 from scripts.study.plan import StudyRun
 from scripts.study.records import NOT_MEASURE
-from scripts.study.run import State, command, main, state_of, train_all
+from scripts.study.run import ROOT, State, command, main, state_of, train_all
 
 RUNS = [*plan.whole(), *plan.quick()]
 

@@ -29,7 +29,7 @@ from flow_grpo.files import write_atomically
 from flow_grpo.runs.folder import fresh_folder
 from flow_grpo.runs.history import append_line, read_history
 from flow_grpo.settings import Settings, plan_batches
-from flow_grpo.tracking import Counters, Run, _git_state, wandb_mode
+from flow_grpo.tracking import Counters, Run, _git_state
 
 NewRun = Callable[..., Run]
 
@@ -491,105 +491,6 @@ def test_the_git_state_is_none_where_the_code_is_not_tracked(tmp_path: Path, mon
     assert state["dirty"] is False
     code.write_text("x = 2\n")
     assert (_git_state() or {})["dirty"] is True
-
-
-# --- trackers -------------------------------------------------------------------------------------------
-
-
-def test_tensorboard_forgets_what_a_resumed_run_does_again(new_run: NewRun) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = new_run(trackers=("tensorboard",))
-    for step in (1, 2, 3):
-        run.log({"train/reward": step}, step=step)
-    finished_checkpoint(run.folder, 1)
-    run.finish()
-    again = new_run(trackers=("tensorboard",), resume_from=str(run.folder))
-    for step in (2, 3):
-        again.log({"train/reward": 10 * step}, step=step)
-    again.finish()
-    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/reward")] == [(1, 1), (2, 20), (3, 30)]
-
-
-def test_tensorboard_receives_what_is_logged(new_run: NewRun) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = new_run(trackers=("tensorboard",))
-    run.log({"train/reward": 0.25}, step=4)
-    run.log_image("eval", np.zeros((4, 4, 3)), step=4)
-    run.finish()
-    events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/reward")] == [(4, 0.25)]
-    assert events.Images("eval")[0].step == 4
-
-
-@pytest.fixture
-def no_wandb_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-
-
-def test_wandb_is_online_only_with_a_key(tmp_path: Path, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wandb_mode() == "offline"
-    (tmp_path / "netrc").write_text("machine example.org login user password secret\n")
-    assert wandb_mode() == "offline"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert wandb_mode() == "online"
-    (tmp_path / "netrc").write_text("not a netrc file\n")
-    assert wandb_mode() == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert wandb_mode() == "online"
-    for mode in ("disabled", "DISABLED"):
-        monkeypatch.setenv("WANDB_MODE", mode)
-        assert wandb_mode() == "disabled"
-    monkeypatch.setenv("WANDB_MODE", "off")
-    with pytest.raises(ConfigError, match="WANDB_MODE=off is not allowed; it takes online, offline"):
-        wandb_mode()
-
-
-def test_wandb_without_a_key_runs_offline_and_asks_nothing(
-    new_run: NewRun, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("wandb asked"))
-    run = new_run(trackers=("wandb",))
-    run.log({"train/reward": 0.25}, step=1)
-    run.log_image("eval", np.zeros((4, 4, 3)), step=1)
-    run.finish()
-    (record,) = (run.folder / "wandb").glob("offline-run-*/*.wandb")
-    assert record.stat().st_size > 0
-    assert lines(run)[0]["train/reward"] == 0.25
-
-
-def test_wandb_that_cannot_be_reached_leaves_the_run_offline(
-    new_run: NewRun, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import wandb
-
-    started = wandb.init
-
-    def init(mode: Any, **options: Any) -> Any:
-        if mode == "online":
-            raise wandb.errors.CommError("no route to host")
-        return started(mode=mode, **options)
-
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(wandb, "init", init)
-    with pytest.warns(UserWarning, match=r"no route to host.*offline"):
-        run = new_run(trackers=("wandb", "tensorboard"))
-    run.log({"train/reward": 0.25}, step=1)
-    assert [tracker.name for tracker in run.accelerator.trackers] == ["wandb", "tensorboard"]
-    run.finish()
-    assert list((run.folder / "wandb").glob("offline-run-*"))
-
-
-def test_a_tracker_that_is_not_installed_is_left_out(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match="'tensorboard' is not installed"):
-        run = new_run(trackers=("tensorboard",))
-    run.log({"train/reward": 0.25}, step=1)
-    assert len(lines(run)) == 1
 
 
 # --- processes ------------------------------------------------------------------------------------------

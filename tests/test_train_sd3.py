@@ -51,7 +51,7 @@ def test_every_sd3_5_recipe_trains_and_evaluates_on_a_random_tiny_sd3(name, rand
     if not config.use_reward_gradient:
         assert metrics["ratio_error"] < 1e-4
     evaluators = sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))
-    results = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval")
+    results = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval").metrics
     assert {"eval/reward/total", "eval/judge/accuracy"} <= set(results)
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import json
+
 import pytest
 import torch
 
-from flow_grpo import checkpoint
-from flow_grpo.errors import TrainingStopped
+from flow_grpo import checkpoint, trainer
+from flow_grpo.diversity.paired import Change
+from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
+from flow_grpo.evaluation import sample_evaluators
+from flow_grpo.evaluators.diversity import build_diversity_evaluators
+from flow_grpo.runs.evaluations import Record, read_record, records_of
+from flow_grpo.runs.stopping import Reason
 from flow_grpo.trainer import fit, score_of
+from flow_grpo.training_words import evaluation
 
 
-def train(parts, updates):
+def train(parts, updates, evaluators=(), due=True):
     """Epochs that apply so many updates each; fit, and the names of the checkpoints."""
     applied = iter(updates)
 
@@ -20,9 +29,20 @@ def train(parts, updates):
         policy.skipped_in_a_row = 0 if count else policy.skipped_in_a_row + 1
         with torch.no_grad():
             policy.trainable[0] += count
+            policy.trainable[1] += 0.05 * count  # LoRA's B, without which A is nothing
         return {"reward": 0.0}
 
-    fit(parts.policy, train_epoch, parts.prompts, parts.prompts, parts.reward, (), parts.settings, parts.run)
+    fit(
+        parts.policy,
+        train_epoch,
+        parts.prompts,
+        parts.prompts,
+        parts.reward,
+        evaluators,
+        parts.settings,
+        parts.run,
+        due,
+    )
     return sorted(path.name for path in (parts.run.folder / "checkpoints").iterdir())
 
 
@@ -103,3 +123,152 @@ def test_the_best_is_chosen_by_judge_then_held_out_reward_then_what_is_trained_o
 def test_what_was_not_measured_or_is_not_finite_is_no_score(config, build, value):
     metrics = METRICS | {"eval/judge/accuracy": value}
     assert score_of(metrics, build(config).settings, "eval") is None
+
+
+# --- what is said, and the page --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(config):
+    """Evaluated after every epoch, with a checkpoint of each."""
+    config.eval_freq = config.eval_diversity_freq = config.save_freq = 1
+    config.eval_diversity, config.num_checkpoint_limit, config.num_epochs = True, 0, 2
+    config.eval.ema = False
+    return config
+
+
+def train_evaluated(config, build, updates):
+    """`train` with rewards, judge and diversity; the parts. Goes on where config.resume_from says so."""
+    parts, device = build(config), torch.device("cpu")
+    evaluators = sample_evaluators(parts.reward, parts.settings, device)
+    evaluators += build_diversity_evaluators(parts.settings, parts.run, device)
+    due = checkpoint.resume(parts.policy, parts.run, parts.settings)
+    train(parts, updates, evaluators, due)
+    return parts
+
+
+def test_it_says_where_it_writes_what_each_evaluation_found_and_where_the_page_is(evaluated, build, capsys):
+    folder = train_evaluated(evaluated, build, [1, 1]).run.folder
+    said = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line for line in said if "%|" not in line and "it/s" not in line]
+    assert f"{folder}: 8 images an epoch; watch {folder / 'page.html'}" in lines
+    assert sum(line.startswith("base model: reward ") for line in lines) == 1
+    assert sum(line.startswith(("epoch 1, 0 s: reward ", "epoch 2, 0 s: reward ")) for line in lines) == 2
+    assert lines[-1] == f"done: 2 epochs; the page is {folder / 'page.html'}"
+
+
+CHANGE = Change(0.5, 0.53125, 0.03125, 0.03, 0.0325)
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        ({}, ""),
+        ({"rewards": {"total": [0.25, None, 0.75]}}, "epoch 10, 3 s: reward 0.5000"),
+        (
+            {"rewards": {"total": [0.53125] * 3}, "changes": {"reward": CHANGE}},
+            "epoch 10, 3 s: reward 0.5312 (+0.0312 ± 0.0013)",
+        ),
+        ({"epoch": 0, "rewards": {"total": [0.5] * 3}}, "base model: reward 0.5000"),
+    ],
+)  # fmt: skip
+def test_an_evaluations_line_has_what_was_measured(found, line):
+    plain = {"label": "eval", "epoch": 10, "prompts": ["a"], "prompt": [0] * 3, "noise": [0, 1, 2], "seconds": 3.2}
+    assert evaluation(Record(**plain | found)) == line
+
+
+def test_the_page_is_live_until_the_end_and_its_building_is_no_training(evaluated, build, monkeypatch):
+    built = []
+
+    def build_page(folders, out, command="", live=False, label="eval"):
+        built.append((folders, out, live))
+
+    monkeypatch.setattr(trainer, "build_page", build_page)
+    run = train_evaluated(evaluated, build, [1, 1]).run
+    assert built == [([run.folder], run.folder / "page.html", live) for live in (True, True, False)]
+
+
+def test_the_page_of_a_training_that_cannot_go_on_is_no_longer_live(evaluated, build, monkeypatch):
+    live = []
+    monkeypatch.setattr(trainer, "build_page", lambda *_, **words: live.append(words["live"]))
+    failing(monkeypatch, 10**9)
+    with pytest.raises(TrainingStopped):
+        train_evaluated(evaluated, build, [1, 1])
+    assert live == [True, True, False]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ConfigError("it cannot be written.")])
+def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(evaluated, build, monkeypatch, capsys, error):
+    def build_page(*_, **__):
+        raise error
+
+    monkeypatch.setattr(trainer, "build_page", build_page)
+    run = train_evaluated(evaluated, build, [1, 1]).run
+    said = capsys.readouterr().err
+    assert said.count("no page of") == 1
+    assert f"done: 2 epochs, in {run.folder}" in said
+
+
+def test_another_error_of_the_page_is_not_hidden(evaluated, build, monkeypatch):
+    monkeypatch.setattr(trainer, "build_page", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_evaluated(evaluated, build, [1, 1])
+
+
+def test_ctrl_c_is_one_sentence_that_says_how_to_go_on():
+    reason = next(reason for reason in Reason if reason.name == "SIGINT")
+    assert str(Interrupted(reason, "after epoch 40, checkpoint 40 is whole")) == (
+        "stopped after epoch 40, checkpoint 40 is whole."
+    )
+
+
+# --- records of a run that goes on -----------------------------------------------------------------------
+
+
+def untimed(run):
+    plain = [json.loads(path.read_text()) for path in sorted((run / "evaluations").glob("*.json"))]
+    return [{key: value for key, value in one.items() if key not in ("seconds", "sha256")} for one in plain]
+
+
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_writes_later_records_anew(evaluated, build):
+    unbroken = train_evaluated(evaluated, build, [1, 2]).run.folder
+    evaluated.run_name = "broken"
+    folder = train_evaluated(evaluated, build, [1, 5]).run.folder
+    other = untimed(folder)
+    evaluated.resume_from, evaluated.num_epochs = str(folder / "checkpoints/checkpoint-000001"), 2
+    train_evaluated(evaluated, build, [2])
+    assert untimed(folder) == untimed(unbroken) != other
+    sprites = [sorted(path.read_bytes() for path in (run / "evaluations").glob("*.webp")) for run in (folder, unbroken)]
+    assert sprites[0] == sprites[1]
+
+
+def test_later_records_and_their_images_go_when_a_run_goes_back(evaluated, build):
+    folder = train_evaluated(evaluated, build, [1, 2]).run.folder
+    evaluated.resume_from, evaluated.num_epochs = str(folder / "checkpoints/checkpoint-000001"), 2
+    parts = build(evaluated)
+    checkpoint.resume(parts.policy, parts.run, parts.settings)
+    assert {path.name for path in (folder / "evaluations").iterdir()} == {
+        "base_features.safetensors", "eval_000000.json", "eval_000000.webp", "eval_000001.json", "eval_000001.webp",
+    }  # fmt: skip
+
+
+def test_a_run_that_branches_off_is_compared_with_the_same_base(evaluated, build):
+    unbroken = train_evaluated(evaluated, build, [1, 2]).run.folder
+    evaluated.resume_from, evaluated.run_name = str(unbroken / "checkpoints/checkpoint-000001"), "branch"
+    folder = train_evaluated(evaluated, build, [2]).run.folder
+    assert [record.epoch for record in records_of(folder)] == [0, 2]
+    ours, theirs = (read_record(run / "evaluations/eval_000002.json") for run in (folder, unbroken))
+    assert ours.changes == theirs.changes
+    assert ours.diversity == theirs.diversity
+
+
+def test_lost_base_features_are_told_and_the_run_goes_on_without(evaluated, build, capsys):
+    folder = train_evaluated(evaluated, build, [1, 2]).run.folder
+    path = folder / "evaluations/base_features.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    evaluated.resume_from, evaluated.num_epochs = str(folder), 3
+    train_evaluated(evaluated, build, [1])
+    said = capsys.readouterr().err
+    assert said.count("base_features.safetensors is damaged") == 1
+    assert path.with_name("base_features.safetensors.damaged").is_file()
+    assert set(records_of(folder)[-1].changes) == {"reward", "judge", "vendi"}

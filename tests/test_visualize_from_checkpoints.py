@@ -105,7 +105,7 @@ def measured(parts) -> dict:
     samples, (tested, diverse) = samples_of(parts, config)
     found: dict = {}
     for evaluator in sample_evaluators(build_reward(config, device), parts.settings, device):
-        found |= evaluator.evaluate(view(samples, tested))
+        found |= evaluator.evaluate(view(samples, tested)).metrics
     extractor = extractor_of(config, device)
     features = features_by_prompt(view(samples, diverse), extractor)
     bandwidth = run_bandwidth(config, parts.run.folder, extractor, features)

@@ -104,17 +104,40 @@ def parse_config(argv: Sequence[str], doc: str) -> ConfigDict:
     if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv[1:]):
         print(_help(doc))
         raise SystemExit(0)
-    recipe, overrides, allow_changes = _split(argv[1:])
+    return configure(*_split(argv[1:]), load_file)
+
+
+def configure(
+    recipe: str,
+    overrides: Sequence[str],
+    allow_changes: bool,
+    load: Callable[[str], ConfigDict],
+    tell: bool = False,
+) -> ConfigDict:
+    """The locked configuration of a recipe, or of the run that --config.resume_from names, with overrides.
+
+    Args:
+        recipe: what `load` takes; empty: the run's own settings.
+        overrides: each --config.KEY=VALUE, or as two arguments.
+        allow_changes: also those that change what a run that goes on draws or measures.
+        tell: say what is changed of a recipe, too.
+
+    Raises:
+        ConfigError: as `parse_config`.
+    """
     before = _settings_of_run(_value_of("resume_from", overrides), recipe)
-    config = _load(recipe) if before is None else before
+    config = load(recipe) if before is None else before
     declared = dict(leaves(config))
     for override in overrides:
         _check_key(override, declared)
-    config = _apply(config, [argv[0], *overrides], declared)
-    if before is None and allow_changes:
-        raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
+    config = _apply(config, ["command", *overrides], declared)
+    changes = _changes(declared, dict(leaves(config)))
     if before is not None:
-        _check_changes(declared, dict(leaves(config)), allow_changes)
+        _check_changes(changes, _folder_of(declared) == _folder_of(dict(leaves(config))), allow_changes)
+    elif allow_changes:
+        raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
+    if changes and (tell or before is not None):
+        say(f"changed: {', '.join(changes.values())}")
     return config
 
 
@@ -140,12 +163,18 @@ def _settings_of_run(resume_from: str, recipe: str) -> ConfigDict | None:
                 f"config.resume_from = {resume_from!r} holds no checkpoint that knows its settings; it takes a run "
                 "folder, its checkpoints folder or one checkpoint of it."
             )
-    elif recipe and recipe.partition(":")[2] != config.recipe:
+    elif recipe and _recipe_of(recipe) != grpo.first_name(config.recipe):
         raise ConfigError(
             f"--config {recipe} is not the recipe of {resume_from}, {config.recipe!r}: a run goes on with its own "
             "settings; leave --config out, and change keys one by one."
         )
     return config
+
+
+def _recipe_of(recipe: str) -> str:
+    """The first name of the recipe that FILE.py:NAME, or NAME, means."""
+    path, _, name = recipe.partition(":")
+    return grpo.first_name(name if path.endswith(".py") else recipe)
 
 
 def _settings_of_checkpoint(resume_from: str) -> ConfigDict | None:
@@ -160,21 +189,23 @@ def _settings_of_checkpoint(resume_from: str) -> ConfigDict | None:
     return config_from(flatten(kept), checkpoint / CHECKPOINT_STATE, {"resume_from": "", "run_name": ""})
 
 
-def _check_changes(before: Mapping[str, Any], after: Mapping[str, Any], allowed: bool) -> None:
-    """Say what the command line changes of a run; ConfigError for what would change what is drawn or measured."""
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
+    """What overrides have changed, in words, by key."""
     changes = {key: f"{key} {before[key]!r} -> {new!r}" for key, new in after.items() if before[key] != new}
     changes.pop("resume_from", None)
-    goes_on = _folder_of(before) == _folder_of(after)
-    if goes_on:
+    if _folder_of(before) == _folder_of(after):
         changes.pop("logdir", None)  # the same, written otherwise
+    return changes
+
+
+def _check_changes(changes: Mapping[str, str], goes_on: bool, allowed: bool) -> None:
+    """ConfigError for what would change what a run, that goes on in its folder, draws or measures."""
     refused = [text for key, text in changes.items() if decides_what_is_seen(key)]
     if refused and goes_on and not allowed:
         raise ConfigError(
             f"config.{refused[0]} would change what the run draws or measures from here on; leave it as it was, give "
             "--allow-changes if that is meant, or begin another run with another config.run_name."
         )
-    if changes:
-        say(f"changed: {', '.join(changes.values())}")
 
 
 def _folder_of(values: Mapping[str, Any]) -> Path:
@@ -212,7 +243,7 @@ def _value_of(key: str, arguments: Sequence[str]) -> str:
     return found
 
 
-def _load(recipe: str) -> ConfigDict:
+def load_file(recipe: str) -> ConfigDict:
     """The configuration of "file.py" or "file.py:NAME": what the file's get_config() or get_config(NAME) returns."""
     path, colon, name = recipe.partition(":")
     if not Path(path).is_file() or not path.endswith(".py"):
@@ -302,12 +333,12 @@ def _check_key(argument: str, declared: dict[str, Any]) -> None:
     members = [f"config.{name}" for name in declared if name.startswith(f"{key}.")]
     if members:
         raise ConfigError(f"config.{key} is a group of keys, which are set one by one: {', '.join(members)}.")
-    nearest = [f"config.{name}" for name in _nearest(key, list(declared))]
-    advice = f"did you mean {' or '.join(nearest)}?" if nearest else "flow_grpo/recipes/base.py declares all there are."
+    alike = [f"config.{name}" for name in nearest(key, list(declared))]
+    advice = f"did you mean {' or '.join(alike)}?" if alike else "`fme ls keys` lists all there are."
     raise ConfigError(f"config.{key} is not a key; {advice}")
 
 
-def _nearest(key: str, declared: list[str]) -> list[str]:
+def nearest(key: str, declared: list[str]) -> list[str]:
     """Up to three declared keys: first those of that name in another group, then those spelt alike."""
     elsewhere = [name for name in declared if name.split(".")[-1] == key.split(".")[-1]]
     last_names = {name.split(".")[-1]: name for name in declared}
@@ -325,7 +356,7 @@ def _help(doc: str) -> str:
         f"{inspect.cleandoc(doc)}\n\n"
         "arguments:\n"
         "  --config FILE.py:NAME   the recipe\n"
-        "  --config.KEY=VALUE      change one key; flow_grpo/recipes/base.py lists them all with their meaning\n"
+        "  --config.KEY=VALUE      change one key; `fme ls keys` lists them all with their meaning\n"
         "  --config.resume_from=RUN   go on with a run, by its own settings: give no --config then\n"
         "  --allow-changes         with resume_from: change what is drawn or measured, too\n\n"
         f"recipes of config/grpo.py:\n{recipes}"

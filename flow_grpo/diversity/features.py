@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import numpy as np
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_json
 from flow_grpo.model_files import LOADING_ERRORS
+from flow_grpo.paths import find
 from flow_grpo.rewards.registry import check_checkpoint
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _load_dinov2(model: str, pretrained: str, device: torch.device | str) -> Enc
 
     from flow_grpo.rewards.image_path import ImagePath
 
-    source = os.path.expanduser(model)
+    source = find(model)
     with _one_sentence(f"{model!r} cannot be loaded as a DINOv2 with its image processor"):
         found = AutoConfig.from_pretrained(source).model_type
         if found not in DINOV2_TYPES:
@@ -184,7 +184,7 @@ def _load_open_clip(model: str, pretrained: str, device: torch.device | str) -> 
 def _open_clip_source(model: str, pretrained: str) -> Iterator[tuple[str, str | None]]:
     """What open_clip is to be asked for: a name, with a tag or a file of weights where the name does not bring them."""
     if model.endswith(".json"):
-        config = _read_open_clip_config(Path(model).expanduser())
+        config = _read_open_clip_config(Path(find(model)))
         with tempfile.TemporaryDirectory() as folder:
             _write_directory(Path(folder), config, _weights_file(model, pretrained))
             yield DIRECTORY + folder, None
@@ -216,7 +216,7 @@ def _write_directory(folder: Path, config: Mapping[str, Any], weights: Path) -> 
 
 
 def _weights_file(model: str, pretrained: str) -> Path:
-    path = Path(pretrained).expanduser()
+    path = Path(find(pretrained))
     if not pretrained or not path.is_file():
         raise ConfigError(f"pretrained = {pretrained!r} is not a file; {model!r} needs the file of its weights.")
     return path
@@ -240,7 +240,7 @@ def _tag_or_file(name: str, pretrained: str) -> str:
 
     if open_clip.is_pretrained_cfg(name, pretrained):
         return pretrained
-    path = Path(pretrained).expanduser()
+    path = Path(find(pretrained))
     if not pretrained or not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ConfigError(

@@ -1,11 +1,15 @@
-"""What an evaluator is, and which images it asks for."""
+"""What an evaluator is, which images it asks for, and what it gives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from flow_grpo.types import Samples
+from flow_grpo.runs.evaluations import Distances, Judged
+
+if TYPE_CHECKING:
+    from flow_grpo.types import Samples
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,19 @@ class SampleRequest:
 
     prompts: tuple[str, ...]
     num_image_per_prompt: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluator found of its N samples: metrics, without a prefix, and what it knows of each image.
+
+    Where a prompt is named by a number, that is its place among the different prompts of these samples.
+    """
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    rewards: Mapping[str, Sequence[float]] = field(default_factory=dict)  # name -> (N,)
+    judge: Judged | None = None
+    diversity: Distances | None = None
 
 
 class Evaluator(Protocol):
@@ -27,5 +44,5 @@ class Evaluator(Protocol):
     def request(self) -> SampleRequest | None:
         """What it looks at; None: `eval.num_image_per_prompt` images of each test prompt."""
 
-    def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Metrics, without a prefix."""
+    def evaluate(self, samples: Samples) -> Measured:
+        """What it finds; its metrics are logged as <label>/<metric>."""

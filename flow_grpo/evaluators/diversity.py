@@ -1,4 +1,4 @@
-"""Diversity of a model's samples: the evaluator of a run, and the bandwidth that a run keeps.
+"""Diversity of a model's samples: the evaluator of a run, the bandwidth that a run keeps, and its base's features.
 
 RKE needs a bandwidth that never changes. A run chooses it on its base model's samples and keeps it in
 RUN/diversity/bandwidth.json, with the name of the features.
@@ -20,14 +20,21 @@ from flow_grpo.diversity.measure import Diversity
 from flow_grpo.diversity.rke import NoBandwidth, median_bandwidth
 from flow_grpo.diversity.vendi import check_bandwidth
 from flow_grpo.errors import ConfigError
+from flow_grpo.evaluators.base import Measured, SampleRequest
+from flow_grpo.evaluators.distances import (
+    base_features_path,
+    distances_of,
+    read_base_features,
+    write_base_features,
+)
 from flow_grpo.files import read_object, strict_json, write_atomically
-from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.runs.folder import keep_damaged, run_folder_of
 
 if TYPE_CHECKING:
     import torch
     from ml_collections import ConfigDict, FrozenConfigDict
 
-    from flow_grpo.evaluators.base import SampleRequest
+    from flow_grpo.runs.evaluations import Distances
     from flow_grpo.settings import Settings
     from flow_grpo.tracking import Run
     from flow_grpo.types import Samples
@@ -39,18 +46,30 @@ class DiversityEvaluator:
     """Logs `diversity/...` of `num_seeds` images of each diversity prompt; writes RUN/diversity/<label>_<epoch>.json.
 
     The first evaluation of a run, which is the base model's, chooses the bandwidth, unless the configuration gives it.
-    Samples that cannot be measured are a warning and nan: they do not end the run.
+    It also keeps the base model's features, for the distances to them. Samples that cannot be measured are a warning
+    and nan: they do not end the run.
     """
 
     name, collective = "diversity", False
 
-    def __init__(self, extractor: FeatureExtractor, bandwidth: float | None, settings: Settings, run: Run) -> None:
-        """`bandwidth`: None if it is still to be chosen, nan if the base model's samples gave none."""
-        self.extractor, self.bandwidth, self.run = extractor, bandwidth, run
-        self.config, self.freq = settings.config, settings.config.eval_diversity_freq
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        bandwidth: float | None,
+        settings: Settings,
+        run: Run,
+        base: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """`bandwidth`: None if it is still to be chosen, nan if the base model's samples gave none.
+
+        `base`: features of the base model's images; None: they are still to come, or are lost.
+        """
+        self.extractor, self.bandwidth, self.run, self.base = extractor, bandwidth, run, base
+        self.config = settings.config
+        self.freq = settings.config.eval_diversity_freq or settings.config.eval_freq
         self.request = diversity_request(settings.config)
 
-    def evaluate(self, samples: Samples) -> dict[str, float]:
+    def evaluate(self, samples: Samples) -> Measured:
         """Measure; per-prompt figures go to the run folder."""
         folder = self.run.folder / FOLDER
         try:
@@ -59,14 +78,28 @@ class DiversityEvaluator:
             warnings.warn(f"no diversity at epoch {self.run.counters.epoch}: {error}", stacklevel=2)
             if self.bandwidth is None:  # never one of later weights
                 self.bandwidth = write_bandwidth(folder, math.nan, self.extractor.name)
-            return dict.fromkeys(diversity.METRICS, math.nan)
+            return Measured(dict.fromkeys(diversity.METRICS, math.nan))
         if self.bandwidth is None:
             self.bandwidth = choose_bandwidth(features, self.extractor.name, folder)
         found = measure(features, self.bandwidth, self.extractor.name, self.config)
         record = folder / f"{samples.label}_{self.run.counters.epoch:06d}.json"
         with self.run.writing(str(record)):
             write_json(record, diversity.record(found))
-        return diversity.metrics(found)
+        return Measured(diversity.metrics(found), diversity=self._distances(samples, features))
+
+    def _distances(self, samples: Samples, features: dict[str, np.ndarray]) -> Distances:
+        """For the record; the base model's features are kept when it is evaluated first."""
+        is_base = self.run.counters.epoch == 0
+        if is_base and self.base is None:
+            self.base = features
+            with self.run.writing(str(base_features_path(self.run.folder))):
+                write_base_features(self.run.folder, features, self.extractor.name)
+        noise: dict[str, list[int]] = {prompt: [] for prompt in features}
+        for prompt, number in zip(samples.prompts, samples.sample_ids.tolist(), strict=True):
+            noise[prompt].append(number)
+        bandwidth = None if self.bandwidth is None else usable(self.bandwidth)
+        order, base = self.config.diversity.order, None if is_base else self.base
+        return distances_of(features, list(noise.values()), self.extractor.name, order, bandwidth, base)
 
 
 def build_diversity_evaluators(settings: Settings, run: Run, device: torch.device) -> list[DiversityEvaluator]:
@@ -80,10 +113,10 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
         return []
     extractor = extractor_of(config, device)
     bandwidth = config.diversity.bandwidth or None
+    source = None if run.begins else run_folder_of(config.resume_from)
     if bandwidth is not None and run.is_main:
         write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
     if bandwidth is None and not run.begins:
-        source = run_folder_of(config.resume_from)
         bandwidth = None if source is None else stored_bandwidth(source / FOLDER, extractor.name)
         if bandwidth is None:
             raise ConfigError(
@@ -93,7 +126,25 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
             )
         if run.is_main and not run.resumed:
             write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
-    return [DiversityEvaluator(extractor, bandwidth, settings, run)]
+    base = _base_of(source, extractor.name, run) if source is not None and run.is_main else None
+    return [DiversityEvaluator(extractor, bandwidth, settings, run, base)]
+
+
+def _base_of(source: Path, extractor: str, run: Run) -> dict[str, np.ndarray] | None:
+    """The base model's features of the run that goes on, for a new folder too; None, in words, if there are none."""
+    path = base_features_path(source)
+    try:
+        base = read_base_features(source, extractor)
+    except ConfigError as error:
+        where = f"it is now {keep_damaged(path)}" if run.resumed else "it is passed over"
+        run.tell(f"{str(error).rstrip('.')}: {where}, and the base's images still reached are not measured.")
+        return None
+    if base is None:
+        run.tell(f"{path} is missing, or has no {extractor}: the base's images still reached are not measured.")
+    elif not run.resumed:
+        with run.writing(str(base_features_path(run.folder))):
+            write_base_features(run.folder, base, extractor)
+    return base
 
 
 def extractor_of(config: ConfigDict | FrozenConfigDict, device: torch.device) -> FeatureExtractor:
@@ -104,7 +155,6 @@ def extractor_of(config: ConfigDict | FrozenConfigDict, device: torch.device) ->
 
 def diversity_request(config: ConfigDict | FrozenConfigDict) -> SampleRequest:
     """The images that a diversity evaluation needs."""
-    from flow_grpo.evaluators.base import SampleRequest
     from flow_grpo.prompts import PromptDataset
 
     prompts = PromptDataset.load(config.prompts.eval_diversity).prompts

@@ -10,8 +10,10 @@ import torch
 from scipy.stats import entropy
 from torch import Tensor
 
+from flow_grpo.evaluators.base import Measured
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
+from flow_grpo.runs.evaluations import Judged
 from flow_grpo.settings import read_modes
 from flow_grpo.types import Samples
 
@@ -25,15 +27,16 @@ class RewardEvaluator:
         self.reward, self.batch_size, self.device, self.freq = reward, batch_size, device, freq
 
     @torch.no_grad()
-    def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Means over the samples."""
-        sums: dict[str, float] = {}
+    def evaluate(self, samples: Samples) -> Measured:
+        """Means over the samples, and the rewards of each."""
+        found: dict[str, list[float]] = {}
         for part in _slices(len(samples.prompts), self.batch_size):
             images = samples.images[part].to(self.device)
             scores = self.reward.evaluate(images, samples.prompts[part], samples.metadata[part])
             for name, value in {"total": scores.total, **scores.terms}.items():
-                sums[name] = sums.get(name, 0.0) + value.double().sum().item()
-        return {f"reward/{name}": value / len(samples.prompts) for name, value in sums.items()}
+                found.setdefault(name, []).extend(value.double().tolist())
+        means = {f"reward/{name}": sum(values) / len(values) for name, values in found.items()}
+        return Measured(means, rewards=found)
 
 
 class JudgeEvaluator:
@@ -45,20 +48,28 @@ class JudgeEvaluator:
 
     name, collective, request = "judge", False, None
 
-    def __init__(self, scorer: ClipScorer, batch_size: int, freq: int = 1) -> None:
+    def __init__(
+        self, scorer: ClipScorer, batch_size: int, freq: int = 1, model: str = "", independent: bool = True
+    ) -> None:
+        """`model`: its name; `independent`: no reward that is trained on comes from it."""
         self.scorer, self.batch_size, self.freq = scorer, batch_size, freq
+        self.model, self.independent = model, independent
 
     @torch.no_grad()
-    def evaluate(self, samples: Samples) -> dict[str, float]:
-        """Over all samples."""
+    def evaluate(self, samples: Samples) -> Measured:
+        """Over all samples; of each, the prompt that is guessed, and the probability of its own."""
         candidates = tuple(dict.fromkeys(samples.prompts))
         similarity = similarities(self.scorer, samples.images, candidates, self.batch_size)  # (N, candidates)
         own = torch.tensor([candidates.index(prompt) for prompt in samples.prompts])
-        known = bool(similarity.isfinite().all())
-        return {
-            "judge/accuracy": (similarity.argmax(1) == own).double().mean().item() if known else math.nan,
+        finite, guess = similarity.isfinite().all(1), similarity.argmax(1)  # (N,)
+        metrics = {
+            "judge/accuracy": (guess == own).double().mean().item() if finite.all() else math.nan,
             "judge/similarity": similarity.gather(1, own[:, None]).double().mean().item(),
         }
+        chances = (self.scorer.logit_scale.double().exp().cpu() * similarity.double()).softmax(1)  # (N, candidates)
+        guesses = [place if fine else None for place, fine in zip(guess.tolist(), finite.tolist(), strict=True)]
+        probability = chances.gather(1, own[:, None]).squeeze(1).tolist()
+        return Measured(metrics, judge=Judged(self.model, self.independent, guesses, probability))
 
 
 class ModeEvaluator:
@@ -82,7 +93,7 @@ class ModeEvaluator:
         return cls(scorer, read_modes(Path(path), "config.eval.modes: "), batch_size, freq)
 
     @torch.no_grad()
-    def evaluate(self, samples: Samples) -> dict[str, float]:
+    def evaluate(self, samples: Samples) -> Measured:
         """Over the samples of prompts whose modes are known; nothing if there are none."""
         counts: dict[str, float] = {}
         for prompt in dict.fromkeys(samples.prompts):
@@ -95,10 +106,10 @@ class ModeEvaluator:
             for index, name in enumerate(names):
                 counts[name] = counts.get(name, 0.0) + int((best == index).sum()) + unknown
         if not counts:
-            return {}
+            return Measured()
         total = sum(counts.values())
         shares = {f"modes/{name}": count / total for name, count in counts.items()}
-        return shares | {"modes/entropy": float(entropy(list(counts.values())))}
+        return Measured(shares | {"modes/entropy": float(entropy(list(counts.values())))})
 
 
 def similarities(scorer: ClipScorer, images: Tensor, texts: Sequence[str], batch_size: int) -> Tensor:

@@ -56,7 +56,7 @@ def tiny_sd3_nsr(config: ConfigDict) -> None:
 
 
 def tiny_sd3_ode_step(config: ConfigDict) -> None:
-    """`tiny_sd3` with the ratio of the divergences at the sampled points, one probe each.
+    """`tiny_grpo` with the ratio of the divergences at the sampled points, one probe each.
 
     Cost of an epoch, on 1 process: 80 images; 800 sampling, 800 training, 0 reference, 800 old.
     """
@@ -65,7 +65,7 @@ def tiny_sd3_ode_step(config: ConfigDict) -> None:
 
 
 def tiny_sd3_ode_path(config: ConfigDict) -> None:
-    """`tiny_sd3` with the ratio of the final images' densities under the ODE, one probe at each of its steps.
+    """`tiny_grpo` with the ratio of the final images' densities under the ODE, one probe at each of its steps.
 
     Cost of an epoch, on 1 process: 80 images; 800 sampling, 800 training, 0 reference, 800 old.
     """
@@ -74,7 +74,7 @@ def tiny_sd3_ode_path(config: ConfigDict) -> None:
 
 
 def tiny_sd3_cfm(config: ConfigDict) -> None:
-    """`tiny_sd3` with the ratio of the final images' flow-matching losses, of as many draws as the sampler has steps.
+    """`tiny_grpo` with the ratio of the final images' flow-matching losses, of as many draws as the sampler has steps.
 
     Cost of an epoch, on 1 process: 80 images; 800 sampling, 800 training, 0 reference, 800 old.
     """
@@ -94,7 +94,7 @@ def pickscore_sd3(config: ConfigDict) -> None:
 
 
 def pickscore_sd3_4gpu(config: ConfigDict) -> None:
-    """The same epochs as `pickscore_sd3`, on four GPUs: each makes eight times as many of the images.
+    """The same epochs as `sd35_grpo`, on four GPUs: each makes eight times as many of the images.
 
     Cost of an epoch, on 4 processes: 1,152 images; 23,040 sampling, 23,040 training, 23,040 reference.
     """
@@ -103,17 +103,16 @@ def pickscore_sd3_4gpu(config: ConfigDict) -> None:
 
 
 def pickscore_sd3_4gpu_nsr(config: ConfigDict) -> None:
-    """`pickscore_sd3_4gpu` by negative-sample reinforcement (scripts/train/train_sd3_nsr.py), every evaluator on.
+    """`sd35_grpo_4gpu` by negative-sample reinforcement (scripts/train/train_sd3_nsr.py), every evaluator on.
 
     Cost of an epoch, on 4 processes: 1,152 images; 23,040 sampling, 23,040 training, 23,040 reference.
     """
     pickscore_sd3_4gpu(config)
     _negative_samples(config)
-    config.eval_diversity_freq = config.eval_ode_log_prob_freq = config.visualize_steps_freq = config.eval_freq
 
 
 def pickscore_sd3_4gpu_ode_logprob(config: ConfigDict) -> None:
-    """`pickscore_sd3_4gpu` with the ratio of the divergences at the sampled points, one probe each; without the KL.
+    """`sd35_grpo_4gpu` with the ratio of the divergences at the sampled points, one probe each; without the KL.
 
     One image per backward pass, which changes no update: second derivatives need plain attention, whose memory grows
     with the square of the number of tokens, and gradient checkpointing saves none of theirs.
@@ -126,7 +125,7 @@ def pickscore_sd3_4gpu_ode_logprob(config: ConfigDict) -> None:
 
 
 def pickscore_sd3_1batch_size(config: ConfigDict) -> None:
-    """`pickscore_sd3` in the least memory, on one GPU: one image at a time, and epochs of 8 groups instead of 48.
+    """`sd35_grpo` in the least memory, on one GPU: one image at a time, and epochs of 8 groups instead of 48.
 
     Cost of an epoch, on 1 process: 192 images; 3,840 sampling, 3,840 training, 3,840 reference.
     """
@@ -167,7 +166,7 @@ def pickscore_sd3_fast(config: ConfigDict) -> None:
 
 
 def pickscore_sd3_fast_4gpu(config: ConfigDict) -> None:
-    """The same epochs as `pickscore_sd3_fast`, on four GPUs.
+    """The same epochs as `sd35_grpo_fast`, on four GPUs.
 
     Cost of an epoch, on 4 processes: 1,152 images; 23,040 sampling, 4,608 training, 4,608 reference.
     """
@@ -212,11 +211,15 @@ def compressibility(config: ConfigDict) -> None:
 def _negative_samples(config: ConfigDict) -> None:
     """Only images below their group's mean teach (arXiv 2506.01347), and all that is measured is."""
     config.train.advantage_mode = "negative"
-    config.eval_diversity = config.eval_ode_log_prob = config.visualize_steps = True
+    config.eval_ode_log_prob = config.visualize_steps = True
 
 
 def _sd3_5_medium(config: ConfigDict) -> None:
-    """What the SD3.5 recipes share: Flow-GRPO's settings, and 128 prompts x 4 images evaluated every 30 epochs."""
+    """What the SD3.5 recipes share: Flow-GRPO's settings, and 128 prompts x 4 images evaluated every 30 epochs.
+
+    Besides, 12 more images of 16 of these prompts, for their diversity in DINOv2-large (a download of 1.2 GB, as much
+    GPU memory, and a forward of 256 images an evaluation); eval_diversity=false does without.
+    """
     config.num_epochs = 1000
     config.eval_freq = 30
     config.save_freq = 30
@@ -254,7 +257,6 @@ def _sd3_5_medium(config: ConfigDict) -> None:
     config.eval.batch_size = 16
     config.eval.modes = ""
 
-    config.num_seeds = 16
     config.diversity.extractor = "dinov2"
     config.diversity.model = DINOV2
     config.diversity.num_prompts = 16
@@ -304,14 +306,45 @@ INTENDED_PROCESSES: dict[str, int] = {
     "clipscore_sd3": 32,
 }
 
+# The names to type, and the recipes' first names, which run folders and published commands have. Both stay.
+NAMES: dict[str, str] = {
+    "tiny_grpo": "tiny_sd3",
+    "tiny_drtune": "tiny_sd3_use_gradient",
+    "tiny_nsr": "tiny_sd3_nsr",
+    "tiny_grpo_ode_step": "tiny_sd3_ode_step",
+    "tiny_grpo_ode_path": "tiny_sd3_ode_path",
+    "tiny_grpo_cfm": "tiny_sd3_cfm",
+    "sd35_grpo": "pickscore_sd3",
+    "sd35_grpo_4gpu": "pickscore_sd3_4gpu",
+    "sd35_grpo_1gpu": "pickscore_sd3_1batch_size",
+    "sd35_grpo_fast": "pickscore_sd3_fast",
+    "sd35_grpo_fast_4gpu": "pickscore_sd3_fast_4gpu",
+    "sd35_grpo_fast_nocfg": "pickscore_sd3_fast_nocfg",
+    "sd35_grpo_ode_step_4gpu": "pickscore_sd3_4gpu_ode_logprob",
+    "sd35_grpo_clipscore": "clipscore_sd3",
+    "sd35_grpo_jpeg": "compressibility",
+    "sd35_drtune": "pickscore_sd3_1batch_size_use_gradient",
+    "sd35_nsr_4gpu": "pickscore_sd3_4gpu_nsr",
+}
+
+
+def first_name(name: str) -> str:
+    """The key in RECIPES of a recipe under either of its names; of others, the name itself."""
+    return NAMES.get(name, name)
+
+
+def nearest_recipes(name: str) -> list[str]:
+    """Up to three names that are spelt alike."""
+    return get_close_matches(name, [*NAMES, *RECIPES], n=3, cutoff=0.6)
+
 
 def get_config(name: str = "") -> ConfigDict:
-    """Return the locked configuration of a recipe; raises ConfigError for a name that is none."""
-    if name not in RECIPES:
-        nearest = get_close_matches(name, RECIPES, n=3, cutoff=0.4) or list(RECIPES)
+    """Return the locked configuration of a recipe, under either name; raises ConfigError for a name that is none."""
+    if first_name(name) not in RECIPES:
+        nearest = nearest_recipes(name) or list(RECIPES)
         given = f"{name!r} is not a recipe of config/grpo.py" if name else "config/grpo.py needs the name of a recipe"
         raise ConfigError(f"{given}; choose {', '.join(nearest)}, as in --config config/grpo.py:{nearest[0]}.")
     config = base.get_config()
-    RECIPES[name](config)
+    RECIPES[first_name(name)](config)
     config.recipe = name
     return config

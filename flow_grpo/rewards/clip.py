@@ -5,7 +5,6 @@ The embedded checkpoints, OpenAI's CLIP and PickScore go through the same class.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
+from flow_grpo.paths import find
 from flow_grpo.rewards.image_path import ImagePath, check_images
 from flow_grpo.rewards.registry import Metadata
 
@@ -38,11 +38,11 @@ class ClipScorer:
     def __init__(self, model: str, device: torch.device | str = "cpu") -> None:
         """Load a directory or hub id. Raises ConfigError if it is not a whole CLIP, or has an unknown image path."""
         self.device = torch.device(device)
-        source = PROCESSORS.get(model, os.path.expanduser(model))
+        source = PROCESSORS.get(model, find(model))
         try:
             self.image_path = ImagePath.load(source)
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model: Any = _load_frozen(os.path.expanduser(model), self.device)  # a CLIPModel
+            self.model: Any = _load_frozen(find(model), self.device)  # a CLIPModel
         except ConfigError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:

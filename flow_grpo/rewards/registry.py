@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.paths import find
 
 if TYPE_CHECKING:
     import torch
@@ -110,6 +111,11 @@ def reward_names(config: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*reward_weights(config), *config.eval.rewards]))
 
 
+def trained_models(config: Any) -> set[str]:
+    """The checkpoints of the rewards that are trained on."""
+    return {config.reward_model[name] for name in reward_weights(config) if REWARDS[name].scorer is not None}
+
+
 def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple[str, str], Any]) -> RewardModel:
     factory = _import(spec.factory)
     if spec.scorer is None:
@@ -163,7 +169,7 @@ def check_checkpoint(key: str, checkpoint: str) -> None:
     first = checkpoint.split("/")[0]
     local = checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1
     local = local or first == "assets" or os.path.exists(first)
-    if local and not os.path.isdir(os.path.expanduser(checkpoint)):
+    if local and not os.path.isdir(find(checkpoint)):
         raise ConfigError(
             f"{key} = {checkpoint!r} is not a directory; it takes the directory or hub id (org/name) of a checkpoint."
         )

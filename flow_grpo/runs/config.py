@@ -1,4 +1,7 @@
-"""The configuration of a run, from its folder."""
+"""The configuration of a run, from its folder.
+
+Paths in it may be relative to where the run was started: those that are not found from here are looked for there.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
+from flow_grpo.paths import find_from
 from flow_grpo.recipes.base import get_config
-from flow_grpo.runs.folder import CONFIG_FILE, run_config
+from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, flatten, run_config
 from flow_grpo.settings import leaves
+
+# Keys, and groups of them, whose values may be paths.
+PATHS = ("pretrained.model", "prompts.", "reward_model.", "eval.judge", "eval.modes", "diversity.model",
+         "diversity.pretrained")  # fmt: skip
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int | None = 1) -> ConfigDict:
@@ -22,7 +31,39 @@ def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int |
     """
     if num_processes is not None:
         overrides = {"num_processes": num_processes, **overrides}
-    return config_from(run_config(folder), folder / CONFIG_FILE, {"resume_from": "", **overrides})
+    return config_from(settings_of(folder), folder / CONFIG_FILE, {"resume_from": "", **overrides})
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """A run's settings by their full names, unchecked; ConfigError if they cannot be read."""
+    return _found(run_config(folder), folder)
+
+
+def config_of_file(path: Path, overrides: Mapping[str, Any]) -> ConfigDict:
+    """The configuration in a run's config.json, or a copy of one, as it stands; some of its keys replaced.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not a configuration of this project.
+    """
+    return config_from(_found(flatten(read_object(path)), path.parent), path, overrides)
+
+
+def _found(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a run's folder with the paths that are found only from where it was started."""
+    started_in = _working_folder(folder)
+    return {
+        key: find_from(value, started_in) if key.startswith(PATHS) and isinstance(value, str) else value
+        for key, value in values.items()
+    }
+
+
+def _working_folder(folder: Path) -> str:
+    """Where a run was started; empty where its records do not say."""
+    try:
+        kept = read_object(folder / ENVIRONMENT_FILE).get("working_folder", "")
+    except ConfigError:
+        return ""
+    return kept if isinstance(kept, str) else ""
 
 
 def config_from(values: Mapping[str, Any], path: Path, overrides: Mapping[str, Any]) -> ConfigDict:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flow_grpo.files import read_object, sha256
+from flow_grpo.paths import find
 from flow_grpo.runs.saved import checkpoint_state
 
 READ = (".safetensors", ".bin", ".json", ".model", ".txt")  # weights, configurations, vocabularies
@@ -27,7 +28,7 @@ def base_digest(model: str, revision: str = "") -> str | None:
     Raises:
         ConfigError: a file cannot be read.
     """
-    folder = Path(model)
+    folder = Path(find(model))
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 

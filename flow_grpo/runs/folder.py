@@ -5,6 +5,8 @@ logs/<run_name>/config.json        the resolved configuration
                 metrics.jsonl      one strict JSON object a line; NaN and infinities are written as null
                 images/            <name>_<step>.png
                 steps/ diversity/  <label>_<step>.json: what evaluators keep of one evaluation
+                evaluations/       flow_grpo/runs/evaluations.py: what is known of every image of one evaluation
+                page.html          all that in one page, written again after every evaluation
                 checkpoints/       flow_grpo/runs/saved.py
                 tensorboard/ wandb/
                 run.lock run.lock.json   who writes it now
@@ -39,13 +41,19 @@ from flow_grpo.runs.saved import (
 )
 
 CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER = "config.json", "environment.json", "metrics.jsonl", "images"
-RECORD_FOLDERS = ("steps", "diversity")  # of evaluators: <label>_<step>.json
+PAGE_FILE = "page.html"
+EVALUATIONS, BASE_FEATURES = "evaluations", "base_features.safetensors"
+RECORD_FOLDERS = ("steps", "diversity", EVALUATIONS)  # <label>_<step>.json, and .webp
 TRACKERS = ("wandb", "tensorboard")  # wandb first: the one that may have to be started twice
-OURS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, CHECKPOINTS, *RECORD_FOLDERS, *TRACKERS})
+OURS = frozenset(
+    {CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, PAGE_FILE, IMAGE_FOLDER, CHECKPOINTS, *RECORD_FOLDERS, *TRACKERS}
+)
 RECORDS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE})  # by which a run is known
 LOCK_FILES = frozenset({LOCK_FILE, OWNER_FILE})
 EARLIER = "earlier"  # earlier-1/, earlier-2/, ...
-TORN = frozenset(f"{name}{TEMPORARY}" for name in (*RECORDS, HISTORY_FILE, *LOCK_FILES))  # a kill while one was written
+TORN = frozenset(
+    f"{name}{TEMPORARY}" for name in (*RECORDS, HISTORY_FILE, PAGE_FILE, *LOCK_FILES)
+)  # a kill while one was written
 # what a run writes before it has done anything: a folder that holds no more than this may be used again
 EMPTY_RUN = RECORDS | LOCK_FILES | TORN | frozenset(TRACKERS)
 
@@ -125,8 +133,9 @@ def _choose(config: Any) -> tuple[Path, bool]:
 
 def _sweep(folder: Path) -> None:
     """Remove what a kill left of writing one of a run's own files."""
-    ours = [folder / name for name in TORN]
-    for part, kind in ((IMAGE_FOLDER, "png"), *((name, "json") for name in RECORD_FOLDERS)):
+    ours = [folder / name for name in (*TORN, f"{EVALUATIONS}/{BASE_FEATURES}{TEMPORARY}")]
+    kinds = ((IMAGE_FOLDER, "png"), (EVALUATIONS, "webp"), *((name, "json") for name in RECORD_FOLDERS))
+    for part, kind in kinds:
         ours += (folder / part).glob(f"*_[0-9]*.{kind}{TEMPORARY}")
     for path in ours:
         if path.is_file():

@@ -88,6 +88,23 @@ def starts_with(path: Path, expected: Mapping[str, Any]) -> bool:
     return digest.hexdigest() == expected.get("sha256")
 
 
+def deciding_metric(config: Mapping[str, Any], label: str) -> str:
+    """The metric that says how good a checkpoint is, of settings by their full names.
+
+    The judge's accuracy where there is a judge; else the first reward of `eval.rewards` that is not trained on; else
+    the training reward on the evaluation's noise, whose highest value may be the most exploited one.
+    """
+    if config.get("eval.judge"):
+        return f"{label}/judge/accuracy"
+    held_out = [name for name in config.get("eval.rewards") or () if not config.get(f"reward_fn.{name}")]
+    return f"{label}/reward/{held_out[0] if held_out else 'total'}"
+
+
+def is_evaluation(line: Mapping[str, Any]) -> bool:
+    """Whether a line of a history was measured on the evaluation's samples."""
+    return any(name.startswith(("eval/", "eval_ema/")) for name in line)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
     """Number, content and whether it is the last, of every line; one at a time is in memory."""
     bound = LIMITS["history"]

@@ -82,8 +82,16 @@ def _this_process() -> dict[str, str | int]:
         "host": socket.gethostname(),
         "process": os.getpid(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """How this process was started, as it is typed."""
+    program = Path(sys.argv[0])
+    if program.name == "fme" or program.parts[-2:] == ("commands", "main.py"):
+        return shlex.join(["fme", *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv])
 
 
 def in_use(folder: Path) -> str:

@@ -29,8 +29,8 @@ SAME_REQUEST = 1.0  # seconds within which a further signal is the same request
 DEADLINE, SLURM_DEADLINE = "FLOW_GRPO_DEADLINE", "SLURM_JOB_END_TIME"  # seconds since 1970
 MARGIN = "FLOW_GRPO_DEADLINE_MARGIN"  # seconds before the deadline at which to stop
 DEFAULT_MARGIN = 120.0
-# in the command line of a parent without which a run is not wanted; not those of a shell or of nohup
-LAUNCHERS = ("torchrun", "torch.distributed", "accelerate", "scripts/study/")
+# in the command line of a parent without which a run is not wanted; not those of a shell or of nohup, which hold no \0
+LAUNCHERS = ("torchrun", "torch.distributed", "accelerate", "scripts/study/", "fme\0", "flow_grpo.commands.main\0")
 
 
 class Reason(IntEnum):

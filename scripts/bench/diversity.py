@@ -34,6 +34,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
 from scripts.bench.entropy import cpu_model
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ def measure(method: str, n: int, features: Path, bandwidth: float, args: argpars
     """The row of a method, by a fresh process."""
     named = {key: getattr(args, key) for key in ("seed", "frequencies", "repeats", "limit_gib")}
     options = {**named, "measure": method, "features": features, "bandwidth": bandwidth}
-    command = [sys.executable, "-m", "scripts.bench.diversity"]
+    command = [sys.executable, __file__]
     command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(args.threads))}
     try:

@@ -339,7 +339,7 @@ def peak_memory(args: argparse.Namespace, steps: int) -> float:
     options = [
         f"--{key}={getattr(args, key)}" for key in ("model", "prompts", "seed", "threads", "samples", "guidance")
     ]
-    command = [sys.executable, "-m", "scripts.bench.entropy", *options, f"--memory-of={steps}"]
+    command = [sys.executable, __file__, *options, f"--memory-of={steps}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
@@ -506,4 +506,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
     sys.exit(main())

@@ -387,7 +387,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
-    from flow_grpo.tracking import log_checkpoints
+    from flow_grpo.runs.trackers import log_checkpoints
 
     settings, accelerator = launch(config)
     prompts = evaluated_prompts(config)

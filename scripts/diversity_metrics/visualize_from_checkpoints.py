@@ -38,6 +38,9 @@ from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import CONFIG_FILE, flatten
 from flow_grpo.runs.saved import finished_checkpoints
 from flow_grpo.runs.weights import Bars, Model, choose_models, load_weights, output_folder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
 from scripts.diversity_metrics.checkpoint_figures import (
     GAP,
     LEFT,
@@ -213,7 +216,7 @@ class Instruments:
         tested = view(samples, self.tested)
         found.thumbnails = self._thumbnails(tested)
         for evaluator in self.evaluators:
-            found.metrics |= evaluator.evaluate(tested)
+            found.metrics |= evaluator.evaluate(tested).metrics
         found.intervals |= self._intervals(tested, found.metrics)
         features = features_by_prompt(view(samples, self.diverse), self.extractor)
         self.bandwidth = self.bandwidth or run_bandwidth(self.config, self.run, self.extractor, features)
@@ -237,7 +240,7 @@ class Instruments:
 
         reward = next(evaluator for evaluator in self.evaluators if evaluator.name == "reward")
         seeds = [(tested.sample_ids == seed).nonzero().flatten().tolist() for seed in tested.sample_ids.unique()]
-        means = [reward.evaluate(tested[rows]) for rows in seeds]
+        means = [reward.evaluate(tested[rows]).metrics for rows in seeds]
         widths = {name: t_half_widths(np.array([mean[name] for mean in means])) for name in means[0]}
         found = {name: _around(metrics[name], float(width)) for name, width in widths.items()}
         if "judge/accuracy" in metrics:
@@ -500,7 +503,7 @@ def visualize(args: argparse.Namespace, command: str) -> dict[str, Any]:
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
-    from flow_grpo.tracking import log_checkpoints
+    from flow_grpo.runs.trackers import log_checkpoints
 
     settings, accelerator = launch(config)
     room = (MAX_WIDTH - LEFT) // len(models) // (cell_side(config.resolution) + GAP)

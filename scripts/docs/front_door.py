@@ -87,7 +87,7 @@ def save_random_loras(folder: Path) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(2.0)
-    adapted.save_pretrained(folder / "by_peft")
+    adapted.save_pretrained(str(folder / "by_peft"))
     state = get_peft_model_state_dict(adapted)
     layers = {name.removeprefix("base_model.model."): value for name, value in state.items()}
     StableDiffusion3Pipeline.save_lora_weights(folder / "by_diffusers", transformer_lora_layers=layers)

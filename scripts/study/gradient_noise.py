@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -35,6 +36,9 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from flow_grpo.commands import cli
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
 from scripts.study import plan
 from scripts.study.summarise import OUT
 
@@ -157,7 +161,7 @@ def _over_both(share: Share, n: int, m: int) -> Measured:
 
 def recipe(changes: Mapping[str, Any]) -> ConfigDict:
     """The study's GRPO, with some keys changed."""
-    from config.grpo import get_config
+    from flow_grpo.recipes.sd3 import get_config
 
     config = get_config(RECIPE)
     config.update_from_flattened_dict({**plan.GRPO, "seed": SEED, "num_threads": 1, **changes})

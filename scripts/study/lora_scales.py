@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from config import grpo
 from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
+from flow_grpo.recipes.sd3 import get_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
 from scripts.study import plan
 from scripts.study.plan import StudyRun
 from scripts.study.summarise import OUT
@@ -102,7 +106,7 @@ class TrainedModel:
 
         with rescale_adapter_scale(self.policy.transformer, scale):
             found = evaluate(self.policy, self.prompts, self.evaluators, self.policy.settings, self.scratch, "eval")
-        metrics = {name: found[f"eval/{name}"] for name in (REWARD, VENDI, RKE, ACCURACY)}
+        metrics = {name: found.metrics[f"eval/{name}"] for name in (REWARD, VENDI, RKE, ACCURACY)}
         lost = [name for name, value in metrics.items() if not math.isfinite(value)]
         if lost:
             raise ConfigError(f"{', '.join(lost)} cannot be measured: not finite.")
@@ -114,7 +118,7 @@ class TrainedModel:
 
 def drtune_claims() -> list[StudyRun]:
     """The planned runs of the claims that train on the reward's gradient."""
-    return [run for run in plan.whole() if run.group == "claims" and grpo.get_config(run.recipe).use_reward_gradient]
+    return [run for run in plan.whole() if run.group == "claims" and get_config(run.recipe).use_reward_gradient]
 
 
 def entries(logs: Path, scales: Sequence[float]) -> list[dict[str, Any]]:

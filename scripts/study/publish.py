@@ -1,118 +1,153 @@
-"""Put a demo's figures into the repository: PNGs and numbers in assets/figures/demo/, its table in README.md.
+"""Put a demo into the repository: its picture and numbers in assets/figures/demo/, its part of README.md.
 
-    python scripts/study/publish.py logs/demo/report
+    python scripts/study/publish.py logs/demo
 
-tests/test_publish.py checks that the README says what assets/figures/demo/summary.json says.
+The picture has the base model and two checkpoints of DRTune on the same prompts and noises, with three numbers under
+each. tests/test_publish.py checks that the README says what assets/figures/demo/summary.json says.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flow_grpo.commands.cli import one_sentence_errors
 from flow_grpo.errors import ConfigError
-from flow_grpo.files import read_object, read_text, write_atomically
+from flow_grpo.files import read_text, strict_json, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from flow_grpo.page.data import Evaluation, PageRun
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "assets/figures/demo"
 README = ROOT / "README.md"
-SHOWN = ("samples.png", "reward_vs_seconds.png", "judge_accuracy.png", "modes.png", "vendi_rke.png", "entropy.png")
+PICTURE, SUMMARY, TEMPLATE = "picture.png", "summary.json", "demo.md.j2"
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
+PROMPTS, NOISES = ("a sneaker", "a bag", "a dress", "a shirt"), 8  # rows and columns of the picture
 
 
-def demo_section(summary: dict[str, Any]) -> str:
-    """The README's paragraph, table and pictures of a demo, from its summary.json."""
-    crossing = next(c for c in summary["crossings"] if c["runner"] == "DRTune" and c["target"] == "GRPO")
-    states = {"base model": summary["base"], **summary["runs"]}
-    if crossing["evaluation"] is not None:
-        states["DRTune at GRPO's reward"] = crossing["evaluation"]
-    rows = [
-        f"| {name} | {state['seconds']:.0f} | {state['network_evaluations']:,} | {state['reward/total']:.4f} "
-        f"| {state['judge/accuracy']:.1%} | {state['modes/entropy']:.2f} | {_diversity(state)} | {_density(state)} |"
-        for name, state in states.items()
-    ]
-    images = "\n".join(
-        f"![{name.removesuffix('.png').replace('_', ' ')}](assets/figures/demo/{name})" for name in SHOWN
+def summarise(drtune: PageRun, grpo: PageRun) -> dict[str, Any]:
+    """What the README's table has: base, DRTune at GRPO's final reward, both at their ends, against the base."""
+    from flow_grpo.commands.demo import reached
+
+    if cut := [run.name for run in (drtune, grpo) if run.epoch < run.config["num_epochs"]]:
+        raise ConfigError(f"the run {cut[0]} was cut by the clock: such a demo is not published.")
+    rows = [("base model", drtune.evaluations[0], drtune), ("DRTune", drtune.last, drtune), ("GRPO", grpo.last, grpo)]
+    early = reached(drtune, grpo.last.figures["reward"])
+    if early is not None:
+        rows.insert(1, ("DRTune at GRPO's reward", early, drtune))
+    return {
+        "images": drtune.config["num_seeds"],
+        "seed": drtune.config["seed"],
+        "rates": {name: run.config["train.learning_rate"] for name, run in (("DRTune", drtune), ("GRPO", grpo))},
+        "rows": [_row(name, evaluation, run) for name, evaluation, run in rows],
+    }
+
+
+def _row(name: str, evaluation: Evaluation, run: PageRun) -> dict[str, Any]:
+    return {
+        "name": name,
+        "epoch": evaluation.epoch,
+        "seconds": evaluation.seconds,
+        "network_evaluations": evaluation.network_evaluations,
+        "figures": dict(evaluation.figures),
+        "changes": {figure: asdict(change) for figure, change in evaluation.changes.items()},
+        "device": run.environment.get("device", ""),
+    }
+
+
+def section(summary: Mapping[str, Any]) -> str:
+    """The README's part, markers included."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(  # Markdown: nothing is escaped
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return "\n".join(
-        [
-            BEGIN,
-            "One demo, seed 42, as committed in `assets/figures/demo`. Rewards are measured on noise that is never",
-            "trained on; the judge is a CLIP trained apart from it; eight equal shares have an entropy of 2.08;",
-            "forward passes are counted, backward passes are not. Vendi score and RKE are means over prompts, of 16",
-            "images each and in the judge's features, with 95 % intervals over the images.",
-            "",
-            "| | training seconds | network evaluations | reward | judge accuracy | colour entropy (nats) "
-            "| Vendi score | RKE | differential entropy (nats) | std of log p (nats) |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-            _crossing_sentence(crossing),
-            "This is one seed. Compare diversity at equal reward, the last row with GRPO's; and mind the judge: where",
-            "its accuracy falls while the reward rises, the reward is exploited.",
-            "",
-            images,
-            END,
-        ]
+    text = environment.get_template(TEMPLATE).render(
+        **summary, cell=cell, picture=(FIGURES / PICTURE).relative_to(ROOT).as_posix()
     )
+    return f"{BEGIN}\n{text.strip()}\n{END}"
 
 
-def _diversity(state: dict[str, Any]) -> str:
-    """Vendi score and RKE with their intervals, where they were measured."""
-    return " | ".join(
-        "not measured"
-        if state.get(name) is None
-        else f"{state[name]:.2f} ({state[f'{name}_low']:.2f} to {state[f'{name}_high']:.2f})"
-        for name in ("diversity/vendi", "diversity/rke")
-    )
+def cell(row: Mapping[str, Any], figure: str, scale: float, places: int) -> str:
+    """A figure, with the interval of its paired difference to the base."""
+    if figure not in row["figures"]:
+        return "not measured"
+    value = f"{row['figures'][figure] * scale:.{places}f}"
+    change = row["changes"].get(figure)
+    if change is None:
+        return value
+    return f"{value} ({change['low'] * scale:+.{places}f} to {change['high'] * scale:+.{places}f})"
 
 
-def _density(state: dict[str, Any]) -> str:
-    """Differential entropy with its standard error, and the spread of the log-density, where they were measured."""
-    if "entropy/nats" not in state:
-        return "not measured | not measured"
-    entropy, error = state["entropy/nats"], state["entropy/standard_error"]
-    return f"{entropy:.1f} ± {error:.1f} | {state['ode_log_prob/std']:.1f}"
+def draw(run: PageRun, shown: Sequence[Evaluation]) -> Figure:
+    """The same prompts and noises by every model, side by side."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.3 * len(shown), 2.75), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, evaluation in zip(panels, shown, strict=True):
+        tiles = _tiles(evaluation)
+        rows = [np.concatenate([tiles[prompt, noise] for noise in range(NOISES)], axis=1) for prompt in PROMPTS]
+        axes.imshow(np.concatenate(rows), interpolation="nearest")
+        axes.set_axis_off()
+        figures, count = evaluation.figures, run.config["num_seeds"]
+        numbers = (
+            f"reward {figures['reward']:.3f}   {figures['vendi']:.1f} different of {count}   "
+            f"judge {figures['judge']:.0%}"
+        )
+        axes.set_title(f"{evaluation.name}\n{numbers}", fontsize=10)
+    return figure
 
 
-def _crossing_sentence(crossing: dict[str, Any]) -> str:
-    if not crossing["meaningful"]:
-        return "GRPO's reward did not rise in this demo."
-    if crossing["seconds"] is None:
-        return "DRTune did not reach GRPO's final reward in this demo."
-    return (
-        f"DRTune reached GRPO's final reward ({crossing['level']:.4f}) in {crossing['seconds']:.1f} s of training, "
-        f"{crossing['fraction_of_seconds']:.1%} of GRPO's time."
-    )
+def _tiles(evaluation: Evaluation) -> dict[tuple[str, int], Any]:
+    """(prompt, noise) -> (h, w, 3) uint8, from the record's sprite."""
+    from flow_grpo.diversity.images import read_rgb
+
+    record = evaluation.record
+    if record is None or record.sprite is None or record.sprite_path is None:
+        raise ConfigError(f"{evaluation.name} of the demo has no record of its images.")
+    (width, height), columns = record.sprite.cell, record.sprite.columns
+    sheet, found = read_rgb(record.sprite_path), {}
+    for place, image in enumerate(record.sprite.images):
+        top, left = place // columns * height, place % columns * width
+        key = (record.prompts[record.prompt[image]], record.noise[image])
+        found[key] = sheet[top : top + height, left : left + width]
+    return found
+
+
+def publish(demo: Path) -> None:
+    """Write the picture, the summary and the README's part; ConfigError if the folder is not that of a whole demo."""
+    from flow_grpo.commands.demo import METHODS
+    from flow_grpo.page.data import read_run
+
+    drtune, grpo = (read_run(demo / method.run_name, method.label) for method in METHODS)
+    summary = summarise(drtune, grpo)
+    early = next((e for e in drtune.evaluations if e.epoch == summary["rows"][1]["epoch"]), drtune.last)
+    picture = draw(drtune, [drtune.evaluations[0], early, drtune.last])
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    picture.savefig(FIGURES / PICTURE, dpi=110)
+    write_atomically(FIGURES / SUMMARY, strict_json(summary, indent=1) + "\n")
+    before, rest = read_text(README).split(BEGIN)
+    write_atomically(README, before + section(summary) + rest.split(END)[1])
 
 
 def main() -> None:
-    """Copy and rewrite; exit code 2 after one sentence about bad input."""
+    """Exit code 2 after one sentence about bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path, help="the report folder of a demo")
-    report = parser.parse_args().report
+    parser.add_argument("demo", type=Path, help="the folder of a demo")
+    arguments = parser.parse_args()
     with one_sentence_errors():
-        publish(report)
-
-
-def publish(report: Path) -> None:
-    """The README's part, and then the files that it shows; ConfigError if the report is not that of a demo."""
-    missing = [name for name in SHOWN if not (report / name).is_file()]
-    if missing:
-        raise ConfigError(f"{report / missing[0]} is missing: {report} is not the whole report of a demo.")
-    try:
-        section = demo_section(read_object(report / "summary.json"))
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration):
-        raise ConfigError(f"{report / 'summary.json'} is not that of a demo.") from None
-    FIGURES.mkdir(parents=True, exist_ok=True)
-    for name in (*SHOWN, "summary.json"):
-        shutil.copyfile(report / name, FIGURES / name)
-    before, rest = read_text(README).split(BEGIN)
-    write_atomically(README, before + section + rest.split(END)[1])
+        publish(arguments.demo)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # scripts import one another; no install offers them
     main()

@@ -14,15 +14,13 @@ import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
-from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
+from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, run_config
 from flow_grpo.runs.history import read_history
 
-QUANTITIES = ("seconds", "network_evaluations")  # what training spends
 REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
 VENDI, RKE = "diversity/vendi", "diversity/rke"
 OCCASIONAL = ("entropy/", "ode_log_prob/", "diversity/")  # what may be measured less often than the rest
 LARGEST = 2**63  # from here on a whole number is no count of a run, and may be too large for a float
-SAME_START = 1e-4  # runs whose evaluations before training differ by more did not start from the same model
 # settings that decide what an evaluation measures: runs that differ in one cannot be compared
 MEASURE = (
     "reward_fn.",
@@ -94,102 +92,6 @@ class RunRecord:
     def curve(self, metric: str) -> np.ndarray:
         """A metric at each evaluation, (evaluations,); nan where it was not finite."""
         return np.array([evaluation.metrics[metric] for evaluation in self.evaluations], dtype=float)
-
-    def image(self, evaluation: Evaluation) -> Path:
-        """The sample grid of an evaluation; ConfigError if it is missing."""
-        path = self.folder / IMAGE_FOLDER / f"eval_{evaluation.step:06d}.png"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: the report shows the sample grid of that evaluation.")
-        return path
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """When one run first reached another's final reward, by linear interpolation between its evaluations."""
-
-    runner: RunRecord
-    target: RunRecord
-    seconds: float | None  # None: never
-    network_evaluations: float | None  # None: never
-
-    @property
-    def level(self) -> float:
-        """The target's final reward."""
-        return self.target.final.reward
-
-    @property
-    def meaningful(self) -> bool:
-        """Whether the target rose at all: otherwise there is nothing to reach."""
-        return self.level > self.target.base.reward
-
-    @property
-    def reached(self) -> bool:
-        """Whether there was something to reach, and it was."""
-        return self.meaningful and self.seconds is not None
-
-    def spent(self, quantity: str) -> float | None:
-        """What the runner spent ("seconds" or "network_evaluations") until the crossing; None: it never came."""
-        value = getattr(self, quantity)
-        return None if value is None else float(value)
-
-    def fraction(self, quantity: str) -> float | None:
-        """The same as a fraction of what the target spent until its last evaluation."""
-        value = self.spent(quantity)
-        return None if value is None else value / getattr(self.target.final, quantity)
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        """The runner's first evaluation at or above the level."""
-        return next((evaluation for evaluation in self.runner.evaluations if evaluation.reward >= self.level), None)
-
-    def sentence(self) -> str:
-        """The comparison in words, with its numbers."""
-        runner, target, level = self.runner.label, self.target.label, f"{self.level:.4f}"
-        if not self.meaningful:
-            return (
-                f"{target} ended at {level}, not above the base model's {self.target.base.reward:.4f}: "
-                f"there is nothing for {runner} to reach."
-            )
-        total, forwards = self.target.final.seconds, self.target.final.network_evaluations
-        if self.seconds is None or self.network_evaluations is None:
-            best = max(evaluation.reward for evaluation in self.runner.evaluations)
-            return (
-                f"{runner} did not reach {target}'s final reward ({level}) in {self.runner.final.seconds:.0f} s: "
-                f"its best was {best:.4f}."
-            )
-        return (
-            f"{runner} reached {target}'s final reward ({level}) after {self.seconds:.1f} s of training, "
-            f"{self.seconds / total:.1%} of {target}'s {total:.0f} s, and after {self.network_evaluations:,.0f} "
-            f"network evaluations, {self.network_evaluations / forwards:.1%} of {target}'s {forwards:,}."
-        )
-
-
-def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
-    """Where the piecewise linear curve through the points (x, y), both (n,), first reaches a level; None: never."""
-    reached = np.flatnonzero(y >= level)
-    if len(reached) == 0:
-        return None
-    after = reached[0]
-    if after == 0:
-        return float(x[0])
-    before = after - 1
-    return float(x[before] + (x[after] - x[before]) * (level - y[before]) / (y[after] - y[before]))
-
-
-def compare(runs: Sequence[RunRecord]) -> list[Crossing]:
-    """The crossing of every ordered pair of runs."""
-    return [crossing(runner, target) for runner in runs for target in runs if runner is not target]
-
-
-def crossing(runner: RunRecord, target: RunRecord) -> Crossing:
-    """When `runner` first reached the final reward of `target`."""
-    reward, level = runner.curve(REWARD), target.final.reward
-    return Crossing(
-        runner,
-        target,
-        seconds=first_crossing(runner.spent("seconds"), reward, level),
-        network_evaluations=first_crossing(runner.spent("network_evaluations"), reward, level),
-    )
 
 
 # --- reading --------------------------------------------------------------------------------------------

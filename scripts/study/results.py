@@ -19,7 +19,7 @@ from scipy.stats import chi2, rankdata, t
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, strict_json, write_atomically
 from scripts.study.plan import StudyRun
-from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, RunRecord, first_crossing, load_runs
+from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, RunRecord, load_runs
 
 RUNS_FILE, NOISE_FILE, SCALES_FILE = "runs.json", "gradient_noise.json", "lora_scales.json"
 NATS, SPREAD = "entropy/nats", "ode_log_prob/std"
@@ -34,8 +34,21 @@ TRAINING = (
     "train/ratio_std", "train/clip_fraction", "train/ratio_error", "train/log_ratio_mean", "train/approx_kl",
     "train/grad_norm", "train/zero_std_fraction",
 )  # fmt: skip
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "flow-matching-entropy")
 LEVEL = 0.95
 DIGITS = 6  # significant
+
+
+def first_crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
+    """Where the piecewise linear curve through the points (x, y), both (n,), first reaches a level; None: never."""
+    reached = np.flatnonzero(y >= level)
+    if len(reached) == 0:
+        return None
+    after = reached[0]
+    if after == 0:
+        return float(x[0])
+    before = after - 1
+    return float(x[before] + (x[after] - x[before]) * (level - y[before]) / (y[after] - y[before]))
 
 
 @dataclass(frozen=True)
@@ -192,8 +205,6 @@ def _training(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def _environment(full: Mapping[str, Any]) -> dict[str, Any]:
-    from scripts.study.report import PACKAGES
-
     git = full.get("git") or {}
     return {
         "device": full.get("device"),

@@ -20,9 +20,14 @@ from ml_collections import ConfigDict
 
 from flow_grpo.commands.cli import create_folder, one_sentence_errors
 from flow_grpo.errors import ConfigError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
 from scripts.study import plan
-from scripts.study.demo import RECIPES, ROOT, TRAIN_SCRIPT
 from scripts.study.plan import StudyRun
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_SCRIPT, RECIPES = ROOT / "scripts/train/train_sd3.py", ROOT / "config/grpo.py"
 
 # settings that say where a run goes, how it is reported and how it is started: none changes what is trained
 NOT_TRAINED = ("logdir", "run_name", "trackers", "project", "resume_from", "num_processes")
@@ -41,7 +46,7 @@ def state_of(run: StudyRun, out: Path) -> State:
 
     Raises ConfigError where the folder is damaged.
     """
-    from config.grpo import get_config
+    from flow_grpo.recipes.sd3 import get_config
     from flow_grpo.runs.config import read_config
     from flow_grpo.runs.saved import CHECKPOINTS, checkpoint_state, find_checkpoint, finished_checkpoints
     from flow_grpo.settings import is_over

@@ -153,7 +153,9 @@ def readme_block(found: Sequence[Section], out: Path, folder: Path) -> str:
 
 def _short_answer(section: Section) -> str:
     """The verdict, with its numbers where they are few."""
-    return section.answer if len(section.summary) <= SHORT else f"**{section.verdict[0].upper()}{section.verdict[1:]}.**"
+    return (
+        section.answer if len(section.summary) <= SHORT else f"**{section.verdict[0].upper()}{section.verdict[1:]}.**"
+    )
 
 
 def with_block(text: str, block: str) -> str:
@@ -278,4 +280,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
     raise SystemExit(main())

@@ -9,13 +9,12 @@ that are normalised within the group and continuous. All else is scripts/train/t
 """
 
 from flow_grpo.commands import cli
-from scripts.train import train_sd3
 
 MODES = ("negative", "weighted")
 
 
 def main(config) -> None:
-    """Train, if the configuration is one of negative-sample reinforcement."""
+    """Train by GRPO, if the configuration is one of negative-sample reinforcement."""
     from flow_grpo.errors import ConfigError
 
     if config.use_reward_gradient:
@@ -27,7 +26,11 @@ def main(config) -> None:
             f"config.train.advantage_mode = {config.train.advantage_mode!r} is not negative-sample reinforcement; "
             f"scripts/train/train_sd3_nsr.py takes {' or '.join(map(repr, MODES))}, others are train_sd3.py's."
         )
-    train_sd3.main(config)
+    from flow_grpo import grpo
+    from flow_grpo.training import open_training
+
+    with open_training(config) as training:
+        training.fit(grpo.train_epoch)
 
 
 if __name__ == "__main__":

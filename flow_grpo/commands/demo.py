@@ -1,0 +1,145 @@
+"""Train the embedded tiny SD3 by DRTune and by GRPO from the same start, and look at both on one page.
+
+    fme demo [--out logs/demo] [--seed 42]
+
+Each run trains a fixed number of epochs; on a free machine of two cores both and their evaluations take less than ten
+minutes. The base model is the evaluation before training. Settings are the recipes' own, except how often they
+evaluate and save. Runs that are cut by --max_seconds are not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from flow_grpo.commands.train import run_process, train_command
+from flow_grpo.commands.view import view
+from flow_grpo.errors import ConfigError
+from flow_grpo.messages import say
+from flow_grpo.page.data import Evaluation, PageRun, read_run
+from flow_grpo.page.words import FIGURES, load
+from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
+
+MAX_SECONDS = 600.0  # several times what the slower run takes on a free machine
+TEMPLATE = "demo.txt.j2"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of the two runs."""
+
+    label: str
+    run_name: str
+    recipe: str
+    epochs: int
+    eval_freq: int  # epochs; also of the checkpoints
+    entropy_freq: int  # epochs; a multiple of eval_freq
+
+
+METHODS = (
+    Method("DRTune", "drtune", "tiny_drtune", epochs=360, eval_freq=30, entropy_freq=120),
+    Method("GRPO", "grpo", "tiny_grpo", epochs=100, eval_freq=10, entropy_freq=50),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("--out", type=Path, default=Path("logs/demo"), help="folder; logs/demo-2, ... if it exists")
+    parser.add_argument("--seed", type=int, default=42, help="keys every random number (default: 42)")
+    parser.add_argument("--epochs", type=int, default=0, help="at most so many of each run (default: 360 and 100)")
+    parser.add_argument(
+        "--max_seconds", "--seconds", type=float, default=MAX_SECONDS, metavar="SECONDS",
+        help="at most so much training of each run (default: 600); cut runs are not compared",
+    )  # fmt: skip
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Train both, print the outcome and where the page is; the exit code is that of the first run that fails."""
+    if not arguments.max_seconds > 0:
+        raise ConfigError(f"--max_seconds {arguments.max_seconds:g} is not allowed; it takes a number above 0.")
+    if arguments.epochs < 0 or arguments.seed < 0:
+        raise ConfigError("--epochs and --seed take whole numbers of at least 0.")
+    begin = time.monotonic()
+    out = fresh_folder(arguments.out.expanduser().resolve())
+    for number, method in enumerate(METHODS, start=1):
+        epochs = min(method.epochs, arguments.epochs or method.epochs)
+        print(f"[{number}/{len(METHODS)}] {method.label}: {epochs} epochs", flush=True)
+        changes = changed(method, out, epochs, arguments.seed, arguments.max_seconds)
+        code = run_process(train_command(method.recipe, changes, method.run_name))
+        if code != 0:
+            return _give_up(method, code, out)
+    page = view([out / method.run_name for method in METHODS], out / PAGE_FILE)
+    print(outcome(out, (time.monotonic() - begin) / 60).rstrip())
+    print(f"page: {page}")
+    return 0
+
+
+def changed(method: Method, out: Path, epochs: int, seed: int, max_seconds: float) -> list[str]:
+    """The settings of one run that are not its recipe's, as KEY=VALUE."""
+    settings = {
+        "logdir": out,
+        "seed": seed,
+        "num_epochs": epochs,
+        "max_seconds": float(max_seconds),
+        "eval_freq": method.eval_freq,
+        "eval_ode_log_prob": "true",
+        "eval_ode_log_prob_freq": method.entropy_freq,
+        "eval.ema": "false",
+        "save_freq": method.eval_freq,
+        "num_checkpoint_limit": 0,
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _give_up(method: Method, code: int, out: Path) -> int:
+    """Say which run failed; leave no empty folder behind."""
+    if not any(out.iterdir()):
+        out.rmdir()
+    say(f"error: training with {method.label} ended with exit code {code}; its message is above.")
+    return code
+
+
+# --- the outcome ---------------------------------------------------------------------------------------
+
+
+def outcome(out: Path, minutes: float) -> str:
+    """What the two runs have come to, in words; where one was cut, that alone."""
+    runs = {method.label: read_run(out / method.run_name, method.run_name) for method in METHODS}
+    target = runs[METHODS[1].label]
+    shown = {load()["base"]: target.evaluations[0]} | {label: run.last for label, run in runs.items()}
+    environment = jinja2.Environment(  # plain text: nothing is escaped
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(TEMPLATE).render(
+        cut={label: run for label, run in runs.items() if run.epoch < run.config["num_epochs"]},
+        minutes=minutes,
+        rows=[_row(label, evaluation) for label, evaluation in shown.items()],
+        titles=[load()["figures"][name]["short"] for name in FIGURES],
+        images=target.config["num_seeds"],
+        base=target.evaluations[0].figures["reward"],
+        runs=runs,
+        first=METHODS[0].label,
+        second=METHODS[1].label,
+        reached=reached(runs[METHODS[0].label], target.last.figures["reward"]),
+    )
+
+
+def reached(run: PageRun, level: float) -> Evaluation | None:
+    """The first evaluation of a run with at least this reward; None: there is none."""
+    return next((e for e in run.evaluations if e.figures.get("reward", -math.inf) >= level), None)
+
+
+def _row(label: str, evaluation: Evaluation) -> list[str]:
+    """A model's name, and its figures."""
+    cells = [label]
+    for name in FIGURES:
+        value = evaluation.figures.get(name)
+        form = "{:.1%}" if load()["figures"][name]["unit"] == "share" else "{:.4f}" if name == "reward" else "{:.2f}"
+        cells.append("" if value is None else form.format(value))
+    return cells

@@ -1,0 +1,38 @@
+"""Where a file is that a setting names: settings say "assets/..." wherever they are read, and no machine's paths.
+
+Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ASSETS = "assets"
+_PACKAGE = Path(__file__).resolve().parent
+# The wheel has flow_grpo/assets; a checkout has assets/ beside flow_grpo/.
+HOME = _PACKAGE if (_PACKAGE / ASSETS).is_dir() else _PACKAGE.parent
+
+
+def find(path: str) -> str:
+    """The place of a file or folder: in the working folder or, of "assets/...", beside the package; else unchanged.
+
+    "~" is written out. A hub id comes back as it is, unless the working folder holds a folder of that name.
+    """
+    given = os.path.expanduser(path)
+    if os.path.isabs(given) or os.path.lexists(given) or Path(given).parts[:1] != (ASSETS,):
+        return given
+    beside = HOME / given
+    return str(beside) if os.path.lexists(beside) else given
+
+
+def find_from(path: str, folder: str) -> str:
+    """`path` itself where `find` finds it, or where it is not in `folder` either; else its place in `folder`.
+
+    Args:
+        folder: where a run was started, from which its settings were written.
+    """
+    if not path or not folder or os.path.lexists(find(path)):
+        return path
+    there = os.path.join(folder, path)
+    return there if os.path.lexists(there) else path

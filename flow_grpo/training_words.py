@@ -1,0 +1,70 @@
+"""What a training says on the terminal besides its bars: when it begins, of each evaluation, and when it ends."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from flow_grpo.runs.evaluations import Record
+from flow_grpo.runs.folder import PAGE_FILE
+
+BEGINS = "{folder}: {images} images an epoch; watch {page}"
+ENDS = "done: {epochs} epochs; the page is {page}"
+ENDS_UNSEEN = "done: {epochs} epochs, in {folder}"  # nothing was evaluated
+GO_ON = "go on with `fme train --resume {folder}`"
+BASE, EPOCH = "base model", "epoch {epoch}, {seconds:.0f} s"
+REWARD, REWARD_CHANGE = "reward {reward:.4f}", " ({difference:+.4f} ± {half:.4f})"
+DIFFERENT, DIFFERENT_BASE = "{vendi:.2f} different images of {n}", " (base {old:.2f})"
+JUDGE, JUDGE_BASE = "judge {share:.0%}", " (base {old:.0%})"
+
+
+def begins(folder: Path, images: int) -> str:
+    """The first line; `images` of an epoch."""
+    return BEGINS.format(folder=folder, images=images, page=folder / PAGE_FILE)
+
+
+def ends(folder: Path, epochs: int) -> str:
+    """The last line."""
+    words = ENDS if (folder / PAGE_FILE).is_file() else ENDS_UNSEEN
+    return words.format(epochs=epochs, page=folder / PAGE_FILE, folder=folder)
+
+
+def go_on(folder: Path) -> str:
+    """How a run that was stopped is gone on with."""
+    return GO_ON.format(folder=shlex.quote(str(folder.resolve())))
+
+
+def evaluation(record: Record) -> str:
+    """What an evaluation found, as far as it was measured; empty where nothing was."""
+    parts = [part for part in (_reward(record), _different(record), _judge(record)) if part]
+    head = EPOCH.format(epoch=record.epoch, seconds=record.seconds) if record.epoch else BASE
+    return f"{head}: {', '.join(parts)}" if parts else ""
+
+
+def _reward(record: Record) -> str:
+    values = [value for value in record.rewards.get("total", ()) if value is not None]
+    if not values:
+        return ""
+    change = record.changes.get("reward")
+    half = 0.0 if change is None else (change.high - change.low) / 2
+    more = "" if change is None else REWARD_CHANGE.format(difference=change.difference, half=half)
+    return REWARD.format(reward=np.mean(values)) + more
+
+
+def _different(record: Record) -> str:
+    if record.diversity is None:
+        return ""
+    change, found = record.changes.get("vendi"), record.diversity
+    more = "" if change is None else DIFFERENT_BASE.format(old=change.old)
+    return DIFFERENT.format(vendi=np.mean(found.vendi), n=round(np.mean(found.images))) + more
+
+
+def _judge(record: Record) -> str:
+    pairs = zip(record.judge.guess, record.prompt, strict=True) if record.judge else ()
+    right = [guess == prompt for guess, prompt in pairs if guess is not None]
+    if not right:
+        return ""
+    change = record.changes.get("judge")
+    return JUDGE.format(share=np.mean(right)) + ("" if change is None else JUDGE_BASE.format(old=change.old))
