@@ -10,7 +10,9 @@ too few images) is None.
   paired, Agresti and Caffo (The American Statistician 54, 280). Prompts are no strata here, which makes it no narrower.
   The difference is the plain one; the interval is the adjusted one, made to hold it and cut at -1 and 1.
 - Vendi: the jackknife, its correction for interactions and the studentised bootstrap of `bootstrap`, of the difference
-  itself and not of its logarithm: noise i is left out of both models. Not paired, the parts of both models add up.
+  itself and not of its logarithm: noise i is left out of both models. Not paired, the parts of both models add up. The
+  interval is widened by n / (n - 1), without which it covered in 92 to 94 % where n is 8, and where 16 images of one
+  prompt are diffuse.
 - Reach, the base's images that are still reached. Image i of the base is reached by a set S if it lies in the ball of
   some x_j of S, j != i; balls reach to the k-th nearest neighbour within S without x_i. S is the base's own images, or
   the checkpoint's. Since i is left out of both, an equal model has the same expected reach as the base, and not less.
@@ -172,9 +174,10 @@ def change_of_vendi(old: Matrices, new: Matrices, order: float = 1.0, paired: bo
     rngs = [np.random.default_rng([1, number]) for number in range(len(parts))]
     off = deviations([part for _, part in parts], [share for share, _ in parts], rngs, DRAWS)
     before, after = (float(np.mean([getattr(one, side) for one in found])) for side in ("old", "new"))
-    counts = [len(matrix) for matrix in sets[0]]
-    most = float(np.mean(counts)) - 1
-    return _change(before, after, float(np.quantile(np.abs(off), LEVEL)), most, sum(counts), paired)
+    images = sum(len(matrix) for matrix in sets[0])
+    most = images / len(found) - 1
+    half = float(np.quantile(np.abs(off), LEVEL)) * (most + 1) / most
+    return _change(before, after, half, most, images, paired)
 
 
 @dataclass(frozen=True)

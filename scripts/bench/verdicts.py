@@ -21,7 +21,8 @@ It writes `results.json` and `table.md`. One core, about 20 minutes. What is mea
   `assets/tiny_features`. Each repeat takes 32 of the 96 for each prompt, 16 for either model; `half the same`: in every
   second place both models have the same image. The models are equal, and the truth is 0.
 
-A coverage of 95 % in 200 repeats has a standard error of 1.5 %.
+Seeds are used for nothing else: what was chosen by coverage was chosen with others. A coverage of 95 % in 200 repeats has a
+standard error of 1.5 %.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def truths(situation: Situation) -> tuple[float, float]:
 
 def diversity_rows(situation: Situation, repeats: int) -> list[Row]:
     """Of Vendi and of reach."""
-    rng, (vendi, reach) = np.random.default_rng(1), truths(situation)
+    rng, (vendi, reach) = np.random.default_rng(11), truths(situation)
     found = [both(*situation.draw(situation.prompts, rng), situation.paired) for _ in range(repeats)]
     changes = list(zip(*found, strict=True))
     return [row("Vendi", situation, vendi, changes[0]), row("reach", situation, reach, changes[1])]
@@ -246,7 +247,7 @@ def reward_and_judge(figures: Figures, situation: Situation, rng: np.random.Gene
 
 def reward_rows(figures: Figures, situation: Situation, repeats: int) -> tuple[list[Row], float]:
     """Of reward and judge, and the percentage of repeats with the verdict "exploited"."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(12)
     found = [reward_and_judge(figures, situation, rng) for _ in range(repeats)]
     rewards, judges = zip(*found, strict=True)
     loss = figures.right[1] - figures.right[0]
@@ -276,7 +277,7 @@ class Power:
 
 def power(law: str, shares: Sequence[float], images: int, moved: float, repeats: int) -> Power:
     """With 10 prompts and rho = 0.5."""
-    rng, situation = np.random.default_rng(3), Situation("", images, 10, 0.5)
+    rng, situation = np.random.default_rng(13), Situation("", images, 10, 0.5)
     old, new, found = modes(shares), modes(shares, moved), []
     for _ in range(repeats):
         a, b = situation.noises(situation.prompts, rng)
@@ -331,7 +332,7 @@ def real_rows(features: np.ndarray, repeats: int) -> list[Row]:
         ("tiny model, half the same", True, True),
         ("tiny model", False, False),
     ):
-        rng, found = np.random.default_rng(4), []
+        rng, found = np.random.default_rng(14), []
         for _ in range(repeats):
             chosen = np.argsort(rng.random(features.shape[:2]), axis=1)[:, :32, None]
             old, new = np.split(np.take_along_axis(features, chosen, axis=1), 2, axis=1)
