@@ -23,7 +23,7 @@ from flow_grpo.diversity.bootstrap import Interval
 from flow_grpo.diversity.features import FeatureExtractor
 from flow_grpo.diversity.images import ImageFolder, stack
 from flow_grpo.errors import ConfigError
-from flow_grpo.evaluation import draw_samples, record_of, sample_evaluators
+from flow_grpo.evaluation import draw_samples, record_of, sample_evaluators, setting_of
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.distances import distances_of
 from flow_grpo.evaluators.diversity import (
@@ -41,7 +41,7 @@ from flow_grpo.model_files import LOADING_ERRORS, first_line
 from flow_grpo.policy import ImageModel, load_pipeline
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
-from flow_grpo.runs.evaluations import SMALL, Record, with_changes, write_record
+from flow_grpo.runs.evaluations import FOLDERS, SMALL, Record, with_changes, write_record
 from flow_grpo.runs.weights import Bars
 from flow_grpo.settings import Settings
 from flow_grpo.tracking import Counters, Run
@@ -139,8 +139,9 @@ def draw_prompt(look: Look, prompt: str, number: int) -> tuple[tuple[Loaded, ...
 class Instruments:
     """Features, reward and judge, loaded once for all that is looked at."""
 
-    def __init__(self, settings: Settings, device: torch.device, rewarded: bool) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, device: torch.device, rewarded: bool, setting: str) -> None:
+        """`setting`: of the records; those that differ in it are not compared."""
+        self.settings, self.setting = settings, setting
         self.extractor: FeatureExtractor = extractor_of(settings.config, device)
         evaluators = sample_evaluators(build_reward(settings.config, device), settings, device)
         self.evaluators: list[Evaluator] = evaluators if rewarded else evaluators[1:]  # the reward's is the first
@@ -159,7 +160,7 @@ class Instruments:
         found += [(samples, evaluator.evaluate(samples)) for evaluator in self.evaluators]
         if self.base is None:
             self.base = features
-        return replace(record_of(samples, found, Counters(epoch=epoch)), name=name)
+        return replace(record_of(samples, found, Counters(epoch=epoch), self.setting), name=name)
 
     def alone(self, features: Features) -> Interval:
         """The Vendi score where there is nothing to compare with."""
@@ -174,8 +175,9 @@ def compare_models(look: Look, out: Path) -> Comparison:
         ConfigError: a model cannot be loaded, or its images cannot be measured.
     """
     settings, accelerator = start(look)
-    instruments = Instruments(settings, accelerator.device, look.rewarded)
     prompts = PromptDataset.load(settings.config.prompts.test)
+    setting = setting_of(settings.config, prompts.prompts)
+    instruments = Instruments(settings, accelerator.device, look.rewarded, setting)
     chosen = tuple(dict.fromkeys(prompts.prompts))[: settings.config.eval.num_prompts or None]
     request = SampleRequest(chosen, settings.config.eval.num_image_per_prompt)
     records: list[Record] = []
@@ -200,7 +202,7 @@ def compare_folders(
         ConfigError: a model cannot be loaded, or the images cannot be measured.
     """
     settings, accelerator = launch(config)
-    instruments = Instruments(settings, accelerator.device, rewarded)
+    instruments = Instruments(settings, accelerator.device, rewarded, _setting_of_folders(folders, config))
     records: list[Record] = []
     for epoch, (name, folder) in enumerate(folders.items()):
         features = folder.features(instruments.extractor)
@@ -209,6 +211,12 @@ def compare_folders(
         records.append(with_changes(record, records[0], paired) if epoch else record)
         write_record(out, records[-1], samples.images)
     return Comparison(tuple(records), vendi=instruments.alone(features) if len(records) == 1 else None)
+
+
+def _setting_of_folders(folders: Mapping[str, ImageFolder], config: ConfigDict) -> str:
+    """Of these folders alone: images of the same number in others have nothing in common with theirs."""
+    roots = [str(folder.root.resolve()) for folder in folders.values()]
+    return FOLDERS + setting_of(FrozenConfigDict(config), roots)
 
 
 class FilesAsTensor:

@@ -81,14 +81,16 @@ def write_records(
         speed: of the drift; 0: the model stays as it is.
         parts: what was measured and kept.
         names: epoch -> what the model is called instead.
-        trained: whether the epochs are of a training, which took time; else they number the models.
+        trained: whether the epochs are of a training, which took time; else they number the models, and no settings are
+            kept, as of what `fme check` writes.
     """
     folder.mkdir(parents=True)
     config = get_config()
     config.update({"run_name": folder.name, "recipe": "tiny_sd3_use_gradient", "use_reward_gradient": True})
     config.update_from_flattened_dict({"seed": seed, **(overrides or {})})
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    if trained:
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+        (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     base, lines = None, []
     for epoch in epochs:
         record, images = evaluation(epoch, prompts, noises, size, seed, speed, parts, base)
@@ -97,7 +99,8 @@ def write_records(
         base = base or record
         write_record(folder, record if record is base else with_changes(record, base), images)
         lines.append(_line(record))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if trained:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 

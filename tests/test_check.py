@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from flow_grpo.commands.main import main
 from flow_grpo.comparison import FilesAsTensor, draw, start
 from flow_grpo.diversity.images import read_images
 from flow_grpo.looking import Options, check_features, look_at, reward_of, set_features
+from flow_grpo.page.data import read_runs
+from flow_grpo.page.seeds import Group, differences
 from flow_grpo.recipes.base import get_config
 from flow_grpo.runs.evaluations import records_of
 from flow_grpo.things import find_out
@@ -252,6 +255,27 @@ def test_folders_of_the_same_names_are_paired_and_others_independent(tmp_path, c
     assert not found["changes"]["vendi"]["paired"]
 
 
+def test_the_page_of_independent_folders_calls_nothing_paired(tmp_path, capsys) -> None:
+    base = write_folder(tmp_path / "base", 60)
+    found = check(write_folder(tmp_path / "other", 2, start=50), "--against", base, capsys=capsys)
+    shown = re.sub(r"<(script|style)>.*?</\1>", "", Path(found["page"]).read_text(), flags=re.DOTALL)
+    shown = re.sub(r'"paired": ?false', "", shown)
+    assert re.findall(r"[^.:]*paired[^.]*", shown) == [" no difference is paired"]
+    assert "same noise" not in shown.lower()
+    assert "was trained on" not in shown
+    found = check(write_folder(tmp_path / "same", 2), "--against", base, capsys=capsys)  # the broken twin
+    assert "every difference is paired" in Path(found["page"]).read_text()
+
+
+def test_results_of_other_folders_are_not_compared_image_by_image(tmp_path, capsys) -> None:
+    """`fme view` of both pages' folders: images of one number in two folders have nothing in common."""
+    base, folders = write_folder(tmp_path / "base", 60), [write_folder(tmp_path / name, 2) for name in ("a", "b")]
+    found = [check(folder, "--against", base, capsys=capsys) for folder in folders]
+    runs = read_runs([Path(one["out"]) for one in found])
+    compared = differences(Group("b", (1,)), Group("a", (0,)), runs)
+    assert {figure.how for figure in compared.values()} == {"none"}
+
+
 def test_of_folders_of_different_sizes_as_many_images_are_compared(tmp_path, capsys) -> None:
     base = write_folder(tmp_path / "base", 60, (9, 8))
     found = check(write_folder(tmp_path / "other", 60, (6, 8), start=50), "--against", base, capsys=capsys)
@@ -263,6 +287,11 @@ def test_one_folder_has_its_own_score(tmp_path, capsys) -> None:
     found = check(write_folder(tmp_path / "base", 60, (8,)) / "prompt 0", capsys=capsys)
     assert found["against"] is None
     assert 1 <= found["vendi"]["estimate"] <= 8
+    page = Path(found["page"]).read_text()
+    assert (
+        json.loads(page.partition('id="data">')[2].partition("</script>")[0])["runs"][0]["evaluations"][0]["diversity"]
+        == "alone"
+    )
     assert main(["check", str(tmp_path / "base")]) == 0
     assert "Different images of 8" in capsys.readouterr().out
 

@@ -137,6 +137,16 @@ def test_large_images_are_reduced_and_bounded(tmp_path):
     assert Image.open(found.sprite_path).size == (16 * 144, 5 * 192)
 
 
+def test_a_sprite_is_no_taller_than_webp_can_be(tmp_path):
+    """16383 pixels: 255 rows of 64, where all that a sprite may hold would take 256."""
+    number = 4096
+    record = Record("eval", 0, ["a bag"], [0] * number, list(range(number)))
+    sprite = read_record(write_record(tmp_path, record, np.broadcast_to(np.float32(0.5), (number, 3, 64, 64)))).sprite
+    assert len(sprite.images) == 255 * 16
+    with Image.open(tmp_path / "evaluations" / sprite.file) as picture:
+        assert picture.size == (16 * 64, 255 * 64)
+
+
 def test_an_image_of_nan_is_black(tmp_path):
     record = made()
     pixels = np.full((len(record.prompt), 3, 4, 4), np.nan, np.float32)
@@ -319,3 +329,13 @@ def test_distances_of_other_features_and_guesses_of_another_judge_are_not_compar
         record, judge=replace(record.judge, model="x"), diversity=replace(record.diversity, features="dinov2:x")
     )
     assert set(with_changes(other, base).changes) == {"reward"}
+
+
+def test_a_judge_that_chose_among_other_prompts_is_not_compared():
+    """Among fewer, more guesses are right by chance; the prompts are the same, but one was never judged."""
+    base, record = made(epoch=0), made()
+    assert "judge" in with_changes(record, base).changes
+    judge = record.judge
+    fewer = [None if p == 0 else guess for p, guess in zip(record.prompt, judge.guess, strict=True)]
+    other = replace(record, judge=replace(judge, guess=fewer))
+    assert "judge" not in with_changes(other, base).changes

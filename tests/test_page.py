@@ -22,7 +22,16 @@ from flow_grpo.page import contents
 from flow_grpo.page.build import build_page, content_policy, number, safe_json
 from flow_grpo.page.contents import checkpoints_within, contents_of
 from flow_grpo.page.data import PageRun, evenly, read_run, read_runs, run_names
-from flow_grpo.page.seeds import Estimate, Group, curves, differences, differing_measures, groups_of, mean_of
+from flow_grpo.page.seeds import (
+    Difference,
+    Estimate,
+    Group,
+    curves,
+    differences,
+    differing_measures,
+    groups_of,
+    mean_of,
+)
 from flow_grpo.page.words import FIGURES, load, model_name
 from flow_grpo.runs.evaluations import write_record
 from tests.synthetic_records import write_records
@@ -224,6 +233,30 @@ def test_runs_without_settings_are_groups_of_their_own(tmp_path: Path) -> None:
         (folder / "config.json").unlink()
         (folder / "environment.json").unlink()
     assert [group.runs for group in groups_of(read_runs(folders))] == [(0,), (1,)]
+
+
+def test_the_same_seed_again_is_no_other_seed(tmp_path: Path) -> None:
+    """As of a run that branched off: with it, the mean over seeds would have an interval without a width."""
+    runs = seeded(tmp_path, (1, 2)) + seeded(tmp_path, (1,), "again")
+    assert [group.runs for group in groups_of(runs)] == [(0, 1), (2,)]
+
+
+def test_seeds_that_differ_by_the_same_number_show_nothing(tmp_path: Path) -> None:
+    """Shares of few images often do; a t interval would have no width, and say better or worse."""
+    runs = seeded(tmp_path, (1, 2)) + seeded(tmp_path, (1, 2), "slow")
+
+    def with_judge(run: PageRun, judge: float) -> PageRun:
+        last = replace(run.last, figures={**run.last.figures, "judge": judge})
+        return replace(run, evaluations=(*run.evaluations[:-1], last))
+
+    runs = [with_judge(run, judge) for run, judge in zip(runs, (0.9, 0.7, 0.8, 0.6), strict=True)]
+    groups = Group("slow", (2, 3)), Group("run", (0, 1))
+    assert differences(*groups, runs)["judge"] == Difference(Estimate(pytest.approx(-0.1)), "none")
+    runs[3] = with_judge(runs[3], 0.75)  # the broken twin has a spread
+    assert differences(*groups, runs)["judge"].how == "seeds"
+    other_seeds = [replace(run, config={**run.config, "seed": 5 + i}) for i, run in enumerate(runs)]
+    exact = [with_judge(run, judge) for run, judge in zip(other_seeds, (1.0, 1.0, 0.875, 0.875), strict=True)]
+    assert differences(*groups, exact)["judge"] == Difference(Estimate(-0.125), "none")
 
 
 def test_the_interval_of_seeds_is_students() -> None:

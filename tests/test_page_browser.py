@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from flow_grpo.page.build import build_page
 from flow_grpo.page.data import read_runs
+from flow_grpo.runs.evaluations import read_record, write_record
 from scripts.bench.page import start_browser
 from tests.synthetic_records import base_images, drifted, write_records
 from tests.synthetic_runs import write_run
@@ -60,6 +62,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                                                              range(10)], noises=8, size=256)],
         "folders": [write_records(root / "folders", (0, 1), parts=("diversity", "images"), names={1: "after"},
                                   trained=False)],
+        "alone": [write_records(root / "alone", (0,), parts=("diversity", "images"), trained=False)],
+        "blind": [without_base_images(write_records(root / "blind", EPOCHS[:3]))],
         "many": [write_records(root / "many", (0, 10), [f"prompt {i}" for i in range(30)], 32, parts=("images",))],
         "begun": [write_records(root / "begun", (0,))],
         "baseless": [without_base(write_records(root / "baseless", EPOCHS[:3]))],
@@ -70,6 +74,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 KINDS = ("run", "seeds", "hostile", "large", "folders", "begun", "baseless", "bare", "old")
+
+
+def without_base_images(folder: Path) -> Path:
+    """The run when its first evaluation could write no pictures."""
+    base = read_record(folder / "evaluations/eval_000000.json")
+    write_record(folder, replace(base, sprite=None), None)
+    return folder
 
 
 def without_base(folder: Path) -> Path:
@@ -151,7 +162,7 @@ def test_the_first_screen_says_both_verdicts_and_the_sentence(view: Page) -> Non
         "Of 16 images of one prompt the base makes about 3.2 different ones, this checkpoint 1.0."
     )
     assert view.texts("#figures h3") == [
-        "Reward trained on", "Different images of 16", "Base images still reached", "Judge recognises the prompt",
+        "Reward", "Different images of 16", "Base images still reached", "Judge recognises the prompt",
     ]  # fmt: skip
     assert view.texts("#figures .tone") == ["better", "worse", "worse", "worse"]
     assert re.search(r"0\.510 → 0\.55\d.*95 %: \+0\.0\d+ to \+0\.0\d+", view.text("[data-figure=reward]"))
@@ -193,6 +204,25 @@ def test_two_folders_have_no_training(view: Page) -> None:
     assert not view.find("#along").is_displayed()
     assert view.count(".on-the-right .tile") == 160
     assert view.text("#images-note").startswith("No judge was asked.")
+    assert re.fullmatch(
+        r"Of 16 images of one prompt, about \d\.\d are different ones of base model, and \d\.\d of after\.",
+        view.text("#sentence"),
+    )
+
+
+def test_one_thing_alone_is_no_base(view: Page) -> None:
+    view.open("alone")
+    assert view.text("#diversity-verdict") == "Compared with nothing"
+    assert view.text("#sentence") == "Of 16 images of one prompt, about 3.2 are different ones."
+    assert set(view.texts("#figures .tone")) == {"compared with nothing"}
+
+
+def test_the_first_images_that_there_are_do_not_stand_in_for_the_bases(view: Page) -> None:
+    view.open("blind")
+    assert view.js("return RUNS[0].base.name") == "base model"
+    assert view.js("return RUNS[0].baseCheckpoint === undefined")
+    assert not view.find("#prompts").is_displayed()
+    assert view.complaints() == []
 
 
 def test_a_run_that_has_begun_shows_its_base(view: Page) -> None:

@@ -51,11 +51,11 @@ def drtune(tmp_path):
 
 
 def test_the_picture_has_three_numbers_under_each_model(drtune):
-    titles = [axes.get_title() for axes in draw(drtune, [drtune.evaluations[0], drtune.last]).axes]
-    last = drtune.last.figures
-    assert titles[0].startswith("base model\n")
-    assert titles[1] == (
-        f"epoch 40\nreward {last['reward']:.3f}   {last['vendi']:.1f} different of 16   judge {last['judge']:.0%}"
+    first, last = draw(drtune, [drtune.evaluations[0], drtune.last]).axes
+    assert (first.get_title(), last.get_title()) == ("base model", "epoch 40")
+    figures = drtune.last.figures
+    assert last.get_xlabel() == (
+        f"reward {figures['reward']:.3f}   {figures['vendi']:.1f} different of 16   judge {figures['judge']:.0%}"
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from flow_grpo.diversity.images import read_rgb
+from flow_grpo.diversity.paired import NEIGHBOURS
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_bytes
 from flow_grpo.messages import say
@@ -133,10 +134,11 @@ def _run(run: PageRun, shown: Sequence[int], pictures: bool) -> dict[str, Any]:
     return {
         "name": run.name,
         "epoch": run.epoch,
+        "trained": bool(run.config),  # else what is there already is looked at
         "best": run.best,
         "prompts": prompts,
         "n": _counts([e.record for e in run.evaluations if e.record is not None]),
-        "evaluations": [_evaluation(evaluation) for evaluation in run.evaluations],
+        "evaluations": [_evaluation(evaluation, run.compares) for evaluation in run.evaluations],
         "checkpoints": [_checkpoint(i, run.evaluations[i], prompts, pictures) for i in shown],
     }
 
@@ -147,10 +149,10 @@ def _counts(records: Sequence[Record]) -> str:
     return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else ""
 
 
-def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+def _evaluation(evaluation: Evaluation, compares: bool) -> dict[str, Any]:
     changes, record = evaluation.changes, evaluation.record
     independent = record is not None and record.judge is not None and record.judge.independent
-    directions = {name: _direction(name, evaluation) for name in FIGURES}
+    directions = {name: _direction(name, evaluation, compares) for name in FIGURES}
     return {
         "epoch": evaluation.epoch,
         "name": evaluation.name,
@@ -159,7 +161,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "figures": evaluation.figures,
         "changes": {name: asdict(change) for name, change in changes.items()},
         "directions": directions,
-        "diversity": _without_records(diversity_verdict(changes.get("vendi")), "vendi", evaluation),
+        "diversity": _diversity(evaluation, compares),
         "exploitation": _without_records(
             exploitation_verdict(changes.get("reward"), changes.get("judge"), independent), "reward", evaluation
         ),
@@ -174,12 +176,24 @@ def _without_records(verdict: str, figure: str, evaluation: Evaluation) -> str:
     return "no_records" if evaluation.record is None and figure in evaluation.figures else verdict
 
 
-def _direction(figure: str, evaluation: Evaluation) -> str:
+def _diversity(evaluation: Evaluation, compares: bool) -> str:
+    """A key of the words' verdicts."""
+    if evaluation.epoch == 0:
+        return _base_verdict(compares)
+    return _without_records(diversity_verdict(evaluation.changes.get("vendi")), "vendi", evaluation)
+
+
+def _base_verdict(compares: bool) -> str:
+    """Of what others are compared with; of what is alone."""
+    return "base" if compares else "alone"
+
+
+def _direction(figure: str, evaluation: Evaluation, compares: bool) -> str:
     """A key of the words' directions."""
     if figure not in evaluation.figures:
         return "not_measured"
     if evaluation.epoch == 0:
-        return "base"
+        return _base_verdict(compares)
     return direction(evaluation.changes[figure]) if figure in evaluation.changes else "no_interval"
 
 
@@ -322,11 +336,17 @@ def _version(packages: Any, name: str) -> str:
 
 
 def _measured(runs: Sequence[PageRun]) -> dict[str, Any]:
-    """Judge, features and images of the newest record."""
+    """Judge, features and images of the newest record; whether images were drawn here, and every change is paired."""
     record = next((e.record for run in runs for e in reversed(run.evaluations) if e.record is not None), None)
+    known = {
+        "trained": all(run.config for run in runs),
+        "drawn": all(e.record is None or e.record.drawn for run in runs for e in run.evaluations),
+        "paired": all(change.paired for run in runs for e in run.evaluations for change in e.changes.values()),
+        "neighbours": NEIGHBOURS,
+    }
     if record is None:
-        return {"judge": None, "features": None, "rewards": [], "images": 0, "prompts": 0}
-    return {
+        return known | {"judge": None, "features": None, "rewards": [], "images": 0, "prompts": 0}
+    return known | {
         "judge": record.judge,
         "features": None if record.diversity is None else record.diversity,
         "rewards": [name for name in record.rewards if name != "total"],

@@ -61,6 +61,11 @@ class PageRun:
     best: int | None  # index of the best evaluation
 
     @property
+    def compares(self) -> bool:
+        """Whether something is compared with the base, or will be: not where one thing alone is looked at."""
+        return bool(self.config) or len(self.evaluations) > 1
+
+    @property
     def last(self) -> Evaluation:
         """The newest evaluation."""
         return self.evaluations[-1]

@@ -10,7 +10,7 @@ const SMALL = 64; // pixels: cells up to here are magnified without smoothing
 for (const run of RUNS) {
   const [first] = run.evaluations;
   run.base = first.epoch === 0 ? first : undefined; // a run that lost its first evaluation has nothing to compare with
-  run.baseCheckpoint = run.base && run.checkpoints[0];
+  run.baseCheckpoint = run.base && run.checkpoints.find((checkpoint) => checkpoint.evaluation === 0); // none without images
   run.isTraining = run.evaluations.some((model) => model.seconds > 0 || model.network_evaluations > 0);
   for (const checkpoint of run.checkpoints) {
     checkpoint.run = run;

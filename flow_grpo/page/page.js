@@ -10,7 +10,7 @@ function drawFirstScreen() {
   byId("run-name").textContent = run.name;
   byId("models").textContent = `${model.name}${model.epoch && run.base ? `, compared with ${run.base.name}` : ""}`;
   document.title = `${run.name}, ${model.name}`;
-  drawVerdict("diversity", model.epoch ? model.diversity : "base", false);
+  drawVerdict("diversity", model.diversity, false);
   drawVerdict("exploitation", model.epoch ? model.exploitation : "", true);
   drawSentence(run, model);
   const measured = DATA.figures.filter((name) => run.evaluations.some((evaluation) => name in evaluation.figures));
@@ -35,8 +35,9 @@ function drawSentence(run, model) {
   const line = byId("sentence");
   line.hidden = !Number.isFinite(old) || !run.n;
   if (line.hidden) return;
-  const values = { n: run.n, old: old.toFixed(1), new: model.figures.vendi?.toFixed(1) };
-  line.textContent = fill(model.epoch && values.new ? WORDS.sentence : WORDS.sentence_base, values);
+  const values = { n: run.n, old: old.toFixed(1), new: model.figures.vendi?.toFixed(1), base: run.base?.name, name: model.name };
+  const [both, one] = run.trained ? [WORDS.sentence, WORDS.sentence_base] : [WORDS.sentence_other, WORDS.sentence_alone];
+  line.textContent = fill(model.epoch && values.new ? both : one, values);
 }
 
 /** A figure: old -> new, how it differs, and what that means. */

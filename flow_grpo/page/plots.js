@@ -72,7 +72,7 @@ function drawCharts() {
     const { title, unit } = WORDS.figures[name];
     return chartFigure(byId("charts"), fill(title, { n: run.n || "n" }), unit, seriesOf(name), run.base?.figures[name]);
   }));
-  byId("note-paired").hidden = DATA.groups.every((group) => group.runs.length > 1) || !run.evaluations.some((model) => Object.keys(model.changes).length);
+  byId("note-interval").hidden = DATA.groups.every((group) => group.runs.length > 1) || !run.evaluations.some((model) => Object.keys(model.changes).length);
   byId("note-seeds").hidden = DATA.groups.every((group) => group.runs.length < 2);
   drawLegend();
   drawScatter();

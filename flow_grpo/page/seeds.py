@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,10 +53,15 @@ class Difference:
 
 
 def groups_of(runs: Sequence[PageRun]) -> list[Group]:
-    """In the order of their first runs; a run without settings is a group of its own."""
+    """In the order of their first runs; a run without settings, or of a seed that is there already, is alone.
+
+    The same seed again, as of a run that branched off, is no other draw: a mean over both would look too certain.
+    """
     found: dict[Any, list[int]] = {}
     for number, run in enumerate(runs):
-        found.setdefault(_settings(run) or number, []).append(number)
+        settings = _settings(run)
+        again = any(_seed(runs[i]) == _seed(run) for i in found.get(settings, ()))
+        found.setdefault(settings if settings and not again else number, []).append(number)
     return [Group(_name([runs[i] for i in members]), tuple(members)) for members in found.values()]
 
 
@@ -162,14 +168,22 @@ def _of_runs(new: Mapping[Any, float], old: Mapping[Any, float]) -> Difference |
     both = [seed for seed in new if seed in old]
     if len(both) > 1:
         a, b = [new[seed] for seed in both], [old[seed] for seed in both]
-        return Difference(mean_of(np.subtract(a, b).tolist()), "seeds")
+        return _unless_exact(mean_of(np.subtract(a, b).tolist()), "seeds")
     if not new or not old:
         return None
     a, b = list(new.values()), list(old.values())
     centre = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2:
         return Difference(Estimate(centre), "none")
-    return Difference(Estimate(centre, *_interval(stats.ttest_ind, centre, a, b, equal_var=False)), "runs")
+    return _unless_exact(Estimate(centre, *_interval(stats.ttest_ind, centre, a, b, equal_var=False)), "runs")
+
+
+def _unless_exact(estimate: Estimate, how: str) -> Difference:
+    """Few seeds often lose the same number of images: a difference without a spread is not known without an error."""
+    low, high = estimate.low, estimate.high
+    if estimate.value != 0 and low is not None and high is not None and math.isclose(low, high, rel_tol=1e-9):
+        return Difference(Estimate(estimate.value), "none")
+    return Difference(estimate, how)
 
 
 def _of_images(run: PageRun, first: PageRun) -> dict[str, Difference]:

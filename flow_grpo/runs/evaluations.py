@@ -42,6 +42,8 @@ LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # of small ones; here
 MOST_PROMPTS, MOST_NOISES = 10, 8  # of larger ones
 MOST_TILES = 4096  # of small ones: 50 MB of pixels at 64 x 64
 COLUMNS = 16
+FOLDERS = "folders "  # a setting begins so where images were not drawn, but there already
+WEBP_SIDE = 16383  # pixels, at most
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Record:
     def sprite_path(self) -> Path | None:
         """The file of the images."""
         return None if self.sprite is None else self.folder / self.sprite.file
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the images were drawn for it, from noises that other records share."""
+        return not self.setting.startswith(FOLDERS)
 
     @property
     def images(self) -> dict[tuple[str, int], int]:
@@ -177,7 +184,7 @@ def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Spr
     """The grid of the images that are kept, as WebP."""
     height, width = images.shape[2:]
     small = max(height, width) <= SMALL
-    kept = _kept(record, small)
+    kept = _kept(record, COLUMNS * (WEBP_SIDE // height) if small else None)
     factor = 1.0 if small else LONG_SIDE / max(height, width)
     cell = (max(1, round(width * factor)), max(1, round(height * factor)))
     columns = min(COLUMNS, len(kept))
@@ -191,12 +198,14 @@ def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Spr
     return Sprite(file, cell, columns, kept), buffer.getvalue()
 
 
-def _kept(record: Record, small: bool) -> list[int]:
-    """Which images are in the sprite: of small ones all, of large ones the first of each of the first prompts."""
+def _kept(record: Record, room: int | None) -> list[int]:
+    """Which images are in the sprite: of small ones all that there is room for, of large ones (None) the first of each
+    of the first prompts.
+    """
     order = range(len(record.prompt))
-    if not small:
+    if room is None:
         return [i for i in order if record.prompt[i] < MOST_PROMPTS and record.noise[i] < MOST_NOISES]
-    return sorted(sorted(order, key=lambda i: (record.noise[i], record.prompt[i]))[:MOST_TILES])
+    return sorted(sorted(order, key=lambda i: (record.noise[i], record.prompt[i]))[: min(MOST_TILES, room)])
 
 
 def _eight_bit(image: np.ndarray) -> np.ndarray:
@@ -465,13 +474,19 @@ def _reward_change(record: Record, base: Record, paired: bool) -> Change | None:
 
 def _judge_change(record: Record, base: Record, paired: bool) -> Change | None:
     before, after = base.judge, record.judge
-    if before is None or after is None or before.model != after.model:
+    if before is None or after is None or before.model != after.model or _judged_among(record) != _judged_among(base):
         return None
     pairs = [(i, j) for i, j in _pairs(record, base) if None not in (before.guess[i], after.guess[j])]
     if not pairs:
         return None
     old = np.array([before.guess[i] == base.prompt[i] for i, _ in pairs])
     return change_of_shares(old, np.array([after.guess[j] == record.prompt[j] for _, j in pairs]), paired)
+
+
+def _judged_among(record: Record) -> set[str]:
+    """The prompts among which the judge chose: of fewer, more images are right by chance."""
+    guesses = record.judge.guess if record.judge else ()
+    return {record.prompts[p] for p, guess in zip(record.prompt, guesses, strict=True) if guess is not None}
 
 
 def _matched(record: Record, base: Record) -> list[tuple[int, int]]:

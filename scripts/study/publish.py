@@ -29,28 +29,39 @@ FIGURES = ROOT / "assets/figures/demo"
 README = ROOT / "README.md"
 PICTURE, SUMMARY, TEMPLATE = "picture.png", "summary.json", "demo.md.j2"
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
+BEST = "DRTune, best by the judge"
 PROMPTS, NOISES = ("a sneaker", "a bag", "a dress", "a shirt"), 8  # rows and columns of the picture
 
 
 def summarise(drtune: PageRun, grpo: PageRun) -> dict[str, Any]:
-    """What the README's table has: base, DRTune at GRPO's final reward, both at their ends, against the base."""
+    """What the README's table has: base, DRTune at GRPO's final reward, its best by the judge, both at their ends."""
     from flow_grpo.commands.demo import reached
 
     if cut := [run.name for run in (drtune, grpo) if run.epoch < run.config["num_epochs"]]:
         raise ConfigError(f"the run {cut[0]} was cut by the clock: such a demo is not published.")
-    rows = [("base model", drtune.evaluations[0], drtune), ("DRTune", drtune.last, drtune), ("GRPO", grpo.last, grpo)]
+    rows = [("base model", drtune.evaluations[0]), ("GRPO", grpo.last)]
     early = reached(drtune, grpo.last.figures["reward"])
     if early is not None:
-        rows.insert(1, ("DRTune at GRPO's reward", early, drtune))
+        rows.append(("DRTune at GRPO's reward", early))
+    rows += [(BEST, best(drtune)), ("DRTune", drtune.last)]
     return {
         "images": drtune.config["num_seeds"],
         "seed": drtune.config["seed"],
         "rates": {name: run.config["train.learning_rate"] for name, run in (("DRTune", drtune), ("GRPO", grpo))},
-        "rows": [_row(name, evaluation, run) for name, evaluation, run in rows],
+        "device": drtune.environment["device"],
+        "threads": drtune.environment["threads"],
+        "rows": [_row(name, evaluation) for name, evaluation in rows],
     }
 
 
-def _row(name: str, evaluation: Evaluation, run: PageRun) -> dict[str, Any]:
+def best(run: PageRun) -> Evaluation:
+    """The evaluation whose checkpoint the run calls its best: by the judge."""
+    if run.best is None:
+        raise ConfigError(f"the run {run.name} was not judged: it is not that of a demo.")
+    return run.evaluations[run.best]
+
+
+def _row(name: str, evaluation: Evaluation) -> dict[str, Any]:
     return {
         "name": name,
         "epoch": evaluation.epoch,
@@ -58,7 +69,6 @@ def _row(name: str, evaluation: Evaluation, run: PageRun) -> dict[str, Any]:
         "network_evaluations": evaluation.network_evaluations,
         "figures": dict(evaluation.figures),
         "changes": {figure: asdict(change) for figure, change in evaluation.changes.items()},
-        "device": run.environment.get("device", ""),
     }
 
 
@@ -92,18 +102,20 @@ def draw(run: PageRun, shown: Sequence[Evaluation]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.3 * len(shown), 2.75), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    panels = figure.subplots(1, len(shown), squeeze=False, gridspec_kw={"wspace": 0.06})[0]
     for axes, evaluation in zip(panels, shown, strict=True):
         tiles = _tiles(evaluation)
         rows = [np.concatenate([tiles[prompt, noise] for noise in range(NOISES)], axis=1) for prompt in PROMPTS]
         axes.imshow(np.concatenate(rows), interpolation="nearest")
-        axes.set_axis_off()
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         figures, count = evaluation.figures, run.config["num_seeds"]
         numbers = (
             f"reward {figures['reward']:.3f}   {figures['vendi']:.1f} different of {count}   "
             f"judge {figures['judge']:.0%}"
         )
-        axes.set_title(f"{evaluation.name}\n{numbers}", fontsize=10)
+        axes.set_title(evaluation.name, fontsize=11)
+        axes.set_xlabel(numbers, fontsize=10)
     return figure
 
 
@@ -130,8 +142,7 @@ def publish(demo: Path) -> None:
 
     drtune, grpo = (read_run(demo / method.run_name, method.label) for method in METHODS)
     summary = summarise(drtune, grpo)
-    early = next((e for e in drtune.evaluations if e.epoch == summary["rows"][1]["epoch"]), drtune.last)
-    picture = draw(drtune, [drtune.evaluations[0], early, drtune.last])
+    picture = draw(drtune, [drtune.evaluations[0], best(drtune), drtune.last])
     FIGURES.mkdir(parents=True, exist_ok=True)
     picture.savefig(FIGURES / PICTURE, dpi=110)
     write_atomically(FIGURES / SUMMARY, strict_json(summary, indent=1) + "\n")
