@@ -367,6 +367,13 @@ def test_json_in_the_page_cannot_end_its_element() -> None:
     assert json.loads(found) == {"prompt": text, "value": None}
 
 
+def test_a_run_can_be_called_otherwise_than_its_folder(tmp_path: Path) -> None:
+    folder = write_records(tmp_path / "visualization", **SMALL)
+    page = build_page([folder], tmp_path / "page.html", names=["mine"])
+    assert data_of(page)["runs"][0]["name"] == "mine"
+    assert "<title>mine" in page.read_text()
+
+
 def test_names_settings_and_the_command_are_escaped(tmp_path: Path) -> None:
     evil = "<i onclick=x>&"
     folder = write_records(tmp_path / evil, **SMALL, overrides={"prompts.train": evil})
