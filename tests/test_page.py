@@ -435,7 +435,8 @@ def test_there_are_words_for_everything_that_can_be_said() -> None:
         (-0.0227, "number", False, "\N{MINUS SIGN}0.0227"),
         (0.0227, "number", True, "+0.0227"),
         (0.0, "number", True, "0"),
-        (-0.001, "share", True, "0"),
+        (-0.001, "share", True, "\N{MINUS SIGN}0.1"),  # an end of an interval: on which side of 0, is the verdict
+        (-0.001, "share", False, "0"),
         (0.876, "share", False, "88"),
         (-0.2, "share", True, "\N{MINUS SIGN}20"),
     ],
