@@ -507,3 +507,9 @@ def test_a_page_is_made_without_torch(tmp_path):
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_page_replaces_nothing_but_a_page(earlier, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    assert "ends in .html" in refusal(capsys, "view", str(earlier), "--out", str(tmp_path / "thesis.tex"))
+    assert (tmp_path / "thesis.tex").read_text() == "all of it"
