@@ -35,7 +35,8 @@ from flow_grpo.runs.evaluations import Record, records_of
 from flow_grpo.runs.weights import Bars
 from flow_grpo.step_visualizer import GAP, HEADER, LEFT, film_strip
 from flow_grpo.tracking import Run
-from scripts.diversity_metrics.visualize_from_checkpoints import main, std_standard_error
+from scripts.diversity_metrics.checkpoint_measures import FIGURES, std_standard_error
+from scripts.diversity_metrics.visualize_from_checkpoints import main
 from tests import saved_runs
 
 EPOCHS = (1, 2, 3)
@@ -195,7 +196,7 @@ def test_the_same_command_gives_the_same_numbers_and_a_run_folder_will_do(traine
 
 
 def test_without_their_weights_all_checkpoints_would_be_the_base(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.diversity_metrics.visualize_from_checkpoints.load_weights", lambda *_: None)
+    monkeypatch.setattr("scripts.diversity_metrics.checkpoint_measures.load_weights", lambda *_: None)
     base, last = visualize(trained.folder, tmp_path, "--checkpoint_steps", "3")["models"]
     assert base["metrics"] == last["metrics"]
 
@@ -323,7 +324,7 @@ def test_a_figure_that_cannot_be_drawn_loses_only_itself(trained, tmp_path, monk
     def fail(history):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("flow_grpo.step_visualizer.curves_figure", fail)
+    monkeypatch.setitem(FIGURES, "curves", fail)
     with pytest.warns(UserWarning, match=r"curves_000003\.png could not be drawn \(no font\)"):
         visualize(trained.folder, tmp_path / "out", "--checkpoint_steps", "3")
     names = {path.name for path in (tmp_path / "out/images").iterdir()}
@@ -459,7 +460,7 @@ def test_a_base_model_that_cannot_be_measured_is_one_sentence(trained, tmp_path,
         samples.images[0, 0, 0, 0] = math.nan
         return samples
 
-    monkeypatch.setattr("flow_grpo.evaluation.draw_samples", broken)
+    monkeypatch.setattr("scripts.diversity_metrics.checkpoint_measures.draw_samples", broken)
     with pytest.raises(SystemExit) as exit_code:
         visualize(trained.folder, tmp_path, "--checkpoint_steps", "1")
     assert exit_code.value.code == 2
