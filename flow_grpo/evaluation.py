@@ -26,6 +26,7 @@ from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
 from flow_grpo.files import strict_json
 from flow_grpo.ode_log_prob import OdeLogProbEvaluator
+from flow_grpo.paths import find
 from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import evaluation_generators
@@ -248,7 +249,8 @@ def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.
     evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device, freq)]
     if config.judge:
         scorer: ClipScorer = load_scorer("config.eval.judge", CLIP_SCORER, config.judge, device)
-        independent = os.path.realpath(config.judge) not in map(os.path.realpath, trained_models(settings.config))
+        trained = {os.path.realpath(find(model)) for model in trained_models(settings.config)}
+        independent = os.path.realpath(find(config.judge)) not in trained
         evaluators.append(JudgeEvaluator(scorer, config.batch_size, freq, config.judge, independent))
         if config.modes:
             evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size, freq))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,10 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     resolve(config, 1, cuda=True)
     model = _model_of(thing, config, options)
     _check_loras(model)
-    return Look(config, (*_base_of(thing, against, model, config, options), model), rewarded, values is not None)
+    base = _base_of(thing, against, model, config, options)
+    if base and replace(base[0], name="") == replace(model, name=""):
+        raise ConfigError(f"{thing.text} is compared with itself; --against takes another model.")
+    return Look(config, (*base, model), rewarded, values is not None)
 
 
 def _base_of(

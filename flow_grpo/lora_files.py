@@ -47,6 +47,7 @@ PARTS = (  # the end of a key, after its layer's name, and what it is; peft may 
     ("magnitude", re.compile(r"(?:\.lora_magnitude_vector(?:\.\w+)?(?:\.weight)?|\.dora_scale)$")),
 )
 PREFIXES = re.compile(r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|module\.)")
+PEFT_PREFIX = "base_model.model."
 FLAT_PREFIXES = re.compile(r"^(?:lora_unet_|lora_transformer_|lycoris_)")
 TEXT_ENCODER = re.compile(r"^(?:base_model\.model\.)?(?:text_encoder|text_model|te\d|lora_te|clip_[lg]|t5xxl)")
 
@@ -156,6 +157,8 @@ def read_lora(path: Path) -> LoraFile:
     strays = []
     for key in shapes:
         name, part = _split(key)
+        if part in found.get(name, {}):
+            raise ConfigError(f"{file} has two adapters: {found[name][part]} and {key}; save one alone.")
         if part:
             found.setdefault(name, {})[part] = key
         else:
@@ -166,7 +169,8 @@ def read_lora(path: Path) -> LoraFile:
     layers = [Layer(name, keys, {part: shapes[key] for part, key in keys.items()}) for name, keys in found.items()]
     for layer in layers:
         _check_layer(file, layer)
-    return LoraFile(file, tuple(layers), tuple(strays), _settings(file, metadata))
+    peft = all(layer.name.startswith(PEFT_PREFIX) for layer in layers)
+    return LoraFile(file, tuple(layers), tuple(strays), _settings(file, metadata, peft))
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -199,10 +203,10 @@ def _check_layer(file: Path, layer: Layer) -> None:
         raise ConfigError(f"{file} is damaged: the ranks of A {a} and B {b} differ in its layer {layer.name}.")
 
 
-def _settings(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Peft's settings, from the folder of a peft file or from the header of diffusers'."""
+def _settings(file: Path, metadata: Mapping[str, str], peft: bool) -> dict[str, Any]:
+    """Peft's settings, from the folder of a peft file, whatever its name, or from the header of diffusers'."""
     settings: dict[str, Any] = {}
-    if file.name == PEFT_FILE:
+    if file.name == PEFT_FILE or (peft and (file.parent / PEFT_CONFIG).is_file()):
         settings = read_object(file.parent / PEFT_CONFIG)
     elif METADATA in metadata:
         stored = parse_json(metadata[METADATA], f"the {METADATA} of {file}")

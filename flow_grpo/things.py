@@ -71,6 +71,8 @@ def find_out(text: str) -> Thing:
     try:
         there = bool(text) and os.path.lexists(given)
         folder = there and given.is_dir()
+        if folder:
+            listing(given)  # ConfigError if it may not be looked into
     except (OSError, ValueError):  # a name that is too long, or has a null character
         there = folder = False
     if not there:

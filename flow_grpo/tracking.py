@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.messages import say
 from flow_grpo.runs.digest import base_digest, base_mismatch
-from flow_grpo.runs.evaluations import read_record
+from flow_grpo.runs.evaluations import LABELS, read_record
 from flow_grpo.runs.folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from flow_grpo.settings import Settings
 
 
+RECORD_NAME = re.compile(rf"(?:{'|'.join(LABELS)})_(?P<step>\d{{6,}})\.(?:json|webp)")  # of an evaluation
 FAILURE = 1 << 16  # in the place of a reason to stop: the main process cannot write
 
 
@@ -256,12 +258,9 @@ class Run:
             self._truncate_lines(path, step, last_evaluation, expected)
         elif expected is not None and expected.get("size"):
             self.tell(f"{path} is missing: the history of the epochs so far is lost, and goes on from here.")
-        kinds = ("json", "webp")
-        for record in [
-            f for name in RECORD_FOLDERS for kind in kinds for f in (self.folder / name).glob(f"*_*.{kind}")
-        ]:
-            number = record.stem.rpartition("_")[2]
-            if number.isdecimal() and int(number) > last_evaluation:
+        for record in [file for name in RECORD_FOLDERS for file in (self.folder / name).glob("eval*_*")]:
+            match = RECORD_NAME.fullmatch(record.name)
+            if match is not None and int(match["step"]) > last_evaluation:
                 record.unlink()
 
     def _truncate_lines(self, path: Path, step: int, last_evaluation: int, expected: Mapping[str, Any] | None) -> None:

@@ -20,6 +20,8 @@ from flow_grpo.runs.history import deciding_metric
 from flow_grpo.settings import Settings, is_over
 from flow_grpo.tracking import Run
 
+ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
+
 TrainEpoch = Callable[[Policy, PromptDataset, WeightedReward, Settings, Run], dict[str, float]]
 
 
@@ -54,8 +56,10 @@ def fit(
             _evaluate(policy, test_prompts, evaluators, settings, run, saver)
         bar = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
         limit = ""
-        if config.max_seconds > 0:  # the clock, not the number of epochs, says how far the run is
-            bar.total, limit = None, f"/{config.max_seconds:.0f}"
+        if config.max_seconds > 0:
+            limit = f"/{config.max_seconds:.0f}"
+        if config.max_seconds > 0 and config.num_epochs >= ENDLESS:  # the clock alone says how far the run is
+            bar.total = None
         with bar:
             while not is_over(config, counters.epoch, counters.seconds):
                 metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)

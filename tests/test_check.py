@@ -229,6 +229,10 @@ def test_two_loras_against_each_other(lora, options, random_models, tmp_path, ca
     assert found["changes"]["vendi"]["difference"] == pytest.approx(0, abs=1e-4)  # the same LoRA, written twice
 
 
+def test_a_model_is_not_compared_with_itself(lora, options, capsys) -> None:
+    assert "is compared with itself" in refusal(lora, *options, "--against", lora, capsys=capsys)
+
+
 # --- images -------------------------------------------------------------------------------------------------
 
 

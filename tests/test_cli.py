@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -97,10 +96,8 @@ def test_parsing_twice_in_one_process_keeps_no_state():
     assert parse(TINY).train.beta == 0.0
 
 
-def test_help_answers_fast_lists_the_recipes_and_loads_no_torch():
-    begin = time.perf_counter()
+def test_help_lists_the_recipes_and_loads_no_torch():
     done = python("--help")
-    assert time.perf_counter() - begin < 3
     assert done.returncode == 0
     assert done.stdout.startswith("What the script does.")
     assert "pickscore_sd3_fast_nocfg" in done.stdout

@@ -147,6 +147,13 @@ def test_a_number_that_is_not_allowed_is_refused(arguments, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be_made_is_one_sentence(capsys):
+    with pytest.raises(SystemExit) as refusal:
+        main.main(["demo", "--out", "/proc/nowhere"])
+    assert refusal.value.code == 2
+    assert "error: --out /proc/nowhere cannot be made (" in capsys.readouterr().err
+
+
 def test_the_next_step_names_a_recipe_for_as_many_gpus():
     text = (ROOT / "flow_grpo/commands" / demo.TEMPLATE).read_text()
     processes, recipe = re.search(r"--num_processes (\d+) -m flow_grpo.commands.main train (\w+)", text).groups()

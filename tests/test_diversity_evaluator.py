@@ -7,7 +7,6 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -393,11 +392,10 @@ def test_a_file_is_no_output_folder(pictures, tmp_path, capsys):
     assert "is a file" in refusal(capsys, "--images", str(pictures), "--out", str(tmp_path / "out"))
 
 
-def test_help_answers_fast():
-    begin = time.perf_counter()
+def test_help_needs_no_torch():
+    """Which takes seconds to import."""
     code = "import sys; from scripts.diversity_metrics import diversity_evaluator; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
-    assert time.perf_counter() - begin < 3
 
 
 def test_features_are_grouped_by_prompt_in_order(parts):

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -261,11 +260,10 @@ def test_wandb_is_told_every_checkpoint_on_an_axis_of_its_own(trained, tmp_path,
 # --- the command line ------------------------------------------------------------------------------------
 
 
-def test_help_answers_fast():
-    begin = time.perf_counter()
+def test_help_needs_no_torch():
+    """Which takes seconds to import."""
     code = "import sys; from scripts.diversity_metrics import eval_ode_log_prob; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
-    assert time.perf_counter() - begin < 3
 
 
 def refusal(capsys, *arguments: str) -> str:

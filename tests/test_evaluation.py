@@ -22,6 +22,7 @@ from flow_grpo.evaluation import (
     sample_evaluators,
 )
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
+from flow_grpo.paths import find
 from flow_grpo.runs import evaluations
 from flow_grpo.runs.evaluations import read_record, record_path, write_record
 from flow_grpo.types import Samples
@@ -183,6 +184,13 @@ def test_a_judge_is_independent_of_rewards_that_are_not_trained_on(config, build
     config.eval.rewards, config.reward_model.clipscore = ("clipscore",), config.eval.judge
     assert judge_of(build(config)).independent
     config.reward_model.pickscore, config.run_name = f"{config.eval.judge}/", "other"
+    assert not judge_of(build(config)).independent
+
+
+def test_a_judge_is_the_rewards_model_wherever_it_is_looked_for(config, build, monkeypatch, tmp_path):
+    """An asset by its short name, and by the place where it is found from this folder."""
+    monkeypatch.chdir(tmp_path)
+    config.reward_model.pickscore, config.eval.judge = "assets/tiny_pickscore", find("assets/tiny_pickscore")
     assert not judge_of(build(config)).independent
 
 

@@ -18,7 +18,7 @@ from flow_grpo.errors import Interrupted, TrainingStopped
 from flow_grpo.recipes.base import KEYS
 from flow_grpo.recipes.sd3 import NAMES, RECIPES, get_config
 from flow_grpo.runs.folder import run_folder_of
-from flow_grpo.runs.lock import command_line
+from flow_grpo.runs.lock import RunLock, command_line, is_locked
 from flow_grpo.settings import leaves
 from tests.synthetic_runs import ENVIRONMENT, write_run
 
@@ -160,6 +160,34 @@ def earlier(tmp_path):
     digest = hashlib.sha256(text.encode()).hexdigest()
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT | {"config_sha256": digest}))
     return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "tiny_grpo", "--resume", ""),
+        ("train", "tiny_grpo", "--resume="),
+        ("train", "tiny_grpo", "--seeds", " "),
+        ("check", "lora", "--against", ""),
+        ("view", ""),
+    ],
+)
+def test_an_empty_argument_is_no_argument_left_out(arguments, started, capsys):
+    """As of a variable that is not set: a run would begin where one was to go on."""
+    assert "is empty; is a variable not set?" in refusal(capsys, *arguments)
+    assert started == []
+
+
+def test_a_lock_is_looked_at_without_writing(tmp_path, monkeypatch):
+    """Also in a folder that may not be written, which is not being written for that."""
+    assert not is_locked(tmp_path)
+    lock = RunLock(tmp_path)
+    assert is_locked(tmp_path)
+    lock.release()
+    opened = []
+    monkeypatch.setattr(os, "open", lambda path, flags, open_=os.open: opened.append(flags) or open_(path, flags))
+    assert not is_locked(tmp_path)
+    assert [flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) for flags in opened] == [0]
 
 
 @pytest.mark.parametrize("file", ["config.json", ""])
@@ -479,3 +507,9 @@ def test_a_page_is_made_without_torch(tmp_path):
     code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_page_replaces_nothing_but_a_page(earlier, tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("all of it")
+    assert "ends in .html" in refusal(capsys, "view", str(earlier), "--out", str(tmp_path / "thesis.tex"))
+    assert (tmp_path / "thesis.tex").read_text() == "all of it"

@@ -108,6 +108,23 @@ def test_peft_folder(stock, pipeline, tmp_path) -> None:
     check(stock, pipeline, stock_peft(tmp_path, copy.deepcopy(stock.transformer), lora), lora)
 
 
+def test_a_peft_file_of_another_name_has_its_folders_settings(stock, pipeline, tmp_path) -> None:
+    """Its alpha stands nowhere else."""
+    lora = random_lora(stock.transformer)
+    path = stock_peft(tmp_path, copy.deepcopy(stock.transformer), lora)
+    (path / "adapter_model.safetensors").rename(path / "mine.safetensors")
+    check(stock, pipeline, path / "mine.safetensors", lora)
+
+
+def test_a_file_of_two_adapters_is_refused(stock, tmp_path) -> None:
+    """Their matrices would be mixed."""
+    tensors = {}
+    for adapter in ("one", "two"):
+        tensors |= keyed(random_lora(stock.transformer), lambda name, part, a=adapter: f"{name}.{part}.{a}.weight")
+    with pytest.raises(ConfigError, match="two adapters"):
+        read_lora(save(tmp_path, tensors))
+
+
 def test_peft_folder_with_rank_and_alpha_patterns(stock, pipeline, tmp_path) -> None:
     lora = random_lora(stock.transformer, rank=lambda number: 2 + number)
     alphas = {f"^{name}": 1.5 * (number + 1) for number, name in enumerate(lora)}

@@ -18,7 +18,7 @@ from scipy import stats
 
 from flow_grpo.diversity.paired import change_of_means
 from flow_grpo.errors import ConfigError
-from flow_grpo.page import contents
+from flow_grpo.page import contents, data
 from flow_grpo.page.build import build_page, content_policy, number, safe_json
 from flow_grpo.page.contents import checkpoints_within, contents_of
 from flow_grpo.page.data import PageRun, evenly, read_run, read_runs, run_names
@@ -324,6 +324,28 @@ def test_runs_that_measure_something_else_are_not_compared(tmp_path: Path) -> No
     assert differing_measures(runs[:1]) == []
 
 
+def test_a_page_that_is_written_again_reads_what_is_new_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And holds the distances of no evaluation: those of a long run would fill the memory."""
+    folder, read = write_records(tmp_path / "run", **SMALL), []
+    whole = data.read_record
+    monkeypatch.setattr(data, "read_record", lambda path: read.append(path.name) or whole(path))
+    first = build_page([folder], tmp_path / "page.html").read_bytes()
+    assert len(read) == len(EPOCHS)
+    assert build_page([folder], tmp_path / "page.html").read_bytes() == first
+    assert len(read) == len(EPOCHS)
+    path = folder / "evaluations/eval_000010.json"
+    write_record(folder, replace(whole(path), name="renamed", sprite=None), None)
+    run = read_run(folder, "run")
+    assert read[len(EPOCHS) :] == [path.name]
+    assert run.evaluations[1].name == "renamed"
+    kept = [e.record.diversity for e in run.evaluations if e.record is not None and e.record.diversity is not None]
+    assert all(not any(one.within) and one.to_base is None for one in kept)
+    last = run.last_record()
+    assert last is not None
+    assert last.diversity is not None
+    assert all(last.diversity.within)
+
+
 # --- the file ---------------------------------------------------------------------------------------------------
 
 
@@ -442,7 +464,8 @@ def test_there_are_words_for_everything_that_can_be_said() -> None:
         (-0.0227, "number", False, "\N{MINUS SIGN}0.0227"),
         (0.0227, "number", True, "+0.0227"),
         (0.0, "number", True, "0"),
-        (-0.001, "share", True, "0"),
+        (-0.001, "share", True, "\N{MINUS SIGN}0.1"),  # an end of an interval: on which side of 0, is the verdict
+        (-0.001, "share", False, "0"),
         (0.876, "share", False, "88"),
         (-0.2, "share", True, "\N{MINUS SIGN}20"),
     ],
@@ -453,7 +476,7 @@ def test_numbers_as_people_read_them(value: float, unit: str, sign: bool, expect
 
 def test_changes_that_are_not_finite_are_not_shown(tmp_path: Path) -> None:
     folder = write_records(tmp_path / "run", **SMALL)
-    record = read_run(folder, "run").last.record
+    record = read_run(folder, "run").last_record()
     assert record is not None
     unknown = replace(record.changes["vendi"], low=math.nan)
     write_record(folder, replace(record, changes={**record.changes, "vendi": unknown}), None)

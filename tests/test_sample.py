@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,11 @@ from diffusers import SD3Transformer2DModel
 from PIL import Image
 
 from flow_grpo.checkpoint import Saver
+from flow_grpo.commands import check
 from flow_grpo.commands.main import main
 from flow_grpo.evaluation import draw_samples
 from flow_grpo.evaluators.base import SampleRequest
+from flow_grpo.launcher import Launched
 from flow_grpo.prompts import PromptDataset
 from tests.lora_writers import kohya, random_lora
 
@@ -65,7 +68,8 @@ def test_a_prompt_that_is_none_is_one_sentence(random_models, capsys, prompt) ->
     with pytest.raises(SystemExit) as stopped:
         main(["sample", str(random_models / "sd3"), prompt])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: the prompt ")
+    said = capsys.readouterr().err
+    assert said.startswith("error: the prompt ") or "the argument number 2 is empty" in said
     assert not Path("logs").exists()
 
 
@@ -74,3 +78,25 @@ def test_images_do_not_draw(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["sample", ".", "a bag"])
     assert "holds images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("sample", "assets/tiny_sd3", "a bag"), ("check", "assets/tiny_sd3")])
+def test_several_processes_are_refused(command, monkeypatch, capsys) -> None:
+    """Each would write results of its own."""
+    monkeypatch.setattr(check, "read_launcher", lambda: Launched(2, 2, True))
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert "is one process; start it without a launcher" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(random_models, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", str(random_models / "sd3"), "a bag", "-n", "1", "--steps", "1"])
+    assert stopped.value.code == 2
+    assert "error: logs/sample/sd3 cannot be read or written (No space left on device)." in capsys.readouterr().err
+    assert not Path("logs/sample/sd3").exists()

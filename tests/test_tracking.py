@@ -108,6 +108,16 @@ def test_truncation_leaves_exactly_what_a_resumed_run_will_not_repeat(new_run: N
     assert not list(run.folder.glob("*.tmp"))
 
 
+def test_truncation_leaves_what_a_run_has_not_written(new_run: NewRun) -> None:
+    run = new_run()
+    (run.folder / "evaluations").mkdir()
+    names = ["eval_000003.json", "eval_ema_000003.webp", "notes_20260101.json", "eval_2027.json", "eval_000003.txt"]
+    for name in names:
+        (run.folder / "evaluations" / name).write_text("")
+    run.truncate_history(2)
+    assert sorted(file.name for file in (run.folder / "evaluations").iterdir()) == sorted(names[2:])
+
+
 def test_truncation_removes_the_evaluators_later_records_and_nothing_else(new_run: NewRun) -> None:
     run, later, kept = new_run(), [], []
     for folder, label in (("steps", "eval"), ("steps", "eval_ema"), ("diversity", "eval"), ("images", "eval")):

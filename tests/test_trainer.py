@@ -125,6 +125,24 @@ def test_what_was_not_measured_or_is_not_finite_is_no_score(config, build, value
     assert score_of(metrics, build(config).settings, "eval") is None
 
 
+@pytest.mark.parametrize(("epochs", "total"), [(2, 2), (10**6, None)])
+def test_the_bar_has_an_end_unless_the_clock_alone_says_it(config, build, monkeypatch, epochs, total):
+    """A limit of time beside a number of epochs is a limit, not the budget."""
+    config.num_epochs, config.max_seconds, config.save_freq = epochs, 1e-9 if total is None else 1e6, 1
+    parts, totals = build(config), []
+    made = parts.run.progress
+
+    def progress(*arguments, **options):
+        bar = made(*arguments, **options)
+        if options.get("leave"):
+            bar.set_postfix = lambda **_: totals.append(bar.total)
+        return bar
+
+    monkeypatch.setattr(parts.run, "progress", progress)
+    train(parts, [1] * 2)
+    assert set(totals) == {total}
+
+
 # --- what is said, and the page --------------------------------------------------------------------------
 
 

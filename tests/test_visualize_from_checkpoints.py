@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -377,12 +376,11 @@ def test_the_trackers_are_told(shown):
 # --- the command line ------------------------------------------------------------------------------------
 
 
-def test_help_answers_fast():
-    begin = time.perf_counter()
+def test_help_needs_no_torch():
+    """Which takes seconds to import."""
     code = "import sys; from scripts.diversity_metrics import visualize_from_checkpoints as v; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
-    assert time.perf_counter() - begin < 3
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from flow_grpo.diversity.paired import Change
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
 from flow_grpo.files import strict_json
+from flow_grpo.launcher import read_launcher
 from flow_grpo.looking import LEAST_IMAGES, Look, Options, folder_config, look_at
 from flow_grpo.messages import say
 from flow_grpo.page.build import build_page, number
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Look, write the page, and print what was found; 0. Raises ConfigError before any model loads for bad input."""
+    check_one_process("check")
     thing = find_out(arguments.thing)
     against = find_out(arguments.against) if arguments.against else None
     options = replace(
@@ -127,6 +129,12 @@ def main(arguments: argparse.Namespace) -> int:
     result = result_of(thing, against, found, paired) | {"out": str(out), "page": str(page)}
     print(strict_json(result) if arguments.json else words_of(result, found))
     return 0
+
+
+def check_one_process(command: str) -> None:
+    """ConfigError under a launcher of several: each would write results of its own."""
+    if read_launcher().num_processes > 1:
+        raise ConfigError(f"fme {command} is one process; start it without a launcher.")
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
@@ -167,6 +175,10 @@ def new_folder(out: str, default: Path) -> Iterator[Path]:
         raise ConfigError(f"{out or default} cannot be made ({error.strerror}).") from None
     try:
         yield folder
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder} cannot be read or written ({error.strerror or error})."
+        ) from None
     finally:
         with suppress(OSError):
             folder.rmdir()  # only if it is empty

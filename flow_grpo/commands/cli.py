@@ -166,7 +166,7 @@ def _settings_of_run(resume_from: str, recipe: str) -> ConfigDict | None:
     elif recipe and _recipe_of(recipe) != grpo.first_name(config.recipe):
         raise ConfigError(
             f"--config {recipe} is not the recipe of {resume_from}, {config.recipe!r}: a run goes on with its own "
-            "settings; leave --config out, and change keys one by one."
+            "settings; name no other ones, and change keys one by one."
         )
     return config
 

@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.epochs < 0 or arguments.seed < 0:
         raise ConfigError("--epochs and --seed take whole numbers of at least 0.")
     begin = time.monotonic()
-    out = fresh_folder(arguments.out.expanduser().resolve())
+    out = _fresh(arguments.out)
     for number, method in enumerate(METHODS, start=1):
         epochs = min(method.epochs, arguments.epochs or method.epochs)
         print(f"[{number}/{len(METHODS)}] {method.label}: {epochs} epochs", flush=True)
@@ -77,6 +77,14 @@ def main(arguments: argparse.Namespace) -> int:
     print(outcome(out, (time.monotonic() - begin) / 60).rstrip())
     print(f"page: {page}")
     return 0
+
+
+def _fresh(out: Path) -> Path:
+    """The folder of both runs; ConfigError if it cannot be made."""
+    try:
+        return fresh_folder(out.expanduser().resolve())
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be made ({error.strerror}).") from None
 
 
 def changed(method: Method, out: Path, epochs: int, seed: int, max_seconds: float) -> list[str]:

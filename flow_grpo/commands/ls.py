@@ -135,7 +135,7 @@ def runs(name: str) -> Iterable[str]:
 def _run_folders(folder: Path) -> list[Path]:
     """`folder` itself, or those in it and one level deeper, as of seeds and demos."""
     candidates = [folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/"))]
-    return [run for run in candidates if (run / CONFIG_FILE).is_file() and (run / ENVIRONMENT_FILE).is_file()]
+    return [run for run in candidates if all(os.path.isfile(run / name) for name in (CONFIG_FILE, ENVIRONMENT_FILE))]
 
 
 def _row(name: str, folder: Path) -> tuple[str, ...]:

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with one_sentence_errors():
         name, *rest = arguments
         _check_command(name)
+        _check_none_is_empty(name, rest)
         command = import_module(f"flow_grpo.commands.{name}")
         parser = Parser(
             prog=f"fme {name}",
@@ -67,6 +68,14 @@ def _check_command(name: str) -> None:
         nearest = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         advice = f"did you mean `fme {nearest[0]}`?" if nearest else f"there are {', '.join(COMMANDS)}."
         raise ConfigError(f"fme {name} is not a command; {advice}")
+
+
+def _check_none_is_empty(name: str, arguments: Sequence[str]) -> None:
+    """ConfigError for `--resume "$RUN"` where RUN is not set: without a word, a new run would begin."""
+    for number, argument in enumerate(arguments, start=1):
+        if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
+            shown = argument.strip() or f"number {number}"
+            raise ConfigError(f"fme {name}: the argument {shown} is empty; is a variable not set?")
 
 
 def _help() -> str:

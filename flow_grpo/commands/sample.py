@@ -15,7 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from flow_grpo.commands.check import add_drawing_arguments, new_folder, options_of, whole
+from flow_grpo.commands.check import add_drawing_arguments, check_one_process, new_folder, options_of, whole
 from flow_grpo.errors import ConfigError
 from flow_grpo.looking import look_at
 from flow_grpo.settings import text_fault
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Draw, and print the paths; 0. Raises ConfigError before any model loads for bad input."""
+    check_one_process("sample")
     thing, prompt = find_out(arguments.thing), arguments.prompt.strip()
     if thing.kind == "images":
         raise ConfigError(f"{thing.text} holds images; `fme check` looks at them, and a model is needed to draw.")

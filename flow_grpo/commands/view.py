@@ -10,6 +10,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from flow_grpo.errors import ConfigError
 from flow_grpo.page.build import build_page
 from flow_grpo.runs.folder import PAGE_FILE
 
@@ -23,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Write the page and print where it is; 0. Raises ConfigError as `build_page` does."""
+    if arguments.out is not None and arguments.out.suffix != ".html":
+        raise ConfigError(f"--out {arguments.out} is no page's name, which ends in .html; a file there is replaced.")
     print(f"page: {view(arguments.runs, arguments.out, arguments.ema)}")
     return 0
 

@@ -107,7 +107,11 @@ def _template() -> jinja2.Template:
 
 def number(value: float, unit: str = "number", sign: bool = False) -> str:
     """Three significant digits, or per cent of a share; with a true minus, and no sign of 0."""
-    shown = f"{100 * value:+.0f}" if unit == "share" else f"{value:+#.3g}".rstrip(".")
+    if unit == "share":
+        near = sign and abs(value) < 0.005  # "-7 to 0" would deny that 0 lies outside
+        shown = f"{100 * value:+.1g}" if near else f"{100 * value:+.0f}"
+    else:
+        shown = f"{value:+#.3g}".rstrip(".")
     if not float(shown):
         return "0"
     return shown.removeprefix("" if sign else "+").replace("-", MINUS)

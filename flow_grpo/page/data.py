@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.messages import say
 from flow_grpo.page.words import model_name
-from flow_grpo.runs.evaluations import Record, records_of
+from flow_grpo.runs.evaluations import Record, read_record, record_path, records_of
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
 from flow_grpo.runs.history import salvage_history
 
@@ -69,6 +70,11 @@ class PageRun:
     def last(self) -> Evaluation:
         """The newest evaluation."""
         return self.evaluations[-1]
+
+    def last_record(self) -> Record | None:
+        """That of the newest evaluation, whole; None if it has none."""
+        record = self.last.record
+        return None if record is None else read_record(record_path(record.folder.parent, record.label, record.epoch))
 
     def shown(self, most: int = MOST_CHECKPOINTS) -> list[int]:
         """Which evaluations are checkpoints of the page: of those with images (else of all) the first, best, last and
@@ -124,7 +130,7 @@ def read_run(folder: Path, name: str, label: str = "eval") -> PageRun:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; a run's folder is needed.")
     history = _history(folder)
-    records = {record.epoch: record for record in records_of(folder, label)}
+    records = {record.epoch: record for record in records_of(folder, label, _without_distances)}
     lines = {line["step"]: line for line in history if any(f"{label}/{metric}" in line for metric in METRICS.values())}
     found = [_evaluation(folder, label, epoch, records, lines) for epoch in sorted(records | lines)]
     if not found:
@@ -137,6 +143,27 @@ def read_run(folder: Path, name: str, label: str = "eval") -> PageRun:
     evaluations = _with_reached_base(found)
     epoch = max([line["step"] for line in history] + [evaluations[-1].epoch])
     return PageRun(name, folder, config, environment, epoch, evaluations, best_evaluation(evaluations, config))
+
+
+def _without_distances(path: Path) -> Record:
+    """A record as far as charts and grids need it. A run writes its page again and again: what has not changed since
+    is not read again, and distances, most of a record, are kept of no evaluation (see `PageRun.last_record`).
+    """
+    try:
+        found = path.stat()
+    except OSError:
+        return read_record(path)  # says it
+    return _kept(path, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _kept(path: Path, *stamp: int) -> Record:
+    """Of a file as it is at this stamp."""
+    record = read_record(path)
+    if record.diversity is None:
+        return record
+    count = len(record.diversity.prompts)
+    return replace(record, diversity=replace(record.diversity, within=[()] * count, to_base=None, noise=[()] * count))
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:

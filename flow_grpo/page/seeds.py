@@ -193,8 +193,9 @@ def _of_images(run: PageRun, first: PageRun) -> dict[str, Difference]:
     """
     new, old = run.last, first.last
     changes: Mapping[str, Change] = {}
-    if new.record is not None and old.record is not None:
-        changes = with_changes(replace(new.record, changes={}), old.record).changes
+    records = run.last_record(), first.last_record()
+    if records[0] is not None and records[1] is not None:
+        changes = with_changes(replace(records[0], changes={}), records[1]).changes
     found = {}
     for figure in (figure for figure in FIGURES if figure in new.figures and figure in old.figures):
         if figure in changes and figure != "reached":  # whose distances are to the run's own base, not to the other run

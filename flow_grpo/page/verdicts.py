@@ -1,6 +1,6 @@
 """What may be said in words: two verdicts, kept apart, and a direction for each figure.
 
-A verdict needs an interval of the paired difference to the base that lies on one side of 0. Less diversity alone is no
+A verdict needs an interval of the difference to the base that lies on one side of 0. Less diversity alone is no
 exploitation, and a reward that rose alone is none either: that takes an independent judge who likes the same images
 less. "not_shown" never means "not so": another judge, or more images, may show it.
 """

@@ -13,7 +13,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,15 +236,18 @@ def copy_base(source: Path, folder: Path) -> None:
 # --- reading --------------------------------------------------------------------------------------------
 
 
-def records_of(folder: Path, label: str = "eval") -> list[Record]:
-    """A run's records of one label, by epoch; those that cannot be read are left out, with one word for all."""
+def records_of(folder: Path, label: str = "eval", read: Callable[[Path], Record] | None = None) -> list[Record]:
+    """A run's records of one label, by epoch; those that cannot be read are left out, with one word for all.
+
+    `read`: in the place of `read_record`.
+    """
     name = re.compile(rf"{re.escape(label)}_\d{{6,}}\.json")
     found, problems = [], []
     for path in sorted((folder / EVALUATIONS).glob(f"{label}_*.json")):
         if not name.fullmatch(path.name):
             continue
         try:
-            found.append(read_record(path))
+            found.append((read or read_record)(path))
         except ConfigError as error:
             problems.append(str(error).rstrip("."))
     if problems:

@@ -6,6 +6,7 @@ file systems without flock the library falls back to a file that names its owner
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import socket
@@ -100,15 +101,24 @@ def in_use(folder: Path) -> str:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process is writing a folder at this moment."""
-    if not (folder / LOCK_FILE).exists():
-        return False
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    """Whether a process is writing a folder at this moment. Nothing is written: the folder may be somebody else's.
+
+    Where the lock cannot be looked at, there is one if its owner stands beside it, as until the run has ended.
+    """
     try:
-        lock.acquire()
-    except (Timeout, OSError):
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return (folder / OWNER_FILE).exists()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    lock.release()
+    except OSError:  # a file system without flock
+        return (folder / OWNER_FILE).exists()
+    finally:
+        os.close(descriptor)
     return False
 
 
