@@ -27,12 +27,14 @@ def find(path: str) -> str:
 
 
 def find_from(path: str, folder: str) -> str:
-    """`path` itself where `find` finds it, or where it is not in `folder` either; else its place in `folder`.
+    """What `path` meant in `folder`, where a run was started: its place there, unless that is its place here or an asset.
 
-    Args:
-        folder: where a run was started, from which its settings were written.
+    A file of that name in the present working folder is another one, and never stands in for the run's own.
     """
-    if not path or not folder or os.path.lexists(find(path)):
+    there = os.path.join(folder, os.path.expanduser(path))
+    if not path or not folder or not os.path.lexists(there):
         return path
-    there = os.path.join(folder, path)
-    return there if os.path.lexists(there) else path
+    here = find(path)
+    is_same = os.path.exists(here) and os.path.exists(there) and os.path.samefile(here, there)
+    is_asset = Path(path).parts[:1] == (ASSETS,) and os.path.lexists(here)
+    return path if is_same or is_asset else there

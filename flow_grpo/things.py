@@ -82,7 +82,11 @@ def find_out(text: str) -> Thing:
 
 def _of_the_hub(text: str) -> Thing:
     """A pipeline's id: of two parts, the first of which is nothing here."""
-    if HUB_ID.fullmatch(text) and text.split("/")[0] not in ("assets", ".", "..") and not Path(text).parent.exists():
+    if (
+        HUB_ID.fullmatch(text)
+        and text.split("/")[0] not in ("assets", "logs", ".", "..")
+        and not Path(text).parent.exists()
+    ):
         return Thing("pipeline", text, None)
     raise ConfigError(f"{text!r} does not exist; looked for were {LOOKED_FOR}, and a hub id (org/name).")
 

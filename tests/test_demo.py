@@ -28,7 +28,7 @@ def trained(tmp_path, monkeypatch):
 
     def train(command):
         commands.append(command)
-        name = command[-1]
+        name = command[command.index("--name") + 1]
         out = Path(next(part for part in command if part.startswith("logdir=")).partition("=")[2])
         values = rewards[name]
         write_run(

@@ -244,12 +244,12 @@ def test_seeds_are_runs_of_their_own_one_after_another(processes, started, capsy
     commands, _ = processes
     assert [command[:3] for command in commands] == [[sys.executable, "-m", "flow_grpo.commands.main"]] * 3
     for command, seed in zip(commands, (1, 2, 30), strict=True):
-        assert command[3:] == ["train", "tiny_drtune", "num_epochs=3", f"seed={seed}", "--name", f"mine-seed{seed}"]
+        assert command[3:] == ["train", "tiny_drtune", "num_epochs=3", f"seed={seed}", "--name", f"mine-seed{seed}", "--untyped"]
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         "[1/3] mine-seed1", "[2/3] mine-seed2", "[3/3] mine-seed30", "page: logs/mine.html",
     ]  # fmt: skip
-    assert err == ""
+    assert err == "changed: num_epochs 40 -> 3, run_name '' -> 'mine'\n"
     assert "mine-seed30" in Path("logs/mine.html").read_text()
 
 

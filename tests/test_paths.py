@@ -91,8 +91,14 @@ def test_a_runs_own_files_are_looked_for_where_it_was_started(run, elsewhere):
     resolve(config, num_processes=1, cuda=False)
 
 
-def test_a_file_of_that_name_in_the_working_folder_wins(run, elsewhere):
+def test_a_file_of_that_name_in_the_working_folder_does_not_stand_in_for_the_runs_own(run, elsewhere):
+    own = read_config(run, {}).prompts.test
     (elsewhere / "mine.txt").write_text("a boot\n")
+    assert read_config(run, {}).prompts.test == own != "mine.txt"
+
+
+def test_where_a_run_was_started_its_settings_stay_as_written(run, elsewhere, monkeypatch):
+    monkeypatch.chdir(Path(read_config(run, {}).prompts.test).parent)
     assert read_config(run, {}).prompts.test == "mine.txt"
 
 

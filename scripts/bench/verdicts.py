@@ -21,8 +21,8 @@ It writes `results.json` and `table.md`. One core, about 20 minutes. What is mea
   `assets/tiny_features`. Each repeat takes 32 of the 96 for each prompt, 16 for either model; `half the same`: in every
   second place both models have the same image. The models are equal, and the truth is 0.
 
-Seeds are used for nothing else: what was chosen by coverage was chosen with others. A coverage of 95 % in 200 repeats has a
-standard error of 1.5 %.
+Seeds are used for nothing else: what was chosen by coverage was chosen with others. A coverage of 95 % in 200 repeats
+has a standard error of 1.5 %.
 """
 
 from __future__ import annotations
