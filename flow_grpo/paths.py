@@ -27,7 +27,9 @@ def find(path: str) -> str:
 
 
 def find_from(path: str, folder: str) -> str:
-    """What `path` meant in `folder`, where a run was started: its place there, unless that is its place here or an asset.
+    """What `path` meant in `folder`, where a run was started: its place there, unless that is its place here.
+
+    Assets that are found stay as they are.
 
     A file of that name in the present working folder is another one, and never stands in for the run's own.
     """

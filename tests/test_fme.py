@@ -231,7 +231,7 @@ def processes(monkeypatch):
 
     def run(command):
         commands.append(command)
-        write_run(Path("logs") / command[-1], [0.5, 0.6], [0, 10], gradient=True)
+        write_run(Path("logs") / command[command.index("--name") + 1], [0.5, 0.6], [0, 10], gradient=True)
         return codes.pop(0) if codes else 0
 
     monkeypatch.setattr(train, "run_process", run)
@@ -244,7 +244,15 @@ def test_seeds_are_runs_of_their_own_one_after_another(processes, started, capsy
     commands, _ = processes
     assert [command[:3] for command in commands] == [[sys.executable, "-m", "flow_grpo.commands.main"]] * 3
     for command, seed in zip(commands, (1, 2, 30), strict=True):
-        assert command[3:] == ["train", "tiny_drtune", "num_epochs=3", f"seed={seed}", "--name", f"mine-seed{seed}", "--untyped"]
+        assert command[3:] == [
+            "train",
+            "tiny_drtune",
+            "num_epochs=3",
+            f"seed={seed}",
+            "--name",
+            f"mine-seed{seed}",
+            "--untyped",
+        ]
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         "[1/3] mine-seed1", "[2/3] mine-seed2", "[3/3] mine-seed30", "page: logs/mine.html",
