@@ -267,7 +267,7 @@ def test_the_first_seed_that_fails_is_the_last(processes, code):
     codes += [0, code]
     assert fme("train", "tiny_drtune", "--seeds", "1,2,3") == code
     assert len(commands) == 2
-    assert commands[0][-1].startswith("tiny_drtune-")
+    assert commands[0][commands[0].index("--name") + 1].startswith("tiny_drtune-")
 
 
 def test_a_mistake_is_found_before_the_first_seed(processes, capsys):

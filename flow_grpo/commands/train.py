@@ -71,9 +71,7 @@ def configuration(arguments: argparse.Namespace) -> ConfigDict:
         overrides.append(f"--config.run_name={arguments.name}")
     if arguments.resume:
         overrides.append(f"--config.resume_from={arguments.resume}")
-    return cli.configure(
-        arguments.start or "", overrides, arguments.allow_changes, load, tell=not (arguments.seeds or arguments.untyped)
-    )
+    return cli.configure(arguments.start or "", overrides, arguments.allow_changes, load, tell=not arguments.untyped)
 
 
 def train(config: ConfigDict) -> None:

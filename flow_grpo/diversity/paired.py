@@ -37,8 +37,8 @@ too few images) is None.
   image gained and half an image lost, for equal counts are no certainty. The covariance of d_l with E_l is left out:
   with it, equal models that share most of their noise were covered in 77 to 89 % (rho = 0.95, below).
 
-Coverage of the 95 % intervals, by `scripts/bench/verdicts.py` (assets/figures/verdicts): 200 repeats, 2,000 of reward and
-judge, with seeds used for nothing else. V and the widening of Vendi's interval were chosen by the coverage with others.
+Coverage of the 95 % intervals, by `scripts/bench/verdicts.py` (assets/figures/verdicts): 200 repeats, 2,000 of reward
+and judge, with seeds used for nothing else. V and the widening of Vendi's interval were chosen by the coverage with others.
 
                 least, mean, most of all situations    equal models that differ "significantly", at most (of them: less)
     Vendi            92.5, 96.9, 99.5 %  (47)                         5.5 % (3.5 %)
