@@ -35,12 +35,12 @@ too few images) is None.
   for one prompt; with more, those of the mean over prompts. First come the images, as if independent. W is what a
   member does to several images at once, without the noise that each alone brings. The last part is that of half an
   image gained and half an image lost, for equal counts are no certainty. The covariance of d_l with E_l is left out:
-  with it, equal models that share most of their noise were covered in 77 to 89 % (rho = 0.95, below).
+  with it, equal models that share most of their noise were covered in 77 to 89 % (rho = 0.95).
 
 Coverage of the 95 % intervals, by `scripts/bench/verdicts.py` (assets/figures/verdicts): 200 repeats, 2,000 of reward
-and judge, with seeds used for nothing else. V and the widening of Vendi's interval were chosen by the coverage with others.
+and judge, with seeds used for nothing else. V and the widening of Vendi's interval were chosen by coverage with others.
 
-                least, mean, most of all situations    equal models that differ "significantly", at most (of them: less)
+                least, mean, most of all situations    equal models whose interval excludes 0, at most (below it)
     Vendi            92.5, 96.9, 99.5 %  (47)                         5.5 % (3.5 %)
     reach            90.0, 96.5, 99.5 %  (47)                         6.0 % (3.0 %)
     reward           94.5, 94.8, 96.5 %  (25)                         5.6 % (3.2 %)
