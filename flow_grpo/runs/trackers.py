@@ -63,7 +63,6 @@ BEST = ("reward/total", "judge/accuracy", "diversity/vendi")  # shown of the eva
 ENDS = re.compile(r"diversity/\w+_(low|high)$")  # of intervals: no curves of their own
 MOST_IMAGES = 80  # of one evaluation with a caption each: wandb shows about a hundred
 CAPTION = 200  # characters
-PLAIN = bool | int | float | str  # what a dashboard can filter by
 
 
 def shown_as(metric: str) -> str | None:
