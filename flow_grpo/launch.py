@@ -14,7 +14,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from huggingface_hub import hf_hub_download
 from ml_collections import ConfigDict
 from torch.distributed import DistError
 
@@ -22,7 +21,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.messages import say
-from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.model_files import LOADING_ERRORS, check_on_hub, first_line
 from flow_grpo.paths import find
 from flow_grpo.policy import check_lora_targets, noise_levels
 from flow_grpo.rewards import REWARDS, reward_names
@@ -100,25 +99,19 @@ def is_lost_process(error: RuntimeError, num_processes: int) -> bool:
 
 
 def _check_hub(settings: Settings) -> None:
-    """What is no folder must be on the hub, or in its cache: fetch the one small file that proves it."""
+    """What is no folder must be on the hub, or in its cache."""
     config = settings.config
-    wanted = {"pretrained.model": (config.pretrained.model, "model_index.json", config.pretrained.revision or None)}
+    wanted = {"pretrained.model": (config.pretrained.model, "model_index.json", config.pretrained.revision)}
     models = {
         f"reward_model.{name}": config.reward_model[name] for name in reward_names(config) if REWARDS[name].scorer
     }
     models |= {"eval.judge": config.eval.judge} if config.eval.judge else {}
     if config.eval_diversity and config.diversity.extractor != "open_clip":
         models["diversity.model"] = config.diversity.model
-    wanted |= {key: (model, "config.json", None) for key, model in models.items()}
+    wanted |= {key: (model, "config.json", "") for key, model in models.items()}
     for key, (model, file, revision) in wanted.items():
-        if os.path.isdir(find(model)):
-            continue
-        try:
-            hf_hub_download(model, file, revision=revision)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"config.{key} = {model!r} is no folder here, and cannot be fetched from the hub: {first_line(error)}"
-            ) from error
+        if not os.path.isdir(find(model)):
+            check_on_hub(model, file, revision, f"config.{key} = ")
 
 
 def _check_pipeline(settings: Settings) -> None:

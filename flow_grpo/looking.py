@@ -7,7 +7,9 @@ SD3's 28 steps and guidance 7, or, up to SMALL pixels, as the embedded tiny SD3 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.lora_files import PEFT_CONFIG, match, read_lora, transformer_shapes
 from flow_grpo.messages import say
+from flow_grpo.model_files import check_on_hub
 from flow_grpo.paths import find
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import get_config
@@ -39,6 +42,21 @@ LEAST_IMAGES = 4  # of a prompt, for an interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
 KINDS = ("clip", "dinov2", "open_clip")
 OPEN_CLIP_SOURCES = ("hf-hub:", "local-dir:")
+
+FLAGS = {  # key -> the option that sets it, and its name in Options
+    "pretrained.model": ("--base", "base"),
+    "prompts.test": ("--prompts", "prompts"),
+    "num_seeds": ("-n", "images"),
+    "eval.num_image_per_prompt": ("-n", "images"),
+    "diversity.model": ("--features", "features"),
+    "diversity.pretrained": ("--features", "features"),
+    "eval.judge": ("--judge", "judge"),
+    "eval.num_steps": ("--steps", "steps"),
+    "eval.guidance_scale": ("--guidance", "guidance"),
+    "resolution": ("--size", "size"),
+    "eval.seed": ("--seed", "seed"),
+    "eval.batch_size": ("--batch-size", "batch_size"),
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,21 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     if base and replace(base[0], name="") == replace(model, name=""):
         raise ConfigError(f"{thing.text} is compared with itself; --against takes another model.")
     return Look(config, (*base, model), rewarded, values is not None)
+
+
+@contextmanager
+def told_as_given(options: Options) -> Iterator[None]:
+    """A mistake in a setting is told of the option that set it."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        for key, (flag, name) in FLAGS.items():
+            if getattr(options, name) not in ("", None):
+                text = text.replace(f"config.{key} = ", f"{flag} ")
+        if options.reward:
+            text = re.sub(r"config\.reward_model\.(\w+) = ", r"--reward \1=", text)
+        raise ConfigError(text) from error
 
 
 def _base_of(
@@ -168,7 +201,8 @@ def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) ->
         if key.startswith(TAKEN) and (key in known or not key.startswith(("reward_fn.", "reward_model.")))
     }
     where = (thing.path if thing.run is None else thing.run) or Path()
-    config = config_from(taken, where, {"pretrained.model": options.base} if options.base else {})
+    other = {"pretrained.model": options.base, "pretrained.revision": ""} if options.base else {}
+    config = config_from(taken, where, other)
     known_rewards = [name for name in config.eval.rewards if name in REWARDS]
     config.eval.rewards = tuple(known_rewards)
     return config
@@ -176,6 +210,8 @@ def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) ->
 
 def _foreign(pipeline: str) -> ConfigDict:
     """As the pipeline itself draws; as the tiny SD3 is drawn where it is that small."""
+    if not os.path.isdir(find(pipeline)):
+        check_on_hub(pipeline, INDEX)
     config = get_config()
     config.pretrained.model, config.eval.judge = pipeline, ""
     config.eval.modes = ""

@@ -1,4 +1,4 @@
-"""Whether the folder of a model can be loaded, told from its small files and the headers of its weights.
+"""Whether a model can be loaded: a folder, told from its small files and the headers of its weights, or one of the hub.
 
 No model loads for it. What is not found here is found when the model loads: see `LOADING_ERRORS`.
 """
@@ -70,6 +70,22 @@ def check_files(folder: Path, subject: str, needs: Needs) -> None:
 def first_line(error: BaseException) -> str:
     """What a library says of the first thing that is wrong."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_on_hub(model: str, file: str, revision: str = "", subject: str = "") -> None:
+    """What is no folder is on the hub, or in its cache: fetch the one small file that proves it.
+
+    Raises:
+        ConfigError: it is not; `subject` begins the sentence.
+    """
+    from huggingface_hub import hf_hub_download  # slow, and models are folders more often than not
+
+    try:
+        hf_hub_download(model, file, revision=revision or None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{subject}{model!r} is no folder here, and cannot be fetched from the hub: {first_line(error)}"
+        ) from error
 
 
 def _check_header(path: Path, subject: str) -> None:

@@ -28,10 +28,7 @@ from flow_grpo.settings import BatchPlan, text_fault
 from flow_grpo.types import PromptBatch
 
 FETCHED_FOLDER = "assets/prompts/pickscore"
-FETCH_COMMAND = (
-    "python scripts/train/fetch_prompts.py --dataset yuvalkirstain/pickapic_v1_no_images"
-    f" --column caption --out {FETCHED_FOLDER}"
-)
+FETCH_COMMAND = f"fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --column caption --out {FETCHED_FOLDER}"
 
 
 LINE = re.compile(rb"[^\r\n]+")  # lines end in "\n", "\r\n" or "\r"

@@ -69,12 +69,9 @@ def fit(
                 _evaluate(policy, test_prompts, evaluators, settings, run, saver)
     except Interrupted as stop:
         saved = saver.save_remembered()
-        _show(run, live=False)
         raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
-    except TrainingStopped:
+    finally:
         _show(run, live=False)
-        raise
-    _show(run, live=False)
     run.tell(training_words.ends(run.folder, counters.epoch))
 
 

@@ -79,7 +79,7 @@ def test_a_recipe_without_its_prompts_names_the_command_that_fetches_them(name, 
     config = get_config(name)
     with pytest.raises(ConfigError) as error:
         resolve(config, INTENDED_PROCESSES[name], cuda=True)
-    command = "python scripts/train/fetch_prompts.py --dataset yuvalkirstain/pickapic_v1_no_images --column caption"
+    command = "fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --column caption"
     assert config.prompts.train in str(error.value)
     assert f"{command} --out assets/prompts/pickscore" in str(error.value)
     assert command in " ".join((inspect.getdoc(sd3) or "").split())

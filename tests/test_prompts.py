@@ -218,5 +218,5 @@ def test_a_bad_file_is_refused_with_the_line_at_fault(tmp_path, name, content, m
 def test_a_missing_file_is_refused_and_a_fetched_one_names_the_command(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist\.$"):
         PromptDataset.load(str(tmp_path / "nowhere.txt"))
-    with pytest.raises(ConfigError, match=r"does not exist; fetch it with `python scripts/train/fetch_prompts\.py"):
+    with pytest.raises(ConfigError, match=r"does not exist; fetch it with `fme prompts --dataset"):
         PromptDataset.load("assets/prompts/pickscore/none.txt")

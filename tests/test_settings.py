@@ -271,7 +271,7 @@ COMBINATIONS = [
     ({"pretrained.model": "assets/nowhere"}, ["pretrained.model", "assets/nowhere", "directory"]),
     ({"pretrained.model": "./nowhere"}, ["pretrained.model", "./nowhere", "directory"]),
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
-    ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fetch_prompts.py --dataset", "--out"]),
+    ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
 ]
 

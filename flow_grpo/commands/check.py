@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
 from flow_grpo.files import strict_json
 from flow_grpo.launcher import read_launcher
-from flow_grpo.looking import LEAST_IMAGES, Look, Options, folder_config, look_at
+from flow_grpo.looking import LEAST_IMAGES, Look, Options, folder_config, look_at, told_as_given
 from flow_grpo.messages import say
 from flow_grpo.page.build import build_page, number
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
@@ -121,8 +122,8 @@ def main(arguments: argparse.Namespace) -> int:
     with_images = [other.kind == "images" for other in (thing, against) if other]
     if any(with_images) and not all(with_images):
         raise ConfigError(f"{thing.text} and --against {arguments.against} are images and a model; it takes two alike.")
-    look = folders_of(thing, against, options) if any(with_images) else look_at(thing, against, options)
-    with new_folder(arguments.out, PLACE / thing.name) as out:
+    with told_as_given(options), new_folder(arguments.out, PLACE / thing.name) as out:
+        look = folders_of(thing, against, options) if any(with_images) else look_at(thing, against, options)
         found = _compare(look, out)
         page = build_page([out], out / PAGE_FILE, shlex.join(["fme", *sys.argv[1:]]))
     paired = not isinstance(look, FolderLook) or look.paired
@@ -161,13 +162,15 @@ def _compare(look: Look | FolderLook, out: Path) -> Comparison:
 
 @contextmanager
 def new_folder(out: str, default: Path) -> Iterator[Path]:
-    """The folder for results, which goes again if nothing comes to be in it.
+    """The folder for results, empty at first. After a failure what was made goes again: in it, and itself.
 
     Raises:
         ConfigError: --out is a file, holds something, or cannot be made.
     """
+    wanted = output_folder(out) if out else default
+    made = [path for path in (wanted, *wanted.absolute().parents) if not path.exists()]
     try:
-        folder = output_folder(out) if out else fresh_folder(default)
+        folder = wanted if out else fresh_folder(default)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ConfigError(f"--out {out} is not empty; it takes a new or an empty folder.")
@@ -175,13 +178,17 @@ def new_folder(out: str, default: Path) -> Iterator[Path]:
         raise ConfigError(f"{out or default} cannot be made ({error.strerror}).") from None
     try:
         yield folder
-    except OSError as error:
+    except BaseException as error:
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in made if out else dict.fromkeys((folder, *made)):
+            with suppress(OSError):
+                path.rmdir()  # only if it is empty
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(
             f"{error.filename or folder} cannot be read or written ({error.strerror or error})."
         ) from None
-    finally:
-        with suppress(OSError):
-            folder.rmdir()  # only if it is empty
 
 
 # --- folders of images ------------------------------------------------------------------------------------

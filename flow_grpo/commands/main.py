@@ -26,6 +26,7 @@ COMMANDS = {  # in the order of use; the modules of this package
     "view": "one page of one or more runs",
     "check": "what a run, checkpoint, LoRA or folder of images has lost in diversity, and whether it is exploited",
     "sample": "images of a prompt",
+    "prompts": "fetch training and test prompts from a dataset",
     "export": "send a run to wandb or tensorboard, from its folder",
     "ls": "recipes, keys, rewards and runs",
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flow_grpo.commands.check import add_drawing_arguments, check_one_process, new_folder, options_of, whole
 from flow_grpo.errors import ConfigError
-from flow_grpo.looking import look_at
+from flow_grpo.looking import look_at, told_as_given
 from flow_grpo.settings import text_fault
 from flow_grpo.things import find_out
 
@@ -41,11 +41,12 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{thing.text} holds images; `fme check` looks at them, and a model is needed to draw.")
     if not prompt or (fault := text_fault(prompt)):
         raise ConfigError(f"the prompt {'is empty' if not prompt else fault}.")
-    look = look_at(thing, None, replace(options_of(arguments), measured=False))
-    look = replace(look, models=look.models[-1:])
-    with new_folder(arguments.out, PLACE / thing.name) as out:
+    options = replace(options_of(arguments), measured=False)
+    with told_as_given(options), new_folder(arguments.out, PLACE / thing.name) as out:
+        look = look_at(thing, None, options)
         from flow_grpo.comparison import draw_prompt  # torch, once the input is known to be good
 
+        look = replace(look, models=look.models[-1:])
         loaded, images = draw_prompt(look, prompt, arguments.n)
         for lora in loaded:
             print(f"{lora.name}: {lora}", file=sys.stderr)

@@ -105,14 +105,20 @@ def read_runs(folders: Iterable[Path], label: str = "eval", names: Sequence[str]
     Raises:
         ConfigError: no folder, one twice, or one without an evaluation.
     """
+    folders = each_once(folders)
+    names = names or run_names(folders)
+    return [read_run(folder, name, label) for folder, name in zip(folders, names, strict=True)]
+
+
+def each_once(folders: Iterable[Path]) -> list[Path]:
+    """The folders; ConfigError for none, and for one given twice."""
     folders = list(folders)
     if not folders:
         raise ConfigError("no run folder was given.")
     twice = [folder for folder, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
     if twice:
         raise ConfigError(f"the run folder {twice[0]} was given twice.")
-    names = names or run_names(folders)
-    return [read_run(folder, name, label) for folder, name in zip(folders, names, strict=True)]
+    return folders
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -1,8 +1,7 @@
 """Recipes: `--config config/grpo.py:NAME`. Each says only what differs from base.py.
 
 The SD3.5 recipes use the published settings of Flow-GRPO (arXiv 2505.05470). Their prompts are not committed:
-`python scripts/train/fetch_prompts.py --dataset yuvalkirstain/pickapic_v1_no_images --column caption
---out assets/prompts/pickscore`.
+`fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --column caption --out assets/prompts/pickscore`.
 
 Costs are counted, not measured: images and evaluations of the transformer (one image through it once; guidance
 doubles them) in one epoch over all processes, evaluation apart. `sampling` needs no gradient, `training` is a forward

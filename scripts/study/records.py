@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
+from flow_grpo.page.data import each_once
 from flow_grpo.page.seeds import MEASURE, NOT_MEASURE
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, run_config
 from flow_grpo.runs.history import read_history
@@ -89,12 +89,7 @@ def load_runs(folders: Iterable[Path]) -> list[RunRecord]:
     Raises:
         ConfigError: one sentence on what is missing, or why they cannot be compared.
     """
-    folders = list(folders)
-    if not folders:
-        raise ConfigError("no run folder was given.")
-    twice = [folder for folder, count in Counter(folder.resolve() for folder in folders).items() if count > 1]
-    if twice:
-        raise ConfigError(f"the run folder {twice[0]} was given twice.")
+    folders = each_once(folders)
     configs = {folder: run_config(folder) for folder in folders}
     _check_comparable(configs)
     labels = _labels({folder: _method(config, folder) for folder, config in configs.items()})

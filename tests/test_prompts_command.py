@@ -1,5 +1,6 @@
-"""scripts/train/fetch_prompts.py, on local files."""
+"""fme prompts, and its first name scripts/train/fetch_prompts.py, on local files."""
 
+import argparse
 import json
 import os
 import stat
@@ -10,9 +11,10 @@ from pathlib import Path
 import pandas
 import pytest
 
+from flow_grpo.commands.main import COMMANDS
+from flow_grpo.commands.prompts import add_arguments, distinct, divide, main, read_captions, usable, write_lines
 from flow_grpo.errors import ConfigError
 from flow_grpo.prompts import FETCH_COMMAND, PromptDataset
-from scripts.train.fetch_prompts import distinct, divide, main, parse_arguments, read_captions, usable, write_lines
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = [f"prompt\t{i % 30}  of\nmany " for i in range(90)] + ["", "  ", None]
@@ -35,8 +37,14 @@ def write_dataset(folder: Path, suffix: str) -> str:
     return str(path)
 
 
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
 def fetch(dataset: str, out: Path, *arguments: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    main(["--dataset", dataset, "--out", str(out), *arguments])
+    main(parse(["--dataset", dataset, "--out", str(out), *arguments]))
     return PromptDataset.load(str(out / "train.txt")).prompts, PromptDataset.load(str(out / "test.txt")).prompts
 
 
@@ -136,9 +144,9 @@ def test_a_missing_file_ends_the_process_with_one_sentence(tmp_path):
 
 
 def test_the_command_that_missing_prompts_name_is_understood():
-    program, script, *arguments = FETCH_COMMAND.split()
-    assert (program, script) == ("python", "scripts/train/fetch_prompts.py")
-    assert (ROOT / script).is_file()
-    args = parse_arguments(arguments)
+    program, command, *arguments = FETCH_COMMAND.split()
+    assert program == "fme"
+    assert command in COMMANDS
+    args = parse(arguments)
     assert (args.dataset, args.column) == ("yuvalkirstain/pickapic_v1_no_images", "caption")
     assert args.out == "assets/prompts/pickscore"
