@@ -28,6 +28,7 @@ LOADING_ERRORS = (
     SafetensorError,
 )
 
+HUB_SECONDS = 10.0  # to wait for an answer
 # What a folder needs: of each group, one.
 Needs = Sequence[Sequence[str]]
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -73,16 +74,17 @@ def first_line(error: BaseException) -> str:
 
 
 def check_on_hub(model: str, file: str, revision: str = "", subject: str = "") -> None:
-    """What is no folder is on the hub, or in its cache: fetch the one small file that proves it.
+    """What is no folder is on the hub, or in its cache: ask once for a small file that every such model has.
 
     Raises:
-        ConfigError: it is not; `subject` begins the sentence.
+        ConfigError: it is not, or the hub does not answer; `subject` begins the sentence.
     """
-    from huggingface_hub import hf_hub_download  # slow, and models are folders more often than not
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache  # models are mostly folders
 
     try:
-        hf_hub_download(model, file, revision=revision or None)
-    except (OSError, ValueError) as error:
+        if not isinstance(try_to_load_from_cache(model, file, revision=revision or None), str):
+            get_hf_file_metadata(hf_hub_url(model, file, revision=revision or None), timeout=HUB_SECONDS)
+    except Exception as error:  # also those of the HTTP library below
         raise ConfigError(
             f"{subject}{model!r} is no folder here, and cannot be fetched from the hub: {first_line(error)}"
         ) from error

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from huggingface_hub import constants
 from PIL import Image
 
 from flow_grpo import evaluation
 from flow_grpo.checkpoint import Saver
+from flow_grpo.commands import check as check_command
 from flow_grpo.commands.main import main
 from flow_grpo.comparison import FilesAsTensor, draw, start
 from flow_grpo.diversity.images import read_images
+from flow_grpo.errors import ConfigError
 from flow_grpo.looking import Options, check_features, look_at, reward_of, set_features
 from flow_grpo.page.data import read_runs
 from flow_grpo.page.seeds import Group, differences
@@ -64,7 +67,7 @@ def refusal(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ")
     assert "\n" not in said
-    assert not any(Path("logs").rglob("*.*"))
+    assert not Path("logs").exists()
     return said
 
 
@@ -357,7 +360,6 @@ def test_images_are_read_when_they_are_asked_for(tmp_path) -> None:
         (["--prompts", "nowhere.txt"], "does not exist"),
         (["--judge", "assets/nowhere"], "assets/nowhere"),
         (["--features", "dinov2:"], "names no model"),
-        (["--size", "33"], "config.resolution = 33 does not fit"),
         (["--base", "assets/prompts"], "assets/prompts holds nothing"),
         (["--lora", "assets/tiny_sd3"], "is no LoRA"),
         (["--against", "nothing"], "does not exist"),
@@ -366,6 +368,42 @@ def test_images_are_read_when_they_are_asked_for(tmp_path) -> None:
 )
 def test_bad_options_are_one_sentence(lora, options, capsys, arguments, said) -> None:
     assert said in refusal(lora, *options, *arguments, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--features", "./nowhere", "--features './nowhere' is not a directory"),
+        ("--judge", "./nowhere", "--judge './nowhere' is not a directory"),
+        ("--reward", "pickscore=./nowhere", "--reward pickscore='./nowhere' is not a directory"),
+        ("--size", "33", "--size 33 does not fit"),
+    ],
+)
+def test_a_mistake_in_a_setting_is_told_of_its_option(lora, options, capsys, flag, value, said) -> None:
+    assert said in refusal(lora, *options, flag, value, capsys=capsys)
+
+
+def test_what_is_neither_here_nor_on_the_hub(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "'nobody/nothing' is no folder here, and cannot be fetched" in refusal("nobody/nothing", capsys=capsys)
+
+
+@pytest.mark.parametrize("out", ["", "made/for/it"])
+def test_a_check_that_fails_midway_leaves_nothing(lora, options, capsys, monkeypatch, out) -> None:
+    def fail(*_: object, **__: object) -> None:
+        assert any(Path("made" if out else "logs").rglob("eval_*.json"))
+        raise ConfigError("no page today.")
+
+    monkeypatch.setattr(check_command, "build_page", fail)
+    assert "no page today" in refusal(lora, *options, *(("--out", out) if out else ()), capsys=capsys)
+    assert not any(Path().iterdir())
+
+
+def test_a_folder_that_was_there_stays_after_a_failure(lora, options, capsys, monkeypatch) -> None:
+    Path("mine").mkdir()
+    monkeypatch.setattr(check_command, "build_page", lambda *_, **__: Path("/no/such/file").read_text())
+    assert "cannot be read or written" in refusal(lora, *options, "--out", "mine", capsys=capsys)
+    assert not any(Path("mine").iterdir())
 
 
 def test_images_are_not_compared_with_a_model(lora, tmp_path, capsys) -> None:

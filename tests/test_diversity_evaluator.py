@@ -38,6 +38,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def parts(config, build):
     config.use_reward_gradient = config.eval_diversity = True
+    config.eval_diversity_freq = 1
     config.train.learning_rate = 2e-2
     config.num_seeds, config.diversity.num_prompts, config.eval.batch_size = 5, 3, 4
     return build(config)
@@ -151,7 +152,7 @@ def test_a_resumed_run_without_a_bandwidth_is_one_sentence_unless_one_is_given(p
 
 
 def test_a_configured_bandwidth_is_kept_with_the_run(config, build):
-    config.eval_diversity, config.diversity.bandwidth = True, 0.7
+    config.eval_diversity, config.eval_diversity_freq, config.diversity.bandwidth = True, 1, 0.7
     parts = build(config)
     build_diversity_evaluators(parts.settings, parts.run, CPU)
     assert json.loads((parts.run.folder / "diversity/bandwidth.json").read_text())["bandwidth"] == 0.7
@@ -404,3 +405,9 @@ def test_features_are_grouped_by_prompt_in_order(parts):
     grouped = features_by_prompt(samples, extractor)
     assert list(grouped) == list(PROMPTS)
     np.testing.assert_allclose(np.concatenate(list(grouped.values())), extractor(samples.images), atol=1e-6)
+
+
+def test_a_run_that_never_measures_has_no_evaluator_and_needs_no_bandwidth(config, build):
+    config.eval_diversity, config.eval_freq, config.eval_diversity_freq = True, 0, 0
+    parts = build(config)
+    assert build_diversity_evaluators(parts.settings, parts.run, CPU) == []

@@ -215,6 +215,22 @@ def test_the_page_of_a_training_that_cannot_go_on_is_no_longer_live(evaluated, b
     assert live == [True, True, False]
 
 
+def test_the_page_of_an_evaluation_that_fails_is_no_longer_live(evaluated, build, monkeypatch):
+    live = []
+    monkeypatch.setattr(trainer, "build_page", lambda *_, **words: live.append(words["live"]))
+    evaluate = trainer.evaluate_weights
+
+    def fail(policy, prompts, evaluators, settings, run):
+        if run.counters.epoch:
+            raise ConfigError("these images cannot be measured.")
+        return evaluate(policy, prompts, evaluators, settings, run)
+
+    monkeypatch.setattr(trainer, "evaluate_weights", fail)
+    with pytest.raises(ConfigError, match="cannot be measured"):
+        train_evaluated(evaluated, build, [1, 1])
+    assert live == [True, False]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), ConfigError("it cannot be written.")])
 def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(evaluated, build, monkeypatch, capsys, error):
     def build_page(*_, **__):

@@ -117,8 +117,14 @@ def _tidy(arguments: argparse.Namespace) -> None:
         for word, option in (("resume_from", "--resume"), ("run_name", "--name")):
             if key == word:
                 raise ConfigError(f"{word} is given as {option}.")
+    _check_seeds(arguments)
+
+
+def _check_seeds(arguments: argparse.Namespace) -> None:
     if arguments.seeds and arguments.resume:
         raise ConfigError("--seeds begins runs, and --resume goes on with one; give one of the two.")
+    if arguments.seeds and any(change.startswith("seed=") for change in arguments.changes):
+        raise ConfigError("seed is given twice; --seeds says it.")
 
 
 @contextmanager
@@ -165,8 +171,6 @@ def _seeds(arguments: argparse.Namespace) -> list[int]:
     parts = arguments.seeds.split(",")
     if not all(part.isascii() and part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
         raise ConfigError(f"--seeds {arguments.seeds} is not allowed; it takes different whole numbers, as in 1,2,3.")
-    if any(change.startswith("seed=") for change in arguments.changes):
-        raise ConfigError("seed is given twice; --seeds says it.")
     return [int(part) for part in parts]
 
 

@@ -66,7 +66,7 @@ class DiversityEvaluator:
         """
         self.extractor, self.bandwidth, self.run, self.base = extractor, bandwidth, run, base
         self.config = settings.config
-        self.freq = settings.config.eval_diversity_freq or settings.config.eval_freq
+        self.freq = how_often(settings.config)
         self.request = diversity_request(settings.config)
 
     def evaluate(self, samples: Samples) -> Measured:
@@ -99,14 +99,19 @@ class DiversityEvaluator:
         return distances_of(features, noises_by_prompt(samples), self.extractor.name, order, bandwidth, base)
 
 
+def how_often(config: ConfigDict | FrozenConfigDict) -> int:
+    """Epochs from one measurement to the next; 0: never."""
+    return config.eval_diversity_freq or config.eval_freq
+
+
 def build_diversity_evaluators(settings: Settings, run: Run, device: torch.device) -> list[DiversityEvaluator]:
-    """The evaluator, if the configuration asks for it.
+    """The evaluator, if the configuration asks for it, ever.
 
     Raises:
         ConfigError: the extractor cannot be loaded; a resumed run has no bandwidth, or has it of other features.
     """
     config = settings.config
-    if not config.eval_diversity:
+    if not config.eval_diversity or how_often(config) == 0:
         return []
     extractor = extractor_of(config, device)
     bandwidth = config.diversity.bandwidth or None
