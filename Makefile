@@ -31,7 +31,7 @@ study-quick: .venv/installed  ## two new seeds, two fifths of the time, held aga
 	$(BIN)/python scripts/study/summarise.py --quick logs/study
 
 pretrain: .venv/installed  ## make assets/ again from Debian's dataset-fashion-mnist: about an hour
-	$(BIN)/python scripts/train/pretrain_tiny.py
+	$(BIN)/python scripts/tiny/pretrain.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -21,7 +21,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.messages import say
-from flow_grpo.model_files import LOADING_ERRORS, check_on_hub, first_line
+from flow_grpo.models.files import LOADING_ERRORS, check_on_hub, first_line
 from flow_grpo.paths import find
 from flow_grpo.policy import check_lora_targets, noise_levels
 from flow_grpo.rewards import REWARDS, reward_names

@@ -25,7 +25,7 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
-from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.paths import find
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import WITHOUT_T5, Settings, check_scheduler

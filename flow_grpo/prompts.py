@@ -20,11 +20,12 @@ from typing import Any, TypeVar, overload
 
 import torch
 
+from flow_grpo.batching import BatchPlan
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, parse_json, read_bytes
 from flow_grpo.paths import find
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.settings import BatchPlan, text_fault
+from flow_grpo.settings import text_fault
 from flow_grpo.types import PromptBatch
 
 FETCHED_FOLDER = "assets/prompts/pickscore"

@@ -1,4 +1,4 @@
-"""From a configuration to the loops of a run: `resolve` checks every value and derives the batch arithmetic.
+"""From a configuration to the loops of a run: `resolve` checks every value, and adds the batch arithmetic.
 
 Every mistake is a ConfigError of one sentence, raised before anything loads: the key, its value, what is allowed.
 Nothing heavy is imported at the top of this module.
@@ -12,54 +12,24 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, read_object
-from flow_grpo.model_files import CLIP_NEEDS, MODEL_NEEDS, PART_NEEDS, Needs, check_files
+from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, PART_NEEDS, Needs, check_files
 from flow_grpo.paths import find
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
 from flow_grpo.runs.folder import run_folder_of
 from flow_grpo.runs.lock import in_use, is_locked
 from flow_grpo.runs.saved import checkpoint_state, find_checkpoint
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
 WITHOUT_T5 = ("text_encoder_3", "tokenizer_3")  # the parts that a pipeline may lack
-MOST_IMAGES = 10_000_000  # of an epoch
 HUB_PIXELS_PER_TOKEN = 16  # SD3's VAE shrinks an image by 8, its transformer takes patches of 2
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the images of an epoch are divided among processes and updates.
-
-    Sample ids 0 ... images - 1 run through the groups in order. A process makes a contiguous slice of them, which may
-    begin or end within a group. Update u trains the ids with id % updates == u: the same images on any number of
-    processes, and a share of every group.
-    """
-
-    groups: int  # prompts of an epoch
-    group_size: int  # images of each
-    images: int  # of an epoch, over all processes
-    images_per_process: int
-    images_per_update: int  # per process
-    updates: int  # optimizer steps into which an epoch's images are divided
-
-    def process_slice(self, rank: int) -> slice:
-        """The sample ids that process `rank` makes."""
-        return slice(rank * self.images_per_process, (rank + 1) * self.images_per_process)
-
-    def update_indices(self, update: int) -> Tensor:
-        """The images of one update, (images_per_update,) int64: positions in the slice of any process."""
-        import torch
-
-        return torch.arange(update, self.images_per_process, self.updates)
 
 
 @dataclass(frozen=True)
@@ -102,49 +72,6 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.resume_from:
         _check_resume(config, _checkpoint_to_resume(config.resume_from))
     return Settings(FrozenConfigDict(config), plan, num_processes)
-
-
-# --- batch arithmetic -----------------------------------------------------------------------------------
-
-
-def plan_batches(groups: int, group_size: int, updates: int, num_processes: int) -> BatchPlan:
-    """Divide groups * group_size images evenly; where that is impossible, ConfigError names values that would work."""
-    images = groups * group_size
-    if images > MOST_IMAGES:
-        raise ConfigError(
-            f"config.sample.groups_per_epoch = {groups} groups of {group_size} are {images} images; an epoch takes at "
-            f"most {MOST_IMAGES}."
-        )
-    if images % (num_processes * updates):
-        raise ConfigError(_uneven(groups, group_size, updates, num_processes))
-    return BatchPlan(
-        groups=groups,
-        group_size=group_size,
-        images=images,
-        images_per_process=images // num_processes,
-        images_per_update=images // num_processes // updates,
-        updates=updates,
-    )
-
-
-def _uneven(groups: int, group_size: int, updates: int, num_processes: int) -> str:
-    """The sentence about an epoch that does not divide: the nearest numbers of groups, and of updates, that do."""
-    images, parts = groups * group_size, num_processes * updates
-    step = parts // math.gcd(group_size, parts)
-    below = groups // step * step
-    works = f"{below} or {below + step}" if below else f"{step}"
-    advice = f"config.sample.groups_per_epoch = {works} would work"
-    if images % num_processes == 0:
-        nearest = min(_divisors(images // num_processes), key=lambda divisor: abs(divisor - updates))
-        advice += f", and so would config.train.updates_per_epoch = {nearest}"
-    return (
-        f"config.sample.groups_per_epoch = {groups} groups of {group_size} are {images} images, which do not divide "
-        f"into config.train.updates_per_epoch = {updates} equal parts on each of {num_processes} processes; {advice}."
-    )
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 # --- one value at a time --------------------------------------------------------------------------------

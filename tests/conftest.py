@@ -16,9 +16,9 @@ from config.base import get_config
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
+from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings, resolve
-from flow_grpo.tracking import Run
-from scripts.train import tiny_models
+from scripts.tiny import models as tiny_models
 
 PROMPTS = ("a bag", "a boot", "a red coat", "a sandal")
 

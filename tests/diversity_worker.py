@@ -4,14 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-from flow_grpo.evaluation import evaluate, sample_evaluators
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
+from flow_grpo.evaluators.evaluation import evaluate, sample_evaluators
 from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import get_config
 from flow_grpo.rewards import build_reward
-from flow_grpo.tracking import Run
+from flow_grpo.runs.run import Run
 
 
 def main(models: str, out: str) -> None:

@@ -2,17 +2,19 @@
 
 import sys
 
-from flow_grpo import checkpoint, drtune, grpo
-from flow_grpo.evaluation import Evaluator, sample_evaluators
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
+from flow_grpo.evaluators.evaluation import Evaluator, sample_evaluators
 from flow_grpo.launch import launch
+from flow_grpo.methods import grpo
+from flow_grpo.methods import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import get_config
 from flow_grpo.rewards import build_reward
+from flow_grpo.runs import checkpoint
+from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
-from flow_grpo.tracking import Run
-from flow_grpo.trainer import fit
+from flow_grpo.training.trainer import fit
 
 CASES = {  # name -> (reward gradient, LoRA)
     "grpo": (False, True),

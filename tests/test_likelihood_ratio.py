@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config.grpo import get_config
-from flow_grpo import entropy, grpo
+from flow_grpo import entropy
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.entropy import DivergenceEstimator, draw_probes
 from flow_grpo.errors import TrainingStopped
@@ -23,6 +23,7 @@ from flow_grpo.likelihood_ratio import (
     SdeLikelihood,
 )
 from flow_grpo.losses import policy_loss
+from flow_grpo.methods import grpo
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.prompts import epoch_prompts
 from flow_grpo.randomness import keyed_generator

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flow_grpo import prompts as prompts_module
+from flow_grpo.batching import plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.prompts import PromptDataset, epoch_prompts
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.settings import plan_batches
 from flow_grpo.types import PromptBatch
 
 SEED = 3

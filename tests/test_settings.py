@@ -12,9 +12,10 @@ import torch
 from ml_collections import ConfigDict
 
 from config.base import get_config as base_config
+from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.runs.saved import find_checkpoint
-from flow_grpo.settings import OPEN_GROUPS, RULES, BatchPlan, Settings, leaves, plan_batches, resolve
+from flow_grpo.settings import OPEN_GROUPS, RULES, Settings, leaves, resolve
 
 GRID = [
     (groups, size, updates, processes)

@@ -4,14 +4,15 @@ import sys
 
 import torch
 
-from flow_grpo import drtune, grpo
-from flow_grpo.evaluation import draw_samples
+from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.launch import launch
+from flow_grpo.methods import grpo
+from flow_grpo.methods import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import get_config
 from flow_grpo.rewards import build_reward
-from flow_grpo.tracking import Run
+from flow_grpo.runs.run import Run
 
 
 def main(method: str, models: str, out: str) -> None:

@@ -32,18 +32,18 @@ from flow_grpo.diversity.paired import Change
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
 from flow_grpo.files import strict_json
+from flow_grpo.inspection.looking import LEAST_IMAGES, Look, Options, folder_config, look_at, told_as_given
+from flow_grpo.inspection.things import Thing, find_out
 from flow_grpo.launcher import read_launcher
-from flow_grpo.looking import LEAST_IMAGES, Look, Options, folder_config, look_at, told_as_given
 from flow_grpo.messages import say
 from flow_grpo.page.build import build_page, number
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
 from flow_grpo.page.words import FIGURES, load
 from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
 from flow_grpo.runs.weights import output_folder
-from flow_grpo.things import Thing, find_out
 
 if TYPE_CHECKING:
-    from flow_grpo.comparison import Comparison
+    from flow_grpo.inspection.comparison import Comparison
 
 PLACE = Path("logs", "check")  # of results, unless --out says otherwise
 TEMPLATE = "check.txt.j2"
@@ -153,7 +153,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def _compare(look: Look | FolderLook, out: Path) -> Comparison:
-    from flow_grpo import comparison  # torch, once the input is known to be good
+    from flow_grpo.inspection import comparison  # torch, once the input is known to be good
 
     if isinstance(look, FolderLook):
         return comparison.compare_folders(look.folders, look.config, look.rewarded, look.paired, out)

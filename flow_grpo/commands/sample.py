@@ -17,9 +17,9 @@ from pathlib import Path
 
 from flow_grpo.commands.check import add_drawing_arguments, check_one_process, new_folder, options_of, whole
 from flow_grpo.errors import ConfigError
-from flow_grpo.looking import look_at, told_as_given
+from flow_grpo.inspection.looking import look_at, told_as_given
+from flow_grpo.inspection.things import find_out
 from flow_grpo.settings import text_fault
-from flow_grpo.things import find_out
 
 PLACE = Path("logs", "sample")  # of results, unless --out says otherwise
 
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     options = replace(options_of(arguments), measured=False)
     with told_as_given(options), new_folder(arguments.out, PLACE / thing.name) as out:
         look = look_at(thing, None, options)
-        from flow_grpo.comparison import draw_prompt  # torch, once the input is known to be good
+        from flow_grpo.inspection.comparison import draw_prompt  # torch, once the input is known to be good
 
         look = replace(look, models=look.models[-1:])
         loaded, images = draw_prompt(look, prompt, arguments.n)

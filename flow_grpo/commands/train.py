@@ -76,8 +76,9 @@ def configuration(arguments: argparse.Namespace) -> ConfigDict:
 
 def train(config: ConfigDict) -> None:
     """The same as scripts/train/train_sd3.py."""
-    from flow_grpo import drtune, grpo
-    from flow_grpo.training import open_training
+    from flow_grpo.methods import grpo
+    from flow_grpo.methods import reward_gradient as drtune
+    from flow_grpo.training.opening import open_training
 
     with open_training(config) as training:
         training.fit(drtune.train_epoch if config.use_reward_gradient else grpo.train_epoch)

@@ -23,7 +23,7 @@ import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_json
-from flow_grpo.model_files import LOADING_ERRORS
+from flow_grpo.models.files import LOADING_ERRORS
 from flow_grpo.paths import find
 from flow_grpo.rewards.registry import check_checkpoint
 

@@ -20,7 +20,7 @@ from flow_grpo.diversity.rke import rke_score
 from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import open_regular, write_atomically
-from flow_grpo.model_files import first_line
+from flow_grpo.models.files import first_line
 from flow_grpo.runs.evaluations import Distances
 from flow_grpo.runs.folder import BASE_FEATURES, EVALUATIONS
 

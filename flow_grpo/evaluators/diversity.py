@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict, FrozenConfigDict
 
     from flow_grpo.runs.evaluations import Distances
+    from flow_grpo.runs.run import Run
     from flow_grpo.settings import Settings
-    from flow_grpo.tracking import Run
     from flow_grpo.types import Samples
 
 FOLDER, BANDWIDTH_FILE = "diversity", "bandwidth.json"

@@ -96,7 +96,11 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("reward_model.clipscore", "assets/tiny_pickscore", "the CLIP of the CLIPScore: directory or hub id"),
     ),
     "which loop": (
-        Key("use_reward_gradient", False, "False: GRPO (flow_grpo/grpo.py); True: DRTune (flow_grpo/drtune.py)"),
+        Key(
+            "use_reward_gradient",
+            False,
+            "False: GRPO (flow_grpo/methods/grpo.py); True: DRTune (flow_grpo/methods/reward_gradient.py)",
+        ),
     ),
     "sampling, during training": (
         Key("sample.num_steps", 10, "sampler steps"),

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.model_files import LOADING_ERRORS, first_line
+from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.paths import find
 
 if TYPE_CHECKING:

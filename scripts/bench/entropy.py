@@ -126,7 +126,7 @@ class Bench:
 
         from flow_grpo.prompts import PromptDataset
         from flow_grpo.types import PromptEmbeds
-        from scripts.train.measure_tiny import load_pipeline
+        from scripts.tiny.measure import load_pipeline
 
         if not (model / "model_index.json").is_file():
             raise ConfigError(f"--model: {model} holds no pipeline")

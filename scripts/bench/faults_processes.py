@@ -15,9 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flow_grpo import checkpoint, drtune, evaluation, grpo, launch, policy, rewards, step_visualizer, trainer
+from flow_grpo import launch, policy, rewards
 from flow_grpo.commands import cli
-from flow_grpo.tracking import Run
+from flow_grpo.evaluators import evaluation
+from flow_grpo.evaluators import film_strip as step_visualizer
+from flow_grpo.methods import grpo
+from flow_grpo.methods import reward_gradient as drtune
+from flow_grpo.runs import checkpoint
+from flow_grpo.runs.run import Run
+from flow_grpo.training import trainer
 from scripts.diversity_metrics import diversity_evaluator
 from scripts.train import train_sd3
 

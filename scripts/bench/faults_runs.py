@@ -18,7 +18,7 @@ from flow_grpo.runs.folder import EARLIER, HISTORY_FILE, RECORD_FOLDERS
 from flow_grpo.runs.history import read_history
 from flow_grpo.runs.saved import CHECKPOINTS, TENSORS, checkpoint_damage, checkpoint_state, finished_checkpoints
 from scripts.bench.faults_processes import LOST, OTHER, SAVING, Calls, Result, Session
-from scripts.train import tiny_models
+from scripts.tiny import models as tiny_models
 
 PROMPTS = ("a bag", "a boot", "a red coat", "a sandal")
 EPOCHS = 4

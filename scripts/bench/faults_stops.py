@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 
 from flow_grpo.runs.folder import HISTORY_FILE
+from flow_grpo.runs.run import Run
 from flow_grpo.runs.stopping import DEADLINE, MARGIN, SAME_REQUEST
-from flow_grpo.tracking import Run
 from scripts.bench.faults_processes import (
     HANG,
     LOST,

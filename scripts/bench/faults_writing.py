@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from flow_grpo import checkpoint
+from flow_grpo.runs import checkpoint
 from flow_grpo.runs.folder import CONFIG_FILE, HISTORY_FILE
 from flow_grpo.runs.lock import LOCK_FILE
 from flow_grpo.runs.saved import CHECKPOINTS

@@ -20,7 +20,6 @@ from flow_grpo.diversity import measure as scores
 from flow_grpo.diversity.features import NonFiniteFeatures
 from flow_grpo.entropy import NonFiniteError
 from flow_grpo.errors import ConfigError
-from flow_grpo.evaluation import draw_samples, record_of, sample_evaluators, setting_of, test_request, view
 from flow_grpo.evaluators.base import Measured
 from flow_grpo.evaluators.distances import distances_of
 from flow_grpo.evaluators.diversity import (
@@ -32,20 +31,28 @@ from flow_grpo.evaluators.diversity import (
     run_bandwidth,
     usable,
 )
+from flow_grpo.evaluators.entropy import PromptLogDensities, entropy_metrics, prompt_log_densities
+from flow_grpo.evaluators.evaluation import draw_samples, record_of, sample_evaluators, setting_of, test_request, view
+from flow_grpo.evaluators.film_strip import (
+    FilmStrip,
+    curves_figure,
+    film_strip,
+    strip_image,
+    t_half_widths,
+    training_figure,
+)
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
 from flow_grpo.launch import launch
-from flow_grpo.ode_log_prob import PromptLogDensities, entropy_metrics, prompt_log_densities
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.evaluations import Record, with_changes, write_record
 from flow_grpo.runs.folder import EVALUATIONS, IMAGE_FOLDER, flatten
+from flow_grpo.runs.run import Counters, Run
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.trackers import log_checkpoints
 from flow_grpo.runs.weights import Bars, Model, load_weights
-from flow_grpo.step_visualizer import FilmStrip, curves_figure, film_strip, strip_image, t_half_widths, training_figure
-from flow_grpo.tracking import Counters, Run
 from flow_grpo.types import Samples
 from scripts.diversity_metrics.eval_ode_log_prob import entropy_change
 

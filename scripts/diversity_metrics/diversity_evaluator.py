@@ -136,9 +136,9 @@ def sampled_features(
     policy: Policy, models: Sequence[Model], extractor: FeatureExtractor, ema: bool
 ) -> dict[str, dict[str, np.ndarray]]:
     """model -> prompt -> (n, d), every model on the same noise; afterwards the policy has the weights of the last."""
-    from flow_grpo.evaluation import draw_samples
+    from flow_grpo.evaluators.evaluation import draw_samples
     from flow_grpo.prompts import PromptDataset
-    from flow_grpo.tracking import Run
+    from flow_grpo.runs.run import Run
 
     settings, base = policy.settings, [parameter.detach().clone() for parameter in policy.trainable]
     prompts, bars = PromptDataset.load(settings.config.prompts.test), Bars()

@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flow_grpo.entropy import EntropyEstimate, ProbeGenerators
-    from flow_grpo.ode_log_prob import MeanOverPrompts, PromptLogDensities
+    from flow_grpo.evaluators.entropy import MeanOverPrompts, PromptLogDensities
     from flow_grpo.policy import Policy
-    from flow_grpo.tracking import Run
+    from flow_grpo.runs.run import Run
 
 RESULTS, FIGURE = "ode_log_prob.json", "ode_log_prob.png"
 OVERRIDES = {  # command-line option -> configuration key
@@ -78,7 +78,7 @@ class Measured:
 
     model: Model
     densities: PromptLogDensities
-    metrics: dict[str, float]  # of flow_grpo.ode_log_prob.entropy_metrics
+    metrics: dict[str, float]  # of flow_grpo.evaluators.entropy.entropy_metrics
     images: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -162,7 +162,7 @@ def image_probes(seed: int, indices: Sequence[int]) -> ProbeGenerators:
 def data_log_densities(policy: Policy, latents: Tensor, prompts: Sequence[str]) -> list[dict[str, float]]:
     """log p_0 of latents (N, C, h, w), each given its prompt, from data to noise."""
     from flow_grpo.entropy import ode_log_density
-    from flow_grpo.ode_log_prob import estimator_of
+    from flow_grpo.evaluators.entropy import estimator_of
 
     config, found = policy.settings.config, []
     for start in range(0, len(latents), config.entropy.batch_size):
@@ -189,7 +189,7 @@ def measure(
     import torch
 
     from flow_grpo.entropy import NonFiniteError
-    from flow_grpo.ode_log_prob import entropy_metrics, prompt_log_densities
+    from flow_grpo.evaluators.entropy import entropy_metrics, prompt_log_densities
 
     base = [parameter.detach().clone() for parameter in policy.trainable]
     paths, size = [image.path for image in images], policy.settings.config.entropy.batch_size
@@ -214,7 +214,7 @@ def entropy_change(first: PromptLogDensities, other: PromptLogDensities) -> Mean
 
     Noise and probes are common, so the samples are compared in pairs: the error is that of the difference.
     """
-    from flow_grpo.ode_log_prob import MeanOverPrompts
+    from flow_grpo.evaluators.entropy import MeanOverPrompts
 
     return MeanOverPrompts.of(first.log_prob - other.log_prob)
 

@@ -45,7 +45,7 @@ from scripts.study.summarise import OUT
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from flow_grpo.grpo import Experience
+    from flow_grpo.methods.grpo import Experience
     from flow_grpo.policy import Policy
     from flow_grpo.rewards import WeightedReward
     from flow_grpo.settings import Settings
@@ -183,11 +183,11 @@ def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: 
 
     import torch
 
-    from flow_grpo.grpo import collect
+    from flow_grpo.methods.grpo import collect
     from flow_grpo.metrics import MeanMetrics
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.randomness import keyed_generator
-    from flow_grpo.tracking import Counters
+    from flow_grpo.runs.run import Counters
     from flow_grpo.types import PromptBatch
 
     config, size = settings.config, settings.plan.group_size

@@ -31,10 +31,10 @@ from scripts.study.plan import StudyRun
 from scripts.study.summarise import OUT
 
 if TYPE_CHECKING:
-    from flow_grpo.evaluation import Evaluator
+    from flow_grpo.evaluators.evaluation import Evaluator
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
-    from flow_grpo.tracking import Run
+    from flow_grpo.runs.run import Run
     from scripts.study.results import StudyRecord
 
 TRAIN = "python scripts/study/run.py --only claims-drtune"
@@ -67,7 +67,6 @@ class TrainedModel:
             raise ConfigError(f"{folder} has no LoRA to scale: it was trained with config.use_lora = False.")
         (model,) = choose_models(folder, "latest", config, ema=False)
 
-        from flow_grpo.evaluation import sample_evaluators
         from flow_grpo.evaluators.diversity import (
             BANDWIDTH_FILE,
             FOLDER,
@@ -75,11 +74,12 @@ class TrainedModel:
             extractor_of,
             stored_bandwidth,
         )
+        from flow_grpo.evaluators.evaluation import sample_evaluators
         from flow_grpo.launch import launch
         from flow_grpo.policy import Policy
         from flow_grpo.prompts import PromptDataset
         from flow_grpo.rewards import build_reward
-        from flow_grpo.tracking import Run
+        from flow_grpo.runs.run import Run
 
         settings, accelerator = launch(config)
         device = accelerator.device
@@ -101,7 +101,7 @@ class TrainedModel:
         """
         from peft.helpers import rescale_adapter_scale
 
-        from flow_grpo.evaluation import evaluate
+        from flow_grpo.evaluators.evaluation import evaluate
         from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
 
         with rescale_adapter_scale(self.policy.transformer, scale):

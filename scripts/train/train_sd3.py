@@ -14,8 +14,9 @@ from flow_grpo.commands import cli
 
 def main(config) -> None:
     """Open what the configuration describes, and train by the method that it names."""
-    from flow_grpo import drtune, grpo
-    from flow_grpo.training import open_training
+    from flow_grpo.methods import grpo
+    from flow_grpo.methods import reward_gradient as drtune
+    from flow_grpo.training.opening import open_training
 
     with open_training(config) as training:
         training.fit(drtune.train_epoch if config.use_reward_gradient else grpo.train_epoch)

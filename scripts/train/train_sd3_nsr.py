@@ -26,8 +26,8 @@ def main(config) -> None:
             f"config.train.advantage_mode = {config.train.advantage_mode!r} is not negative-sample reinforcement; "
             f"scripts/train/train_sd3_nsr.py takes {' or '.join(map(repr, MODES))}, others are train_sd3.py's."
         )
-    from flow_grpo import grpo
-    from flow_grpo.training import open_training
+    from flow_grpo.methods import grpo
+    from flow_grpo.training.opening import open_training
 
     with open_training(config) as training:
         training.fit(grpo.train_epoch)

@@ -1,0 +1,1 @@
+"""What `fme check` and `fme sample` look at: found out by looking, settled, drawn, compared."""

@@ -1,0 +1,403 @@
+"""How a thing is looked at: which models draw, with which settings. Settled from files alone, before torch is imported.
+
+What belongs to a run is drawn, rewarded and judged as its own configuration says; other models as their pipeline does:
+SD3's 28 steps and guidance 7, or, up to SMALL pixels, as the embedded tiny SD3 is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
+from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
+from flow_grpo.messages import say
+from flow_grpo.models.files import check_on_hub
+from flow_grpo.models.lora_files import PEFT_CONFIG, match, read_lora, transformer_shapes
+from flow_grpo.paths import find
+from flow_grpo.recipes import sd3
+from flow_grpo.recipes.base import get_config
+from flow_grpo.rewards.registry import CLIP_SCORER, REWARDS
+from flow_grpo.runs.config import config_from, settings_of
+from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.evaluations import SMALL
+from flow_grpo.runs.folder import flatten
+from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, choose_checkpoint
+from flow_grpo.settings import leaves, pixels_per_token, resolve
+
+# What a look takes of a run's configuration; the rest, of its training, has the default.
+TAKEN = ("pretrained.", "resolution", "max_sequence_length", "mixed_precision", "allow_tf32", "use_lora", "lora.",
+         "prompts.test", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
+SD3_STEPS, SD3_GUIDANCE, SD3_LENGTH, SD3_SIDE = 28, 7.0, 256, 1024  # as diffusers' pipeline has them
+LARGE_BATCH = 4  # images at once, of more than SMALL pixels
+LEAST_IMAGES = 4  # of a prompt, for an interval
+FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
+KINDS = ("clip", "dinov2", "open_clip")
+OPEN_CLIP_SOURCES = ("hf-hub:", "local-dir:")
+
+FLAGS = {  # key -> the option that sets it, and its name in Options
+    "pretrained.model": ("--base", "base"),
+    "prompts.test": ("--prompts", "prompts"),
+    "num_seeds": ("-n", "images"),
+    "eval.num_image_per_prompt": ("-n", "images"),
+    "diversity.model": ("--features", "features"),
+    "diversity.pretrained": ("--features", "features"),
+    "eval.judge": ("--judge", "judge"),
+    "eval.num_steps": ("--steps", "steps"),
+    "eval.guidance_scale": ("--guidance", "guidance"),
+    "resolution": ("--size", "size"),
+    "eval.seed": ("--seed", "seed"),
+    "eval.batch_size": ("--batch-size", "batch_size"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line may say; empty and None: as the thing's own settings have it."""
+
+    base: str = ""
+    loras: tuple[str, ...] = ()
+    prompts: str = ""
+    images: int = 16  # of each prompt
+    features: str = ""
+    reward: str = ""
+    judge: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+    size: int | None = None
+    seed: int | None = None
+    batch_size: int | None = None
+    ema: bool = False
+    measured: bool = True  # False: nothing is, and neither features, reward nor judge are asked for
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something that draws: a pipeline, with LoRAs, or with another transformer."""
+
+    name: str
+    pipeline: str
+    revision: str = ""
+    loras: tuple[Path, ...] = ()
+    transformer: Path | None = None  # of a checkpoint of full fine-tuning
+
+
+@dataclass(frozen=True)
+class Look:
+    """What will be drawn and measured."""
+
+    config: ConfigDict
+    models: tuple[Model, ...]  # the base, if there is one, then what is looked at
+    rewarded: bool  # whether config.reward_fn is meant
+    own: bool  # whether the settings are a run's: they keep their precision
+
+
+def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
+    """Settle what a look at a thing that draws takes.
+
+    Raises:
+        ConfigError: an option, a file or a setting does not fit, in one sentence.
+    """
+    values = _values_of(thing)
+    config = _config(thing, values, options)
+    _set_options(config, options)
+    rewarded = _set_reward(config, values, options)
+    resolve(config, 1, cuda=True)
+    model = _model_of(thing, config, options)
+    _check_loras(model)
+    base = _base_of(thing, against, model, config, options)
+    if base and replace(base[0], name="") == replace(model, name=""):
+        raise ConfigError(f"{thing.text} is compared with itself; --against takes another model.")
+    return Look(config, (*base, model), rewarded, values is not None)
+
+
+@contextmanager
+def told_as_given(options: Options) -> Iterator[None]:
+    """A mistake in a setting is told of the option that set it."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        for key, (flag, name) in FLAGS.items():
+            if getattr(options, name) not in ("", None):
+                text = text.replace(f"config.{key} = ", f"{flag} ")
+        if options.reward:
+            text = re.sub(r"config\.reward_model\.(\w+) = ", r"--reward \1=", text)
+        raise ConfigError(text) from error
+
+
+def _base_of(
+    thing: Thing, against: Thing | None, model: Model, config: ConfigDict, options: Options
+) -> tuple[Model, ...]:
+    """What a model is compared with; nothing for a pipeline alone."""
+    if against is None and (thing.kind != "pipeline" or model.loras):
+        return (Model("base model", model.pipeline, model.revision),)
+    if against is None and not options.base:
+        return ()
+    if against is None:
+        against = _pipeline(options.base)
+    values = _values_of(against)
+    theirs = _config(against, values, options)
+    with theirs.unlocked():
+        theirs.resolution = config.resolution
+    _set_reward(theirs, values, options)
+    resolve(theirs, 1, cuda=True)
+    base = _model_of(against, theirs, Options(ema=options.ema))
+    _check_loras(base)
+    return (base,)
+
+
+def folder_config(options: Options, side: int) -> tuple[ConfigDict, bool]:
+    """The settings for images of this side (the longer one) that are there already, and whether a reward is meant.
+
+    Raises:
+        ConfigError: an option is not allowed, or is for what draws.
+    """
+    for name, value in (("--base", options.base), ("--lora", options.loras), ("--prompts", options.prompts)):
+        if value:
+            raise ConfigError(f"{name} is for models, and there is nothing to draw from a folder of images.")
+    config = get_config()
+    config.eval.judge, config.eval.modes = options.judge, ""
+    config.eval_diversity = True
+    if options.features:
+        set_features(config, options.features)
+    check_features(config, side)
+    rewarded = _set_reward(config, None, options, side)
+    resolve(config, 1, cuda=True)
+    return config, rewarded
+
+
+# --- settings -------------------------------------------------------------------------------------------
+
+
+def _values_of(thing: Thing) -> dict[str, Any] | None:
+    """The settings of the run that a thing belongs to, or that a checkpoint away from it carries; None: of no run."""
+    if thing.run is not None:
+        return settings_of(thing.run)
+    if thing.kind != "checkpoint" or thing.path is None:
+        return None
+    kept = checkpoint_state(thing.path).get("config")
+    if not isinstance(kept, dict):
+        raise ConfigError(f"{thing.text} lies in no run's folder, and its {CHECKPOINT_STATE} has no settings.")
+    return flatten(kept)
+
+
+def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) -> ConfigDict:
+    """Of its run, or as its pipeline has it."""
+    if values is None:
+        return _foreign(_pipeline_of(thing, options))
+    known = dict(leaves(get_config()))
+    taken = {
+        key: value
+        for key, value in values.items()
+        if key.startswith(TAKEN) and (key in known or not key.startswith(("reward_fn.", "reward_model.")))
+    }
+    where = (thing.path if thing.run is None else thing.run) or Path()
+    other = {"pretrained.model": options.base, "pretrained.revision": ""} if options.base else {}
+    config = config_from(taken, where, other)
+    known_rewards = [name for name in config.eval.rewards if name in REWARDS]
+    config.eval.rewards = tuple(known_rewards)
+    return config
+
+
+def _foreign(pipeline: str) -> ConfigDict:
+    """As the pipeline itself draws; as the tiny SD3 is drawn where it is that small."""
+    if not os.path.isdir(find(pipeline)):
+        check_on_hub(pipeline, INDEX)
+    config = get_config()
+    config.pretrained.model, config.eval.judge = pipeline, ""
+    config.eval.modes = ""
+    config.resolution = _side_of(find(pipeline))
+    if config.resolution > SMALL:
+        config.eval.num_steps, config.eval.guidance_scale = SD3_STEPS, SD3_GUIDANCE
+        config.max_sequence_length, config.eval.batch_size = SD3_LENGTH, LARGE_BATCH
+    return config
+
+
+def _side_of(folder: str) -> int:
+    """The images' side in pixels; that of a pipeline of the hub is SD3's."""
+    if not os.path.isdir(folder):
+        return SD3_SIDE
+    transformer = read_object(Path(folder, "transformer/config.json"), "config.pretrained.model: ")
+    side = transformer.get("sample_size", 128)
+    if type(side) is not int or side < 1:
+        raise ConfigError(f"{folder}/transformer/config.json says sample_size: {side!r:.60}, not a whole number.")
+    return pixels_per_token(Path(folder)) // transformer.get("patch_size", 2) * side
+
+
+def _set_options(config: ConfigDict, options: Options) -> None:
+    chosen = {
+        "eval.num_steps": options.steps,
+        "eval.guidance_scale": options.guidance,
+        "resolution": options.size,
+        "eval.seed": options.seed,
+        "eval.batch_size": options.batch_size,
+        "prompts.test": options.prompts or None,
+        "eval.num_prompts": 0 if options.prompts else None,
+        "eval.judge": options.judge or None,
+    }
+    config.update_from_flattened_dict({key: value for key, value in chosen.items() if value is not None})
+    if not options.measured:
+        config.eval.judge = config.eval.modes = ""
+        config.prompts.test, config.eval.num_prompts = config.prompts.train, 0
+        return
+    config.eval.num_image_per_prompt = config.num_seeds = options.images
+    config.eval_diversity, config.prompts.eval_diversity, config.diversity.num_prompts = True, config.prompts.test, 0
+    if options.features:
+        set_features(config, options.features)
+    check_features(config, config.resolution)
+
+
+def set_features(config: ConfigDict, text: str) -> None:
+    """Take the features that --features names: [clip:]MODEL, dinov2:MODEL or open_clip:NAME:PRETRAINED."""
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS:
+        kind, rest = "clip", text
+    model, pretrained = rest, ""
+    if kind == "open_clip" and not rest.startswith(OPEN_CLIP_SOURCES):
+        model, _, pretrained = rest.partition(":")
+    if not model:
+        raise ConfigError(
+            f"--features {text} names no model; it takes [clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG."
+        )
+    config.diversity.extractor, config.diversity.model, config.diversity.pretrained = kind, model, pretrained
+
+
+def check_features(config: ConfigDict, side: int) -> None:
+    """ConfigError, with what to type, for features of images much smaller than these."""
+    path = Path(find(config.diversity.model)) / "config.json"
+    if side <= SMALL or config.diversity.extractor == "open_clip" or not path.is_file():
+        return
+    content = read_object(path)
+    vision = content.get("vision_config")
+    sees = (vision if isinstance(vision, dict) else content).get("image_size", SMALL + 1)
+    if isinstance(sees, int) and sees <= SMALL:
+        raise ConfigError(
+            f"the features {config.diversity.model} see {sees} x {sees} pixels, and these images have {side}: add "
+            f"`--features {sd3.CLIP}` or `--features dinov2:{sd3.DINOV2}`."
+        )
+
+
+def _set_reward(config: ConfigDict, values: Mapping[str, Any] | None, options: Options, side: int = 0) -> bool:
+    """Take the reward that is asked for, or the run's; whether there is one. `side`: of the images; 0: those drawn."""
+    if options.measured and not options.reward and _has_reward(config, values):
+        return True
+    names = dict.fromkeys(config.reward_fn, 0.0)
+    if options.reward:
+        name, model = reward_of(options.reward, side or config.resolution)
+        config.reward_fn.update(names | {name: 1.0})
+        config.eval.rewards = ()
+        if model:
+            config.reward_model[name] = model
+        return True
+    config.reward_fn.update(names | {FREE_REWARD: 1.0})
+    config.eval.rewards = ()
+    return False
+
+
+def _has_reward(config: ConfigDict, values: Mapping[str, Any] | None) -> bool:
+    """Whether the run's own reward can be measured here."""
+    weights = {key.removeprefix("reward_fn."): w for key, w in (values or {}).items() if key.startswith("reward_fn.")}
+    unknown = [name for name, weight in weights.items() if weight and name not in REWARDS]
+    if unknown:
+        say(f"the run's reward {unknown[0]!r} is not known here: no reward is measured.")
+    return not unknown and any(config.reward_fn.values())
+
+
+def reward_of(text: str, side: int) -> tuple[str, str]:
+    """The reward and its model that --reward names, NAME or NAME=MODEL, for images of this side."""
+    name, _, model = text.partition("=")
+    if name not in REWARDS:
+        raise ConfigError(
+            f"--reward {text} is not allowed; it takes NAME or NAME=MODEL, NAME one of {', '.join(REWARDS)}."
+        )
+    if REWARDS[name].scorer != CLIP_SCORER:
+        return name, ""
+    default = get_config().reward_model[name] if side <= SMALL else sd3.PICKSCORE if name == "pickscore" else sd3.CLIP
+    return name, model or default
+
+
+# --- models ---------------------------------------------------------------------------------------------
+
+
+def _pipeline(text: str) -> Thing:
+    """What --base names."""
+    base = find_out(text)
+    if base.kind != "pipeline":
+        raise ConfigError(f"--base {text} is no pipeline, which has a {INDEX}; it was found to be: {base.kind}.")
+    return base
+
+
+def _pipeline_of(thing: Thing, options: Options) -> str:
+    """The pipeline that a thing of no run draws with."""
+    if thing.kind == "pipeline":
+        return thing.place
+    if options.base:
+        return _pipeline(options.base).place
+    return _trained_on(thing) or get_config().pretrained.model
+
+
+def _trained_on(thing: Thing) -> str:
+    """The pipeline that a peft folder says it was trained on, if it can be one; else empty."""
+    if thing.path is None or not (thing.path / PEFT_CONFIG).is_file():
+        return ""
+    named = read_object(thing.path / PEFT_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    for folder in (Path(find(named)), Path(find(named)).parent):  # peft may name the transformer inside
+        if (folder / INDEX).is_file():
+            return str(folder)
+    from huggingface_hub import try_to_load_from_cache
+
+    return named if HUB_ID.fullmatch(named) and isinstance(try_to_load_from_cache(named, INDEX), str) else ""
+
+
+def _model_of(thing: Thing, config: ConfigDict, options: Options) -> Model:
+    pipeline, revision = config.pretrained.model, config.pretrained.revision
+    more = tuple(Path(find_lora(text)) for text in options.loras)
+    if thing.kind == "pipeline":
+        return Model(_with_loras(thing.name, more), pipeline, revision, more)
+    if thing.kind == "lora" and thing.path is not None:
+        return Model(_with_loras(thing.name, more), pipeline, revision, (thing.path, *more))
+    folder = choose_checkpoint(thing.place, deep=True, subject=thing.text).folder
+    if problem := base_mismatch(folder, base_digest(pipeline, revision)):
+        raise ConfigError(f"the base model {pipeline} {problem}")
+    weights = folder / (("lora" if config.use_lora else "transformer") + ("_ema" if options.ema else ""))
+    if not weights.is_dir():
+        raise ConfigError(f"{'--ema: ' if options.ema else ''}{folder} has no {weights.name}/.")
+    name = _with_loras(f"{thing.name}-{folder.name}" if thing.kind == "run" else thing.name, more)
+    if config.use_lora:
+        return Model(name, pipeline, revision, (weights, *more))
+    return Model(name, pipeline, revision, more, weights)
+
+
+def find_lora(text: str) -> str:
+    """What --lora names."""
+    thing = find_out(text)
+    if thing.kind != "lora":
+        raise ConfigError(f"--lora {text} is no LoRA; it was found to be: {thing.kind}.")
+    return thing.place
+
+
+def _with_loras(name: str, loras: tuple[Path, ...]) -> str:
+    return " + ".join([name, *(path.name for path in loras)])
+
+
+def _check_loras(model: Model) -> None:
+    """Each fits the pipeline, where that is a folder; the hub's is known when it is loaded."""
+    shapes = transformer_shapes(Path(find(model.pipeline)))
+    for path in model.loras if shapes else ():
+        try:
+            match(read_lora(path), shapes)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{str(error).rstrip('.')}; the base is {model.pipeline}, and --base names another."
+            ) from None

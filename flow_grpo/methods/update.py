@@ -1,0 +1,80 @@
+"""One optimizer step: average over processes, check, clip, step, average the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flow_grpo.errors import TrainingStopped
+from flow_grpo.policy import Policy
+from flow_grpo.runs.run import Run
+
+
+def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
+    """Apply the gradients that this update has accumulated in `policy.trainable`, and clear them.
+
+    The gradients of N processes, each the mean over its share of the update's images, are averaged, so that the update
+    is that of one process with all the images. A non-finite loss or gradient skips the update.
+
+    Args:
+        loss: scalar, this process's loss; decides with the gradients whether the update is finite.
+
+    Returns:
+        `loss` and `grad_norm` (before clipping), means over processes; `skipped_updates`, 0 or 1.
+
+    Raises:
+        TrainingStopped: `train.max_nonfinite_updates` updates in a row were skipped.
+    """
+    mean_loss = _average_over_processes(policy, loss.detach())
+    grad_norm = policy.accelerator.clip_grad_norm_(policy.trainable, policy.settings.config.train.max_grad_norm)
+    finite = bool(torch.isfinite(mean_loss) and torch.isfinite(grad_norm))
+    if finite:
+        policy.optimizer.step()
+        _count_finite(policy, run)
+    policy.optimizer.zero_grad()
+    if not finite and not _scale_lowered(policy, mean_loss):
+        _count_nonfinite(policy, run, mean_loss.item(), grad_norm.item())
+    return {"loss": mean_loss.item(), "grad_norm": grad_norm.item(), "skipped_updates": float(not finite)}
+
+
+def _average_over_processes(policy: Policy, loss: Tensor) -> Tensor:
+    """Replace the gradients by their mean over processes, in one reduction; return the mean loss."""
+    for parameter in policy.trainable:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if policy.accelerator.num_processes == 1:
+        return loss
+    grads = [parameter.grad for parameter in policy.trainable]
+    flat = torch.cat([loss.reshape(1).to(grads[0].dtype), *(g.flatten() for g in grads)])
+    flat = policy.accelerator.reduce(flat, reduction="mean")
+    torch.nn.utils.vector_to_parameters(flat[1:], grads)
+    for parameter, grad in zip(policy.trainable, grads, strict=True):
+        parameter.grad = grad
+    return flat[0]
+
+
+def _scale_lowered(policy: Policy, loss: Tensor) -> bool:
+    """In fp16, answer an overflow by a lower loss scale; False once the scale is not the cause any more."""
+    scaler = policy.accelerator.scaler
+    if scaler is None:
+        return False
+    scaler.update()
+    return bool(torch.isfinite(loss)) and scaler.get_scale() >= 1
+
+
+def _count_finite(policy: Policy, run: Run) -> None:
+    run.counters.updates += 1
+    policy.skipped_in_a_row = 0
+    if policy.ema is not None:
+        policy.ema.step(policy.trainable)
+
+
+def _count_nonfinite(policy: Policy, run: Run, loss: float, grad_norm: float) -> None:
+    run.counters.nonfinite_updates += 1
+    policy.skipped_in_a_row += 1
+    if policy.skipped_in_a_row >= policy.settings.config.train.max_nonfinite_updates:
+        raise TrainingStopped(
+            f"{policy.skipped_in_a_row} updates in a row were skipped for a non-finite loss or gradient (last: loss "
+            f"{loss}, gradient norm {grad_norm}); stopped after {run.counters.epoch} epochs, what is in "
+            f"{run.folder} is intact"
+        )

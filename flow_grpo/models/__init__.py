@@ -1,0 +1,1 @@
+"""What is a model family's own, and files of models."""

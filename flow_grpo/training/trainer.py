@@ -1,0 +1,184 @@
+"""The loop around an epoch: evaluate, train, log, save; the same for both methods."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+
+from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
+from flow_grpo.evaluators.evaluation import Evaluator, evaluate
+from flow_grpo.page.build import build_page
+from flow_grpo.policy import Policy
+from flow_grpo.prompts import PromptDataset
+from flow_grpo.rewards import WeightedReward
+from flow_grpo.runs.checkpoint import Saver, Score
+from flow_grpo.runs.evaluations import copy_base
+from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
+from flow_grpo.runs.history import deciding_metric
+from flow_grpo.runs.run import Run
+from flow_grpo.settings import Settings, is_over
+from flow_grpo.training import words as training_words
+
+ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
+
+TrainEpoch = Callable[[Policy, PromptDataset, WeightedReward, Settings, Run], dict[str, float]]
+
+
+def fit(
+    policy: Policy,
+    train_epoch: TrainEpoch,
+    prompts: PromptDataset,
+    test_prompts: PromptDataset,
+    reward: WeightedReward,
+    evaluators: Sequence[Evaluator],
+    settings: Settings,
+    run: Run,
+    evaluation_due: bool = True,
+) -> None:
+    """Train until `num_epochs` or `max_seconds`, from wherever `run.counters` stand.
+
+    Args:
+        evaluation_due: whether the present weights are evaluated first; `checkpoint.resume` knows.
+
+    Raises:
+        TrainingStopped: as `train_epoch` does (the history then ends with `train/stopped`); or nothing can be written.
+        Interrupted: the run was asked to stop, and what its last finished epoch left is saved.
+    """
+    config, counters = settings.config, run.counters
+    saver = Saver(policy, run, settings)
+    run.tell(training_words.begins(run.folder, settings.plan.images))
+    _take_over_base(run)
+    try:
+        run.arm()
+        saver.remember(evaluated=not evaluation_due)  # what a stop goes back to
+        if evaluation_due:
+            _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+        bar = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
+        limit = ""
+        if config.max_seconds > 0:
+            limit = f"/{config.max_seconds:.0f}"
+        if config.max_seconds > 0 and config.num_epochs >= ENDLESS:  # the clock alone says how far the run is
+            bar.total = None
+        with bar:
+            while not is_over(config, counters.epoch, counters.seconds):
+                metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
+                bar.update()
+                bar.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
+                saver.remember(evaluated=False)
+                _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+    except Interrupted as stop:
+        saved = saver.save_remembered()
+        raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
+    finally:
+        _show(run, live=False)
+    run.tell(training_words.ends(run.folder, counters.epoch))
+
+
+def _take_over_base(run: Run) -> None:
+    """A run that branches off has the base model's records of the run that it comes from."""
+    if not run.is_main or run.resumed or run.begins:
+        return
+    source = run_folder_of(run.settings.config.resume_from)
+    try:
+        with run.writing("the base model's record"):
+            if source is not None:
+                copy_base(source, run.folder)
+    except ConfigError as error:
+        run.tell(f"{str(error).rstrip('.')}: nothing is compared with the base model.")
+
+
+def _show(run: Run, live: bool) -> None:
+    """Write the run's page, `live` while it goes on; one that cannot be written is told once, and ends nothing."""
+    if not (run.is_main and run.holds_folder() and (run.folder / EVALUATIONS).is_dir()):
+        return
+    try:
+        build_page([run.folder], run.folder / PAGE_FILE, command=f"fme view {shlex.quote(str(run.folder))}", live=live)
+    except (ConfigError, OSError) as error:
+        run.tell(f"no page of {run.folder}: {str(error).rstrip('.')}; the run goes on.", key=PAGE_FILE)
+
+
+def _evaluate(
+    policy: Policy,
+    prompts: PromptDataset,
+    evaluators: Sequence[Evaluator],
+    settings: Settings,
+    run: Run,
+    saver: Saver,
+) -> None:
+    """What is due after an epoch, or before the first: evaluation, then a checkpoint."""
+    config, counters = settings.config, run.counters
+    run.check_stop()
+    first, last = counters.epoch == 0, is_over(config, counters.epoch, counters.seconds)
+    due = [e for e in evaluators if (e.freq > 0 if first else _due(e.freq, counters.epoch, last))]
+    score = evaluate_weights(policy, prompts, due, settings, run)
+    saver.remember(evaluated=True, score=score)  # before a stop: what was logged is not logged again
+    if due and not last:
+        _show(run, live=True)
+    run.check_stop(ended=last)
+    if first and not last:
+        return
+    new = last or saver.owed or counters.updates > saver.updates  # skipped updates leave the weights as they were
+    if saver.owed or (new and _due(config.save_freq, counters.epoch, last)):
+        saver.save(score)
+    if last and saver.owed:
+        raise TrainingStopped(f"the last checkpoint could not be written; what was saved in {run.folder} is intact")
+
+
+def _one_epoch(
+    policy: Policy,
+    train_epoch: TrainEpoch,
+    prompts: PromptDataset,
+    reward: WeightedReward,
+    settings: Settings,
+    run: Run,
+) -> dict[str, float]:
+    """Train one epoch and log it."""
+    policy.network_evaluations = 0
+    try:
+        with run.timer():
+            metrics = train_epoch(policy, prompts, reward, settings, run)
+    except TrainingStopped:
+        run.log({"train/stopped": 1.0}, run.counters.epoch)
+        raise
+    run.counters.epoch += 1
+    run.counters.groups += settings.plan.groups
+    run.counters.network_evaluations += policy.network_evaluations * settings.num_processes
+    run.log({f"train/{name}": value for name, value in metrics.items()}, run.counters.epoch)
+    return metrics
+
+
+def evaluate_weights(
+    policy: Policy, prompts: PromptDataset, evaluators: Sequence[Evaluator], settings: Settings, run: Run
+) -> Score | None:
+    """Evaluate the current weights and, if there are any, the averaged ones; log both, and say what was found.
+
+    Returns:
+        On the main process, what the best checkpoint is chosen by: see `score_of`.
+    """
+    if not evaluators:
+        return None
+    current = evaluate(policy, prompts, evaluators, settings, run, "eval")
+    metrics = dict(current.metrics)
+    averaged = policy.ema is not None and settings.config.eval.ema
+    if averaged:
+        with policy.ema_weights():
+            metrics |= evaluate(policy, prompts, evaluators, settings, run, "eval_ema").metrics
+    if not run.is_main:
+        return None
+    run.log(metrics, run.counters.epoch)
+    if current.record is not None and (said := training_words.evaluation(current.record)):
+        run.tell(said)
+    return score_of(metrics, settings, "eval_ema" if averaged else "eval")
+
+
+def score_of(metrics: Mapping[str, float], settings: Settings, label: str) -> Score | None:
+    """How good a checkpoint is, by `deciding_metric`; None if it was not measured or is not finite."""
+    metric = deciding_metric(flatten(settings.config.to_dict()), label)
+    value = metrics.get(metric)
+    return Score(metric, value) if value is not None and math.isfinite(value) else None
+
+
+def _due(every: int, epoch: int, last: bool) -> bool:
+    """Whether something done every so many epochs, and after the last, is due; 0: never."""
+    return every > 0 and (last or epoch % every == 0)

@@ -1,0 +1,102 @@
+"""`fme sample`: images of a prompt."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffusers import SD3Transformer2DModel
+from PIL import Image
+
+from flow_grpo.commands import check
+from flow_grpo.commands.main import main
+from flow_grpo.evaluators.base import SampleRequest
+from flow_grpo.evaluators.evaluation import draw_samples
+from flow_grpo.launcher import Launched
+from flow_grpo.prompts import PromptDataset
+from flow_grpo.runs.checkpoint import Saver
+from tests.lora_writers import kohya, random_lora
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def sample(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> list[np.ndarray]:
+    """The images at the paths that are printed."""
+    assert main(["sample", *map(str, arguments)]) == 0
+    return [np.asarray(Image.open(path)) for path in capsys.readouterr().out.splitlines()]
+
+
+def test_a_runs_images_are_those_of_its_own_settings(config, build, capsys) -> None:
+    parts = build(config)
+    Saver(parts.policy, parts.run, parts.settings).save(None)
+    prompts = PromptDataset(("a bag",), ({},))
+    expected = draw_samples(parts.policy, prompts, parts.settings, parts.run, [SampleRequest(("a bag",), 2)]).images
+    found = sample(parts.run.folder, "a bag", "-n", "2", capsys=capsys)
+    assert [image.shape for image in found] == [(32, 32, 3)] * 2
+    for image, reference in zip(found, expected, strict=True):
+        assert np.abs(image.astype(float) - 255 * reference.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_lora_changes_the_pipelines_images(random_models, tmp_path, capsys) -> None:
+    transformer = SD3Transformer2DModel.from_pretrained(random_models / "sd3" / "transformer")
+    lora, model = kohya(tmp_path, random_lora(transformer)), random_models / "sd3"
+    (plain,) = sample(model, "a bag", "-n", "1", "--steps", "2", capsys=capsys)
+    (changed,) = sample(lora, "a bag", "-n", "1", "--steps", "2", "--base", model, capsys=capsys)
+    (same,) = sample(model, "a bag", "-n", "1", "--steps", "2", "--lora", lora, capsys=capsys)
+    assert not np.array_equal(plain, changed)
+    assert np.array_equal(changed, same)
+
+
+def test_a_seed_is_other_noise_and_nothing_is_overwritten(random_models, capsys) -> None:
+    model, few = random_models / "sd3", ("a bag", "-n", "1", "--steps", "2")
+    first = sample(model, *few, capsys=capsys)
+    again = sample(model, *few, capsys=capsys)
+    other = sample(model, *few, "--seed", "1", capsys=capsys)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert sorted(path.name for path in Path("logs/sample").iterdir()) == ["sd3", "sd3-2", "sd3-3"]
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "a\0b"])
+def test_a_prompt_that_is_none_is_one_sentence(random_models, capsys, prompt) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", str(random_models / "sd3"), prompt])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the prompt ") or "the argument number 2 is empty" in said
+    assert not Path("logs").exists()
+
+
+def test_images_do_not_draw(tmp_path, capsys) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "work" / "a.png")
+    with pytest.raises(SystemExit):
+        main(["sample", ".", "a bag"])
+    assert "holds images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("sample", "assets/tiny_sd3", "a bag"), ("check", "assets/tiny_sd3")])
+def test_several_processes_are_refused(command, monkeypatch, capsys) -> None:
+    """Each would write results of its own."""
+    monkeypatch.setattr(check, "read_launcher", lambda: Launched(2, 2, True))
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert stopped.value.code == 2
+    assert "is one process; start it without a launcher" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(random_models, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", str(random_models / "sd3"), "a bag", "-n", "1", "--steps", "1"])
+    assert stopped.value.code == 2
+    assert "error: logs/sample/sd3 cannot be read or written (No space left on device)." in capsys.readouterr().err
+    assert not Path("logs/sample/sd3").exists()
