@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flow_grpo.commands import export
 from flow_grpo.errors import ConfigError
+from tests.runs.test_trackers import evaluation
 from tests.synthetic_runs import write_run
-from tests.test_trackers import evaluation
 from tests.wandb_file import OfflineRun
 
 

@@ -515,7 +515,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.batching import plan_batches
 from flow_grpo.settings import Settings
 from flow_grpo.runs.run import Run
-from tests.test_tracking import make_settings
+from tests.runs.test_run import make_settings
 
 logdir = Path(sys.argv[1])
 accelerator = Accelerator(cpu=True)

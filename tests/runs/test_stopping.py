@@ -301,7 +301,7 @@ def test_a_process_that_has_gone_is_told_from_other_errors(message, processes, l
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]], ids=["1", "2"])
 def test_a_real_signal_ends_every_process_with_one_sentence_and_a_checkpoint(random_models, tmp_path, launcher):
     """The first epoch's line is in the history: the signal comes in the middle of training."""
-    from tests.test_train_sd3 import ROOT, SCRIPT, overrides
+    from tests.scripts.test_train_sd3 import ROOT, SCRIPT, overrides
 
     recipe = ["--config", "config/grpo.py:tiny_sd3", "--config.num_epochs=1000", "--config.save_freq=0"]
     command = [sys.executable, *launcher, SCRIPT, *overrides(random_models, tmp_path), *recipe, "--config.eval_freq=0"]

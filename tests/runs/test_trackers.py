@@ -17,7 +17,7 @@ from flow_grpo.runs import trackers
 from flow_grpo.runs.evaluations import Judged, Record, read_record, write_record
 from flow_grpo.runs.run import Counters, Run
 from flow_grpo.runs.trackers import Description, caption, shown_as, table_of, wandb_mode
-from tests.test_tracking import NewRun, finished_checkpoint, full, make_settings
+from tests.runs.test_run import NewRun, finished_checkpoint, full, make_settings
 from tests.wandb_file import OfflineRun
 
 

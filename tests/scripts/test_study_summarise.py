@@ -42,7 +42,7 @@ from scripts.study.sections import (
     untuned,
 )
 from scripts.study.summarise import BEGIN, END, ROOT, main, outdated, read_results
-from tests.test_study_results import record, study_of, write_study_run
+from tests.scripts.test_study_results import record, study_of, write_study_run
 
 LOWER, HIGHER, UNCLEAR, ONE = (
     Estimate(-1, -2, -0.5, 5),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.test_train_sd3 import execute, history, overrides
+from tests.scripts.test_train_sd3 import execute, history, overrides
 
 SCRIPT = "scripts/train/train_sd3_nsr.py"
 
