@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from ml_collections import ConfigDict
 from torch.distributed import DistError
 
@@ -22,11 +22,14 @@ from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.messages import say
 from flow_grpo.models.files import LOADING_ERRORS, check_on_hub, first_line
+from flow_grpo.models.loading import class_of
+from flow_grpo.models.pipeline_files import family_of, pixels_per_token
+from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.paths import find
-from flow_grpo.policy import check_lora_targets, noise_levels
+from flow_grpo.policy import check_lora_targets
 from flow_grpo.rewards import REWARDS, reward_names
 from flow_grpo.runs.stopping import StopWatch
-from flow_grpo.settings import Settings, pixels_per_token, resolve
+from flow_grpo.settings import Settings, resolve
 
 # The other processes wait in the next collective call while the main one evaluates: however long that takes, they must
 # not give up. A process that dies is noticed all the same, by the launcher, which ends the others.
@@ -124,8 +127,7 @@ def _check_pipeline(settings: Settings) -> None:
     scheduler_settings, transformer_settings = (read_object(file, "config.pretrained.model: ") for file in files)
     try:
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_settings)
-        with torch.device("meta"):  # shapes and names alone
-            transformer = SD3Transformer2DModel.from_config(transformer_settings)
+        transformer = class_of(family_of(folder)).empty_transformer(transformer_settings)
     except LOADING_ERRORS as error:
         raise ConfigError(
             f"config.pretrained.model: {folder} has settings that make no model: {first_line(error)}"

@@ -1,22 +1,15 @@
-"""The model that is fine-tuned: a Stable Diffusion 3 pipeline with its trainable weights, optimizer and average."""
+"""The model that is fine-tuned: which weights are trained, with their optimizer, average, base and prompts."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
-from importlib import import_module
-from typing import Any
+from functools import lru_cache, partial
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
@@ -25,79 +18,17 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
-from flow_grpo.models.files import LOADING_ERRORS, first_line
-from flow_grpo.paths import find
+from flow_grpo.models.base import ModelFamily
+from flow_grpo.models.loading import load_model
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.settings import WITHOUT_T5, Settings, check_scheduler
+from flow_grpo.settings import Settings
 from flow_grpo.types import PromptEmbeds, Trajectory
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # the parts that have weights
 
-
-def load_pipeline(settings: Settings) -> StableDiffusion3Pipeline:
-    """Load `config.pretrained.model`: weights in the dtype of `mixed_precision`, the VAE in float32.
-
-    Raises:
-        ConfigError: it is no StableDiffusion3Pipeline, or is damaged, or lacks a part of its weights, which the library
-            would fill with random numbers.
-    """
-    pretrained = settings.config.pretrained
-    try:
-        with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            folder = find(pretrained.model)
-            if not os.path.isdir(folder):
-                folder = StableDiffusion3Pipeline.download(folder, revision=pretrained.revision or None)
-            pipeline, missing = _load_parts(folder, DTYPES[settings.config.mixed_precision])
-    except LOADING_ERRORS as error:
-        raise ConfigError(
-            f"pretrained.model {pretrained.model!r} cannot be loaded as an SD3 pipeline: {first_line(error)}"
-        ) from error
-    if missing:
-        raise ConfigError(
-            f"pretrained.model {pretrained.model!r} is not whole: {missing[0]} is the first of {len(missing)} weights "
-            "that it lacks."
-        )
-    check_scheduler(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
-    return pipeline
-
-
-def _load_parts(folder: str, dtype: torch.dtype) -> tuple[StableDiffusion3Pipeline, list[str]]:
-    """The pipeline in a folder, and the names of the weights that its files lack. The VAE is float32."""
-    index = StableDiffusion3Pipeline.load_config(folder)
-    parts: dict[str, Any] = {name: None for name in WITHOUT_T5 if not index.get(name, [None])[0]}
-    missing = []
-    for name in [name for name in NETWORKS if name not in parts]:
-        library, kind = index[name]
-        parts[name], found = getattr(import_module(library), kind).from_pretrained(
-            os.path.join(folder, name),
-            torch_dtype=torch.float32 if name == "vae" else dtype,
-            output_loading_info=True,
-        )
-        missing += [f"{name}.{weight}" for weight in sorted(found["missing_keys"])]
-    return StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=dtype, **parts), missing
-
-
-def noise_levels(scheduler: FlowMatchEulerDiscreteScheduler, num_steps: int, tokens: int) -> Tensor:
-    """What a scheduler gives a sampler of `num_steps` steps, for images of so many tokens: (num_steps + 1,).
-
-    Raises:
-        ConfigError: they do not fall from at most 1 to 0.
-    """
-    settings, shift = scheduler.config, {}
-    if settings.get("use_dynamic_shifting"):
-        keys = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        shift["mu"] = calculate_shift(tokens, *(settings[key] for key in keys))
-    with np.errstate(all="ignore"):  # what is no number is refused below
-        scheduler.set_timesteps(num_steps, **shift)
-    sigmas = scheduler.sigmas.clone()
-    if not (sigmas[0] <= 1 and (sigmas.diff() < 0).all() and sigmas[-1] == 0):
-        raise ConfigError(
-            f"config.pretrained.model: the noise levels of its scheduler do not fall from 1 to 0 in {num_steps} steps: "
-            f"{', '.join(f'{sigma:.3g}' for sigma in sigmas[:8].tolist())} ...; it takes another scheduler_config.json."
-        )
-    return sigmas
+def load_pretrained(settings: Settings) -> ModelFamily:
+    """`config.pretrained.model`, in the precision of the run; ConfigError as `load_model`."""
+    config = settings.config
+    return load_model(config.pretrained.model, config.pretrained.revision, config.mixed_precision)
 
 
 def check_lora_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> None:
@@ -113,19 +44,21 @@ def check_lora_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> 
 
 
 class ImageModel:
-    """A pipeline that makes images as a configuration says: all that an evaluation needs of it. Nothing in it trains.
+    """A model that makes images as a configuration says: all that an evaluation needs of it. Nothing in it trains.
 
     Attributes:
-        transformer, vae: the modules themselves.
+        family: what is the model's own.
+        pipeline, transformer, vae: diffusers' pipeline, and the modules themselves.
         network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
             forward count.
     """
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, settings: Settings, accelerator: Accelerator) -> None:
+    def __init__(self, family: ModelFamily, settings: Settings, accelerator: Accelerator) -> None:
         self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
-        self.pipeline = pipeline.to(self.device)
+        self.family = family
+        self.pipeline = family.pipeline.to(self.device)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.transformer, self.vae = pipeline.transformer, pipeline.vae
+        self.transformer, self.vae = family.transformer, family.vae
         self.network_evaluations = 0
         self._freeze()
         self._encode_one = lru_cache(maxsize=settings.config.prompt_cache_size)(self._encode_uncached)
@@ -145,15 +78,7 @@ class ImageModel:
 
     @torch.no_grad()
     def _encode_uncached(self, prompt: str) -> PromptEmbeds:
-        prompt_embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompt,
-            None,
-            None,
-            device=self.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.settings.config.max_sequence_length,
-        )
-        return PromptEmbeds(prompt_embeds, pooled)
+        return self.family.encode(prompt, self.settings.config.max_sequence_length)
 
     def velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
         """The guided velocity v(x, sigma) of these prompts: (B, C, h, w) -> (B, C, h, w), float32."""
@@ -162,24 +87,27 @@ class ImageModel:
     def _velocity_of(self, transformer: torch.nn.Module, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
         guided = guidance_scale != 1.0
         negative = self.encode([""] * len(embeds)) if guided else None
+        network = partial(self.family.velocity, transformer)
 
         def velocity(latents: Tensor, sigma: float) -> Tensor:
             self.network_evaluations += len(latents) * (2 if guided else 1)
             with self.accelerator.autocast():
-                return guided_velocity(transformer, latents, sigma, embeds, negative, guidance_scale)
+                return guided_velocity(network, latents, sigma, embeds, negative, guidance_scale)
 
         return velocity
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
-        pixels_per_token = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
-        tokens = (self.settings.config.resolution // pixels_per_token) ** 2
-        return noise_levels(self.pipeline.scheduler, num_steps, tokens)
+        return self.family.sigmas(num_steps, self.settings.config.resolution)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one image's latents."""
+        return self.family.latent_shape(self.settings.config.resolution)
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""
-        side = self.settings.config.resolution // self.pipeline.vae_scale_factor
-        shape = (len(generators), self.transformer.config.in_channels, side, side)
+        shape = len(generators), *self.latent_shape
         return randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
 
     def sample_ode(self, prompts: Sequence[str], generators: list[torch.Generator]) -> Trajectory:
@@ -190,8 +118,7 @@ class ImageModel:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, differentiable."""
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return self.family.decode(latents)
 
 
 class Policy(ImageModel):
@@ -207,8 +134,8 @@ class Policy(ImageModel):
         skipped_in_a_row: updates skipped since the last that was applied.
     """
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline, settings: Settings, accelerator: Accelerator) -> None:
-        super().__init__(pipeline, settings, accelerator)
+    def __init__(self, family: ModelFamily, settings: Settings, accelerator: Accelerator) -> None:
+        super().__init__(family, settings, accelerator)
         config = settings.config
         self.skipped_in_a_row = 0
         self._reference: torch.nn.Module | None = None
@@ -225,9 +152,9 @@ class Policy(ImageModel):
 
     @classmethod
     def load(cls, settings: Settings, accelerator: Accelerator) -> Policy:
-        """Load the pretrained pipeline and make its policy."""
+        """Load the pretrained model and make its policy."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.config.allow_tf32
-        return cls(load_pipeline(settings), settings, accelerator)
+        return cls(load_pretrained(settings), settings, accelerator)
 
     # --- construction --------------------------------------------------------------------------------
 
@@ -240,7 +167,7 @@ class Policy(ImageModel):
             lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # as peft writes it
             init_lora_weights="gaussian",
             target_modules=list(lora.target_modules),
-            exclude_modules=self._modules_without_effect(),
+            exclude_modules=list(self.family.modules_without_effect()),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.settings.config.seed, "lora").initial_seed())
@@ -249,11 +176,6 @@ class Policy(ImageModel):
             except ValueError as error:  # peft's word for modules that it cannot adapt, or that are all left out
                 raise ConfigError(f"config.lora.target_modules = {tuple(lora.target_modules)}: {error}") from error
         cast_training_params(self.transformer, torch.float32)
-
-    def _modules_without_effect(self) -> list[str]:
-        """The prompt's queries in blocks that drop the prompt's stream (SD3's last): no gradient ever reaches them."""
-        blocks = enumerate(self.transformer.transformer_blocks)
-        return [f"transformer_blocks.{i}.attn.add_q_proj" for i, block in blocks if block.context_pre_only]
 
     def _train_everything(self, keep_reference: bool) -> None:
         """Full fine-tuning; the KL divergence then needs a frozen copy."""

@@ -11,9 +11,10 @@ import pytest
 from flow_grpo import paths
 from flow_grpo.errors import ConfigError
 from flow_grpo.prompts import PromptDataset
+from flow_grpo.recipes.base import leaves
 from flow_grpo.recipes.sd3 import get_config
 from flow_grpo.runs.config import PATHS, read_config
-from flow_grpo.settings import leaves, resolve
+from flow_grpo.settings import resolve
 from tests.synthetic_runs import write_run
 
 ROOT = Path(__file__).parents[1]

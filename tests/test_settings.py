@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 from config.base import get_config as base_config
 from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
+from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.runs.saved import find_checkpoint
-from flow_grpo.settings import OPEN_GROUPS, RULES, Settings, leaves, resolve
+from flow_grpo.settings import Settings, resolve
 
 GRID = [
     (groups, size, updates, processes)
@@ -147,9 +148,9 @@ def test_a_correct_configuration_resolves_to_its_plan_and_cannot_be_changed(conf
         settings.config.seed = 1
 
 
-def test_there_is_a_rule_for_every_declared_key_and_for_no_other():
-    declared = {key for key, _ in leaves(base_config()) if key.split(".")[0] not in OPEN_GROUPS}
-    assert declared == set(RULES)
+@pytest.mark.parametrize("key", KEYS.values(), ids=KEYS)
+def test_every_default_is_allowed_by_its_own_rule(key):
+    assert key.rule.accepts(key.default)
 
 
 def test_resolving_leaves_the_given_configuration_alone_and_expands_the_home_folder(config, tmp_path, monkeypatch):

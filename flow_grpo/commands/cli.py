@@ -29,10 +29,11 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
 from flow_grpo.recipes import sd3 as grpo
+from flow_grpo.recipes.base import decides_what_is_seen, leaves
 from flow_grpo.runs.config import config_from, read_config
 from flow_grpo.runs.folder import flatten, run_folder_of
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkpoint
-from flow_grpo.settings import decides_what_is_seen, leaves
+from flow_grpo.settings import resolve
 
 ALLOW_CHANGES = "--allow-changes"
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: 'a quoted tuple such as ("a", "b")'}
@@ -45,7 +46,7 @@ def run(main: Callable[[ConfigDict], None], doc: str) -> None:
     """
     with one_sentence_errors():
         config = parse_config(sys.argv, doc)
-        read_launcher()  # before torch is imported: the answer is quick
+        resolve(config, read_launcher().num_processes, cuda=True)  # before torch is imported: the answer is quick
         main(config)
 
 

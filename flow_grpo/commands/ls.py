@@ -28,7 +28,6 @@ from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, run_config
 from flow_grpo.runs.history import salvage_history
 from flow_grpo.runs.lock import is_locked
-from flow_grpo.settings import OPEN_GROUPS, RULES
 
 T = TypeVar("T")
 
@@ -96,9 +95,8 @@ def keys(name: str) -> Iterable[str]:
             yield f"--- {title}"
         for (key, *_), line in zip(rows, table(rows), strict=True):
             yield line
-            rule = RULES.get(key) or OPEN_GROUPS.get(key.split(".")[0])
-            if name and rule is not None:
-                yield f"    takes {rule.allowed}"
+            if name:
+                yield f"    takes {KEYS[key].rule.allowed}"
 
 
 def _shown(value: Any) -> str:

@@ -29,9 +29,11 @@ from flow_grpo.commands.view import view
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import say
+from flow_grpo.methods.registry import black_box, reward_gradient
 from flow_grpo.recipes import sd3
 from flow_grpo.runs.config import config_of_file
 from flow_grpo.runs.folder import CONFIG_FILE
+from flow_grpo.settings import resolve
 
 UNTYPED = "--untyped"  # the changes were not typed by anybody, and are not told
 WHAT = "a recipe, FILE.py[:NAME], or the config.json of a run"
@@ -76,12 +78,11 @@ def configuration(arguments: argparse.Namespace) -> ConfigDict:
 
 def train(config: ConfigDict) -> None:
     """The same as scripts/train/train_sd3.py."""
-    from flow_grpo.methods import grpo
-    from flow_grpo.methods import reward_gradient as drtune
+    resolve(config, read_launcher().num_processes, cuda=True)  # quick, before torch is imported
     from flow_grpo.training.opening import open_training
 
     with open_training(config) as training:
-        training.fit(drtune.train_epoch if config.use_reward_gradient else grpo.train_epoch)
+        training.fit(reward_gradient(config) if config.use_reward_gradient else black_box(config))
 
 
 def load(start: str) -> ConfigDict:

@@ -81,8 +81,7 @@ class MeanOverPrompts:
 
 def latent_dims(policy: Policy) -> int:
     """D of one image."""
-    side = policy.settings.config.resolution // policy.pipeline.vae_scale_factor
-    return policy.transformer.config.in_channels * side**2
+    return math.prod(policy.latent_shape)
 
 
 def estimator_of(policy: Policy) -> DivergenceEstimator:

@@ -13,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import SD3Transformer2DModel
 from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 from torch import Tensor
@@ -38,7 +37,7 @@ from flow_grpo.inspection.looking import Look, Model
 from flow_grpo.launch import launch
 from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.models.loras import Loaded, load_lora
-from flow_grpo.policy import ImageModel, load_pipeline
+from flow_grpo.policy import ImageModel, load_pretrained
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.evaluations import FOLDERS, SMALL, Record, with_changes, write_record
@@ -98,7 +97,7 @@ def draw(
             image_model = _load(source, settings, accelerator)
         if model.transformer is not None:
             _replace_transformer(image_model, model.transformer)
-        loaded = tuple(load_lora(image_model.pipeline, path) for path in model.loras)
+        loaded = tuple(load_lora(image_model.transformer, path) for path in model.loras)
         samples = draw_samples(image_model, prompts, settings, cast(Run, Bars()), [request])
         if not loaded and model.transformer is None:
             ready[source] = image_model
@@ -109,19 +108,18 @@ def _load(source: tuple[str, str], settings: Settings, accelerator: Accelerator)
     config = ConfigDict(settings.config.to_dict())
     config.pretrained.model, config.pretrained.revision = source
     changed = replace(settings, config=FrozenConfigDict(config))
-    return ImageModel(load_pipeline(changed), changed, accelerator)
+    return ImageModel(load_pretrained(changed), changed, accelerator)
 
 
 def _replace_transformer(image_model: ImageModel, folder: Path) -> None:
     """Take the weights of full fine-tuning, in float32 as they were trained."""
     try:
-        found: Any = SD3Transformer2DModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+        transformer, missing = image_model.family.load_transformer(folder)
     except LOADING_ERRORS as error:
-        raise ConfigError(f"{folder} cannot be loaded as an SD3 transformer: {first_line(error)}") from error
-    transformer, info = found
-    if info["missing_keys"]:
-        raise ConfigError(f"{folder} is not whole: {sorted(info['missing_keys'])[0]} is the first weight it lacks.")
-    image_model.transformer = transformer.to(image_model.device, torch.float32).requires_grad_(False).eval()
+        raise ConfigError(f"{folder} cannot be loaded as its transformer: {first_line(error)}") from error
+    if missing:
+        raise ConfigError(f"{folder} is not whole: {missing[0]} is the first weight it lacks.")
+    image_model.transformer = transformer.to(image_model.device).requires_grad_(False).eval()
     image_model.pipeline.transformer = image_model.transformer
 
 

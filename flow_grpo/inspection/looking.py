@@ -22,16 +22,17 @@ from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
 from flow_grpo.messages import say
 from flow_grpo.models.files import check_on_hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, match, read_lora, transformer_shapes
+from flow_grpo.models.pipeline_files import pixels_per_token
 from flow_grpo.paths import find
 from flow_grpo.recipes import sd3
-from flow_grpo.recipes.base import get_config
+from flow_grpo.recipes.base import get_config, leaves
 from flow_grpo.rewards.registry import CLIP_SCORER, REWARDS
 from flow_grpo.runs.config import config_from, settings_of
 from flow_grpo.runs.digest import base_digest, base_mismatch
 from flow_grpo.runs.evaluations import SMALL
 from flow_grpo.runs.folder import flatten
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, choose_checkpoint
-from flow_grpo.settings import leaves, pixels_per_token, resolve
+from flow_grpo.settings import resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "max_sequence_length", "mixed_precision", "allow_tf32", "use_lora", "lora.",

@@ -1,4 +1,4 @@
-"""Load the LoRA of any trainer into an SD3 pipeline, and say how much of it was loaded.
+"""Load the LoRA of any trainer into a transformer, and say how much of it was loaded.
 
 The libraries' loaders take a file whose keys they do not know without a word and load nothing. Here every layer of the
 file finds its module or is counted as left out (flow_grpo/models/lora_files.py), and peft's layers do the arithmetic.
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import Tensor
@@ -41,8 +40,8 @@ class Loaded:
         return f"{self.layers} of {self.of} layers loaded" + (f" (left out: {'; '.join(left_out)})" if left_out else "")
 
 
-def load_lora(pipeline: StableDiffusion3Pipeline, path: str | Path) -> Loaded:
-    """Add a LoRA to a pipeline's transformer, besides those that it has; frozen, in float32.
+def load_lora(transformer: Any, path: str | Path) -> Loaded:
+    """Add a LoRA to a transformer, besides those that it has; frozen, in float32.
 
     Args:
         path: a .safetensors file, or the folder of a LoRA.
@@ -50,7 +49,7 @@ def load_lora(pipeline: StableDiffusion3Pipeline, path: str | Path) -> Loaded:
     Raises:
         ConfigError: no layer of it is one of the transformer's, or it is damaged, or another model's.
     """
-    transformer, path = pipeline.transformer, Path(path)
+    path = Path(path)
     file = read_lora(path)
     plan = match(file, weight_matrices({name: tuple(p.shape) for name, p in transformer.named_parameters()}))
     parts = read_parts(plan)

@@ -1,15 +1,33 @@
-"""Every configuration key, once: default, meaning, unit. Recipes in sd3.py say only what differs.
+"""Every configuration key, once: default, what is allowed, meaning. Recipes in sd3.py say only what differs.
 
 The defaults are the embedded tiny SD3 on two CPU cores; `flow_grpo.settings.resolve` checks every value, and
-`fme ls keys` prints this table.
+`fme ls keys` prints this table, as docs/configuration.md does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from flow_grpo.recipes.rules import (
+    BELOW_ONE,
+    FILLED,
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TEXT,
+    YES_OR_NO,
+    Rule,
+    choice,
+    each,
+    folder,
+    number,
+    whole,
+)
+from flow_grpo.rewards.registry import REWARDS
 
 
 @dataclass(frozen=True)
@@ -18,47 +36,78 @@ class Key:
 
     name: str  # in full, as "train.beta"
     default: Any  # its type is that of every value
+    rule: Rule  # what it may be
     meaning: str
 
 
 SECTIONS: dict[str, tuple[Key, ...]] = {
     "the run": (
-        Key("run_name", "", "folder under logdir; empty: recipe name and the time of day"),
-        Key("recipe", "", "name of the recipe, set by itself"),
-        Key("logdir", "logs", "where run folders are written"),
-        Key("project", "flow-matching-entropy", "project name for wandb"),
-        Key("trackers", ("tensorboard",), 'any of "wandb", "tensorboard"; metrics.jsonl is always written'),
-        Key("seed", 42, "every random number is keyed by it"),
-        Key("num_epochs", 100, "stop after so many epochs"),
-        Key("max_seconds", 0.0, "stop after so many seconds of training, evaluation not counted; 0: no limit"),
-        Key("num_processes", 0, "refuse to start on another number of processes; 0: take what is launched"),
-        Key("num_threads", 0, "CPU threads per process; 0: leave torch's choice"),
-        Key("resume_from", "", "a run folder, its checkpoints folder, or one checkpoint"),
+        Key(
+            "run_name",
+            "",
+            folder("a folder under config.logdir"),
+            "folder under logdir; empty: recipe name and the time of day",
+        ),
+        Key("recipe", "", folder("a name", 200), "name of the recipe, set by itself"),
+        Key("logdir", "logs", folder("a folder"), "where run folders are written"),
+        Key("project", "flow-matching-entropy", FILLED, "project name for wandb"),
+        Key(
+            "trackers",
+            ("tensorboard",),
+            each(choice("wandb", "tensorboard"), 'a tuple of "wandb" and "tensorboard", or ()'),
+            'any of "wandb", "tensorboard"; metrics.jsonl is always written',
+        ),
+        Key("seed", 42, whole(0), "every random number is keyed by it"),
+        Key("num_epochs", 100, whole(1), "stop after so many epochs"),
+        Key(
+            "max_seconds",
+            0.0,
+            NOT_NEGATIVE,
+            "stop after so many seconds of training, evaluation not counted; 0: no limit",
+        ),
+        Key("num_processes", 0, whole(0), "refuse to start on another number of processes; 0: take what is launched"),
+        Key("num_threads", 0, whole(0), "CPU threads per process; 0: leave torch's choice"),
+        Key("resume_from", "", TEXT, "a run folder, its checkpoints folder, or one checkpoint"),
     ),
     "how often, in epochs; 0: never": (
-        Key("eval_freq", 10, "evaluate before the first epoch, every so many, and after the last"),
-        Key("eval_ode_log_prob", False, "measure log-densities and the differential entropy of the samples"),
-        Key("eval_ode_log_prob_freq", 0, "measure them every so many epochs; 0: as eval_freq"),
-        Key("eval_diversity", True, "measure Vendi, RKE and their company on the samples"),
-        Key("eval_diversity_freq", 0, "measure them every so many epochs; 0: as eval_freq"),
-        Key("num_seeds", 16, "images of each diversity prompt; its first ones are those of the other evaluators"),
-        Key("visualize_steps", False, "draw film strips with log-density and divergence of every sampler step"),
-        Key("visualize_steps_freq", 0, "draw them every so many epochs; 0: as eval_freq"),
-        Key("save_freq", 10, "write a checkpoint every so many epochs, and after the last"),
-        Key("num_checkpoint_limit", 5, "keep so many latest checkpoints, plus the best; 0: keep all"),
+        Key("eval_freq", 10, whole(0), "evaluate before the first epoch, every so many, and after the last"),
+        Key("eval_ode_log_prob", False, YES_OR_NO, "measure log-densities and the differential entropy of the samples"),
+        Key("eval_ode_log_prob_freq", 0, whole(0), "measure them every so many epochs; 0: as eval_freq"),
+        Key("eval_diversity", True, YES_OR_NO, "measure Vendi, RKE and their company on the samples"),
+        Key("eval_diversity_freq", 0, whole(0), "measure them every so many epochs; 0: as eval_freq"),
+        Key(
+            "num_seeds",
+            16,
+            whole(4, 1_000_000),
+            "images of each diversity prompt; its first ones are those of the other evaluators",
+        ),
+        Key(
+            "visualize_steps",
+            False,
+            YES_OR_NO,
+            "draw film strips with log-density and divergence of every sampler step",
+        ),
+        Key("visualize_steps_freq", 0, whole(0), "draw them every so many epochs; 0: as eval_freq"),
+        Key("save_freq", 10, whole(0), "write a checkpoint every so many epochs, and after the last"),
+        Key("num_checkpoint_limit", 5, whole(0), "keep so many latest checkpoints, plus the best; 0: keep all"),
     ),
     "the model": (
-        Key("pretrained.model", "assets/tiny_sd3", "a StableDiffusion3Pipeline: directory or hub id"),
-        Key("pretrained.revision", "", "hub revision; empty: the default branch"),
-        Key("resolution", 32, "height and width of the images, in pixels"),
-        Key("max_sequence_length", 8, "tokens given to the T5 encoder"),
-        Key("mixed_precision", "no", '"no", "bf16" or "fp16": dtype of the frozen weights and of autocast'),
-        Key("allow_tf32", True, "TF32 matrix products on GPUs"),
-        Key("gradient_checkpointing", False, "recompute the transformer's activations in the backward pass"),
-        Key("prompt_cache_size", 1024, "prompts whose embeddings are kept in memory"),
-        Key("use_lora", True, "False: fine-tune every weight of the transformer"),
-        Key("lora.rank", 16, "rank of the update of each module"),
-        Key("lora.alpha", 32.0, "the update is scaled by alpha / rank"),
+        Key("pretrained.model", "assets/tiny_sd3", FILLED, "a StableDiffusion3Pipeline: directory or hub id"),
+        Key("pretrained.revision", "", TEXT, "hub revision; empty: the default branch"),
+        Key("resolution", 32, whole(1), "height and width of the images, in pixels"),
+        Key("max_sequence_length", 8, whole(1, 512), "tokens given to the T5 encoder"),
+        Key(
+            "mixed_precision",
+            "no",
+            choice("no", "bf16", "fp16"),
+            '"no", "bf16" or "fp16": dtype of the frozen weights and of autocast',
+        ),
+        Key("allow_tf32", True, YES_OR_NO, "TF32 matrix products on GPUs"),
+        Key("gradient_checkpointing", False, YES_OR_NO, "recompute the transformer's activations in the backward pass"),
+        Key("prompt_cache_size", 1024, whole(1), "prompts whose embeddings are kept in memory"),
+        Key("use_lora", True, YES_OR_NO, "False: fine-tune every weight of the transformer"),
+        Key("lora.rank", 16, whole(1), "rank of the update of each module"),
+        Key("lora.alpha", 32.0, POSITIVE, "the update is scaled by alpha / rank"),
         Key(
             "lora.target_modules",
             (
@@ -71,6 +120,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
                 "attn.to_q",
                 "attn.to_v",
             ),
+            each(FILLED, "a tuple of one or more names of modules", low=1),
             "ends of module names; modules without effect on the output are left out",
         ),
     ),
@@ -78,114 +128,207 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key(
             "prompts.train",
             "assets/prompts/tiny/train.txt",
+            FILLED,
             'a .txt, one prompt a line, or a .jsonl: {"prompt": ..., ...}',
         ),
-        Key("prompts.test", "assets/prompts/tiny/test.txt", "prompts that are evaluated"),
+        Key("prompts.test", "assets/prompts/tiny/test.txt", FILLED, "prompts that are evaluated"),
         Key(
             "prompts.eval_diversity",
             "assets/prompts/tiny/eval_diversity.txt",
+            FILLED,
             "prompts whose images' diversity is measured",
         ),
     ),
     "rewards: the training reward is the sum of weight * reward over the non-zero weights": (
-        Key("reward_fn.pickscore", 0.0, "exp(logit_scale) cos(image, prompt) / 26"),
-        Key("reward_fn.clipscore", 0.0, "exp(logit_scale) cos(image, prompt) / 30"),
-        Key("reward_fn.jpeg_compressibility", 0.0, "-kilobytes of the JPEG; no gradient"),
-        Key("reward_fn.jpeg_incompressibility", 0.0, "kilobytes of the JPEG; no gradient"),
-        Key("reward_model.pickscore", "assets/tiny_pickscore", "the PickScore: directory or hub id"),
-        Key("reward_model.clipscore", "assets/tiny_pickscore", "the CLIP of the CLIPScore: directory or hub id"),
-    ),
-    "which loop": (
-        Key(
-            "use_reward_gradient",
-            False,
-            "False: GRPO (flow_grpo/methods/grpo.py); True: DRTune (flow_grpo/methods/reward_gradient.py)",
+        *(Key(f"reward_fn.{reward.name}", 0.0, FINITE, reward.meaning) for reward in REWARDS.values()),
+        *(
+            Key(
+                f"reward_model.{reward.name}",
+                reward.model,
+                TEXT,
+                f"its checkpoint for {reward.name}: directory or hub id",
+            )
+            for reward in REWARDS.values()
+            if reward.scorer
         ),
     ),
+    "which loop": (
+        Key("use_reward_gradient", False, YES_OR_NO, "False: black-box methods such as GRPO; True: DRTune and its kin"),
+        Key("train.method", "", TEXT, "a method of that family, `fme ls methods`; empty: GRPO or DRTune"),
+    ),
     "sampling, during training": (
-        Key("sample.num_steps", 10, "sampler steps"),
-        Key("sample.guidance_scale", 1.0, "classifier-free guidance; 1: one forward, no guidance"),
-        Key("sample.sde_type", "sde", '"ode", "sde", "dance" or "cps": flow_grpo/diffusers_patch/step.py'),
-        Key("sample.noise_level", 0.7, "eta of the stochastic samplers"),
-        Key("sample.sde_window_size", 0, "GRPO: so many consecutive stochastic (trained) steps, the rest ODE; 0: all"),
-        Key("sample.sde_window_range", (0, 0), "GRPO: first and one-past-last step the window may cover; (0, 0): all"),
-        Key("sample.groups_per_epoch", 10, "prompts drawn per epoch, over all processes"),
-        Key("sample.num_image_per_prompt", 8, "group size: images per drawn prompt"),
+        Key("sample.num_steps", 10, whole(1, 10_000), "sampler steps"),
+        Key("sample.guidance_scale", 1.0, NOT_NEGATIVE, "classifier-free guidance; 1: one forward, no guidance"),
+        Key(
+            "sample.sde_type",
+            "sde",
+            choice("ode", "sde", "dance", "cps"),
+            '"ode", "sde", "dance" or "cps": flow_grpo/diffusers_patch/step.py',
+        ),
+        Key("sample.noise_level", 0.7, NOT_NEGATIVE, "eta of the stochastic samplers"),
+        Key(
+            "sample.sde_window_size",
+            0,
+            whole(0),
+            "GRPO: so many consecutive stochastic (trained) steps, the rest ODE; 0: all",
+        ),
+        Key(
+            "sample.sde_window_range",
+            (0, 0),
+            each(whole(0), "two whole numbers, (first, one past the last)", low=2, high=2),
+            "GRPO: first and one-past-last step the window may cover; (0, 0): all",
+        ),
+        Key("sample.groups_per_epoch", 10, whole(1), "prompts drawn per epoch, over all processes"),
+        Key("sample.num_image_per_prompt", 8, whole(1), "group size: images per drawn prompt"),
         Key(
             "sample.batch_size",
             80,
+            whole(1),
             "GRPO: images per forward, per process; in bf16 and fp16, train.batch_size is taken",
         ),
     ),
     "training, both loops": (
-        Key("train.batch_size", 40, "images per forward and backward, per process"),
-        Key("train.updates_per_epoch", 2, "optimizer steps into which an epoch's images are divided"),
-        Key("train.learning_rate", 1e-3, "AdamW's"),
-        Key("train.adam_beta1", 0.9, "AdamW: decay of the gradient's average"),
-        Key("train.adam_beta2", 0.999, "AdamW: decay of the average of its square"),
-        Key("train.adam_weight_decay", 1e-4, "AdamW: decoupled"),
-        Key("train.adam_epsilon", 1e-8, "AdamW: added to the root of the average square"),
-        Key("train.max_grad_norm", 1.0, "gradients are clipped to this norm"),
-        Key("train.beta", 0.0, "weight of the KL divergence to the reference model"),
-        Key("train.ema", True, "keep an exponential moving average of the trained weights"),
-        Key("train.ema_decay", 0.9, "reached from below: update t decays by min((1 + t) / (10 + t), this)"),
-        Key("train.max_nonfinite_updates", 5, "so many skipped updates in a row stop the run"),
+        Key("train.batch_size", 40, whole(1), "images per forward and backward, per process"),
+        Key("train.updates_per_epoch", 2, whole(1), "optimizer steps into which an epoch's images are divided"),
+        Key("train.learning_rate", 1e-3, POSITIVE, "AdamW's"),
+        Key("train.adam_beta1", 0.9, BELOW_ONE, "AdamW: decay of the gradient's average"),
+        Key("train.adam_beta2", 0.999, BELOW_ONE, "AdamW: decay of the average of its square"),
+        Key("train.adam_weight_decay", 1e-4, NOT_NEGATIVE, "AdamW: decoupled"),
+        Key("train.adam_epsilon", 1e-8, POSITIVE, "AdamW: added to the root of the average square"),
+        Key("train.max_grad_norm", 1.0, POSITIVE, "gradients are clipped to this norm"),
+        Key("train.beta", 0.0, NOT_NEGATIVE, "weight of the KL divergence to the reference model"),
+        Key("train.ema", True, YES_OR_NO, "keep an exponential moving average of the trained weights"),
+        Key("train.ema_decay", 0.9, BELOW_ONE, "reached from below: update t decays by min((1 + t) / (10 + t), this)"),
+        Key("train.max_nonfinite_updates", 5, whole(1), "so many skipped updates in a row stop the run"),
     ),
     "GRPO only": (
-        Key("train.num_inner_epochs", 1, "passes over an epoch's samples"),
-        Key("train.clip_range", 1e-3, "the ratio is clipped to [1 - c, 1 + c]"),
-        Key("train.adv_clip_max", 5.0, "advantages are clamped to +-this"),
-        Key("train.advantage_mode", "all", '"all", "positive", "negative" or "weighted"'),
-        Key("train.global_std", False, "normalise by the std of the whole epoch instead of the group's"),
-        Key("train.timestep_fraction", 1.0, "train on this fraction of the stochastic steps, drawn per update"),
-        Key("train.kl_space", "gaussian", '"gaussian": KL of the step\'s Gaussians; "velocity": squared difference'),
-        Key("train.ratio_normalization", False, "GRPO-Guard's normalised ratio"),
-        Key("train.ratio", "sde", '"sde", "ode_step", "ode_path" or "cfm": flow_grpo/likelihood_ratio.py'),
+        Key("train.num_inner_epochs", 1, whole(1, 1_000_000), "passes over an epoch's samples"),
+        Key(
+            "train.clip_range",
+            1e-3,
+            number("a number above 0 and below 1", lambda x: 0 < x < 1),
+            "the ratio is clipped to [1 - c, 1 + c]",
+        ),
+        Key("train.adv_clip_max", 5.0, POSITIVE, "advantages are clamped to +-this"),
+        Key(
+            "train.advantage_mode",
+            "all",
+            choice("all", "positive", "negative", "weighted"),
+            '"all", "positive", "negative" or "weighted"',
+        ),
+        Key("train.global_std", False, YES_OR_NO, "normalise by the std of the whole epoch instead of the group's"),
+        Key(
+            "train.timestep_fraction",
+            1.0,
+            number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+            "train on this fraction of the stochastic steps, drawn per update",
+        ),
+        Key(
+            "train.kl_space",
+            "gaussian",
+            choice("gaussian", "velocity"),
+            '"gaussian": KL of the step\'s Gaussians; "velocity": squared difference',
+        ),
+        Key("train.ratio_normalization", False, YES_OR_NO, "GRPO-Guard's normalised ratio"),
+        Key(
+            "train.ratio",
+            "sde",
+            choice("sde", "ode_step", "ode_path", "cfm"),
+            '"sde", "ode_step", "ode_path" or "cfm": flow_grpo/likelihood_ratio.py',
+        ),
         Key(
             "train.ratio_probes",
             1,
+            whole(0, 100_000),
             '"ode_*": probes of a divergence, 0: the exact trace; "cfm": draws of (noise, time)',
         ),
-        Key("train.max_ratio_error", 1.0, "|ratio - 1| allowed before an epoch's first update, in units of clip_range"),
+        Key(
+            "train.max_ratio_error",
+            1.0,
+            POSITIVE,
+            "|ratio - 1| allowed before an epoch's first update, in units of clip_range",
+        ),
     ),
     "DRTune only": (
-        Key("drtune.num_train_steps", 5, "K: sampler steps that carry gradient"),
-        Key("drtune.early_stop", 0, "m: stop at a step drawn from the last m and decode x0_hat; 0: run all steps"),
-        Key("drtune.two_pass", False, "True: memory does not grow with K, for K more forwards"),
-        Key("drtune.hinge", 0.0, "c of the loss relu(c - reward); 0: the plain loss, -reward"),
+        Key("drtune.num_train_steps", 5, whole(1), "K: sampler steps that carry gradient"),
+        Key(
+            "drtune.early_stop",
+            0,
+            whole(0),
+            "m: stop at a step drawn from the last m and decode x0_hat; 0: run all steps",
+        ),
+        Key("drtune.two_pass", False, YES_OR_NO, "True: memory does not grow with K, for K more forwards"),
+        Key("drtune.hinge", 0.0, NOT_NEGATIVE, "c of the loss relu(c - reward); 0: the plain loss, -reward"),
     ),
     "evaluation: ODE sampler, fixed prompts, fixed noise": (
-        Key("eval.seed", 0, "keys the noise: the same images are asked of every run, whatever its seed"),
-        Key("eval.num_steps", 10, "steps of the ODE sampler"),
-        Key("eval.guidance_scale", 1.0, "as sample.guidance_scale"),
-        Key("eval.num_prompts", 0, "the first so many test prompts; 0: all"),
-        Key("eval.num_image_per_prompt", 16, "images of each test prompt"),
-        Key("eval.batch_size", 80, "images per forward, per process"),
-        Key("eval.ema", True, "evaluate the averaged weights as well as the current ones"),
-        Key("eval.rewards", (), "rewards measured besides those of reward_fn"),
-        Key("eval.judge", "assets/tiny_features", "a CLIP not used as reward, for prompt accuracy; empty: none"),
-        Key("eval.modes", "assets/prompts/tiny/modes.json", "known modes of each prompt, counted; empty: none"),
-        Key("eval.num_grid_prompts", 10, "rows of the image grid"),
-        Key("eval.num_grid_images", 8, "columns of the image grid"),
+        Key("eval.seed", 0, whole(0), "keys the noise: the same images are asked of every run, whatever its seed"),
+        Key("eval.num_steps", 10, whole(1, 10_000), "steps of the ODE sampler"),
+        Key("eval.guidance_scale", 1.0, NOT_NEGATIVE, "as sample.guidance_scale"),
+        Key("eval.num_prompts", 0, whole(0), "the first so many test prompts; 0: all"),
+        Key("eval.num_image_per_prompt", 16, whole(1, 1_000_000), "images of each test prompt"),
+        Key("eval.batch_size", 80, whole(1), "images per forward, per process"),
+        Key("eval.ema", True, YES_OR_NO, "evaluate the averaged weights as well as the current ones"),
+        Key(
+            "eval.rewards",
+            (),
+            each(FILLED, "a tuple of names of rewards, or ()"),
+            "rewards measured besides those of reward_fn",
+        ),
+        Key("eval.judge", "assets/tiny_features", TEXT, "a CLIP not used as reward, for prompt accuracy; empty: none"),
+        Key("eval.modes", "assets/prompts/tiny/modes.json", TEXT, "known modes of each prompt, counted; empty: none"),
+        Key("eval.num_grid_prompts", 10, whole(1), "rows of the image grid"),
+        Key("eval.num_grid_images", 8, whole(1), "columns of the image grid"),
     ),
     "entropy: along the evaluation's sampler and on its noise": (
-        Key("entropy.num_prompts", 4, "the first so many evaluated prompts"),
-        Key("entropy.num_image_per_prompt", 16, "at least 2: the entropy's error comes from their spread"),
-        Key("entropy.num_probes", 4, "random probes of the divergence at each step; their error is reported from 2 on"),
-        Key("entropy.distribution", "rademacher", '"rademacher", "gaussian" or "orthogonal"'),
-        Key("entropy.solver", "euler", '"euler": the sampler\'s own steps; "heun"; "rk4"'),
-        Key("entropy.batch_size", 64, "images per forward and backward, per process"),
-        Key("entropy.num_strip_prompts", 4, "rows of the film strip"),
+        Key("entropy.num_prompts", 4, whole(1), "the first so many evaluated prompts"),
+        Key(
+            "entropy.num_image_per_prompt",
+            16,
+            whole(2, 1_000_000),
+            "at least 2: the entropy's error comes from their spread",
+        ),
+        Key(
+            "entropy.num_probes",
+            4,
+            whole(1, 100_000),
+            "random probes of the divergence at each step; their error is reported from 2 on",
+        ),
+        Key(
+            "entropy.distribution",
+            "rademacher",
+            choice("rademacher", "gaussian", "orthogonal"),
+            '"rademacher", "gaussian" or "orthogonal"',
+        ),
+        Key(
+            "entropy.solver",
+            "euler",
+            choice("euler", "heun", "rk4"),
+            '"euler": the sampler\'s own steps; "heun"; "rk4"',
+        ),
+        Key("entropy.batch_size", 64, whole(1), "images per forward and backward, per process"),
+        Key("entropy.num_strip_prompts", 4, whole(1), "rows of the film strip"),
     ),
     "diversity: flow_grpo/diversity, on the evaluation's sampler and noise": (
-        Key("diversity.extractor", "clip", '"clip" or "dinov2", of transformers, or "open_clip"'),
-        Key("diversity.model", "assets/tiny_features", "directory or hub id; open_clip: model name or its .json"),
-        Key("diversity.pretrained", "", "open_clip only: pretrained tag or file of weights"),
-        Key("diversity.num_prompts", 0, "the first so many of prompts.eval_diversity; 0: all"),
-        Key("diversity.order", 1.0, "q of the Vendi score"),
-        Key("diversity.bandwidth", 0.0, "of the Gaussian kernel; 0: chosen once, on the base model, and kept"),
-        Key("diversity.num_draws", 200, "bootstrap draws of the 95 % intervals"),
-        Key("diversity.batch_size", 64, "images per forward of the extractor"),
+        Key(
+            "diversity.extractor",
+            "clip",
+            choice("clip", "dinov2", "open_clip"),
+            '"clip" or "dinov2", of transformers, or "open_clip"',
+        ),
+        Key(
+            "diversity.model", "assets/tiny_features", FILLED, "directory or hub id; open_clip: model name or its .json"
+        ),
+        Key("diversity.pretrained", "", TEXT, "open_clip only: pretrained tag or file of weights"),
+        Key("diversity.num_prompts", 0, whole(0), "the first so many of prompts.eval_diversity; 0: all"),
+        Key("diversity.order", 1.0, NOT_NEGATIVE, "q of the Vendi score"),
+        Key(
+            "diversity.bandwidth",
+            0.0,
+            NOT_NEGATIVE,
+            "of the Gaussian kernel; 0: chosen once, on the base model, and kept",
+        ),
+        Key("diversity.num_draws", 200, whole(50, 1_000_000), "bootstrap draws of the 95 % intervals"),
+        Key("diversity.batch_size", 64, whole(1), "images per forward of the extractor"),
     ),
 }
 
@@ -204,3 +347,26 @@ def get_config() -> ConfigDict:
             group = group[part]
         group[name] = key.default
     return config.lock()
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key by its full name, and its value: ("train.beta", 0.0), ..."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+# On resuming a run, a change of these would change what is drawn or measured from there on.
+SEEN = (
+    "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
+    "prompts.", "reward_fn.", "reward_model.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
+    "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
+)  # fmt: skip
+NOT_SEEN = ("batch_size", "num_grid_prompts", "num_grid_images", "num_strip_prompts")  # last parts of names
+
+
+def decides_what_is_seen(key: str) -> bool:
+    """Whether a key decides which images are drawn, what they are rewarded for, or what is measured of them."""
+    return key.startswith(SEEN) and key.split(".")[-1] not in NOT_SEEN

@@ -1,8 +1,7 @@
 """Which rewards there are, their weighted sum, and the checks made before anything loads.
 
-To add a reward: write its class (see `RewardModel`), add one line to `REWARDS` and its weight to
-`flow_grpo/recipes/base.py`.
-This module is imported while the configuration is checked, so nothing heavy is imported at its top.
+To add a reward: write its class (see `RewardModel`) and add one entry to `REWARDS`: its weight is then a key. This
+module is imported while the configuration is checked, so nothing heavy is imported at its top.
 """
 
 from __future__ import annotations
@@ -44,8 +43,10 @@ class RewardSpec:
 
     name: str
     differentiable: bool
+    meaning: str  # what it is, in a few words
     factory: str  # makes the RewardModel; is called with the loaded scorer, or with nothing
     scorer: str | None = None  # loads config.reward_model.<name>: scorer(checkpoint, device); None: no checkpoint
+    model: str = ""  # the default of config.reward_model.<name>
 
 
 CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
@@ -53,10 +54,34 @@ CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
 REWARDS: dict[str, RewardSpec] = {
     spec.name: spec
     for spec in (
-        RewardSpec("pickscore", True, "flow_grpo.rewards.clip:PickScore", CLIP_SCORER),
-        RewardSpec("clipscore", True, "flow_grpo.rewards.clip:ClipScore", CLIP_SCORER),
-        RewardSpec("jpeg_compressibility", False, "flow_grpo.rewards.jpeg:JpegCompressibility"),
-        RewardSpec("jpeg_incompressibility", False, "flow_grpo.rewards.jpeg:JpegIncompressibility"),
+        RewardSpec(
+            "pickscore",
+            True,
+            "exp(logit_scale) cos(image, prompt) / 26",
+            "flow_grpo.rewards.clip:PickScore",
+            CLIP_SCORER,
+            "assets/tiny_pickscore",
+        ),
+        RewardSpec(
+            "clipscore",
+            True,
+            "exp(logit_scale) cos(image, prompt) / 30",
+            "flow_grpo.rewards.clip:ClipScore",
+            CLIP_SCORER,
+            "assets/tiny_pickscore",
+        ),
+        RewardSpec(
+            "jpeg_compressibility",
+            False,
+            "-kilobytes of the JPEG; no gradient",
+            "flow_grpo.rewards.jpeg:JpegCompressibility",
+        ),
+        RewardSpec(
+            "jpeg_incompressibility",
+            False,
+            "kilobytes of the JPEG; no gradient",
+            "flow_grpo.rewards.jpeg:JpegIncompressibility",
+        ),
     )
 }
 

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers import StableDiffusion3Pipeline
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,6 +30,7 @@ from flow_grpo.policy import Policy
 from flow_grpo.runs.folder import HISTORY_FILE
 from flow_grpo.runs.history import digest_of_history
 from flow_grpo.runs.manifest import write_manifest
+from flow_grpo.runs.resuming import weights_record
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.saved import (
     CHECKPOINT_STATE,
@@ -46,7 +46,7 @@ from flow_grpo.runs.saved import (
     set_aside,
 )
 from flow_grpo.runs.training_state import TrainingState, collect, named_as, not_finite, read, restore, trained_tensors
-from flow_grpo.settings import Settings, weights_record
+from flow_grpo.settings import Settings
 from flow_grpo.training.words import go_on
 
 
@@ -291,4 +291,4 @@ def export(policy: Policy, folder: Path, suffix: str) -> None:
     # The diffusers file has no place for alpha that every version reads: the factor alpha / r goes into B.
     scale = adapter.lora_alpha / adapter.r
     folded = {name: value * scale if ".lora_B." in name else value for name, value in weights.items()}
-    StableDiffusion3Pipeline.save_lora_weights(target, transformer_lora_layers=folded)
+    policy.family.save_lora(target, folded)

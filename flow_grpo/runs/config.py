@@ -14,9 +14,8 @@ from ml_collections import ConfigDict
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.paths import find_from
-from flow_grpo.recipes.base import get_config
+from flow_grpo.recipes.base import get_config, leaves
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, flatten, run_config
-from flow_grpo.settings import leaves
 
 # Keys, and groups of them, whose values may be paths.
 PATHS = ("pretrained.model", "prompts.", "reward_model.", "eval.judge", "eval.modes", "diversity.model",

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.resuming import weights_mismatch
 from flow_grpo.runs.saved import checkpoint_damage, checkpoint_state, finished_checkpoints
-from flow_grpo.settings import weights_mismatch
 
 if TYPE_CHECKING:
     from torch import Tensor

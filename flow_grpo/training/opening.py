@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import Evaluator, build_evaluators
 from flow_grpo.launch import launch, one_of_many
+from flow_grpo.methods.base import Method
+from flow_grpo.methods.registry import train_epoch_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward, build_reward
@@ -18,7 +20,7 @@ from flow_grpo.runs import checkpoint
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.stopping import watching
 from flow_grpo.settings import Settings
-from flow_grpo.training.trainer import TrainEpoch, fit
+from flow_grpo.training.trainer import fit
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,11 @@ class Training:
     run: Run
     evaluation_due: bool  # whether the present weights are evaluated first
 
-    def fit(self, train_epoch: TrainEpoch) -> None:
-        """Train to the configured end; raises as `trainer.fit` does."""
+    def fit(self, method: Method) -> None:
+        """Train to the configured end by a method; raises as `trainer.fit` does."""
         fit(
             self.policy,
-            train_epoch,
+            train_epoch_of(method),
             self.prompts,
             self.test_prompts,
             self.reward,

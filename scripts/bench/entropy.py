@@ -34,6 +34,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,14 +147,15 @@ class Bench:
         import torch
 
         from flow_grpo.diffusers_patch.velocity import guided_velocity
+        from flow_grpo.models.sd3 import SD3
         from flow_grpo.types import PromptEmbeds
 
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         typed = PromptEmbeds(self.embeds.prompt_embeds.to(kind), self.embeds.pooled_prompt_embeds.to(kind))
         embeds: PromptEmbeds = typed[[i % self.count for i in ids]]
         negative = typed[[self.count] * len(ids)]
-        transformer = self.transformers[dtype]
-        return lambda x, sigma: guided_velocity(transformer, x, sigma, embeds, negative, self.args.guidance)
+        network = partial(SD3.velocity, self.transformers[dtype])
+        return lambda x, sigma: guided_velocity(network, x, sigma, embeds, negative, self.args.guidance)
 
     def data(self, count: int) -> Tensor:
         """x_0 of keyed noise, by RK4: (count, C, h, w)."""

@@ -34,10 +34,10 @@ from flow_grpo.diversity.images import listing, read_rgb, stack
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import figure_text, one_line, optional_figure
 from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.recipes.rules import text_fault
 from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import flatten, fresh_folder
 from flow_grpo.runs.weights import Bars, Model, choose_models, load_weights
-from flow_grpo.settings import text_fault
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,8 +148,7 @@ def encode_images(policy: Policy, pixels: Tensor) -> Tensor:
     import torch
 
     with torch.no_grad():
-        posterior = policy.vae.encode(pixels.to(policy.device, policy.vae.dtype) * 2 - 1).latent_dist
-    return (posterior.mode().float() - policy.vae.config.shift_factor) * policy.vae.config.scaling_factor
+        return policy.family.encode_image(pixels)
 
 
 def image_probes(seed: int, indices: Sequence[int]) -> ProbeGenerators:

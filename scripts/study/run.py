@@ -48,8 +48,8 @@ def state_of(run: StudyRun, out: Path) -> State:
     """
     from flow_grpo.recipes.sd3 import get_config
     from flow_grpo.runs.config import read_config
+    from flow_grpo.runs.resuming import is_over
     from flow_grpo.runs.saved import CHECKPOINTS, checkpoint_state, find_checkpoint, finished_checkpoints
-    from flow_grpo.settings import is_over
 
     folder = out / run.name
     if not finished_checkpoints(folder / CHECKPOINTS):
@@ -68,7 +68,7 @@ def state_of(run: StudyRun, out: Path) -> State:
 
 def _trained(config: ConfigDict) -> dict[str, Any]:
     """The settings that decide what is trained, and what is measured of it."""
-    from flow_grpo.settings import leaves
+    from flow_grpo.recipes.base import leaves
 
     return {key: value for key, value in leaves(config) if key not in NOT_TRAINED}
 

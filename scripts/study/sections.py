@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flow_grpo.recipes.base import leaves
 from flow_grpo.recipes.sd3 import get_config
-from flow_grpo.settings import leaves
 from scripts.study import plan
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI
 from scripts.study.results import (

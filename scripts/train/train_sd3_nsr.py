@@ -9,14 +9,14 @@ that are normalised within the group and continuous. All else is scripts/train/t
 """
 
 from flow_grpo.commands import cli
+from flow_grpo.errors import ConfigError
+from flow_grpo.methods.registry import black_box
 
 MODES = ("negative", "weighted")
 
 
 def main(config) -> None:
     """Train by GRPO, if the configuration is one of negative-sample reinforcement."""
-    from flow_grpo.errors import ConfigError
-
     if config.use_reward_gradient:
         raise ConfigError(
             "config.use_reward_gradient = True has no advantages to weigh; scripts/train/train_sd3_nsr.py takes False."
@@ -26,11 +26,10 @@ def main(config) -> None:
             f"config.train.advantage_mode = {config.train.advantage_mode!r} is not negative-sample reinforcement; "
             f"scripts/train/train_sd3_nsr.py takes {' or '.join(map(repr, MODES))}, others are train_sd3.py's."
         )
-    from flow_grpo.methods import grpo
     from flow_grpo.training.opening import open_training
 
     with open_training(config) as training:
-        training.fit(grpo.train_epoch)
+        training.fit(black_box(config))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from flow_grpo.commands.cli import one_sentence_errors, parse_config, run
 from flow_grpo.errors import ConfigError, TrainingStopped
-from flow_grpo.settings import leaves, resolve
+from flow_grpo.recipes.base import leaves
+from flow_grpo.settings import resolve
 from tests.synthetic_runs import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]

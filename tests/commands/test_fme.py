@@ -15,11 +15,10 @@ import pytest
 from flow_grpo.commands import ls, main, train
 from flow_grpo.commands.train import as_typed
 from flow_grpo.errors import Interrupted, TrainingStopped
-from flow_grpo.recipes.base import KEYS
+from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.recipes.sd3 import NAMES, RECIPES, get_config
 from flow_grpo.runs.folder import run_folder_of
 from flow_grpo.runs.lock import RunLock, command_line, is_locked
-from flow_grpo.settings import leaves
 from tests.synthetic_runs import ENVIRONMENT, write_run
 
 ROOT = Path(__file__).parents[2]

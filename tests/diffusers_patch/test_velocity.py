@@ -1,9 +1,12 @@
 """The guided velocity: the formula, its gradient, and the number of forwards."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from flow_grpo.diffusers_patch.velocity import guided_velocity
+from flow_grpo.models.sd3 import SD3
 from flow_grpo.types import PromptEmbeds
 
 
@@ -30,41 +33,43 @@ X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=to
 
 
 def test_guidance_is_uncond_plus_w_times_the_difference():
-    v = guided_velocity(Recorder(), X, 0.25, embeds(3.0), embeds(1.0), 4.5)
+    v = guided_velocity(partial(SD3.velocity, Recorder()), X, 0.25, embeds(3.0), embeds(1.0), 4.5)
     torch.testing.assert_close(v, 0.7 * X * 250 + 1.0 + 4.5 * (3.0 - 1.0), rtol=1e-12, atol=1e-12)
 
 
 def test_conditional_and_unconditional_are_not_exchanged():
-    v = guided_velocity(Recorder(), X, 0.25, embeds(3.0), embeds(1.0), 4.5)
-    exchanged = guided_velocity(Recorder(), X, 0.25, embeds(1.0), embeds(3.0), 4.5)
+    v = guided_velocity(partial(SD3.velocity, Recorder()), X, 0.25, embeds(3.0), embeds(1.0), 4.5)
+    exchanged = guided_velocity(partial(SD3.velocity, Recorder()), X, 0.25, embeds(1.0), embeds(3.0), 4.5)
     assert (v - exchanged).abs().min() > 1
 
 
 def test_guidance_one_is_a_single_forward_without_negative_prompts():
     model = Recorder()
-    v = guided_velocity(model, X, 0.25, embeds(3.0))
+    v = guided_velocity(partial(SD3.velocity, model), X, 0.25, embeds(3.0))
     assert [batch for batch, _ in model.calls] == [2]
-    torch.testing.assert_close(v, guided_velocity(Recorder(), X, 0.25, embeds(3.0), embeds(1.0), 1.0), rtol=0, atol=0)
+    torch.testing.assert_close(
+        v, guided_velocity(partial(SD3.velocity, Recorder()), X, 0.25, embeds(3.0), embeds(1.0), 1.0), rtol=0, atol=0
+    )
 
 
 def test_guidance_is_one_forward_of_both_halves():
     model = Recorder()
-    guided_velocity(model, X, 0.25, embeds(3.0), embeds(1.0), 4.5)
+    guided_velocity(partial(SD3.velocity, model), X, 0.25, embeds(3.0), embeds(1.0), 4.5)
     assert [batch for batch, _ in model.calls] == [4]
 
 
 def test_the_network_sees_a_thousand_sigma():
     model = Recorder()
-    guided_velocity(model, X, 0.25, embeds(3.0))
+    guided_velocity(partial(SD3.velocity, model), X, 0.25, embeds(3.0))
     assert model.calls[0][1].tolist() == [250.0, 250.0]
 
 
 def test_gradient_flows_through_both_halves():
     model = Recorder()
-    guided_velocity(model, X, 0.25, embeds(3.0), embeds(1.0), 4.5).sum().backward()
+    guided_velocity(partial(SD3.velocity, model), X, 0.25, embeds(3.0), embeds(1.0), 4.5).sum().backward()
     torch.testing.assert_close(model.weight.grad, 250 * X.sum(), rtol=1e-12, atol=0)
 
 
 def test_guidance_without_negative_prompts_is_refused():
     with pytest.raises(ValueError, match=r"4\.5"):
-        guided_velocity(Recorder(), X, 0.25, embeds(3.0), None, 4.5)
+        guided_velocity(partial(SD3.velocity, Recorder()), X, 0.25, embeds(3.0), None, 4.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flow_grpo.errors import TrainingStopped
-from flow_grpo.methods import grpo
+from flow_grpo.methods import policy_gradient as grpo
 from flow_grpo.methods import reward_gradient as drtune
 from flow_grpo.methods.update import apply_update
 from flow_grpo.types import RewardBatch

@@ -13,7 +13,7 @@ from peft import LoraConfig
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.launch import _check_pipeline
-from flow_grpo.policy import load_pipeline
+from flow_grpo.policy import load_pretrained
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import build_reward
 from flow_grpo.settings import resolve
@@ -141,7 +141,7 @@ def test_a_scheduler_is_checked_when_the_pipeline_loads_too(config, model):
     settings = resolve(config, 1, False)
     change(model / SCHEDULER, invert_sigmas=True)
     with pytest.raises(ConfigError, match='"invert_sigmas": True'):
-        load_pipeline(settings)
+        load_pretrained(settings)
 
 
 def test_noise_levels_that_are_no_numbers_are_refused(config, model):
@@ -226,13 +226,13 @@ def test_damaged_weights_of_a_pipeline_are_named_before_it_loads(config, model, 
 def test_a_weight_whose_name_is_damaged_is_not_replaced_by_random_numbers(config, model, part):
     damage(next((model / part).glob("*.safetensors")), "name")
     with pytest.raises(ConfigError, match=rf"is not whole: {part}\.\S+ is the first of 1 weights"):
-        load_pipeline(resolve(config, 1, False))
+        load_pretrained(resolve(config, 1, False))
 
 
 def test_settings_that_do_not_fit_the_weights_are_one_sentence(config, model):
     change(model / "text_encoder/config.json", hidden_size=8)
     with pytest.raises(ConfigError, match="cannot be loaded as an SD3 pipeline"):
-        load_pipeline(resolve(config, 1, False))
+        load_pretrained(resolve(config, 1, False))
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "processor_config.json", "tokenizer.json"])

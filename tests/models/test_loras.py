@@ -67,7 +67,7 @@ def merged(stock: StableDiffusion3Pipeline, lora: Lora) -> StableDiffusion3Pipel
 
 def check(stock: StableDiffusion3Pipeline, pipeline: StableDiffusion3Pipeline, path: Path, lora: Lora) -> None:
     """Every layer is loaded and means the LoRA; one whose alphas were ignored would not pass."""
-    loaded = load_lora(pipeline, path)
+    loaded = load_lora(pipeline.transformer, path)
     assert (loaded.layers, loaded.of, loaded.text_encoder, loaded.unknown) == (len(lora), len(lora), 0, ())
     for name, layer in lora.items():
         if layer.magnitude is None:
@@ -90,7 +90,7 @@ def test_diffusers_own_folder(stock, pipeline, tmp_path) -> None:
 def test_a_diffusers_file_without_settings_has_the_scale_1(stock, pipeline, tmp_path) -> None:
     lora = random_lora(stock.transformer, alpha=4.0)
     path = save(tmp_path, keyed(lora, lambda name, matrix: f"transformer.{name}.{matrix}.weight"))
-    load_lora(pipeline, path)
+    load_lora(pipeline.transformer, path)
     torch.testing.assert_close(velocity(pipeline), velocity(merged(stock, lora)), rtol=1e-4, atol=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_a_lora_bias_is_added(stock, pipeline, tmp_path) -> None:
     lora = {name: random_lora(stock.transformer, alpha=4.0)[name]}
     tensors = keyed(lora, lambda name, matrix: f"transformer.{name}.{matrix}.weight")
     bias = torch.linspace(-1, 1, len(lora[name].b))
-    load_lora(pipeline, save(tmp_path, tensors | {f"transformer.{name}.lora_B.bias": bias}))
+    load_lora(pipeline.transformer, save(tmp_path, tensors | {f"transformer.{name}.lora_B.bias": bias}))
     reference = merged(stock, lora)
     with torch.no_grad():
         reference.transformer.get_submodule(name).bias += bias
@@ -232,7 +232,7 @@ def test_layers_under_sd3s_own_names_mean_what_diffusers_converts(stock, pipelin
         flat = weight.flatten(1)
         tensors[f"{spelt}.lora_down.weight"] = torch.eye(flat.shape[1]).reshape(-1, *weight.shape[1:])
         tensors[f"{spelt}.lora_up.weight"] = flat.reshape(*flat.shape, *(1,) * (weight.ndim - 2))
-    loaded = load_lora(pipeline, save(tmp_path, tensors))
+    loaded = load_lora(pipeline.transformer, save(tmp_path, tensors))
     assert (loaded.layers, loaded.of) == (len(weights), len(weights))
     for name, reference in converted.items():
         module = name.removesuffix(".weight")
@@ -265,7 +265,7 @@ def test_every_module_of_the_transformer_has_a_name_of_sd3s_own(stock, tmp_path,
 
 def test_images_are_those_of_the_merged_weights(stock, pipeline, tmp_path) -> None:
     lora = random_lora(stock.transformer)
-    load_lora(pipeline, kohya(tmp_path, lora))
+    load_lora(pipeline.transformer, kohya(tmp_path, lora))
 
     def images(model: StableDiffusion3Pipeline) -> torch.Tensor:
         model.set_progress_bar_config(disable=True)
@@ -291,14 +291,14 @@ def test_two_loras_add_up_and_nothing_is_trainable(stock, pipeline, tmp_path) ->
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-        load_lora(pipeline, kohya(folder, lora))
+        load_lora(pipeline.transformer, kohya(folder, lora))
     twice = {name: replace(layer, alpha=2 * layer.alpha) for name, layer in lora.items()}
     torch.testing.assert_close(velocity(pipeline), velocity(merged(stock, twice)), rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in pipeline.transformer.parameters())
 
 
 def test_the_base_comes_back_with_adapters_disabled(stock, pipeline, tmp_path) -> None:
-    load_lora(pipeline, kohya(tmp_path, random_lora(stock.transformer)))
+    load_lora(pipeline.transformer, kohya(tmp_path, random_lora(stock.transformer)))
     pipeline.transformer.disable_adapters()
     assert torch.equal(velocity(pipeline), velocity(stock))
 
@@ -309,7 +309,7 @@ def test_layers_of_text_encoders_and_unknown_ones_are_counted(stock, pipeline, t
     for name in ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", "transformer.somewhere.else"):
         tensors |= keyed({name: Layer(torch.ones(2, 3), torch.ones(3, 2), 2.0)}, lambda n, m: f"{n}.{m}.weight")
     tensors["transformer.proj_out.diff"] = torch.zeros(3)
-    loaded = load_lora(pipeline, save(tmp_path, tensors))
+    loaded = load_lora(pipeline.transformer, save(tmp_path, tensors))
     assert (loaded.layers, loaded.of, loaded.text_encoder) == (7, 9, 1)
     assert set(loaded.unknown) == {"transformer.somewhere.else", "transformer.proj_out.diff"}
     assert str(loaded).startswith("7 of 9 layers loaded (left out: 1 of text encoders; 2 unknown")
@@ -320,7 +320,7 @@ def test_layers_of_text_encoders_and_unknown_ones_are_counted(stock, pipeline, t
 
 def refusal(path: Path, pipeline: StableDiffusion3Pipeline | None = None) -> str:
     with pytest.raises(ConfigError) as error:
-        read_lora(path) if pipeline is None else load_lora(pipeline, path)
+        read_lora(path) if pipeline is None else load_lora(pipeline.transformer, path)
     assert "\n" not in str(error.value)
     return str(error.value)
 

@@ -11,7 +11,8 @@ from config.grpo import INTENDED_PROCESSES, RECIPES, get_config
 from flow_grpo.commands.cli import parse_config
 from flow_grpo.errors import ConfigError
 from flow_grpo.recipes import sd3
-from flow_grpo.settings import leaves, resolve
+from flow_grpo.recipes.base import leaves
+from flow_grpo.settings import resolve
 
 ROOT = Path(__file__).parents[2]
 TINY = [name for name in RECIPES if name.startswith("tiny")]

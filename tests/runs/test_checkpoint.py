@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.evaluation import draw_samples
-from flow_grpo.methods import grpo
+from flow_grpo.methods import policy_gradient as grpo
 from flow_grpo.methods import reward_gradient as drtune
 from flow_grpo.runs import checkpoint, training_state
 from flow_grpo.runs.checkpoint import Score

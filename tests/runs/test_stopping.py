@@ -14,7 +14,7 @@ import torch
 from flow_grpo.errors import ConfigError, Interrupted
 from flow_grpo.evaluators.evaluation import sample_evaluators
 from flow_grpo.launch import is_lost_process
-from flow_grpo.methods import grpo
+from flow_grpo.methods import policy_gradient as grpo
 from flow_grpo.methods import reward_gradient as drtune
 from flow_grpo.runs import checkpoint, stopping
 from flow_grpo.runs.history import read_history

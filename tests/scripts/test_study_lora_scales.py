@@ -6,6 +6,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,9 @@ from flow_grpo.diffusers_patch.velocity import guided_velocity
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import Evaluation, build_evaluators
 from flow_grpo.methods import reward_gradient as drtune
+from flow_grpo.models.sd3 import SD3
+from flow_grpo.recipes.base import leaves
 from flow_grpo.runs.history import read_history
-from flow_grpo.settings import leaves
 from flow_grpo.training.trainer import fit
 from flow_grpo.types import PromptEmbeds
 from scripts.study import plan
@@ -126,7 +128,7 @@ class Velocity:
 
     @torch.no_grad()
     def now(self) -> torch.Tensor:
-        return guided_velocity(self.transformer, self.latents, 0.6, self.embeds)
+        return guided_velocity(partial(SD3.velocity, self.transformer), self.latents, 0.6, self.embeds)
 
     def _evaluate(self, *_) -> Evaluation:
         self.seen = self.now()

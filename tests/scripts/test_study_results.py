@@ -15,7 +15,7 @@ from scipy import stats
 
 from config.grpo import get_config
 from flow_grpo.errors import ConfigError
-from flow_grpo.settings import leaves
+from flow_grpo.recipes.base import leaves
 from scripts.study import plan
 from scripts.study.plan import StudyRun
 from scripts.study.records import ACCURACY, REWARD, RKE, VENDI

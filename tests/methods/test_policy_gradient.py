@@ -9,9 +9,9 @@ from torch.distributions import Normal
 from flow_grpo.advantages import group_advantages
 from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.errors import TrainingStopped
-from flow_grpo.methods import grpo
+from flow_grpo.methods import policy_gradient as grpo
+from flow_grpo.methods.collect import epoch_prompts
 from flow_grpo.metrics import MeanMetrics
-from flow_grpo.prompts import epoch_prompts
 
 
 def collect(parts):

@@ -1,0 +1,50 @@
+"""Which methods there are. Imported while the configuration is checked: torch is not.
+
+To add one: a file that declares a `Method`, and its name in `METHODS`. The first of a family is its default.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.methods import drtune, grpo
+from flow_grpo.methods.base import Method
+
+METHODS: dict[str, Method] = {method.name: method for method in (grpo.METHOD, drtune.METHOD)}
+
+
+def black_box(config: ConfigDict | FrozenConfigDict) -> Method:
+    """The method that `train.method` names among those that look at rewards alone; empty: the first, GRPO."""
+    return _member(config, reward_gradient=False)
+
+
+def reward_gradient(config: ConfigDict | FrozenConfigDict) -> Method:
+    """The method that `train.method` names among those that take the reward's gradient; empty: the first, DRTune."""
+    return _member(config, reward_gradient=True)
+
+
+def _member(config: ConfigDict | FrozenConfigDict, reward_gradient: bool) -> Method:
+    family = {name: method for name, method in METHODS.items() if method.reward_gradient == reward_gradient}
+    name = config.train.method or next(iter(family))
+    if name in family:
+        return family[name]
+    known = "is of the other family" if name in METHODS else "is not a method"
+    raise ConfigError(
+        f"config.train.method = {name!r} {known}; with config.use_reward_gradient = {reward_gradient} it takes "
+        f"{' or '.join(map(repr, family))}."
+    )
+
+
+def check_method(config: ConfigDict | FrozenConfigDict) -> None:
+    """ConfigError for a method of the other family, and for settings that the chosen one cannot be combined with."""
+    _member(config, config.use_reward_gradient).check(config)
+
+
+def train_epoch_of(method: Method) -> Any:
+    """Its loop, a `flow_grpo.training.trainer.TrainEpoch`, imported now."""
+    module, _, attribute = method.loop.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,76 @@
+"""Load a pipeline whole, and hand it to the class of its family."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.models.base import ModelFamily
+from flow_grpo.models.files import LOADING_ERRORS, first_line
+from flow_grpo.models.pipeline_files import check_scheduler, family_of
+from flow_grpo.models.registry import Family
+from flow_grpo.paths import find
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # the parts that have weights
+
+
+def class_of(family: Family) -> type[ModelFamily]:
+    """The class that the registry names."""
+    module, _, attribute = family.place.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def load_model(model: str, revision: str, precision: str) -> ModelFamily:
+    """Load a folder or hub id: weights in the dtype of `precision` ("no", "bf16", "fp16"), the VAE in float32.
+
+    Raises:
+        ConfigError: it is no pipeline of a known family, or is damaged, or lacks a part of its weights, which the
+            library would fill with random numbers.
+    """
+    words = "a pipeline"
+    try:
+        with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            folder = find(model)
+            if not os.path.isdir(folder):
+                folder = diffusers.DiffusionPipeline.download(folder, revision=revision or None)
+            family = family_of(Path(folder))
+            words = family.words
+            pipeline, missing = _load_parts(folder, family, DTYPES[precision])
+    except ConfigError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ConfigError(f"pretrained.model {model!r} cannot be loaded as {words}: {first_line(error)}") from error
+    if missing:
+        raise ConfigError(
+            f"pretrained.model {model!r} is not whole: {missing[0]} is the first of {len(missing)} weights "
+            "that it lacks."
+        )
+    check_scheduler(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
+    return class_of(family)(pipeline)
+
+
+def _load_parts(folder: str, family: Family, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """The pipeline in a folder, and the names of the weights that its files lack. The VAE is float32."""
+    kind: Any = getattr(diffusers, family.pipeline)
+    index = kind.load_config(folder)
+    optional = (*family.optional, *family.optional.values())
+    parts: dict[str, Any] = {name: None for name in optional if not index.get(name, [None])[0]}
+    missing = []
+    for name in [name for name in NETWORKS if name in index and name not in parts]:
+        library, part = index[name]
+        parts[name], found = getattr(import_module(library), part).from_pretrained(
+            os.path.join(folder, name),
+            torch_dtype=torch.float32 if name == "vae" else dtype,
+            output_loading_info=True,
+        )
+        missing += [f"{name}.{weight}" for weight in sorted(found["missing_keys"])]
+    return kind.from_pretrained(folder, torch_dtype=dtype, **parts), missing

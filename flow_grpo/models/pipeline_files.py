@@ -1,0 +1,158 @@
+"""Whether the folder of a pipeline fits the code of its family, told from its small files. Torch is not imported."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
+from flow_grpo.models.files import PART_NEEDS, Needs, check_files
+from flow_grpo.models.registry import FAMILIES, Family, default_family
+from flow_grpo.recipes.rules import (
+    FINITE,
+    POSITIVE,
+    YES_OR_NO,
+    Rule,
+    choice,
+    each,
+    is_text,
+    number,
+    only,
+    or_null,
+    whole,
+)
+
+PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effect, or are the scheduler's to check
+    "num_train_timesteps": only(1000, "1000, the unit of SD3's noise levels"),
+    "invert_sigmas": only(False, "false, as the noise must go down"),
+    "stochastic_sampling": only(False, "false, as config.sample.sde_type is what draws noise"),
+    "shift": POSITIVE,
+    "use_dynamic_shifting": YES_OR_NO,
+    "use_karras_sigmas": or_null(YES_OR_NO),
+    "use_exponential_sigmas": or_null(YES_OR_NO),
+    "use_beta_sigmas": or_null(YES_OR_NO),
+    "shift_terminal": or_null(number("a number from 0 to below 1", lambda x: 0 <= x < 1)),
+    "time_shift_type": choice("exponential", "linear"),
+}
+DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shifting
+    "base_shift": FINITE,
+    "max_shift": FINITE,
+    "base_image_seq_len": whole(1),
+    "max_image_seq_len": whole(1),
+}
+
+
+def check_pipeline(model: Path) -> None:
+    """The folder is a pipeline's of a known family, with all the parts it names, whole, and a scheduler that is ours.
+
+    Raises:
+        ConfigError: for the first thing that is not so.
+    """
+    index, family = pipeline_index(model), family_of(model)
+    for name, part in index.items():
+        if (needs := PART_NEEDS.get(name.split("_")[0])) is not None:
+            _check_part(model, name, part, needs, family)
+    for tokenizer, encoder in family.clips.items():
+        if tokenizer in index:
+            _check_length(model, tokenizer, encoder)
+    for encoder, tokenizer in family.optional.items():
+        if not index.get(tokenizer, [None])[0] and index.get(encoder, [None])[0]:
+            raise ConfigError(f"{PIPELINE}{model} has a {encoder} without a {tokenizer}.")
+    if "scheduler" in index:
+        check_scheduler(read_object(model / "scheduler/scheduler_config.json", PIPELINE), index["scheduler"][1])
+    _check_latents(model, family)
+
+
+def family_of(model: Path) -> Family:
+    """The family of a pipeline's folder, by its class; ConfigError for a class of none."""
+    kind = pipeline_index(model).get("_class_name")
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"config.pretrained.model = {str(model)!r} is a {kind!s:.80}; it takes a {' or '.join(FAMILIES)}."
+        )
+    return FAMILIES[kind]
+
+
+def image_sides(model: Path) -> tuple[int, float]:
+    """Images have sides that are multiples of the first number of pixels, and at most the second.
+
+    Of a hub id, whose files are not here, what its family's published models have.
+    """
+    if not model.is_dir():
+        return default_family().pixels_per_token, math.inf
+    pixels, key = pixels_per_token(model), family_of(model).side_key
+    if not key:
+        return pixels, math.inf
+    return pixels, pixels * _setting(Path(model, "transformer/config.json"), key, whole(1), default=96)
+
+
+def _check_latents(model: Path, family: Family) -> None:
+    """The VAE's latents are those of the transformer, and their scale is known."""
+    vae, transformer = (model / part / "config.json" for part in ("vae", "transformer"))
+    for key in ("scaling_factor", "shift_factor"):
+        _setting(vae, key, FINITE, default=0.0)
+    channels = _setting(vae, "latent_channels", whole(1), default=16) * family.packing**2
+    _setting(transformer, "in_channels", only(channels, f"{channels}, as the VAE's latents have"), default=channels)
+    _setting(transformer, "out_channels", or_null(only(channels, f"{channels}, or null")), default=None)
+
+
+def pixels_per_token(model: Path) -> int:
+    """The side of the square of pixels that is one token of a pipeline's transformer."""
+    channels = each(whole(1), "a list of one or more whole numbers", low=1)
+    stages = _setting(Path(model, "vae/config.json"), "block_out_channels", channels, default=(64,))
+    patch = _setting(Path(model, "transformer/config.json"), "patch_size", whole(1), default=2)
+    return 2 ** (len(stages) - 1) * patch * family_of(model).packing
+
+
+def _setting(path: Path, key: str, rule: Rule, default: Any) -> Any:
+    """A value of a file of settings; `default`, which is the library's, where the file does not say."""
+    value = read_object(path, PIPELINE).get(key, default)
+    if not rule.accepts(value):
+        raise ConfigError(f'{PIPELINE}{path} says "{key}": {value!r:.200}; it takes {rule.allowed}.')
+    return value
+
+
+def pipeline_index(model: Path) -> dict[str, Any]:
+    """What model_index.json says: the class of the pipeline, and name: [library, class] of its parts."""
+    if not os.path.lexists(model / "model_index.json"):
+        raise ConfigError(
+            f"config.pretrained.model = {str(model)!r} has no model_index.json; it takes the folder of a "
+            f"{' or '.join(FAMILIES)}."
+        )
+    return read_object(model / "model_index.json", PIPELINE)
+
+
+def _check_length(model: Path, tokenizer: str, encoder: str) -> None:
+    """A CLIP's tokenizer cuts prompts to what its text encoder takes."""
+    longest = _setting(model / encoder / "config.json", "max_position_embeddings", whole(1), default=77)
+    _setting(model / tokenizer / "tokenizer_config.json", "model_max_length", whole(1, longest), default=None)
+
+
+def _check_part(model: Path, name: str, part: Any, needs: Needs, family: Family) -> None:
+    """One entry of model_index.json: [library, class], or [null, null] for none."""
+    if not (isinstance(part, list) and len(part) == 2 and (part == [None, None] or all(map(is_text, part)))):
+        raise ConfigError(f"{PIPELINE}{model / 'model_index.json'} says {name!r}: {part!r:.200}; it takes two texts.")
+    if part != [None, None]:
+        check_files(model / name, PIPELINE, needs)
+    elif name not in (*family.optional, *family.optional.values()):
+        others = f"only {family.optional_words} may be missing" if family.optional else "no part may be missing"
+        raise ConfigError(f"{PIPELINE}{model} has no {name}; {others}.")
+
+
+def check_scheduler(settings: Mapping[str, Any], kind: str) -> None:
+    """ConfigError unless a pipeline's scheduler, of the class `kind`, gives noise levels that our samplers take."""
+    if kind != SCHEDULER:
+        raise ConfigError(f"{PIPELINE}its scheduler is a {kind}, whose steps are not ours; it takes a {SCHEDULER}.")
+    dynamic = settings.get("use_dynamic_shifting")
+    rules = {**SCHEDULER_RULES, **(DYNAMIC_SHIFT_RULES if dynamic else {})}
+    for key, rule in rules.items():
+        if key in settings and not rule.accepts(settings[key]):
+            raise ConfigError(f'{PIPELINE}its scheduler says "{key}": {settings[key]!r:.200}; it takes {rule.allowed}.')
+    if dynamic and settings.get("base_image_seq_len", 256) == settings.get("max_image_seq_len", 4096):
+        raise ConfigError(f"{PIPELINE}its scheduler's base_image_seq_len and max_image_seq_len must differ.")
