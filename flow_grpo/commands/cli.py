@@ -1,6 +1,6 @@
 """The command line of every script: `--config FILE.py:NAME --config.KEY=VALUE ...`, and one sentence for a mistake.
 
-Overrides are ml_collections' (absl flags). What can be wrong with them is found here, so that it reads as a sentence.
+What can be wrong with it is found here, so that it reads as a sentence.
 With --config.resume_from the settings are those that the run was started with, not those of a recipe; what the command
 line changes is said, and refused where it would change what is drawn or measured, unless --allow-changes is given.
 """
@@ -22,9 +22,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from flow_grpo.commands.overrides import read_overrides
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
@@ -36,7 +36,6 @@ from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkp
 from flow_grpo.settings import resolve
 
 ALLOW_CHANGES = "--allow-changes"
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", tuple: 'a quoted tuple such as ("a", "b")'}
 
 
 def run(main: Callable[[ConfigDict], None], doc: str) -> None:
@@ -131,7 +130,7 @@ def configure(
     declared = dict(leaves(config))
     for override in overrides:
         _check_key(override, declared)
-    config = _apply(config, ["command", *overrides], declared)
+    config.update_from_flattened_dict(read_overrides(overrides, declared))
     changes = _changes(declared, dict(leaves(config)))
     if before is not None:
         _check_changes(changes, _folder_of(declared) == _folder_of(dict(leaves(config))), allow_changes)
@@ -301,28 +300,6 @@ def _accepts(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
 
 
 # --- the overrides --------------------------------------------------------------------------------------
-
-
-def _apply(config: ConfigDict, argv: list[str], declared: dict[str, Any]) -> ConfigDict:
-    """Set the overrides in `config`; their keys are known to exist."""
-    values = flags.FlagValues()
-    try:
-        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        positional = values(argv)[1:]
-    except (flags.Error, ValueError, OSError) as error:  # the last two: of a value for --no..., of --flagfile
-        raise ConfigError(_explain(error, declared)) from None
-    if positional:
-        raise ConfigError(f"the argument {positional[0]} is not understood; overrides look like --config.KEY=VALUE.")
-    return holder.value
-
-
-def _explain(error: Exception, declared: dict[str, Any]) -> str:
-    """absl's complaint about a value, or about a flag that is none of ours, as a sentence."""
-    value = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), flags=re.DOTALL)
-    if value is None:
-        return f"the command line is not understood ({str(error).rstrip('.')}); overrides look like --config.KEY=VALUE."
-    allowed = KINDS.get(type(declared[value[1]]), "text")
-    return f"config.{value[1]} = {value[2]!r} is not allowed; it takes {allowed}."
 
 
 def _check_key(argument: str, declared: dict[str, Any]) -> None:
