@@ -22,11 +22,10 @@ from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.messages import say
 from flow_grpo.models.files import LOADING_ERRORS, check_on_hub, first_line
-from flow_grpo.models.loading import class_of
+from flow_grpo.models.loading import check_lora_targets, class_of
 from flow_grpo.models.pipeline_files import family_of, pixels_per_token
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.paths import find
-from flow_grpo.policy import check_lora_targets
 from flow_grpo.rewards import REWARDS, reward_names
 from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.settings import Settings, resolve

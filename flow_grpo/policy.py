@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -19,7 +18,7 @@ from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_lo
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.base import ModelFamily
-from flow_grpo.models.loading import load_model
+from flow_grpo.models.loading import check_lora_targets, load_model
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import Settings
 from flow_grpo.types import PromptEmbeds, Trajectory
@@ -29,18 +28,6 @@ def load_pretrained(settings: Settings) -> ModelFamily:
     """`config.pretrained.model`, in the precision of the run; ConfigError as `load_model`."""
     config = settings.config
     return load_model(config.pretrained.model, config.pretrained.revision, config.mixed_precision)
-
-
-def check_lora_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> None:
-    """ConfigError for the first name that is the end of no module's."""
-    modules = [name for name, _ in transformer.named_modules()]
-    ends = {".".join(name.split(".")[2:]) or name for name in modules if name}
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            nearest = " or ".join(difflib.get_close_matches(target, sorted(ends), n=2, cutoff=0.0))
-            raise ConfigError(
-                f"config.lora.target_modules: {target!r} is the end of no module's name; the nearest are {nearest}."
-            )
 
 
 class ImageModel:

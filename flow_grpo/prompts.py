@@ -16,7 +16,7 @@ from typing import Any, TypeVar, overload
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, parse_json, read_bytes
 from flow_grpo.paths import find
-from flow_grpo.recipes.rules import text_fault
+from flow_grpo.rules import text_fault
 
 FETCHED_FOLDER = "assets/prompts/pickscore"
 FETCH_COMMAND = f"fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --column caption --out {FETCHED_FOLDER}"

@@ -23,8 +23,8 @@ from flow_grpo.models.pipeline_files import check_pipeline, image_sides
 from flow_grpo.paths import find
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
-from flow_grpo.recipes.rules import FILLED, FINITE, TEXT, Rule
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
+from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"

@@ -5,15 +5,15 @@ import sys
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import Evaluator, sample_evaluators
 from flow_grpo.launch import launch
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods import reward_gradient as drtune
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import get_config
 from flow_grpo.rewards import build_reward
-from flow_grpo.runs import checkpoint
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
+from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 
 CASES = {  # name -> (reward gradient, LoRA)

@@ -22,9 +22,9 @@ from flow_grpo.likelihood_ratio import (
     RatioKeys,
     SdeLikelihood,
 )
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.losses import policy_loss
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods.collect import epoch_prompts
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.types import Trajectory

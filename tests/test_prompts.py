@@ -10,7 +10,7 @@ import torch
 from flow_grpo import prompts as prompts_module
 from flow_grpo.batching import plan_batches
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.collect import epoch_prompts
+from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.types import PromptBatch

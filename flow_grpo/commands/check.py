@@ -40,7 +40,7 @@ from flow_grpo.page.build import build_page, number
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
 from flow_grpo.page.words import FIGURES, load
 from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
-from flow_grpo.runs.weights import output_folder
+from flow_grpo.training.weights import output_folder
 
 if TYPE_CHECKING:
     from flow_grpo.inspection.comparison import Comparison

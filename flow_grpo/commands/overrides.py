@@ -39,7 +39,7 @@ def read_overrides(arguments: Sequence[str], declared: Mapping[str, Any]) -> dic
         no, key, text = match.groups()
         is_flag = isinstance(declared[key], bool)
         if no and (text is not None or not is_flag):
-            raise ConfigError(f"the argument {argument} is not understood; it is for switches, which take no value; {HINT}")
+            raise ConfigError(f"the argument {argument} is not understood: only switches have a --no form; {HINT}")
         if text is None:
             text = str(not no) if is_flag else next(rest, None)
         if text is None:

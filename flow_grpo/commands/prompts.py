@@ -15,7 +15,7 @@ from typing import Any
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import write_atomically
-from flow_grpo.recipes.rules import text_fault
+from flow_grpo.rules import text_fault
 
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 

@@ -19,7 +19,7 @@ from flow_grpo.commands.check import add_drawing_arguments, check_one_process, n
 from flow_grpo.errors import ConfigError
 from flow_grpo.inspection.looking import look_at, told_as_given
 from flow_grpo.inspection.things import find_out
-from flow_grpo.recipes.rules import text_fault
+from flow_grpo.rules import text_fault
 
 PLACE = Path("logs", "sample")  # of results, unless --out says otherwise
 

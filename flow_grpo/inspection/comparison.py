@@ -42,8 +42,8 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.evaluations import FOLDERS, SMALL, Record, with_changes, write_record
 from flow_grpo.runs.run import Counters, Run
-from flow_grpo.runs.weights import Bars
 from flow_grpo.settings import Settings
+from flow_grpo.training.weights import Bars
 from flow_grpo.types import Samples
 
 Features = Mapping[str, np.ndarray]  # prompt -> (n, d)

@@ -2,7 +2,7 @@
 
 Names say nothing here: what is in a folder does. Nothing loads, and torch is not imported.
 
-    checkpoint   state.json, of flow_grpo/runs/checkpoint.py                   (before all: its folders hold LoRAs)
+    checkpoint   state.json, of flow_grpo/training/checkpoint.py                   (before all: its folders hold LoRAs)
     run          environment.json, metrics.jsonl or a config.json of ours
     pipeline     model_index.json, or a hub id: org/name of no folder
     lora         a .safetensors file of LoRA layers, or a folder with such a file

@@ -1,4 +1,4 @@
-"""DRTune (arXiv 2405.00760): the settings it takes. Its loop is flow_grpo/methods/reward_gradient.py."""
+"""DRTune (arXiv 2405.00760): the settings it takes. Its loop is flow_grpo/loops/reward_gradient.py."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def check(config: ConfigDict) -> None:
         )
 
 
-METHOD = Method("drtune", "DRTune", True, check, "flow_grpo.methods.reward_gradient:train_epoch")
+METHOD = Method("drtune", "DRTune", True, check, "flow_grpo.loops.reward_gradient:train_epoch")

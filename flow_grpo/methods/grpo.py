@@ -1,4 +1,4 @@
-"""GRPO (Flow-GRPO, arXiv 2505.05470): the settings it takes. Its loop is flow_grpo/methods/policy_gradient.py."""
+"""GRPO (Flow-GRPO, arXiv 2505.05470): the settings it takes. Its loop is flow_grpo/loops/policy_gradient.py."""
 
 from __future__ import annotations
 
@@ -80,4 +80,4 @@ def _check_cps_window(config: ConfigDict) -> None:
         )
 
 
-METHOD = Method("grpo", "GRPO", False, check, "flow_grpo.methods.policy_gradient:train_epoch")
+METHOD = Method("grpo", "GRPO", False, check, "flow_grpo.loops.policy_gradient:train_epoch")

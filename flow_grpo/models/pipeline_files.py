@@ -12,7 +12,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.models.files import PART_NEEDS, Needs, check_files
 from flow_grpo.models.registry import FAMILIES, Family, default_family
-from flow_grpo.recipes.rules import (
+from flow_grpo.rules import (
     FINITE,
     POSITIVE,
     YES_OR_NO,

@@ -12,7 +12,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from flow_grpo.recipes.rules import (
+from flow_grpo.rewards.registry import REWARDS
+from flow_grpo.rules import (
     BELOW_ONE,
     FILLED,
     FINITE,
@@ -27,7 +28,6 @@ from flow_grpo.recipes.rules import (
     number,
     whole,
 )
-from flow_grpo.rewards.registry import REWARDS
 
 
 @dataclass(frozen=True)

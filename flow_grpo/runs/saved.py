@@ -1,6 +1,6 @@
 """The checkpoints of a run: which there are, which are whole, and which one to go on from. Loads no tensor.
 
-    checkpoints/checkpoint-000010/    see flow_grpo/runs/checkpoint.py
+    checkpoints/checkpoint-000010/    see flow_grpo/training/checkpoint.py
                 damaged/              checkpoints that were found damaged when the run went on
                 abandoned/            checkpoints of a history that was written anew
                 .partial-* .stale-* .dropped-*    what a kill left of writing and deleting; tidied when a run goes on

@@ -16,10 +16,10 @@ from flow_grpo.methods.registry import train_epoch_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward, build_reward
-from flow_grpo.runs import checkpoint
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.stopping import watching
 from flow_grpo.settings import Settings
+from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 
 

@@ -12,7 +12,6 @@ from flow_grpo.page.build import build_page
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
-from flow_grpo.runs.checkpoint import Saver, Score
 from flow_grpo.runs.evaluations import copy_base
 from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
 from flow_grpo.runs.history import deciding_metric
@@ -20,6 +19,7 @@ from flow_grpo.runs.resuming import is_over
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.training import words as training_words
+from flow_grpo.training.checkpoint import Saver, Score
 
 ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
 

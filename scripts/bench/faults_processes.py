@@ -19,11 +19,10 @@ from flow_grpo import launch, policy, rewards
 from flow_grpo.commands import cli
 from flow_grpo.evaluators import evaluation
 from flow_grpo.evaluators import film_strip as step_visualizer
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods import reward_gradient as drtune
-from flow_grpo.runs import checkpoint
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.runs.run import Run
-from flow_grpo.training import trainer
+from flow_grpo.training import checkpoint, trainer
 from scripts.diversity_metrics import diversity_evaluator
 from scripts.train import train_sd3
 

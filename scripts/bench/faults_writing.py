@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from flow_grpo.runs import checkpoint
 from flow_grpo.runs.folder import CONFIG_FILE, HISTORY_FILE
 from flow_grpo.runs.lock import LOCK_FILE
 from flow_grpo.runs.saved import CHECKPOINTS
+from flow_grpo.training import checkpoint
 from scripts.bench.faults_processes import LOST, OTHER, Result, Session
 from scripts.bench.faults_runs import (
     EPOCHS,

@@ -52,7 +52,7 @@ from flow_grpo.runs.folder import EVALUATIONS, IMAGE_FOLDER, flatten
 from flow_grpo.runs.run import Counters, Run
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.trackers import log_checkpoints
-from flow_grpo.runs.weights import Bars, Model, load_weights
+from flow_grpo.training.weights import Bars, Model, load_weights
 from flow_grpo.types import Samples
 from scripts.diversity_metrics.eval_ode_log_prob import entropy_change
 

@@ -34,10 +34,10 @@ from flow_grpo.diversity.images import listing, read_rgb, stack
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import figure_text, one_line, optional_figure
 from flow_grpo.files import strict_json, write_atomically
-from flow_grpo.recipes.rules import text_fault
+from flow_grpo.rules import text_fault
 from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import flatten, fresh_folder
-from flow_grpo.runs.weights import Bars, Model, choose_models, load_weights
+from flow_grpo.training.weights import Bars, Model, choose_models, load_weights
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

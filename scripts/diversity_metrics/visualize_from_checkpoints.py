@@ -38,7 +38,7 @@ from flow_grpo.runs.config import read_config
 from flow_grpo.runs.evaluations import records_of
 from flow_grpo.runs.folder import CONFIG_FILE, EVALUATIONS, PAGE_FILE
 from flow_grpo.runs.saved import finished_checkpoints
-from flow_grpo.runs.weights import choose_models, output_folder
+from flow_grpo.training.weights import choose_models, output_folder
 from flow_grpo.training.words import evaluation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them

@@ -45,7 +45,7 @@ from scripts.study.summarise import OUT
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from flow_grpo.methods.policy_gradient import Experience
+    from flow_grpo.loops.policy_gradient import Experience
     from flow_grpo.policy import Policy
     from flow_grpo.rewards import WeightedReward
     from flow_grpo.settings import Settings
@@ -183,7 +183,7 @@ def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: 
 
     import torch
 
-    from flow_grpo.methods.policy_gradient import collect
+    from flow_grpo.loops.policy_gradient import collect
     from flow_grpo.metrics import MeanMetrics
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.randomness import keyed_generator
@@ -305,7 +305,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
-    from flow_grpo.runs.weights import output_folder
+    from flow_grpo.training.weights import output_folder
     from scripts.study.results import NOISE_FILE, write_rows
 
     args = parse(arguments)

@@ -60,7 +60,7 @@ class TrainedModel:
             ConfigError: it is damaged, has no LoRA, or no bandwidth.
         """
         from flow_grpo.runs.config import read_config
-        from flow_grpo.runs.weights import choose_models, load_weights
+        from flow_grpo.training.weights import choose_models, load_weights
 
         config = read_config(folder, {"logdir": str(scratch), "run_name": folder.name, "trackers": ()})
         if not config.use_lora:
@@ -188,7 +188,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def write_scales(args: argparse.Namespace) -> None:
     """Evaluate, then write lora_scales.json: strict JSON, a line for each entry."""
-    from flow_grpo.runs.weights import output_folder
+    from flow_grpo.training.weights import output_folder
 
     scales, out = parse_scales(args.scales), output_folder(args.out)
     found = entries(args.logs, scales)

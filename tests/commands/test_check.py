@@ -24,8 +24,8 @@ from flow_grpo.inspection.things import find_out
 from flow_grpo.page.data import read_runs
 from flow_grpo.page.seeds import Group, differences
 from flow_grpo.recipes.base import get_config
-from flow_grpo.runs.checkpoint import Saver
 from flow_grpo.runs.evaluations import records_of
+from flow_grpo.training.checkpoint import Saver
 from tests.lora_writers import Layer, keyed, kohya, random_lora, save, stock_diffusers, stock_peft
 from tests.saved_runs import edit_config
 

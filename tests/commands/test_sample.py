@@ -16,7 +16,7 @@ from flow_grpo.evaluators.base import SampleRequest
 from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.launcher import Launched
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.runs.checkpoint import Saver
+from flow_grpo.training.checkpoint import Saver
 from tests.lora_writers import kohya, random_lora
 
 

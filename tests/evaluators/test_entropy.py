@@ -24,7 +24,7 @@ from flow_grpo.evaluators.entropy import (
     sample_log_density,
 )
 from flow_grpo.evaluators.evaluation import build_evaluators, draw_samples
-from flow_grpo.methods import reward_gradient as drtune
+from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.randomness import keyed_generator
 from tests.conftest import PROMPTS
 

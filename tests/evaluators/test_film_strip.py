@@ -27,8 +27,8 @@ from flow_grpo.evaluators.film_strip import (
     t_half_widths,
     training_figure,
 )
-from flow_grpo.methods import reward_gradient as drtune
-from flow_grpo.runs import checkpoint
+from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import evaluate_weights
 from tests.conftest import PROMPTS
 

@@ -14,11 +14,12 @@ import torch
 from flow_grpo.errors import ConfigError, Interrupted
 from flow_grpo.evaluators.evaluation import sample_evaluators
 from flow_grpo.launch import is_lost_process
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods import reward_gradient as drtune
-from flow_grpo.runs import checkpoint, stopping
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.runs import stopping
 from flow_grpo.runs.history import read_history
 from flow_grpo.runs.stopping import Reason, StopWatch, watching
+from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 from tests.saved_runs import read_state
 

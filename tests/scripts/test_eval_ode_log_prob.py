@@ -16,10 +16,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo.entropy import DivergenceEstimator, ode_log_density
 from flow_grpo.evaluators.entropy import entropy_metrics, prompt_log_densities, sample_log_density
-from flow_grpo.methods import reward_gradient as drtune
+from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.runs import checkpoint
-from flow_grpo.runs.weights import load_weights
+from flow_grpo.training import checkpoint
+from flow_grpo.training.weights import load_weights
 from scripts.diversity_metrics.eval_ode_log_prob import ImageFile, data_log_densities, encode_images, main, pairing
 from tests.saved_runs import edit_config, edit_state, read_state, spoil
 from tests.wandb_file import OfflineRun

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from flow_grpo.likelihood_ratio import OdeStepLikelihood, SdeLikelihood
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods.collect import epoch_prompts
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.prompts import PromptDataset
 from scripts.study import gradient_noise, plan

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from config.grpo import RECIPES, get_config
 from flow_grpo.evaluators.evaluation import evaluate, sample_evaluators
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods import reward_gradient as drtune
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.runs.history import read_history
 
 ROOT = Path(__file__).parents[2]

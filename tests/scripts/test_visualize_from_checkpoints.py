@@ -29,13 +29,13 @@ from flow_grpo.evaluators.entropy import entropy_metrics, prompt_log_densities
 from flow_grpo.evaluators.evaluation import draw_samples, sample_evaluators, view
 from flow_grpo.evaluators.evaluation import test_request as evaluated_request
 from flow_grpo.evaluators.film_strip import GAP, HEADER, LEFT, film_strip
-from flow_grpo.methods import reward_gradient as drtune
+from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
-from flow_grpo.runs import checkpoint
 from flow_grpo.runs.evaluations import Record, records_of
 from flow_grpo.runs.run import Run
-from flow_grpo.runs.weights import Bars
+from flow_grpo.training import checkpoint
+from flow_grpo.training.weights import Bars
 from scripts.diversity_metrics.checkpoint_measures import FIGURES, std_standard_error
 from scripts.diversity_metrics.visualize_from_checkpoints import main
 from tests import saved_runs

@@ -9,8 +9,8 @@ from torch.distributions import Normal
 from flow_grpo.advantages import group_advantages
 from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.errors import TrainingStopped
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods.collect import epoch_prompts
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.metrics import MeanMetrics
 
 

@@ -45,8 +45,8 @@ from flow_grpo.runs.saved import (
     replace_folder,
     set_aside,
 )
-from flow_grpo.runs.training_state import TrainingState, collect, named_as, not_finite, read, restore, trained_tensors
 from flow_grpo.settings import Settings
+from flow_grpo.training.state import TrainingState, collect, named_as, not_finite, read, restore, trained_tensors
 from flow_grpo.training.words import go_on
 
 

@@ -22,9 +22,9 @@ from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.errors import TrainingStopped
 from flow_grpo.likelihood_ratio import Action, Likelihood, RatioKeys, Score, likelihood_of
+from flow_grpo.loops.collect import epoch_prompts
+from flow_grpo.loops.update import apply_update
 from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, velocity_kl
-from flow_grpo.methods.collect import epoch_prompts
-from flow_grpo.methods.update import apply_update
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset

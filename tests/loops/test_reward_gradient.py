@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from flow_grpo.diffusers_patch.step import step_coefficients
+from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops.reward_gradient import Chain, Objective, draw_chain, one_pass, run_chain, two_pass
 from flow_grpo.losses import reward_loss, velocity_kl
-from flow_grpo.methods import reward_gradient as drtune
-from flow_grpo.methods.reward_gradient import Chain, Objective, draw_chain, one_pass, run_chain, two_pass
 
 SIGMAS = torch.linspace(1, 0, 7, dtype=torch.float64).tolist()
 KINDS = ("ode", "sde", "dance", "cps")

@@ -99,7 +99,7 @@ def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool
     """Set the trained weights to those of a model; `base` are those of the pretrained one."""
     import torch
 
-    from flow_grpo.runs import training_state
+    from flow_grpo.training import state as training_state
 
     values = base
     if model.folder is not None:

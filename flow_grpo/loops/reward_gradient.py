@@ -21,9 +21,9 @@ from torch import Tensor
 
 from flow_grpo.diffusers_patch.step import StepCoefficients, step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
+from flow_grpo.loops.collect import epoch_prompts
+from flow_grpo.loops.update import apply_update
 from flow_grpo.losses import reward_loss, velocity_kl
-from flow_grpo.methods.collect import epoch_prompts
-from flow_grpo.methods.update import apply_update
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset

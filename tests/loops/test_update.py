@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from flow_grpo.errors import TrainingStopped
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods import reward_gradient as drtune
-from flow_grpo.methods.update import apply_update
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops.update import apply_update
 from flow_grpo.types import RewardBatch
 
 

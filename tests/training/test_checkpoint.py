@@ -16,12 +16,13 @@ from peft import PeftModel
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.evaluation import draw_samples
-from flow_grpo.methods import policy_gradient as grpo
-from flow_grpo.methods import reward_gradient as drtune
-from flow_grpo.runs import checkpoint, training_state
-from flow_grpo.runs.checkpoint import Score
+from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.runs.history import read_history
 from flow_grpo.runs.saved import checkpoint_damage, drop, find_checkpoint, finished_checkpoints
+from flow_grpo.training import checkpoint
+from flow_grpo.training import state as training_state
+from flow_grpo.training.checkpoint import Score
 from flow_grpo.training.trainer import fit
 from tests.conftest import make_parts, small_config
 from tests.saved_runs import edit_state, edit_tensors, make_old, read_state
