@@ -134,6 +134,8 @@ def _parser(path: str) -> Parser:
     """The function that reads one line of this kind of file."""
     parsers = {".txt": _parse_text, ".jsonl": _parse_json}
     suffix = Path(path).suffix
+    if os.path.isdir(find(path)):
+        raise ConfigError(f"the prompt file {path} is a folder; it takes a .txt or a .jsonl.")
     if suffix not in parsers:
         raise ConfigError(f"the prompt file {path} ends in {suffix!r}: only .txt and .jsonl are read.")
     return parsers[suffix]

@@ -196,15 +196,22 @@ def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:
 
 
 def _check_prompts(config: ConfigDict) -> None:
-    PromptDataset.load(config.prompts.train)
-    found = len(PromptDataset.load(config.prompts.test))
+    _prompts(config, "train")
+    found = len(_prompts(config, "test"))
     if config.eval.num_prompts > found:
         raise ConfigError(
             f"config.eval.num_prompts = {config.eval.num_prompts} is more than the {found} prompts of "
             f"{config.prompts.test}; it takes 1 to {found}, or 0 for all."
         )
     if config.eval_diversity:
-        _check_diversity(config, len(PromptDataset.load(config.prompts.eval_diversity)))
+        _check_diversity(config, len(_prompts(config, "eval_diversity")))
+
+
+def _prompts(config: ConfigDict, name: str) -> PromptDataset:
+    try:
+        return PromptDataset.load(config.prompts[name])
+    except ConfigError as error:
+        raise ConfigError(f"config.prompts.{name}: {error}") from None
 
 
 def _check_diversity(config: ConfigDict, found: int) -> None:

@@ -323,7 +323,7 @@ def _cells(name: str, result: dict[str, Any], change: Change | None) -> tuple[st
     """The value, old -> new, and the interval with what it means."""
     words = load()
     unit = words["figures"][name]["unit"]
-    if name == "vendi" and result["vendi"]:
+    if name == "vendi" and result["vendi"] and result["against"] is None:
         interval = result["vendi"]
         return number(interval["estimate"]), f"{number(interval['low'])} to {number(interval['high'])}"
     if change is None:

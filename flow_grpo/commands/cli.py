@@ -44,8 +44,7 @@ def run(main: Callable[[ConfigDict], None], doc: str) -> None:
     A mistake in it ends the process with one sentence and exit code 2, training that cannot go on with 1.
     """
     with one_sentence_errors():
-        config = parse_config(sys.argv, doc)
-        resolve(config, read_launcher().num_processes, cuda=True)  # before torch is imported: the answer is quick
+        config = parse_config(sys.argv, doc, check=True)
         main(config)
 
 
@@ -95,7 +94,7 @@ def _patient_output() -> Iterator[None]:
         sys.stdout, sys.stderr = streams
 
 
-def parse_config(argv: Sequence[str], doc: str) -> ConfigDict:
+def parse_config(argv: Sequence[str], doc: str, check: bool = False) -> ConfigDict:
     """The locked configuration described by `argv` (as sys.argv: the program comes first); `--help` prints and exits.
 
     Raises ConfigError for a missing --config, an unknown file, recipe or key, a value of the wrong kind, and changes of
@@ -104,7 +103,7 @@ def parse_config(argv: Sequence[str], doc: str) -> ConfigDict:
     if {"-h", "--help", "--helpfull", "--helpshort"} & set(argv[1:]):
         print(_help(doc))
         raise SystemExit(0)
-    return configure(*_split(argv[1:]), load_file)
+    return configure(*_split(argv[1:]), load_file, check=check)
 
 
 def configure(
@@ -113,6 +112,7 @@ def configure(
     allow_changes: bool,
     load: Callable[[str], ConfigDict],
     tell: bool = False,
+    check: bool = False,
 ) -> ConfigDict:
     """The locked configuration of a recipe, or of the run that --config.resume_from names, with overrides.
 
@@ -121,6 +121,7 @@ def configure(
         overrides: each --config.KEY=VALUE, or as two arguments.
         allow_changes: also those that change what a run that goes on draws or measures.
         tell: say what is changed of a recipe, too.
+        check: also everything that can be known before torch is imported; the answer is quick.
 
     Raises:
         ConfigError: as `parse_config`.
@@ -136,6 +137,8 @@ def configure(
         _check_changes(changes, _folder_of(declared) == _folder_of(dict(leaves(config))), allow_changes)
     elif allow_changes:
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
+    if check:
+        resolve(config, read_launcher().num_processes, cuda=True)
     if changes and (tell or before is not None):
         say(f"changed: {', '.join(changes.values())}")
     return config
@@ -320,9 +323,15 @@ def nearest(key: str, declared: list[str]) -> list[str]:
     """Up to three declared keys: first those of that name in another group, then those spelt alike."""
     elsewhere = [name for name in declared if name.split(".")[-1] == key.split(".")[-1]]
     last_names = {name.split(".")[-1]: name for name in declared}
+    elsewhere += [name for last, name in last_names.items() if _initials(last) == key.split(".")[-1]]
     alike = get_close_matches(key, declared, n=3, cutoff=0.7)
     alike += [last_names[name] for name in get_close_matches(key.split(".")[-1], last_names, n=3, cutoff=0.7)]
     return list(dict.fromkeys(elsewhere + alike))[:3]
+
+
+def _initials(name: str) -> str:
+    """lr, of learning_rate."""
+    return "".join(word[0] for word in name.split("_") if word)
 
 
 def _help(doc: str) -> str:

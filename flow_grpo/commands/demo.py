@@ -4,7 +4,7 @@
 
 Each run trains a fixed number of epochs; on a free machine of two cores both and their evaluations take less than ten
 minutes. The base model is the evaluation before training. Settings are the recipes' own, except how often they
-evaluate and save. Runs that are cut by --max_seconds are not compared.
+evaluate and save. Runs that are cut by --max-seconds are not compared.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="keys every random number (default: 42)")
     parser.add_argument("--epochs", type=int, default=0, help="at most so many of each run (default: 360 and 100)")
     parser.add_argument(
-        "--max_seconds", "--seconds", type=float, default=MAX_SECONDS, metavar="SECONDS",
+        "--max-seconds", "--max_seconds", type=float, default=MAX_SECONDS, metavar="SECONDS",
         help="at most so much training of each run (default: 600); cut runs are not compared",
     )  # fmt: skip
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Train both, print the outcome and where the page is; the exit code is that of the first run that fails."""
     if not arguments.max_seconds > 0:
-        raise ConfigError(f"--max_seconds {arguments.max_seconds:g} is not allowed; it takes a number above 0.")
+        raise ConfigError(f"--max-seconds {arguments.max_seconds:g} is not allowed; it takes a number above 0.")
     if arguments.epochs < 0 or arguments.seed < 0:
         raise ConfigError("--epochs and --seed take whole numbers of at least 0.")
     begin = time.monotonic()
@@ -108,7 +108,10 @@ def _give_up(method: Method, code: int, out: Path) -> int:
     """Say which run failed; leave no empty folder behind."""
     if not any(out.iterdir()):
         out.rmdir()
-    say(f"error: training with {method.label} ended with exit code {code}; its message is above.")
+    if code > 128:  # by a signal, which that training has told
+        say("the demo ends here, without the comparison of the two methods; `fme demo` begins another.")
+    else:
+        say(f"error: training with {method.label} ended with exit code {code}; its message is above.")
     return code
 
 

@@ -23,13 +23,15 @@ from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
 from flow_grpo.recipes import sd3
-from flow_grpo.recipes.base import KEYS, SECTIONS
+from flow_grpo.recipes.base import KEYS, SECTIONS, leaves
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, run_config
 from flow_grpo.runs.history import salvage_history
 from flow_grpo.runs.lock import is_locked
 
 T = TypeVar("T")
+
+MOST_NAMED = 20  # names in the sentence about one that is none
 
 LOGS = "logs"
 REWARD, VENDI = "eval/reward/total", "eval/diversity/vendi"
@@ -39,7 +41,7 @@ COST = re.compile(r"Cost of an epoch, on (\d+) process(?:es)?: (.*?)\.(?:\s|$)",
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("kind", choices=tuple(LISTS), help="what to list")
+    parser.add_argument("kind", choices=tuple(LISTS), metavar="|".join(LISTS), help="what to list")
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help="list only these")
 
 
@@ -55,7 +57,8 @@ def narrowed(named: Mapping[str, T], name: str, kind: str) -> dict[str, T]:
     found = {key: value for key, value in named.items() if key.startswith(name) or fnmatchcase(key, name)}
     if not found:
         nearest = cli.nearest(name, list(named))
-        advice = f"did you mean {' or '.join(nearest)}?" if nearest else f"there are {', '.join(named) or 'none'}."
+        few = ", ".join(named) if 0 < len(named) <= MOST_NAMED else f"`fme ls {kind}s` lists all"
+        advice = f"did you mean {' or '.join(nearest)}?" if nearest else f"{few}."
         raise ConfigError(f"there is no {kind} {name!r}; {advice}")
     return found
 
@@ -70,11 +73,11 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def recipes(name: str) -> Iterable[str]:
-    """Three lines for each: what it is; what an epoch costs; its first name."""
-    named = {new: sd3.RECIPES[old] for new, old in sd3.NAMES.items()}
+    """Three lines for each: what it is; what an epoch costs; its other name. Of one alone, its settings too."""
+    named, chosen = {new: sd3.RECIPES[old] for new, old in sd3.NAMES.items()}, name
     if name in sd3.RECIPES:
         named = {new: recipe for new, recipe in named.items() if sd3.NAMES[new] == name}
-        name = ""
+        name = chosen = next(iter(named))
     for new, recipe in narrowed(named, name, "recipe").items():
         doc = inspect.getdoc(recipe) or ""
         cost = COST.search(doc)
@@ -82,15 +85,24 @@ def recipes(name: str) -> Iterable[str]:
         meant = "a CPU" if new.startswith("tiny") else f"{processes} GPU{'s' if processes > 1 else ''}"
         yield f"{new}: {doc.splitlines()[0]}"
         yield f"    an epoch, on {meant}: {' '.join(cost[2].split()) if cost else 'not counted'}"
-        yield f"    first name: {sd3.NAMES[new]}"
+        yield f"    also called {sd3.NAMES[new]}"
+        if new == chosen:
+            yield from (f"    {key} = {value!r}" for key, value in _own(sd3.NAMES[new]))
     yield "Costs are images, and evaluations of the transformer over all processes. `fme train NAME` starts one."
+
+
+def _own(recipe: str) -> Iterable[tuple[str, Any]]:
+    """The settings of a recipe that are not the defaults."""
+    defaults = {key.name: key.default for key in KEYS.values()}
+    return [(key, value) for key, value in leaves(sd3.get_config(recipe)) if value != defaults.get(key)]
 
 
 def keys(name: str) -> Iterable[str]:
     """By section; one line for each, and with `name` what it takes."""
     chosen = narrowed(KEYS, name, "key")
     for title, section in SECTIONS.items():
-        rows = [(key.name, _shown(key.default), key.meaning) for key in section if key.name in chosen]
+        shown = repr if len(chosen) == 1 else _shown
+        rows = [(key.name, shown(key.default), key.meaning) for key in section if key.name in chosen]
         if rows:
             yield f"--- {title}"
         for (key, *_), line in zip(rows, table(rows), strict=True):

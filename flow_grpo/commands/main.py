@@ -9,6 +9,7 @@ when it is asked for, and imports torch when it has parsed its arguments. Under 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -37,6 +38,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError."""
+        typed = re.fullmatch(r"unrecognized arguments: --([\w.]+=.*)", message)
+        if typed and self.prog == "fme train":
+            raise ConfigError(f"{self.prog}: --{typed[1]} is not an option; settings take no dashes: {typed[1]}.")
         raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` says what it takes.")
 
 

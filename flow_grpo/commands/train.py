@@ -33,7 +33,6 @@ from flow_grpo.methods.registry import black_box, reward_gradient
 from flow_grpo.recipes import sd3
 from flow_grpo.runs.config import config_of_file
 from flow_grpo.runs.folder import CONFIG_FILE
-from flow_grpo.settings import resolve
 
 UNTYPED = "--untyped"  # the changes were not typed by anybody, and are not told
 WHAT = "a recipe, FILE.py[:NAME], or the config.json of a run"
@@ -73,12 +72,13 @@ def configuration(arguments: argparse.Namespace) -> ConfigDict:
         overrides.append(f"--config.run_name={arguments.name}")
     if arguments.resume:
         overrides.append(f"--config.resume_from={arguments.resume}")
-    return cli.configure(arguments.start or "", overrides, arguments.allow_changes, load, tell=not arguments.untyped)
+    return cli.configure(
+        arguments.start or "", overrides, arguments.allow_changes, load, tell=not arguments.untyped, check=True
+    )
 
 
 def train(config: ConfigDict) -> None:
     """The same as scripts/train/train_sd3.py."""
-    resolve(config, read_launcher().num_processes, cuda=True)  # quick, before torch is imported
     from flow_grpo.training.opening import open_training
 
     with open_training(config) as training:
@@ -140,7 +140,8 @@ def _as_typed() -> Iterator[None]:
 
 
 def as_typed(sentence: str) -> str:
-    """--config.resume_from=RUN -> --resume RUN, and config.KEY -> KEY."""
+    """--config.resume_from=RUN -> --resume RUN, config.run_name = 'N' -> --name 'N', and config.KEY -> KEY."""
+    sentence = sentence.replace("config.run_name = ", "--name ")
     return SCRIPT_WORDS.sub("", RESUME.sub(lambda found: f"--resume{' ' * ('=' in found[0])}", sentence))
 
 

@@ -150,9 +150,12 @@ def _base_of(source: Path, extractor: str, run: Run) -> dict[str, np.ndarray] | 
 
 
 def extractor_of(config: ConfigDict | FrozenConfigDict, device: torch.device) -> FeatureExtractor:
-    """The features that `config.diversity` names."""
+    """The features that `config.diversity` names; ConfigError where they cannot be loaded."""
     chosen = config.diversity
-    return load_extractor(chosen.extractor, chosen.model, chosen.pretrained, device, chosen.batch_size)
+    try:
+        return load_extractor(chosen.extractor, chosen.model, chosen.pretrained, device, chosen.batch_size)
+    except ConfigError as error:
+        raise ConfigError(f"config.diversity.model: {error}") from error
 
 
 def diversity_request(config: ConfigDict | FrozenConfigDict) -> SampleRequest:

@@ -64,7 +64,7 @@ class Comparison:
 
     records: tuple[Record, ...]  # of the base, then of what is looked at; of that alone
     loaded: tuple[Loaded, ...] = ()  # of what is looked at
-    vendi: Interval | None = None  # of what is looked at, where there is nothing to compare with
+    vendi: Interval | None = None  # of what is looked at
 
 
 # --- drawing --------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Instruments:
         return replace(record_of(samples, found, Counters(epoch=epoch), self.setting), name=name)
 
     def alone(self, features: Features) -> Interval:
-        """The Vendi score where there is nothing to compare with."""
+        """The Vendi score of what is looked at, with the interval of its own."""
         bandwidth = float("nan") if self.bandwidth is None else self.bandwidth
         return measure(features, bandwidth, self.extractor.name, self.settings.config).within.vendi
 
@@ -184,8 +184,7 @@ def compare_models(look: Look, out: Path) -> Comparison:
         record = instruments.record(drawn.samples, features, epoch, drawn.model.name)
         records.append(with_changes(record, records[0]) if epoch else record)
         write_record(out, records[-1], drawn.samples.images)
-    vendi = instruments.alone(features) if len(records) == 1 else None
-    return Comparison(tuple(records), drawn.loaded, vendi)
+    return Comparison(tuple(records), drawn.loaded, instruments.alone(features))
 
 
 def compare_folders(
@@ -208,7 +207,7 @@ def compare_folders(
         record = instruments.record(samples, features, epoch, name)
         records.append(with_changes(record, records[0], paired) if epoch else record)
         write_record(out, records[-1], samples.images)
-    return Comparison(tuple(records), vendi=instruments.alone(features) if len(records) == 1 else None)
+    return Comparison(tuple(records), vendi=instruments.alone(features))
 
 
 def _setting_of_folders(folders: Mapping[str, ImageFolder], config: ConfigDict) -> str:

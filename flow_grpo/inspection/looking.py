@@ -129,7 +129,7 @@ def told_as_given(options: Options) -> Iterator[None]:
         text = str(error)
         for key, (flag, name) in FLAGS.items():
             if getattr(options, name) not in ("", None):
-                text = text.replace(f"config.{key} = ", f"{flag} ")
+                text = text.replace(f"config.{key} = ", f"{flag} ").replace(f"config.{key}: ", f"{flag}: ")
         if options.reward:
             text = re.sub(r"config\.reward_model\.(\w+) = ", r"--reward \1=", text)
         raise ConfigError(text) from error
@@ -140,7 +140,7 @@ def _base_of(
 ) -> tuple[Model, ...]:
     """What a model is compared with; nothing for a pipeline alone."""
     if against is None and (thing.kind != "pipeline" or model.loras):
-        return (Model("base model", model.pipeline, model.revision),)
+        return (Model(f"base model {Path(model.pipeline).name}", model.pipeline, model.revision),)
     if against is None and not options.base:
         return ()
     if against is None:
@@ -343,7 +343,11 @@ def _pipeline_of(thing: Thing, options: Options) -> str:
         return thing.place
     if options.base:
         return _pipeline(options.base).place
-    return _trained_on(thing) or get_config().pretrained.model
+    if known := _trained_on(thing):
+        return known
+    default = get_config().pretrained.model
+    say(f"{thing.text} does not say what it was trained on: {default} is taken; --base names another.")
+    return default
 
 
 def _trained_on(thing: Thing) -> str:
@@ -356,9 +360,7 @@ def _trained_on(thing: Thing) -> str:
     for folder in (Path(find(named)), Path(find(named)).parent):  # peft may name the transformer inside
         if (folder / INDEX).is_file():
             return str(folder)
-    from huggingface_hub import try_to_load_from_cache
-
-    return named if HUB_ID.fullmatch(named) and isinstance(try_to_load_from_cache(named, INDEX), str) else ""
+    return named if HUB_ID.fullmatch(named) and not Path(named).parent.exists() else ""
 
 
 def _model_of(thing: Thing, config: ConfigDict, options: Options) -> Model:

@@ -22,7 +22,7 @@ from flow_grpo.messages import say
 from flow_grpo.page.words import model_name
 from flow_grpo.runs.evaluations import Record, read_record, record_path, records_of
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
-from flow_grpo.runs.history import salvage_history
+from flow_grpo.runs.history import deciding_metric, salvage_history
 
 METRICS = {"reward": "reward/total", "vendi": "diversity/vendi", "judge": "judge/accuracy"}  # figure -> in the history
 EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/")  # beginnings of other metrics worth a chart
@@ -148,7 +148,8 @@ def read_run(folder: Path, name: str, label: str = "eval") -> PageRun:
     environment = read_object(folder / ENVIRONMENT_FILE) if (folder / ENVIRONMENT_FILE).exists() else {}
     evaluations = _with_reached_base(found)
     epoch = max([line["step"] for line in history] + [evaluations[-1].epoch])
-    return PageRun(name, folder, config, environment, epoch, evaluations, best_evaluation(evaluations, config))
+    best = best_evaluation(evaluations, config, history)
+    return PageRun(name, folder, config, environment, epoch, evaluations, best)
 
 
 def _without_distances(path: Path) -> Record:
@@ -232,20 +233,26 @@ def _with_reached_base(found: Sequence[Evaluation]) -> tuple[Evaluation, ...]:
     return (replace(base, figures={**base.figures, "reached": old}), *found[1:])
 
 
-def best_evaluation(evaluations: Sequence[Evaluation], config: Mapping[str, Any]) -> int | None:
+def best_evaluation(
+    evaluations: Sequence[Evaluation], config: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()
+) -> int | None:
     """Index of the best after the base, by what `trainer.score_of` chooses checkpoints by: judge, else a held-out
-    reward, else the reward trained on; the first of equals. None where nothing of it was measured.
+    reward, else the reward trained on; of the averaged weights where the history has them; the last of equals. None
+    where nothing of it was measured.
     """
+    averaged = {line["step"]: _finite(line.get(deciding_metric(config, "eval_ema"))) for line in history}
     held_out = [name for name in config.get("eval.rewards") or () if not config.get(f"reward_fn.{name}")]
 
     def score(evaluation: Evaluation) -> float | None:
+        if any(value is not None for value in averaged.values()):
+            return averaged.get(evaluation.epoch)
         rewards = evaluation.record.rewards if evaluation.record is not None else {}
         if any("judge" in other.figures for other in evaluations):
             return evaluation.figures.get("judge")
         return _mean(rewards[held_out[0]]) if held_out and held_out[0] in rewards else evaluation.figures.get("reward")
 
-    scores = [(value, -i) for i, e in enumerate(evaluations) if e.epoch and (value := score(e)) is not None]
-    return -max(scores)[1] if scores else None
+    scores = [(value, i) for i, e in enumerate(evaluations) if e.epoch and (value := score(e)) is not None]
+    return max(scores)[1] if scores else None
 
 
 # --- numbers --------------------------------------------------------------------------------------------

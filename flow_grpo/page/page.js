@@ -7,8 +7,9 @@
 function drawFirstScreen() {
   const run = RUNS[state.run];
   const { model } = rightModel();
-  byId("run-name").textContent = run.name;
-  byId("models").textContent = `${model.name}${model.epoch && run.base ? `, compared with ${run.base.name}` : ""}`;
+  const repeated = model.name.startsWith(run.name) && !run.trained;
+  byId("run-name").textContent = repeated ? "" : run.name;
+  byId("models").textContent = `${model.name}${model.epoch && run.base ? `, compared with ${run.base.name}` : ""}${RUNS.length > 1 ? `, ${fill(WORDS.one_of, { number: state.run + 1, runs: RUNS.length })}` : ""}`;
   document.title = `${run.name}, ${model.name}`;
   drawVerdict("diversity", model.diversity, false);
   drawVerdict("exploitation", model.epoch ? model.exploitation : "", true);

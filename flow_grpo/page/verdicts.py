@@ -23,13 +23,15 @@ def exploitation_verdict(reward: Change | None, judge: Change | None, independen
     """ "exploited": the reward rose and an independent judge fell, both beyond their intervals; else "not_shown".
 
     `judge` is the change of the share of images that the judge takes for their own prompt's. `independent`: its model
-    is none of the rewards'. "no_reward" (also where both are missing) or "no_judge" for None.
+    is none of the rewards'; else "same_model". "no_reward" (also where both are missing) or "no_judge" for None.
     """
     if reward is None:
         return "no_reward"
     if judge is None:
         return "no_judge"
-    return "exploited" if independent and reward.low > 0 and judge.high < 0 else "not_shown"
+    if not independent:
+        return "same_model"
+    return "exploited" if reward.low > 0 and judge.high < 0 else "not_shown"
 
 
 def direction(change: Change | None, higher_is_better: bool = True) -> str:

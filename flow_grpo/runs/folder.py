@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def _choose(config: Any) -> tuple[Path, bool]:
     if resumed is not None and (not name or resumed.resolve() == (logdir / name).resolve()):
         return resumed, True
     if name and (Path(name).is_absolute() or ".." in Path(name).parts):
-        raise ConfigError(f"run_name={name!r} must name a folder under logdir={config.logdir!r}.")
+        raise ConfigError(f"config.run_name = {name!r} must name a folder under logdir={config.logdir!r}.")
     try:
         if not name:
             now = datetime.now(UTC)
@@ -127,7 +128,9 @@ def _choose(config: Any) -> tuple[Path, bool]:
         (logdir / name).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"run_name={name!r}: no folder can be made in logdir={config.logdir!r} ({reason}).") from None
+        raise ConfigError(
+            f"config.run_name = {name!r}: no folder can be made in logdir={config.logdir!r} ({reason})."
+        ) from None
     return logdir / name, False
 
 
@@ -153,15 +156,15 @@ def _make_room(folder: Path, config: Any) -> None:
     held = {entry.name for entry in folder.iterdir()} & (OURS | TORN)
     if _has_saved(folder / CHECKPOINTS):
         raise ConfigError(
-            f"run_name={config.run_name!r}: {folder} already holds a run, which is not overwritten; choose another "
-            f"run_name, or continue it with resume_from={str(folder)!r}."
+            f"config.run_name = {config.run_name!r}: {folder} already holds a run, which is not overwritten; choose "
+            f"another name, or go on with it by --config.resume_from={shlex.quote(str(folder))}."
         )
     if not held - EMPTY_RUN:
         return
     if not {name.removesuffix(TEMPORARY) for name in held} & RECORDS:
         raise ConfigError(
-            f"run_name={config.run_name!r}: {folder} is no run's, but holds {min(held)!r}, which a run would write; "
-            "choose another run_name."
+            f"config.run_name = {config.run_name!r}: {folder} is no run's, but holds {min(held)!r}, which a run would "
+            "write; choose another name."
         )
     number = next(n for n in itertools.count(1) if not (folder / f"{EARLIER}-{n}").exists())
     aside = folder / f"{EARLIER}-{number}"

@@ -66,5 +66,5 @@ def check_resume(config: ConfigDict, checkpoint: Path) -> None:
         limit = "num_epochs" if epochs >= config.num_epochs else "max_seconds"
         raise ConfigError(
             f"config.resume_from: {checkpoint} has {epochs} epochs and {seconds:.0f} s of training behind it; to go "
-            f"on, raise config.{limit} = {config[limit]}."
+            f"on, raise config.{limit} = {config[limit]} above {epochs if limit == 'num_epochs' else round(seconds)}."
         )

@@ -48,7 +48,7 @@ def fit(
     """
     config, counters = settings.config, run.counters
     saver = Saver(policy, run, settings)
-    run.tell(training_words.begins(run.folder, settings.plan.images))
+    run.tell(training_words.begins(run.folder, settings.plan.images, any(e.freq for e in evaluators)))
     _take_over_base(run)
     try:
         run.arm()

@@ -11,8 +11,9 @@ from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import PAGE_FILE
 
 BEGINS = "{folder}: {images} images an epoch; watch {page}"
-ENDS = "done: {epochs} epochs; the page is {page}"
-ENDS_UNSEEN = "done: {epochs} epochs, in {folder}"  # nothing was evaluated
+BEGINS_UNSEEN = "{folder}: {images} images an epoch; eval_freq is 0, so nothing is evaluated"
+ENDS = "done: epoch {epochs}; the page is {page}"
+ENDS_UNSEEN = "done: epoch {epochs}, in {folder}"  # nothing was evaluated
 GO_ON = "go on with `fme train --resume {folder}`"
 BASE, EPOCH = "base model", "epoch {epoch}, {seconds:.0f} s"
 REWARD, REWARD_CHANGE = "reward {reward:.4f}", " ({difference:+.4f} ± {half:.4f})"
@@ -20,9 +21,10 @@ DIFFERENT, DIFFERENT_BASE = "{vendi:.2f} different images of {n}", " (base {old:
 JUDGE, JUDGE_BASE = "judge {share:.0%}", " (base {old:.0%})"
 
 
-def begins(folder: Path, images: int) -> str:
+def begins(folder: Path, images: int, evaluates: bool) -> str:
     """The first line; `images` of an epoch."""
-    return BEGINS.format(folder=folder, images=images, page=folder / PAGE_FILE)
+    words = BEGINS if evaluates else BEGINS_UNSEEN
+    return words.format(folder=folder, images=images, page=folder / PAGE_FILE)
 
 
 def ends(folder: Path, epochs: int) -> str:

@@ -208,7 +208,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(new_run: NewRun
     finished_checkpoint(run.folder, 1)
     run.finish()
     before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=r"run_name='run'.*already holds a run"):
+    with pytest.raises(ConfigError, match=r"run_name = 'run'.*already holds a run"):
         new_run(seed=7)
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
 
@@ -342,7 +342,7 @@ def test_resuming_a_run_that_saved_nothing_says_how_it_is_started_again(new_run:
 @pytest.mark.parametrize("blocked", ["file", "file/below"])
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, blocked: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run_name='run': no folder can be made in logdir="):
+    with pytest.raises(ConfigError, match=r"run_name = 'run': no folder can be made in logdir="):
         Run(make_settings(tmp_path / blocked), Accelerator(cpu=True))
 
 
