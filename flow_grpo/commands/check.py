@@ -37,6 +37,7 @@ from flow_grpo.inspection.things import Thing, find_out
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import say
 from flow_grpo.page.build import build_page, number
+from flow_grpo.page.data import evaluation_of
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
 from flow_grpo.page.words import FIGURES, load
 from flow_grpo.runs.folder import PAGE_FILE, fresh_folder
@@ -286,9 +287,12 @@ def result_of(thing: Thing, against: Thing | None, found: Comparison, paired: bo
         "prompts": len(record.prompts),
         "paired": paired if len(found.records) > 1 else None,
         "features": record.diversity.features if record.diversity else None,
+        "figures": dict(evaluation_of(record).figures),
         "vendi": asdict(found.vendi) if found.vendi else None,
         "changes": {name: asdict(change) for name, change in changes.items()},
-        "verdicts": {
+        "verdicts": None
+        if len(found.records) == 1
+        else {
             "diversity": diversity_verdict(changes.get("vendi")),
             "exploitation": exploitation_verdict(changes.get("reward"), changes.get("judge"), independent),
         },
@@ -302,7 +306,7 @@ def words_of(result: dict[str, Any], found: Comparison) -> str:
     distances = record.diversity
     places = {"n": round(float(np.mean(distances.images))) if distances else 0}
     titles = {name: words["figures"][name]["title"].format(**places) for name in FIGURES}
-    chosen = ["vendi"] if alone else FIGURES
+    chosen = [name for name in FIGURES if name in result["figures"]] if alone else FIGURES
     rows = [(titles[name], *_cells(name, result, found.records[-1].changes.get(name))) for name in chosen]
     verdicts = [] if alone else [words[kind][code]["words"] for kind, code in result["verdicts"].items()]
     return _template().render(
@@ -323,12 +327,13 @@ def _cells(name: str, result: dict[str, Any], change: Change | None) -> tuple[st
     """The value, old -> new, and the interval with what it means."""
     words = load()
     unit = words["figures"][name]["unit"]
-    if name == "vendi" and result["vendi"] and result["against"] is None:
-        interval = result["vendi"]
-        return number(interval["estimate"]), f"{number(interval['low'])} to {number(interval['high'])}"
+    percent = " %" if unit == "share" else ""
+    if result["against"] is None:
+        interval = result["vendi"] if name == "vendi" else None
+        more = f"{number(interval['low'])} to {number(interval['high'])}" if interval else ""
+        return f"{number(result['figures'][name], unit)}{percent}", more
     if change is None:
         return words["direction"]["not_measured"], NEEDS.get(name, "")
-    percent = " %" if unit == "share" else ""
     value = f"{number(change.old, unit)} -> {number(change.new, unit)}{percent}"
     ends = [number(x, unit, sign=True) for x in (change.difference, change.low, change.high)]
     return value, f"{ends[0]}, {ends[1]} to {ends[2]}: {words['direction'][direction(change)]}"

@@ -111,7 +111,6 @@ def configure(
     overrides: Sequence[str],
     allow_changes: bool,
     load: Callable[[str], ConfigDict],
-    tell: bool = False,
     check: bool = False,
 ) -> ConfigDict:
     """The locked configuration of a recipe, or of the run that --config.resume_from names, with overrides.
@@ -120,7 +119,6 @@ def configure(
         recipe: what `load` takes; empty: the run's own settings.
         overrides: each --config.KEY=VALUE, or as two arguments.
         allow_changes: also those that change what a run that goes on draws or measures.
-        tell: say what is changed of a recipe, too.
         check: also everything that can be known before torch is imported; the answer is quick.
 
     Raises:
@@ -139,7 +137,7 @@ def configure(
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
     if check:
         resolve(config, read_launcher().num_processes, cuda=True)
-    if changes and (tell or before is not None):
+    if changes and before is not None:
         say(f"changed: {', '.join(changes.values())}")
     return config
 

@@ -34,7 +34,6 @@ from flow_grpo.recipes import sd3
 from flow_grpo.runs.config import config_of_file
 from flow_grpo.runs.folder import CONFIG_FILE
 
-UNTYPED = "--untyped"  # the changes were not typed by anybody, and are not told
 WHAT = "a recipe, FILE.py[:NAME], or the config.json of a run"
 SCRIPT_WORDS = re.compile(r"(?<![\w./-])(?:--)?config\.(?!(?:json|py)\b)|--config (?=\S)")  # before a key or a file
 RESUME = re.compile(r"(?<![\w./-])(?:--)?config\.resume_from(?: ?= ?)?")
@@ -48,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", default="", metavar="1,2,3", help="a run for each, one after another")
     parser.add_argument("--resume", default="", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument(cli.ALLOW_CHANGES, action="store_true", help="of a run that goes on, also what it measures")
-    parser.add_argument(UNTYPED, action="store_true", help=argparse.SUPPRESS)  # of a command that starts this one
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -72,9 +70,7 @@ def configuration(arguments: argparse.Namespace) -> ConfigDict:
         overrides.append(f"--config.run_name={arguments.name}")
     if arguments.resume:
         overrides.append(f"--config.resume_from={arguments.resume}")
-    return cli.configure(
-        arguments.start or "", overrides, arguments.allow_changes, load, tell=not arguments.untyped, check=True
-    )
+    return cli.configure(arguments.start or "", overrides, arguments.allow_changes, load, check=True)
 
 
 def train(config: ConfigDict) -> None:
@@ -179,7 +175,7 @@ def _seeds(arguments: argparse.Namespace) -> list[int]:
 
 def train_command(start: str, changes: Sequence[str], name: str) -> list[str]:
     """The command that trains one run, of settings that a command of ours has chosen."""
-    return [sys.executable, "-m", "flow_grpo.commands.main", "train", start, *changes, "--name", name, UNTYPED]
+    return [sys.executable, "-m", "flow_grpo.commands.main", "train", start, *changes, "--name", name]
 
 
 def run_process(command: Sequence[str]) -> int:

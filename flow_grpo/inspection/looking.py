@@ -39,7 +39,7 @@ TAKEN = ("pretrained.", "resolution", "max_sequence_length", "mixed_precision", 
          "prompts.test", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
 SD3_STEPS, SD3_GUIDANCE, SD3_LENGTH, SD3_SIDE = 28, 7.0, 256, 1024  # as diffusers' pipeline has them
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
-LEAST_IMAGES = 4  # of a prompt, for an interval
+LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
 KINDS = ("clip", "dinov2", "open_clip")
 OPEN_CLIP_SOURCES = ("hf-hub:", "local-dir:")

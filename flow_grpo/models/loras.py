@@ -32,12 +32,15 @@ class Loaded:
     of: int  # layers of the file
     text_encoder: int = 0  # layers left out, being a text encoder's
     unknown: tuple[str, ...] = ()  # names of layers, and other keys, that are no module's
+    zero: bool = False  # every layer is 0: nothing is changed
 
     def __str__(self) -> str:
         left_out = [f"{self.text_encoder} of text encoders"] if self.text_encoder else []
         if self.unknown:
             left_out.append(f"{len(self.unknown)} unknown, first {self.unknown[0]}")
-        return f"{self.layers} of {self.of} layers loaded" + (f" (left out: {'; '.join(left_out)})" if left_out else "")
+        without = f" (left out: {'; '.join(left_out)})" if left_out else ""
+        same = ", every one of them 0: the model is unchanged" if self.zero else ""
+        return f"{self.layers} of {self.of} layers loaded{without}{same}"
 
 
 def load_lora(transformer: Any, path: str | Path) -> Loaded:
@@ -65,7 +68,13 @@ def load_lora(transformer: Any, path: str | Path) -> Loaded:
     found = sum(adapter in getattr(module, "lora_A", {}) for module in transformer.modules())
     if found != len(plan.placements):
         raise RuntimeError(f"peft made {found} layers of {len(plan.placements)}")  # a fault of ours, not of the file
-    return Loaded(path.name, adapter, plan.layers, len(file.layers), len(plan.text_encoder), plan.unknown)
+    zero = not any(_changes(part) for part in parts.values())
+    return Loaded(path.name, adapter, plan.layers, len(file.layers), len(plan.text_encoder), plan.unknown, zero)
+
+
+def _changes(part: Parts) -> bool:
+    """Whether a module's output can differ with it."""
+    return bool(part.scale and part.a.any() and part.b.any()) or part.magnitude is not None or part.bias is not None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
         "words": load(),
         "figures": FIGURES,
         "refresh": REFRESH_SECONDS if live else 0,
+        "written": f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         "label": label,
         "runs": plain_runs,
         "groups": [_group(group, runs) for group in groups],
@@ -130,6 +132,7 @@ def _weight(run: PageRun, shown: Sequence[int]) -> int:
 
 
 def _run(run: PageRun, shown: Sequence[int], pictures: bool) -> dict[str, Any]:
+    base = run.evaluations[0].record if run.evaluations[0].epoch == 0 else None
     prompts = list(dict.fromkeys(p for e in run.evaluations if e.record is not None for p in e.record.prompts))
     return {
         "name": run.name,
@@ -138,7 +141,7 @@ def _run(run: PageRun, shown: Sequence[int], pictures: bool) -> dict[str, Any]:
         "best": run.best,
         "prompts": prompts,
         "n": _counts([e.record for e in run.evaluations if e.record is not None]),
-        "evaluations": [_evaluation(evaluation, run.compares) for evaluation in run.evaluations],
+        "evaluations": [_evaluation(evaluation, run.compares, base) for evaluation in run.evaluations],
         "checkpoints": [_checkpoint(i, run.evaluations[i], prompts, pictures) for i in shown],
     }
 
@@ -149,8 +152,9 @@ def _counts(records: Sequence[Record]) -> str:
     return " to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else ""
 
 
-def _evaluation(evaluation: Evaluation, compares: bool) -> dict[str, Any]:
+def _evaluation(evaluation: Evaluation, compares: bool, base: Record | None) -> dict[str, Any]:
     changes, record = evaluation.changes, evaluation.record
+    alike = base is None or record is None or record.setting == base.setting
     independent = record is not None and record.judge is not None and record.judge.independent
     directions = {name: _direction(name, evaluation, compares) for name in FIGURES}
     return {
@@ -161,26 +165,40 @@ def _evaluation(evaluation: Evaluation, compares: bool) -> dict[str, Any]:
         "figures": evaluation.figures,
         "changes": {name: asdict(change) for name, change in changes.items()},
         "directions": directions,
-        "diversity": _diversity(evaluation, compares),
-        "exploitation": _without_records(
-            exploitation_verdict(changes.get("reward"), changes.get("judge"), independent), "reward", evaluation
-        ),
+        "diversity": _diversity(evaluation, compares, alike),
+        "exploitation": _exploitation(evaluation, independent, alike),
         "independent": independent,
+        "alike": alike,  # drawn and measured as the base was
         "images": 0 if record is None else len(record.prompt),
         "extra": evaluation.extra,
     }
 
 
-def _without_records(verdict: str, figure: str, evaluation: Evaluation) -> str:
-    """The verdict; "no_records" of a figure whose mean alone is known."""
-    return "no_records" if evaluation.record is None and figure in evaluation.figures else verdict
+def _without_change(figure: str, evaluation: Evaluation, alike: bool, verdict: str) -> str:
+    """Why a figure that was measured has no interval; the verdict where it was not measured."""
+    record = evaluation.record
+    measured = figure in evaluation.figures or (figure == "reward" and record is not None and "total" in record.rewards)
+    if not measured:
+        return verdict
+    if record is None:
+        return "no_records"
+    return "no_interval" if alike else "other_setting"
 
 
-def _diversity(evaluation: Evaluation, compares: bool) -> str:
+def _diversity(evaluation: Evaluation, compares: bool, alike: bool) -> str:
     """A key of the words' verdicts."""
     if evaluation.epoch == 0:
         return _base_verdict(compares)
-    return _without_records(diversity_verdict(evaluation.changes.get("vendi")), "vendi", evaluation)
+    change = evaluation.changes.get("vendi")
+    verdict = diversity_verdict(change)
+    return verdict if change is not None else _without_change("vendi", evaluation, alike, verdict)
+
+
+def _exploitation(evaluation: Evaluation, independent: bool, alike: bool) -> str:
+    """A key of the words' verdicts."""
+    change = evaluation.changes.get("reward")
+    verdict = exploitation_verdict(change, evaluation.changes.get("judge"), independent)
+    return verdict if change is not None else _without_change("reward", evaluation, alike, verdict)
 
 
 def _base_verdict(compares: bool) -> str:

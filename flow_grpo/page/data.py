@@ -188,7 +188,7 @@ def _evaluation(
     folder: Path, label: str, epoch: int, records: Mapping[int, Record], lines: Mapping[int, Mapping[str, Any]]
 ) -> Evaluation:
     if epoch in records:
-        return _of_record(records[epoch])
+        return evaluation_of(records[epoch])
     line = lines[epoch]
     metrics = {key.removeprefix(f"{label}/"): value for key, value in line.items() if key.startswith(f"{label}/")}
     picture = folder / IMAGE_FOLDER / f"{label}_{epoch:06d}.png"
@@ -203,7 +203,8 @@ def _evaluation(
     )
 
 
-def _of_record(record: Record) -> Evaluation:
+def evaluation_of(record: Record) -> Evaluation:
+    """The figures that a record gives."""
     judge, diversity = record.judge, record.diversity
     figures = {
         "reward": _mean(record.rewards.get("total", ())),

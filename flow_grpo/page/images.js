@@ -114,7 +114,8 @@ const sideName = (checkpoint) => `${RUNS.length > 1 ? `${checkpoint.run.name}: `
 function imagesNote(left, right) {
   if (!left.sprite && !right.sprite && !left.picture && !right.picture) return "No images were kept.";
   if (right.picture) return "As the run kept them: it has no scores of single images.";
-  const parts = [right.guess ? "Framed: the judge takes the image for another prompt's." : "No judge was asked."];
+  const parts = left.model.alike && right.model.alike ? [] : ["One side was drawn or measured otherwise: its noises are others."];
+  parts.push(right.guess ? "Framed: the judge takes the image for another prompt's." : "No judge was asked.");
   const all = new Set(right.prompt).size;
   const found = promptsShown(right).length;
   if (right.sprite && found < all) parts.push(`${found} of ${all} prompts.`);
@@ -233,7 +234,7 @@ function prepareDialog() {
 /** Images whose prompt the judge recognised at the base and does not now, though their reward rose; most gain first. */
 function suspectsOf(checkpoint) {
   const base = checkpoint.run.baseCheckpoint;
-  if (!checkpoint.guess || !base?.guess || !checkpoint.rewards.total || !base.rewards.total || checkpoint === base) return null;
+  if (!checkpoint.model.alike || !checkpoint.guess || !base?.guess || !checkpoint.rewards.total || !base.rewards.total || checkpoint === base) return null;
   const found = [];
   for (const [key, place] of checkpoint.places) {
     const before = base.places.get(key);

@@ -139,7 +139,7 @@ const cell = (text) => make("td", { textContent: text });
 function drawPrompts() {
   const right = rightModel();
   const base = right.run.baseCheckpoint;
-  byId("prompts").hidden = !right.vendi || !base?.vendi || right === base;
+  byId("prompts").hidden = !right.model.alike || !right.vendi || !base?.vendi || right === base;
   if (byId("prompts").hidden) return;
   const both = Object.keys(right.vendi).filter((p) => p in base.vendi && matches(right.run.prompts[p]));
   const rows = both.map((p) => ({ prompt: right.run.prompts[p], old: base.vendi[p], now: right.vendi[p] })).sort((a, b) => a.now / a.old - b.now / b.old);
@@ -148,7 +148,7 @@ function drawPrompts() {
 }
 
 function promptCells({ prompt, old, now }, most) {
-  const filter = make("button", { type: "button", className: "link", textContent: prompt, title: "show this prompt alone", data: { key: prompt } });
+  const filter = make("button", { type: "button", className: "link", textContent: prompt, title: "show the prompts that contain this", data: { key: prompt } });
   filter.addEventListener("click", () => change({ filter: state.filter === prompt ? "" : prompt }));
   const bar = make("div");
   const track = make("div", { className: "track" }, bar);
@@ -162,7 +162,7 @@ function promptCells({ prompt, old, now }, most) {
 /** Load the page of a run that goes on again, unless the reader is in the middle of something. */
 function keepFresh() {
   byId("status").hidden = !DATA.refresh;
-  byId("status").textContent = `training: epoch ${RUNS[0].epoch}`;
+  byId("status").textContent = `training: epoch ${RUNS[0].epoch}, at ${DATA.written}`;
   if (!DATA.refresh) return;
   setInterval(() => {
     const busy = byId("dialog").open || document.hidden || document.activeElement === byId("filter");

@@ -363,8 +363,12 @@ SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
     "prompts.", "reward_fn.", "reward_model.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
     "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
+    "eval_diversity", "eval_ode_log_prob",
 )  # fmt: skip
-NOT_SEEN = ("batch_size", "num_grid_prompts", "num_grid_images", "num_strip_prompts")  # last parts of names
+NOT_SEEN = (  # last parts of names
+    "batch_size", "num_grid_prompts", "num_grid_images", "num_strip_prompts", "eval_diversity_freq",
+    "eval_ode_log_prob_freq",
+)  # fmt: skip
 
 
 def decides_what_is_seen(key: str) -> bool:

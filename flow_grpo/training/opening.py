@@ -19,7 +19,7 @@ from flow_grpo.rewards import WeightedReward, build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.stopping import watching
 from flow_grpo.settings import Settings
-from flow_grpo.training import checkpoint
+from flow_grpo.training import checkpoint, words
 from flow_grpo.training.trainer import fit
 
 
@@ -70,3 +70,4 @@ def open_training(config: ConfigDict) -> Iterator[Training]:
             evaluators += build_diversity_evaluators(settings, run, accelerator.device)
             due = checkpoint.resume(policy, run, settings)
             yield Training(policy, prompts, test_prompts, reward, evaluators, settings, run, due)
+        run.tell(words.ends(run.folder, run.counters.epoch))  # after what a tracker says at its own end

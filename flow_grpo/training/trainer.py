@@ -73,7 +73,6 @@ def fit(
         raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
     finally:
         _show(run, live=False)
-    run.tell(training_words.ends(run.folder, counters.epoch))
 
 
 def _take_over_base(run: Run) -> None:

@@ -79,11 +79,11 @@ def test_a_lora_is_compared_with_its_base(lora, options, random_models, capsys) 
                   capsys=capsys)  # fmt: skip
     assert found["layers"] == [{"name": "colours", "loaded": 7, "of": 7, "text_encoder": 0, "unknown": []}]
     assert set(found["changes"]) == {"reward", "vendi", "reached", "judge"}
-    assert (found["images"], found["prompts"], found["paired"], found["against"]) == (24, 4, True, "base model")
+    assert (found["images"], found["prompts"], found["paired"], found["against"]) == (24, 4, True, "base model sd3")
     assert found["changes"]["reward"]["old"] != found["changes"]["reward"]["new"]
     assert Path(found["page"]).is_file()
     base, other = records_of(Path(found["out"]))
-    assert (base.name, other.name, other.epoch) == ("base model", "colours", 1)
+    assert (base.name, other.name, other.epoch) == ("base model sd3", "colours", 1)
     assert base.prompts == other.prompts
     assert base.noise == other.noise
 
@@ -328,7 +328,7 @@ def test_tiny_features_of_large_images_are_refused_with_what_to_type(tmp_path, c
     ("other", "said"),
     [
         (("a", (8, 8, 8)), "hold different prompts: 'prompt 2'"),
-        (("a", (3, 8)), "an interval takes at least 4"),
+        (("a", (3, 8)), "an interval takes at least 5"),
     ],
 )
 def test_folders_that_cannot_be_compared(tmp_path, capsys, other, said) -> None:
@@ -353,7 +353,7 @@ def test_images_are_read_when_they_are_asked_for(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-n", "3"], "a whole number of at least 4"),
+        (["-n", "3"], "a whole number of at least 5"),
         (["--guidance", "nan"], "a number of at least 0"),
         (["--steps", "0"], "a whole number of at least 1"),
         (["--reward", "beauty"], "--reward beauty is not allowed"),

@@ -136,7 +136,7 @@ def test_a_run_that_fails_ends_the_demo_with_its_exit_code(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--max_seconds", "0"), ("--epochs", "-1"), ("--seed", "-1"), ("--max_seconds", "nan")]
+    "arguments", [("--max-seconds", "0"), ("--epochs", "-1"), ("--seed", "-1"), ("--max-seconds", "nan")]
 )
 def test_a_number_that_is_not_allowed_is_refused(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

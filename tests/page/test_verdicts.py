@@ -34,10 +34,14 @@ def test_exploited_is_a_reward_that_rose_and_an_independent_judge_that_fell():
 
 @pytest.mark.parametrize("reward", [UP, DOWN, UNCLEAR, NOTHING])
 @pytest.mark.parametrize("judge", [UP, DOWN, UNCLEAR, NOTHING])
-@pytest.mark.parametrize("independent", [True, False])
-def test_anything_else_is_not_shown(reward, judge, independent):
-    if (reward, judge, independent) != (UP, DOWN, True):
-        assert exploitation_verdict(reward, judge, independent) == "not_shown"
+def test_anything_else_is_not_shown(reward, judge):
+    if (reward, judge) != (UP, DOWN):
+        assert exploitation_verdict(reward, judge, True) == "not_shown"
+
+
+@pytest.mark.parametrize("judge", [UP, DOWN, UNCLEAR, NOTHING])
+def test_a_judge_of_the_rewards_own_model_shows_nothing(judge):
+    assert exploitation_verdict(UP, judge, False) == "same_model"
 
 
 def test_what_was_not_measured_is_named():

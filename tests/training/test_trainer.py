@@ -16,7 +16,7 @@ from flow_grpo.runs.evaluations import Record, read_record, records_of
 from flow_grpo.runs.stopping import Reason
 from flow_grpo.training import checkpoint, trainer
 from flow_grpo.training.trainer import fit, score_of
-from flow_grpo.training.words import evaluation
+from flow_grpo.training.words import ends, evaluation
 
 
 def train(parts, updates, evaluators=(), due=True):
@@ -172,7 +172,7 @@ def test_it_says_where_it_writes_what_each_evaluation_found_and_where_the_page_i
     assert f"{folder}: 8 images an epoch; watch {folder / 'page.html'}" in lines
     assert sum(line.startswith("base model: reward ") for line in lines) == 1
     assert sum(line.startswith(("epoch 1, 0 s: reward ", "epoch 2, 0 s: reward ")) for line in lines) == 2
-    assert lines[-1] == f"done: 2 epochs; the page is {folder / 'page.html'}"
+    assert ends(folder, 2) == f"done: epoch 2; the page is {folder / 'page.html'}"
 
 
 CHANGE = Change(0.5, 0.53125, 0.03125, 0.03, 0.0325)
@@ -240,7 +240,7 @@ def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(evaluated, 
     run = train_evaluated(evaluated, build, [1, 1]).run
     said = capsys.readouterr().err
     assert said.count("no page of") == 1
-    assert f"done: 2 epochs, in {run.folder}" in said
+    assert ends(run.folder, 2) == f"done: epoch 2, in {run.folder}"
 
 
 def test_another_error_of_the_page_is_not_hidden(evaluated, build, monkeypatch):
