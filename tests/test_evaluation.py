@@ -131,7 +131,8 @@ def test_a_file_that_holds_no_modes_is_one_sentence(tmp_path, text, sentence):
 @pytest.fixture
 def measured(config, build):
     """2 images of each of 4 prompts, and 5 of each of 3 for the diversity: parts, evaluators."""
-    config.eval_diversity, config.num_seeds, config.diversity.num_prompts = True, 5, 3
+    config.eval_diversity, config.eval_diversity_freq = True, 1
+    config.num_seeds, config.diversity.num_prompts = 5, 3
     config.eval.rewards = ("jpeg_compressibility",)
     parts = build(config)
     evaluators = sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))
