@@ -31,6 +31,7 @@ NAME, TEMPLATE = "front_door", "front_door.md.j2"
 EPOCHS = 48  # of the training; stopped by Ctrl-C after the evaluation of STOP_AFTER
 STOP_AFTER = 24
 TALL, NARROW = (1280, 1700), (390, 1500)  # pixels of the pictures
+CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # what moves a terminal's cursor
 BROWSER = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -64,7 +65,7 @@ def session(folder: Path) -> list[Step]:
         run("Images of the base model", "fme sample assets/tiny_sd3 'a bag' -n 16 --out base/bag", folder),
         run("Images of a LoRA", "fme sample by_peft 'a bag' -n 16 --out lora/bag", folder),
         run("Two folders of images", "fme check lora --against base --out checks/folders", folder),
-        run("A training, stopped by Ctrl-C", train, folder, interrupt_after=f"epoch {STOP_AFTER}"),
+        run("A training, stopped by Ctrl-C", train, folder, interrupt_after=f"epoch {STOP_AFTER},"),
         run("The same training goes on", "fme train --resume logs/first", folder),
         run("Its page, from its folder alone", "fme view logs/first", folder),
         run("What there is", "fme ls runs", folder),
@@ -94,7 +95,7 @@ def save_random_loras(folder: Path) -> None:
 
 
 def run(title: str, command: str, folder: Path, interrupt_after: str = "") -> Step:
-    """Run a command in the folder; with `interrupt_after`, press Ctrl-C when a line begins so.
+    """Run a command in the folder; with `interrupt_after`, press Ctrl-C when a line says so.
 
     Raises:
         ConfigError: the command failed.
@@ -110,7 +111,7 @@ def run(title: str, command: str, folder: Path, interrupt_after: str = "") -> St
     for line in process.stdout:
         print(line, end="", flush=True)
         lines.append(line)
-        if interrupt_after and line.startswith(interrupt_after):
+        if interrupt_after and interrupt_after in line:
             os.killpg(process.pid, signal.SIGINT)
             interrupt_after = ""
     expected = 128 + signal.SIGINT if "Ctrl-C" in title else 0
@@ -121,7 +122,7 @@ def run(title: str, command: str, folder: Path, interrupt_after: str = "") -> St
 
 def shown(output: str, folder: Path) -> str:
     """What stays on a terminal: of a line that was redrawn, the last; no path of this machine; no progress bar."""
-    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.splitlines()]
+    lines = [CONTROL.sub("", line).rstrip() for line in output.splitlines()]
     kept = [line for line in lines if line and not re.search(r"\d+%\|", line)]
     return "\n".join(kept).replace(f"{folder.resolve()}/", "").replace(f"{ROOT}/", "")
 
@@ -168,6 +169,7 @@ def main() -> None:
     """Exit code 2 after one sentence where a command fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would fme
     with one_sentence_errors(), tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write(session(folder), pictures(folder, DOCS / NAME))
