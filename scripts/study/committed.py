@@ -10,10 +10,10 @@ from typing import Any
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_json, read_object
 from scripts.study.grids import Sample, samples
+from scripts.study.paths import VALIDATION
 from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
 from scripts.study.study_records import NOISE_FILE, RUNS_FILE, SCALES_FILE, Study, read_study, rounded
 
-VALIDATION = Path(__file__).resolve().parents[2] / "assets/figures/entropy_validation/results.json"
 TEXTS = ("form", "source", "label", "method")  # of optional results; what else they hold are numbers or null
 
 

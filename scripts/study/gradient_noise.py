@@ -39,7 +39,7 @@ from flow_grpo.statistics import Estimate, Interval
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from scripts.study import plan
-from scripts.study.summarise import OUT
+from scripts.study.paths import OUT
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

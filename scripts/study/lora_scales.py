@@ -27,8 +27,8 @@ from flow_grpo.recipes.sd3 import get_config
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from scripts.study import plan
+from scripts.study.paths import OUT
 from scripts.study.plan import StudyRun
-from scripts.study.summarise import OUT
 
 if TYPE_CHECKING:
     from flow_grpo.evaluators.evaluation import Evaluator

@@ -13,8 +13,8 @@ from flow_grpo.files import read_text
 from scripts.study.claims import CLAIMS
 from scripts.study.claims.claim import Claim
 from scripts.study.committed import Results, read_results
+from scripts.study.paths import OUT, PAGE, README, ROOT
 from scripts.study.study_records import Study
-from scripts.study.summarise import OUT, PAGE, README, ROOT
 from scripts.study.words import environment, said
 
 TEMPLATE, README_TEMPLATE = "study.md.j2", "study_in_readme.md.j2"

@@ -19,8 +19,9 @@ from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import write_atomically
 
-ROOT = Path(__file__).resolve().parents[2]
-OUT, PAGE, README = ROOT / "assets/study", ROOT / "docs/study.md", ROOT / "README.md"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
+from scripts.study.paths import OUT, PAGE, README
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -113,5 +114,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
     raise SystemExit(main())

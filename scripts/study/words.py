@@ -55,11 +55,10 @@ def markdown(text: str) -> str:
 
 
 def _block(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines()]
-    if not lines[0].startswith("|"):
+    if not text.startswith("|"):
         return " ".join(text.split())
     rows: list[str] = []
-    for line in lines:
+    for line in (line.strip() for line in text.splitlines()):
         if line.startswith("|"):
             rows.append(line)
         else:
