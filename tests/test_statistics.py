@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flow_grpo.statistics import mean_interval, prediction_interval
+from flow_grpo.statistics import (
+    Estimate,
+    Interval,
+    difference_interval,
+    half_widths,
+    mean_interval,
+    prediction_interval,
+    satterthwaite,
+)
 
 
 def test_the_interval_of_a_mean_is_students() -> None:
@@ -36,3 +44,35 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
     assert not found.above(0)
     assert not found.below(5)
     assert mean_interval([]).count == 0
+
+
+@pytest.mark.parametrize("level", [0.5, 0.95])
+def test_the_interval_of_a_number_is_its_error_times_students_quantile(level: float) -> None:
+    found = Estimate(2.0, 0.5, 7).interval(level)
+    low, high = stats.t.interval(level, 7, loc=2.0, scale=0.5)
+    assert (found.estimate, found.low, found.high, found.level) == pytest.approx((2.0, low, high, level))
+    assert Estimate(2.0, 0.5, 7).half_width(level) == pytest.approx(high - 2.0)
+
+
+def test_the_interval_of_a_difference_is_welchs() -> None:
+    a, b = [1.0, 2.5, 3.0, 7.0], [0.5, 0.6, 0.8]
+    found, expected = difference_interval(a, b), stats.ttest_ind(a, b, equal_var=False)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.estimate, found.low, found.high) == pytest.approx((np.mean(a) - np.mean(b), low, high))
+    assert satterthwaite([np.var(x, ddof=1) / len(x) for x in (a, b)], [3, 2]) == pytest.approx(expected.df)
+    exact = difference_interval([1.0, 1.0], [0.5, 0.5])
+    assert (exact.low, exact.high) == (0.5, 0.5)  # no spread, no width
+
+
+def test_half_widths_along_an_axis_are_those_of_each_mean() -> None:
+    values = np.random.default_rng(1).normal(size=(3, 5))
+    expected = [mean_interval(row).high - row.mean() for row in values]
+    assert half_widths(values) == pytest.approx(expected, rel=1e-12)
+
+
+def test_without_an_interval_nothing_is_known_and_nothing_is_beyond_it() -> None:
+    bare, whole = Interval(1.0), Interval(1.0, 0.5, 1.5)
+    assert not bare.known
+    assert (bare.above(0), bare.below(2), bare.holds(1.0)) == (False, False, False)
+    assert whole.known
+    assert (whole.above(0.4), whole.above(0.5), whole.below(1.6), whole.holds(1.5)) == (True, False, True, True)

@@ -52,8 +52,8 @@ def test_probes_whose_noise_is_small_stand_in_for_the_exact_trace() -> None:
         probes = {**row, "probes": 16, "source": "probes", "value": snr, "low": 0.8 * snr, "high": 1.2 * snr}
         return said("claim-4", "probe_noise", probe_shares(gradients([*rows, probes])))
 
-    assert share(60.0).endswith("2% (1% to 2%) with 16. So a run with the exact trace would follow nearly the gradients "
-                               "of one with 16.")  # fmt: skip
+    stands_in = "So a run with the exact trace would follow nearly the gradients of one with 16."
+    assert share(60.0).endswith(f"2% (1% to 2%) with 16. {stands_in}")
     assert share(9.0).endswith("10% (8% to 12%) with 16.")
 
 
