@@ -16,15 +16,17 @@ from scripts.study.study_records import NOISE_FILE, RUNS_FILE, SCALES_FILE, Stud
 
 TEXTS = ("form", "source", "label", "method")  # of optional results; what else they hold are numbers or null
 
+Rows = Sequence[Mapping[str, Any]]  # of a JSON file
+
 
 @dataclass(frozen=True)
 class Results:
     """All that is committed, and where."""
 
     study: Study
-    noise: Sequence[Mapping[str, Any]]  # rows of gradient_noise.py
-    scales: Sequence[Mapping[str, Any]]  # entries of lora_scales.py, see claims.frontier
-    validation: Sequence[Mapping[str, Any]]  # rows of the entropy validation
+    noise: Rows  # rows of gradient_noise.py
+    scales: Rows  # entries of lora_scales.py, see claims.frontier
+    validation: Rows  # rows of the entropy validation
     samples: Sequence[Sample]  # whose grids are committed
 
 

@@ -11,7 +11,7 @@ from scipy.stats import chi2
 
 from flow_grpo.statistics import LEVEL, NORMAL_95, Interval
 from scripts.study.claims.claim import Claim
-from scripts.study.committed import Results
+from scripts.study.committed import Results, Rows
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def find(results: Results) -> Validation:
     )
 
 
-def agreement(rows: Sequence[Mapping[str, Any]]) -> Agreement:
+def agreement(rows: Rows) -> Agreement:
     """Of rows of the validation."""
     errors = np.array([row["error_in_standard_errors"] for row in rows])
     return Agreement(len(rows), float(np.square(errors).sum()), float(chi2.ppf(LEVEL, len(rows))), abs(errors).max())

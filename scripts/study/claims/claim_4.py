@@ -9,11 +9,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from flow_grpo.statistics import CountedInterval, mean_interval
 from scripts.study.claims.claim import RUN, Claim
-from scripts.study.committed import Results
+from scripts.study.committed import Results, Rows
 from scripts.study.comparison import Side, mean_final, side
 from scripts.study.forms import Form, by_form, fewest_epochs
 from scripts.study.records import ACCURACY, REWARD, VENDI
@@ -212,7 +211,7 @@ def _mean(records: Sequence[StudyRecord], name: str, which: str) -> float:
 # --- the gradients ----------------------------------------------------------------------------------------------
 
 
-def gradients(noise: Sequence[Mapping[str, Any]]) -> dict[Form, dict[str, CountedInterval]]:
+def gradients(noise: Rows) -> dict[Form, dict[str, CountedInterval]]:
     """Of the rows of gradient_noise.json."""
     found: dict[Form, dict[str, CountedInterval]] = {}
     for row in noise:

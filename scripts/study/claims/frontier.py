@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 from flow_grpo.statistics import CountedInterval, mean_interval
 from scripts.study.claims.claim import RUN, Claim
-from scripts.study.committed import Results
+from scripts.study.committed import Results, Rows
 from scripts.study.comparison import equal_reward_difference
 from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
 from scripts.study.study_records import Study, StudyRecord, by_label, paired
@@ -104,7 +103,7 @@ def find(results: Results) -> Frontier | None:
     )
 
 
-def frontier(study: Study, scales: Sequence[Mapping[str, Any]] = ()) -> list[Point]:
+def frontier(study: Study, scales: Rows = ()) -> list[Point]:
     """Every run at its end, DRTune stopped at GRPO's reward, and LoRAs that were scaled at sampling time.
 
     Args:
