@@ -21,10 +21,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.velocity import VelocityFn
+from flow_grpo.statistics import half_width
 
 DISTRIBUTIONS = ("rademacher", "gaussian", "orthogonal")
 PRODUCTS = ("vjp", "jvp", "difference")
@@ -515,7 +515,7 @@ class EntropyEstimate:
     @property
     def half_width_95(self) -> float:
         """Of the entropy's 95 % interval: `standard_error` times Student's t of N - 1 degrees of freedom."""
-        return float(student_t.ppf(0.975, self.num_samples - 1)) * self.standard_error
+        return half_width(self.standard_error, self.num_samples - 1)
 
     @property
     def nats_per_dim(self) -> float:

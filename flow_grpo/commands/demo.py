@@ -19,6 +19,7 @@ import jinja2
 
 from flow_grpo.commands.train import run_process, train_command
 from flow_grpo.commands.view import view
+from flow_grpo.crossing import first_at_least
 from flow_grpo.errors import ConfigError
 from flow_grpo.messages import say
 from flow_grpo.page.data import Evaluation, PageRun, read_run
@@ -143,7 +144,8 @@ def outcome(out: Path, minutes: float) -> str:
 
 def reached(run: PageRun, level: float) -> Evaluation | None:
     """The first evaluation of a run with at least this reward; None: there is none."""
-    return next((e for e in run.evaluations if e.figures.get("reward", -math.inf) >= level), None)
+    place = first_at_least([e.figures.get("reward", math.nan) for e in run.evaluations], level)
+    return None if place is None else run.evaluations[place]
 
 
 def _row(label: str, evaluation: Evaluation) -> list[str]:

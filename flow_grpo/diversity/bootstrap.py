@@ -59,6 +59,7 @@ from flow_grpo.diversity.vendi import (
     vendi_score,
 )
 from flow_grpo.errors import ConfigError
+from flow_grpo.statistics import Interval
 
 MAX_BLOCKS = 64  # left out one by one: beyond so many images, blocks of equal size are, not images
 MAX_PAIRS = 500  # left out two by two, drawn at random where there are more
@@ -69,16 +70,6 @@ STACK_BYTES = 2**26  # of the matrices whose eigenvalues are taken together
 
 Score = Callable[[np.ndarray], float]
 Without = Callable[[np.ndarray], np.ndarray]  # (k, r) numbers of blocks -> (k,) scores without these r blocks
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and the ends of its interval at `level`."""
-
-    estimate: float
-    low: float
-    high: float
-    level: float
 
 
 @runtime_checkable

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flow_grpo.diversity.bootstrap import LEAST_ROWS, Interval, RkeScore, VendiScore, grouped_interval
+from flow_grpo.diversity.bootstrap import LEAST_ROWS, RkeScore, VendiScore, grouped_interval
 from flow_grpo.diversity.prdc import PRDC, mean_pairwise_distance, prdc
 from flow_grpo.diversity.rke import relative_rke
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import figure_text, one_line
+from flow_grpo.statistics import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -58,8 +58,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm
-from scipy.stats import t as student_t
 
 from flow_grpo.diversity.bootstrap import (
     LEAST_ROWS,
@@ -73,10 +71,10 @@ from flow_grpo.diversity.bootstrap import (
 )
 from flow_grpo.diversity.vendi import NEGLIGIBLE
 from flow_grpo.errors import ConfigError
+from flow_grpo.statistics import LEVEL, half_width, normal_half_width, satterthwaite
 
 Array = NDArray[np.float64]
 Matrices = Sequence[ArrayLike] | np.ndarray  # one for each prompt
-LEVEL = 0.95
 DRAWS = 2000  # of the studentised bootstrap
 NEIGHBOURS = 2  # of 16 images the base then reaches 78 to 93 % of its own, see above
 ROUNDING = 1.5  # eigenvalues below so many times the most negative one are rounding, as that one is
@@ -111,11 +109,7 @@ def change_of_means(old: ArrayLike, new: ArrayLike, groups: ArrayLike, paired: b
     sides = [b - a] if paired else [a, b]
     terms = [(len(rows) / len(a)) ** 2 * side[rows].var(ddof=1) / len(rows) for side in sides for rows in strata]
     freedoms = [len(rows) - 1 for _ in sides for rows in strata]
-    variance = float(sum(terms))
-    half = 0.0
-    if variance > 0:  # Welch and Satterthwaite
-        freedom = variance**2 / sum(term**2 / free for term, free in zip(terms, freedoms, strict=True))
-        half = float(student_t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance)
+    half = half_width(math.sqrt(sum(terms)), satterthwaite(terms, freedoms))
     difference = float(b.mean() - a.mean())
     return Change(
         float(a.mean()), float(b.mean()), difference, difference - half, difference + half, LEVEL, len(a), paired
@@ -135,7 +129,7 @@ def change_of_shares(old: ArrayLike, new: ArrayLike, paired: bool = True) -> Cha
     else:  # Agresti and Caffo: one right and one wrong image more on either side
         p, q = (a.sum() + 1) / (n + 2), (b.sum() + 1) / (n + 2)
         centre, variance = float(q - p), float(p * (1 - p) + q * (1 - q)) / (n + 2)
-    half = float(norm.ppf((1 + LEVEL) / 2)) * math.sqrt(variance)
+    half = normal_half_width(math.sqrt(variance))
     low, high = max(min(centre - half, difference), -1.0), min(max(centre + half, difference), 1.0)
     return Change(float(a.mean()), float(b.mean()), difference, low, high, LEVEL, n, paired)
 
@@ -261,7 +255,7 @@ def change_of_reach(
     images = sum(len(matrix) for matrix in sets[0])
     points, members = (sum(getattr(one, name) for one in found) / len(found) ** 2 for name in ("points", "members"))
     variance = points + max(members, 0.0) + 1 / (images + 2) ** 2
-    half = float(student_t.ppf((1 + LEVEL) / 2, images - len(found))) * math.sqrt(variance)
+    half = half_width(math.sqrt(variance), images - len(found))
     before, after = (float(np.mean([getattr(one, side) for one in found])) for side in ("old", "new"))
     return _change(before, after, half, 1.0, images, paired)
 

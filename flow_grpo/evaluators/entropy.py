@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from flow_grpo.entropy import (
@@ -32,6 +31,7 @@ from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators, keyed_generator
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
+from flow_grpo.statistics import Estimate
 from flow_grpo.types import Samples
 
 
@@ -56,27 +56,17 @@ class PromptLogDensities:
         return differential_entropy(self.log_prob.flatten(), self.probe_variance.flatten(), self.dims)
 
 
-@dataclass(frozen=True)
-class MeanOverPrompts:
-    """A mean over prompts, whose samples are independent."""
+def mean_over_prompts(values: Tensor) -> Estimate:
+    """Of values (P, S), S >= 2, each prompt with a variance of its own; samples are independent.
 
-    mean: float
-    standard_error: float
-    half_width_95: float  # of the 95 % interval
-
-    @staticmethod
-    def of(values: Tensor) -> MeanOverPrompts:
-        """Of values (P, S), S >= 2, each prompt with a variance of its own.
-
-        The interval is Student's, with Welch's and Satterthwaite's degrees of freedom (Biometrika 34, 28): S - 1 for
-        one prompt, up to P (S - 1) for prompts of equal variance.
-        """
-        count, samples = values.shape
-        variances = values.double().var(1) / samples  # of each prompt's mean
-        total = variances.sum().item()
-        freedom = (samples - 1) * total**2 / variances.square().sum().item() if total > 0 else samples - 1.0
-        error = math.sqrt(total) / count
-        return MeanOverPrompts(values.double().mean().item(), error, float(student_t.ppf(0.975, freedom)) * error)
+    The degrees of freedom are Welch's and Satterthwaite's (Biometrika 34, 28): S - 1 for one prompt, up to P (S - 1)
+    for prompts of equal variance.
+    """
+    count, samples = values.shape
+    variances = values.double().var(1) / samples  # of each prompt's mean
+    total = variances.sum().item()
+    freedom = (samples - 1) * total**2 / variances.square().sum().item() if total > 0 else samples - 1.0
+    return Estimate(values.double().mean().item(), math.sqrt(total) / count, freedom)
 
 
 def latent_dims(policy: Policy) -> int:
@@ -149,20 +139,20 @@ def entropy_metrics(densities: PromptLogDensities) -> dict[str, float]:
     averaged over the prompts. `std_corrected` is without the probes' share of that variance. `std_pooled` and
     `std_pooled_corrected` also hold the differences between prompts, as do `min`, `max`, `median` and the quantiles.
     """
-    pooled, entropy = densities.pooled, MeanOverPrompts.of(-densities.log_prob)
+    pooled, entropy = densities.pooled, mean_over_prompts(-densities.log_prob)
     observed = densities.log_prob.var(1).mean().item()  # within prompts
     probes = densities.probe_variance.mean().item()
     between = float(np.maximum(observed - probes, 0.0))  # nan stays nan
     share = len(densities.prompts) * densities.log_prob.shape[1]  # of a variance in that of the mean
     return {
-        "entropy/nats": entropy.mean,
-        "entropy/nats_per_dim": entropy.mean / densities.dims,
-        "entropy/bits_per_dim": entropy.mean / densities.dims / math.log(2),
+        "entropy/nats": entropy.value,
+        "entropy/nats_per_dim": entropy.value / densities.dims,
+        "entropy/bits_per_dim": entropy.value / densities.dims / math.log(2),
         "entropy/standard_error": entropy.standard_error,
-        "entropy/half_width_95": entropy.half_width_95,
+        "entropy/half_width_95": entropy.half_width(),
         "entropy/sample_part": math.sqrt(between / share),
         "entropy/probe_part": math.sqrt(probes / share),
-        "ode_log_prob/mean": -entropy.mean,
+        "ode_log_prob/mean": -entropy.value,
         "ode_log_prob/std": math.sqrt(observed),
         "ode_log_prob/std_corrected": math.sqrt(between),
         "ode_log_prob/std_pooled": pooled.log_prob_std,

@@ -27,7 +27,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-from scipy.stats import t
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -41,6 +40,7 @@ from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.runs.run import IMAGE_FOLDER, Run
 from flow_grpo.settings import Settings
+from flow_grpo.statistics import half_widths
 from flow_grpo.types import Samples
 
 MAX_FRAMES, MAX_CURVES = 12, 8  # steps of a strip, and drawn against training
@@ -219,21 +219,13 @@ def training_figure(history: list[dict[str, Any]]) -> Figure:
             level, change = values[:, :, i], values[:, :, i] - values[0, :, i]
             style = {"color": colour, "marker": "o", "markersize": 3}
             upper.plot(epochs, level.mean(1), label=f"{history[-1]['sigmas'][i]:.3g}", **style)
-            lower.errorbar(epochs + shift, change.mean(1), t_half_widths(change), capsize=2, elinewidth=0.8, **style)
+            lower.errorbar(epochs + shift, change.mean(1), half_widths(change), capsize=2, elinewidth=0.8, **style)
         upper.set_ylabel(f"{name.replace('_', ' ')} ({unit}), mean over prompts")
         lower.set_ylabel(f"change since epoch {epochs[0]}")
         lower.set_xlabel("epochs")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         upper.legend(title="sigma", frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-def t_half_widths(values: np.ndarray) -> np.ndarray:
-    """Of the 95 % interval of the mean over the last axis, of independent values; nan if there is only one."""
-    count = values.shape[-1]
-    if count < 2:
-        return np.full(values.shape[:-1], np.nan)
-    return t.ppf(0.975, count - 1) * values.std(-1, ddof=1) / math.sqrt(count)
 
 
 def rendered(figure: Figure) -> Image.Image:

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from flow_grpo.diversity.bootstrap import Interval
 from flow_grpo.diversity.features import FeatureExtractor
 from flow_grpo.diversity.images import ImageFolder, stack
 from flow_grpo.errors import ConfigError
@@ -43,6 +42,7 @@ from flow_grpo.rewards import build_reward
 from flow_grpo.runs.evaluations import FOLDERS, SMALL, Record, with_changes, write_record
 from flow_grpo.runs.run import Counters, Run
 from flow_grpo.settings import Settings
+from flow_grpo.statistics import Interval
 from flow_grpo.training.weights import Bars
 from flow_grpo.types import Samples
 

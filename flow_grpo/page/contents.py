@@ -22,7 +22,6 @@ from flow_grpo.page.data import MOST_CHECKPOINTS, Evaluation, PageRun, evenly
 from flow_grpo.page.seeds import (
     NOT_SETTINGS,
     Difference,
-    Estimate,
     Group,
     curves,
     differences,
@@ -34,6 +33,7 @@ from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_v
 from flow_grpo.page.words import FIGURES, load, range_of
 from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import IMAGE_FOLDER
+from flow_grpo.statistics import Interval
 
 MOST_IMAGE_BYTES = 24 << 20  # of all sprites in a page, before base64
 MOST_STRIPS, MOST_STRIP_RUNS, STRIP_WIDTH = 3, 4, 1280  # film strips of a run, runs that have some, pixels
@@ -303,7 +303,7 @@ def _comparison(groups: Sequence[Group], runs: Sequence[PageRun], incomparable: 
     return rows
 
 
-def _compared(estimate: Estimate, difference: Difference | None) -> dict[str, Any]:
+def _compared(estimate: Interval, difference: Difference | None) -> dict[str, Any]:
     return {"estimate": estimate, "difference": difference, "tone": _tone(difference)}
 
 
@@ -316,10 +316,10 @@ def _tone(difference: Difference | None) -> str:
     """A key of the words' directions."""
     if difference is None:
         return ""
-    estimate: Estimate = difference.estimate
-    if estimate.low is None or estimate.high is None:
+    estimate = difference.estimate
+    if not estimate.known:
         return "no_interval"
-    return "better" if estimate.low > 0 else "worse" if estimate.high < 0 else "not_shown"
+    return "better" if estimate.above(0) else "worse" if estimate.below(0) else "not_shown"
 
 
 def _settings(runs: Sequence[PageRun]) -> tuple[Table, list[tuple[str, str]]]:

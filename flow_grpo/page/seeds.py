@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from flow_grpo.diversity.paired import Change
 from flow_grpo.page.data import PageRun
 from flow_grpo.page.words import FIGURES, range_of
 from flow_grpo.runs.evaluations import with_changes
+from flow_grpo.statistics import Interval, difference_interval, mean_interval
 
 NOT_SETTINGS = ("run_name", "logdir", "project", "trackers", "resume_from")  # of no effect on the numbers
 SEED = "seed"
@@ -36,19 +35,10 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value, and its 95 % interval where there is one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
 class Difference:
     """How a group differs from the first in one figure, at the last evaluations."""
 
-    estimate: Estimate
+    estimate: Interval
     how: str  # "seeds": t over the seeds both have; "runs": t (Welch) over runs; "images": paired; "none": no interval
 
 
@@ -106,30 +96,21 @@ def curves(group: Group, runs: Sequence[PageRun]) -> dict[str, list[dict[str, fl
                         "epoch": epoch,
                         "seconds": float(np.mean([evaluation.seconds for evaluation in at])),
                         "network_evaluations": float(np.mean([evaluation.network_evaluations for evaluation in at])),
-                        "value": estimate.value,
-                        "low": estimate.low,
-                        "high": estimate.high,
+                        "value": estimate.estimate,
+                        "low": estimate.low if estimate.known else None,
+                        "high": estimate.high if estimate.known else None,
                     }
                 )
     return found
 
 
-def mean_of(values: Sequence[float], least: float | None = None, most: float | None = None) -> Estimate:
+def mean_of(values: Sequence[float], least: float | None = None, most: float | None = None) -> Interval:
     """Mean over runs with its t interval, cut to what the figure can be; one run has none."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Estimate(mean)
-    low, high = _interval(stats.ttest_1samp, mean, values, 0.0)
-    return Estimate(mean, low if least is None else max(low, least), high if most is None else min(high, most))
-
-
-def _interval(test: Any, centre: float, *samples: Any, **options: Any) -> tuple[float, float]:
-    """The 95 % interval of one of scipy's t tests; values that are all the same leave no width."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of samples without a spread
-        found = test(*samples, **options).confidence_interval(0.95)
-    low, high = float(found.low), float(found.high)
-    return (low, high) if np.isfinite([low, high]).all() else (centre, centre)
+    found = mean_interval(values)
+    if not found.known:
+        return Interval(found.estimate)
+    low = found.low if least is None else max(found.low, least)
+    return Interval(found.estimate, low, found.high if most is None else min(found.high, most))
 
 
 # --- against the first group ----------------------------------------------------------------------------
@@ -174,15 +155,14 @@ def _of_runs(new: Mapping[Any, float], old: Mapping[Any, float]) -> Difference |
     a, b = list(new.values()), list(old.values())
     centre = float(np.mean(a) - np.mean(b))
     if min(len(a), len(b)) < 2:
-        return Difference(Estimate(centre), "none")
-    return _unless_exact(Estimate(centre, *_interval(stats.ttest_ind, centre, a, b, equal_var=False)), "runs")
+        return Difference(Interval(centre), "none")
+    return _unless_exact(difference_interval(a, b), "runs")
 
 
-def _unless_exact(estimate: Estimate, how: str) -> Difference:
+def _unless_exact(estimate: Interval, how: str) -> Difference:
     """Few seeds often lose the same number of images: a difference without a spread is not known without an error."""
-    low, high = estimate.low, estimate.high
-    if estimate.value != 0 and low is not None and high is not None and math.isclose(low, high, rel_tol=1e-9):
-        return Difference(Estimate(estimate.value), "none")
+    if estimate.estimate != 0 and estimate.known and math.isclose(estimate.low, estimate.high, rel_tol=1e-9):
+        return Difference(Interval(estimate.estimate), "none")
     return Difference(estimate, how)
 
 
@@ -200,7 +180,7 @@ def _of_images(run: PageRun, first: PageRun) -> dict[str, Difference]:
     for figure in (figure for figure in FIGURES if figure in new.figures and figure in old.figures):
         if figure in changes and figure != "reached":  # whose distances are to the run's own base, not to the other run
             change = changes[figure]
-            found[figure] = Difference(Estimate(change.difference, change.low, change.high), "images")
+            found[figure] = Difference(Interval(change.difference, change.low, change.high), "images")
         else:
-            found[figure] = Difference(Estimate(new.figures[figure] - old.figures[figure]), "none")
+            found[figure] = Difference(Interval(new.figures[figure] - old.figures[figure]), "none")
     return found

@@ -38,7 +38,6 @@ from flow_grpo.evaluators.film_strip import (
     curves_figure,
     film_strip,
     strip_image,
-    t_half_widths,
     training_figure,
 )
 from flow_grpo.figure_text import optional_figure
@@ -52,13 +51,13 @@ from flow_grpo.runs.folder import EVALUATIONS, IMAGE_FOLDER, flatten
 from flow_grpo.runs.run import Counters, Run
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.trackers import log_checkpoints
+from flow_grpo.statistics import NORMAL_95, half_widths
 from flow_grpo.training.weights import Bars, Model, load_weights
 from flow_grpo.types import Samples
 from scripts.diversity_metrics.eval_ode_log_prob import entropy_change
 
 SETTINGS = ("resolution", "pretrained.", "prompts.test", "prompts.eval_diversity", "num_seeds", "reward_fn.",
             "reward_model.", "eval.", "entropy.", "diversity.")  # fmt: skip
-NORMAL_95 = 1.96
 FIGURES = {"curves": curves_figure, "training": training_figure}
 
 Parts = list[tuple[Samples, Measured]]  # what evaluators found, and of which samples
@@ -231,7 +230,7 @@ def _intervals(tested: Samples, part: Measured) -> dict[str, tuple[float, float]
     found, seeds = {}, tested.sample_ids.numpy()
     for name, values in part.rewards.items():
         means = np.array([np.asarray(values)[seeds == seed].mean() for seed in np.unique(seeds)])
-        found[f"reward/{name}"] = _around(part.metrics[f"reward/{name}"], float(t_half_widths(means)))
+        found[f"reward/{name}"] = _around(part.metrics[f"reward/{name}"], float(half_widths(means)))
     if "judge/accuracy" in part.metrics:
         count = len(tested.prompts)
         wilson = binomtest(round(part.metrics["judge/accuracy"] * count), count).proportion_ci(method="wilson")
@@ -305,9 +304,8 @@ def _entropy_change(found: Findings, base: Findings) -> dict[str, float] | None:
     """Since the base model, in pairs of samples with common noise and probes."""
     if found is base or found.densities is None or base.densities is None:
         return None
-    change = entropy_change(base.densities, found.densities)
-    low, high = _around(change.mean, change.half_width_95)
-    return {"nats": change.mean, "low": low, "high": high}
+    change = entropy_change(base.densities, found.densities).interval()
+    return {"nats": change.estimate, "low": change.low, "high": change.high}
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

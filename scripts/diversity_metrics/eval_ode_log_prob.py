@@ -45,9 +45,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flow_grpo.entropy import EntropyEstimate, ProbeGenerators
-    from flow_grpo.evaluators.entropy import MeanOverPrompts, PromptLogDensities
+    from flow_grpo.evaluators.entropy import PromptLogDensities
     from flow_grpo.policy import Policy
     from flow_grpo.runs.run import Run
+    from flow_grpo.statistics import Estimate
 
 RESULTS, FIGURE = "ode_log_prob.json", "ode_log_prob.png"
 OVERRIDES = {  # command-line option -> configuration key
@@ -208,14 +209,14 @@ def measure(
     return measured
 
 
-def entropy_change(first: PromptLogDensities, other: PromptLogDensities) -> MeanOverPrompts:
+def entropy_change(first: PromptLogDensities, other: PromptLogDensities) -> Estimate:
     """Entropy of `other` minus that of `first`, mean over prompts; nats.
 
     Noise and probes are common, so the samples are compared in pairs: the error is that of the difference.
     """
-    from flow_grpo.evaluators.entropy import MeanOverPrompts
+    from flow_grpo.evaluators.entropy import mean_over_prompts
 
-    return MeanOverPrompts.of(first.log_prob - other.log_prob)
+    return mean_over_prompts(first.log_prob - other.log_prob)
 
 
 # --- results ------------------------------------------------------------------------------------------------
@@ -245,8 +246,13 @@ def _entry(found: Measured, first: Measured) -> dict[str, Any]:
         "images": found.images,
     }
     if found is not first:
-        change = asdict(entropy_change(first.densities, found.densities))
-        entry["entropy_change"] = {"since": first.model.name, "nats": change.pop("mean"), **change}
+        change = entropy_change(first.densities, found.densities)
+        entry["entropy_change"] = {
+            "since": first.model.name,
+            "nats": change.value,
+            "standard_error": change.standard_error,
+            "half_width_95": change.half_width(),
+        }
     return entry
 
 

@@ -37,6 +37,7 @@ from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
+from flow_grpo.statistics import NORMAL_95
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -392,7 +393,7 @@ def errors_figure(rows: Sequence[Row]) -> Figure:
     for axes, (title, (members, colour, marker)) in zip(panels, groups.items(), strict=True):
         places = range(len(members))
         scaled = [row.error / row.dims for row in members]
-        interval = [1.96 * row.standard_error / row.dims for row in members]
+        interval = [NORMAL_95 * row.standard_error / row.dims for row in members]
         axes.axvline(0, color="black", linewidth=0.9)
         axes.errorbar(scaled, places, xerr=interval, fmt=marker, color=colour, capsize=4, ms=6)
         axes.set_yticks(places, [row.target for row in members])

@@ -1,1 +1,1 @@
-"""The demo, and reports from run folders."""
+"""The study, from its plan to its page; and the demo, put into the README."""

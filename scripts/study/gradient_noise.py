@@ -27,20 +27,19 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from scipy.stats import t as student_t
 
 from flow_grpo.commands import cli
+from flow_grpo.statistics import Estimate, Interval
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from scripts.study import plan
-from scripts.study.summarise import OUT
+from scripts.study.paths import OUT
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -57,15 +56,6 @@ REWARD_BATCHES, REWARD_IMAGES = 16, 40
 
 
 # --- statistics of gradients, (n, P): one row a batch -----------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A number with its 95 % interval; nan where it cannot be had."""
-
-    value: float
-    low: float
-    high: float
 
 
 def squared_mean(gram: np.ndarray) -> float:
@@ -87,18 +77,17 @@ def jackknife(statistic: Callable[[np.ndarray], float], count: int) -> tuple[flo
     return statistic(everything), math.sqrt((count - 1) / count * np.square(left_out - left_out.mean()).sum())
 
 
-def _interval(value: float, error: float, count: int) -> Measured:
-    half = float(student_t.ppf(0.975, count - 1)) * error
-    return Measured(value, value - half, value + half)
+def _interval(value: float, error: float, count: int) -> Interval:
+    return Estimate(value, error, count - 1).interval()
 
 
-def noise_of_batches(gradients: np.ndarray) -> Measured:
+def noise_of_batches(gradients: np.ndarray) -> Interval:
     """Signal-to-noise over batches, (n, P)."""
     gram = gradients @ gradients.T
     return _interval(*jackknife(lambda kept: signal_to_noise(gram[np.ix_(kept, kept)]), len(gram)), len(gram))
 
 
-def noise_of_repeats(gradients: np.ndarray) -> Measured:
+def noise_of_repeats(gradients: np.ndarray) -> Interval:
     """Signal-to-noise over the R repetitions of each of n batches, (n, R, P): signals and noises averaged over them."""
     signals, noises = [], []
     for repeats in gradients:
@@ -109,7 +98,7 @@ def noise_of_repeats(gradients: np.ndarray) -> Measured:
     return _interval(*jackknife(lambda kept: signal[kept].mean() / noise[kept].mean(), len(signal)), len(signal))
 
 
-def direction(gradients: np.ndarray, uphill: np.ndarray) -> dict[str, Measured]:
+def direction(gradients: np.ndarray, uphill: np.ndarray) -> dict[str, Interval]:
     """Where descent along gradients (n, P) leads, seen from `uphill` (m, P); each row estimates one gradient.
 
     Returns:
@@ -118,13 +107,13 @@ def direction(gradients: np.ndarray, uphill: np.ndarray) -> dict[str, Measured]:
     """
     n, own = len(gradients), gradients @ gradients.T
     signal = _interval(*jackknife(lambda kept: squared_mean(own[np.ix_(kept, kept)]), n), n)
-    cosine = Measured(math.nan, math.nan, math.nan)
+    cosine = Interval(math.nan)
     if signal.low > 0:
         cosine = _over_both(_share(gradients, uphill, squared_mean), n, len(uphill))
     return {"uphill": _over_both(_share(gradients, uphill, mean_square), n, len(uphill)), "cosine": cosine}
 
 
-def uphill_difference(first: np.ndarray, second: np.ndarray, uphill: np.ndarray) -> Measured:
+def uphill_difference(first: np.ndarray, second: np.ndarray, uphill: np.ndarray) -> Interval:
     """`uphill` of first (n, P) minus that of second (n, P), whose rows belong to the same batches."""
     one, other = (_share(gradients, uphill, mean_square) for gradients in (first, second))
     return _over_both(lambda rows, columns: one(rows, columns) - other(rows, columns), len(first), len(uphill))
@@ -149,7 +138,7 @@ def _share(gradients: np.ndarray, uphill: np.ndarray, power: Callable[[np.ndarra
     return share
 
 
-def _over_both(share: Share, n: int, m: int) -> Measured:
+def _over_both(share: Share, n: int, m: int) -> Interval:
     """With the errors of n batches of g and m of h, which are independent."""
     value, error = jackknife(lambda rows: share(rows, np.arange(m)), n)
     _, other = jackknife(lambda columns: share(np.arange(n), columns), m)
@@ -282,10 +271,14 @@ def measure(batches: int, exact_batches: int) -> list[dict[str, Any]]:
             ]
             found["probes"] = noise_of_repeats(np.array(again))
         rows += [
-            {"form": form, "probes": probes, "source": source, "batches": len(used), **asdict(measured)}
-            for source, measured in found.items()
+            {"form": form, "probes": probes, "source": source, "batches": len(used), **_ends(interval)}
+            for source, interval in found.items()
         ]
     return rows
+
+
+def _ends(interval: Interval) -> dict[str, float]:
+    return {"value": interval.estimate, "low": interval.low, "high": interval.high}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -306,7 +299,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write."""
     from flow_grpo.training.weights import output_folder
-    from scripts.study.results import NOISE_FILE, write_rows
+    from scripts.study.study_records import NOISE_FILE, write_rows
 
     args = parse(arguments)
     with cli.one_sentence_errors():

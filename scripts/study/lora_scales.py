@@ -5,7 +5,7 @@
 The weights are W_0 + s (alpha / r) B A, the evaluation is that of the training: its prompts, noise, judge, features and
 bandwidth, for the current weights. s = 1 is the run's last evaluation, s = 0 the base model's.
 
-Written to --out, once all runs are evaluated: lora_scales.json, which `results.frontier` reads. Nothing of a run is
+Written to --out, once all runs are evaluated: lora_scales.json, which `claims.frontier` reads. Nothing of a run is
 written.
 """
 
@@ -27,15 +27,15 @@ from flow_grpo.recipes.sd3 import get_config
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from scripts.study import plan
+from scripts.study.paths import OUT
 from scripts.study.plan import StudyRun
-from scripts.study.summarise import OUT
 
 if TYPE_CHECKING:
     from flow_grpo.evaluators.evaluation import Evaluator
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.runs.run import Run
-    from scripts.study.results import StudyRecord
+    from scripts.study.study_records import StudyRecord
 
 TRAIN = "python scripts/study/run.py --only claims-drtune"
 
@@ -129,7 +129,7 @@ def entries(logs: Path, scales: Sequence[float]) -> list[dict[str, Any]]:
     """
     from tqdm import tqdm
 
-    from scripts.study.results import collect
+    from scripts.study.collect import collect
 
     records = sorted(collect(drtune_claims(), logs).records, key=lambda record: record.seed)
     if not records:
@@ -193,7 +193,7 @@ def write_scales(args: argparse.Namespace) -> None:
     scales, out = parse_scales(args.scales), output_folder(args.out)
     found = entries(args.logs, scales)
 
-    from scripts.study.results import SCALES_FILE, write_rows
+    from scripts.study.study_records import SCALES_FILE, write_rows
 
     write_rows(found, out / SCALES_FILE)
     print(f"{len(found)} scaled LoRAs in {out / SCALES_FILE}")

@@ -3,7 +3,7 @@
     python scripts/study/publish.py logs/demo
 
 The picture has the base model and two checkpoints of DRTune on the same prompts and noises, with three numbers under
-each. tests/test_publish.py checks that the README says what assets/figures/demo/summary.json says.
+each. tests/scripts/study/test_publish.py checks that the README says what assets/figures/demo/summary.json says.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
     from flow_grpo.page.data import Evaluation, PageRun
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
+from scripts.study.paths import README, ROOT
+
 FIGURES = ROOT / "assets/figures/demo"
-README = ROOT / "README.md"
 PICTURE, SUMMARY, TEMPLATE = "picture.png", "summary.json", "demo.md.j2"
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
 BEST = "DRTune, best by the judge"
@@ -74,14 +76,10 @@ def _row(name: str, evaluation: Evaluation) -> dict[str, Any]:
 
 def section(summary: Mapping[str, Any]) -> str:
     """The README's part, markers included."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from scripts.study.words import environment
 
-    environment = Environment(  # Markdown: nothing is escaped
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.get_template(TEMPLATE).render(
-        **summary, cell=cell, picture=(FIGURES / PICTURE).relative_to(ROOT).as_posix()
-    )
+    picture = (FIGURES / PICTURE).relative_to(ROOT).as_posix()
+    text = environment().get_template(TEMPLATE).render(**summary, cell=cell, picture=picture)
     return f"{BEGIN}\n{text.strip()}\n{END}"
 
 
@@ -160,5 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # scripts import one another; no install offers them
     main()

@@ -24,9 +24,9 @@ from flow_grpo.errors import ConfigError
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from scripts.study import plan
+from scripts.study.paths import ROOT
 from scripts.study.plan import StudyRun
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SCRIPT, RECIPES = ROOT / "scripts/train/train_sd3.py", ROOT / "config/grpo.py"
 
 # settings that say where a run goes, how it is reported and how it is started: none changes what is trained

@@ -14,22 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
+from scripts.study.claims.frontier import Point, frontier
+from scripts.study.claims.proxies import rank_correlation
 from scripts.study.figures import BASE_COLOUR, COLOURS, REWARD_LABEL, State
 from scripts.study.figures import samples_figure as grids_figure
+from scripts.study.forms import Form, by_form
+from scripts.study.grids import Sample
 from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, Evaluation
-from scripts.study.results import (
-    NATS,
-    SPREAD,
-    Form,
-    Point,
-    Sample,
-    Study,
-    StudyRecord,
-    by_form,
-    by_label,
-    frontier,
-    rank_correlation,
-)
+from scripts.study.study_records import NATS, SPREAD, Study, StudyRecord, by_label
 
 METHODS = ("DRTune", "GRPO")
 METHOD_MARKERS = {"DRTune": "o", "GRPO": "s"}

@@ -24,10 +24,10 @@ from flow_grpo.evaluators.film_strip import (
     curves_figure,
     film_strip,
     strip_image,
-    t_half_widths,
     training_figure,
 )
 from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.statistics import half_widths
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import evaluate_weights
 from tests.conftest import PROMPTS
@@ -132,11 +132,11 @@ def test_the_figure_of_training_takes_the_prompts_that_all_evaluations_have(hist
 def test_the_interval_of_a_mean_covers_it():
     """95 % of 4,000 sets of 5: standard error 0.34 %."""
     values = np.random.default_rng(0).normal(size=(4000, 5))
-    covered = np.abs(values.mean(1)) < t_half_widths(values)
+    covered = np.abs(values.mean(1)) < half_widths(values)
     assert covered.mean() == pytest.approx(0.95, abs=0.0105)
     normal = np.abs(values.mean(1)) < 1.96 * values.std(1, ddof=1) / 5**0.5  # the broken twin: no Student
     assert normal.mean() < 0.92
-    assert np.isnan(t_half_widths(values[:, :1])).all()
+    assert np.isnan(half_widths(values[:, :1])).all()
 
 
 # --- the strip ------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from flow_grpo.page.contents import checkpoints_within, contents_of
 from flow_grpo.page.data import PageRun, evenly, read_run, read_runs, run_names
 from flow_grpo.page.seeds import (
     Difference,
-    Estimate,
     Group,
     curves,
     differences,
@@ -34,6 +33,7 @@ from flow_grpo.page.seeds import (
 )
 from flow_grpo.page.words import FIGURES, load, model_name
 from flow_grpo.runs.evaluations import write_record
+from flow_grpo.statistics import Interval
 from tests.synthetic_records import write_records
 from tests.synthetic_runs import write_run
 
@@ -251,21 +251,21 @@ def test_seeds_that_differ_by_the_same_number_show_nothing(tmp_path: Path) -> No
 
     runs = [with_judge(run, judge) for run, judge in zip(runs, (0.9, 0.7, 0.8, 0.6), strict=True)]
     groups = Group("slow", (2, 3)), Group("run", (0, 1))
-    assert differences(*groups, runs)["judge"] == Difference(Estimate(pytest.approx(-0.1)), "none")
+    assert differences(*groups, runs)["judge"] == Difference(Interval(pytest.approx(-0.1)), "none")
     runs[3] = with_judge(runs[3], 0.75)  # the broken twin has a spread
     assert differences(*groups, runs)["judge"].how == "seeds"
     other_seeds = [replace(run, config={**run.config, "seed": 5 + i}) for i, run in enumerate(runs)]
     exact = [with_judge(run, judge) for run, judge in zip(other_seeds, (1.0, 1.0, 0.875, 0.875), strict=True)]
-    assert differences(*groups, exact)["judge"] == Difference(Estimate(-0.125), "none")
+    assert differences(*groups, exact)["judge"] == Difference(Interval(-0.125), "none")
 
 
 def test_the_interval_of_seeds_is_students() -> None:
     values = [1.0, 2.0, 4.0]
     found = mean_of(values)
     half = stats.t.ppf(0.975, 2) * math.sqrt(np.var(values, ddof=1) / 3)
-    assert (found.value, found.low, found.high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), rel=1e-12)
-    assert mean_of(values, 0.0, 5.0) == Estimate(found.value, 0.0, 5.0)  # what it can be
-    assert mean_of([3.0]).low is None
+    assert (found.estimate, found.low, found.high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), rel=1e-12)
+    assert mean_of(values, 0.0, 5.0) == Interval(found.estimate, 0.0, 5.0)  # what it can be
+    assert not mean_of([3.0]).known
     assert (mean_of([3.0, 3.0]).low, mean_of([3.0, 3.0]).high) == (3.0, 3.0)
 
 

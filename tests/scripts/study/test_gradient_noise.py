@@ -15,6 +15,7 @@ from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.prompts import PromptDataset
+from flow_grpo.statistics import mean_interval
 from scripts.study import gradient_noise, plan
 from scripts.study.gradient_noise import (
     direction,
@@ -29,7 +30,7 @@ from scripts.study.gradient_noise import (
     squared_mean,
     uphill_difference,
 )
-from scripts.study.results import mean_interval, write_rows
+from scripts.study.study_records import write_rows
 
 P = 50
 
@@ -71,16 +72,16 @@ def test_repeats_give_the_noise_of_the_probes_and_not_that_of_the_images():
     repeats = images[:, None] + 0.3 * np.random.default_rng(4).standard_normal((12, 40, P))
     expected = np.square(images).sum(1).mean() / (P * 0.09)
     found = noise_of_repeats(repeats)
-    assert found.value == pytest.approx(expected, rel=0.05)
+    assert found.estimate == pytest.approx(expected, rel=0.05)
     assert found.low < expected < found.high
-    assert noise_of_batches(repeats[:, 0]).value < 0.25 * expected
+    assert noise_of_batches(repeats[:, 0]).estimate < 0.25 * expected
 
 
 def test_the_jackknife_of_a_mean_is_students_interval():
     values = np.random.default_rng(5).standard_normal(9)
     value, error = jackknife(lambda kept: float(values[kept].mean()), 9)
     expected = mean_interval(values)
-    assert value == pytest.approx(expected.mean, rel=1e-12)
+    assert value == pytest.approx(expected.estimate, rel=1e-12)
     assert error == pytest.approx(values.std(ddof=1) / 3, rel=1e-12)
 
 
@@ -91,16 +92,16 @@ def test_the_direction_is_that_of_the_means_with_the_sign_of_descent(cosine: flo
     mean = cosine * up + (1 - cosine**2) ** 0.5 * across / np.linalg.norm(across)
     both = direction(draws(8, 400, -mean, 0.3), draws(9, 100, 2 * up, 0.3))
     share, found = both["uphill"], both["cosine"]
-    assert found.value == pytest.approx(cosine, abs=0.04)
+    assert found.estimate == pytest.approx(cosine, abs=0.04)
     assert found.low < cosine < found.high
     expected = cosine / (1 + P * 0.09) ** 0.5
-    assert share.value == pytest.approx(expected, abs=0.02)
+    assert share.estimate == pytest.approx(expected, abs=0.02)
     assert share.low < expected < share.high
 
 
 def test_gradients_without_a_mean_have_no_cosine_and_point_nowhere():
     found = direction(draws(10, 30, np.zeros(P), 1.0), draws(11, 30, unit(6), 0.1))
-    assert np.isnan(found["cosine"].value)
+    assert np.isnan(found["cosine"].estimate)
     assert found["uphill"].low < 0 < found["uphill"].high
 
 

@@ -9,13 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from flow_grpo.errors import ConfigError
 from scripts.study.records import load_runs
 from scripts.study.report import main
-from scripts.study.results import first_crossing
 from tests.synthetic_runs import write_run
 
 
@@ -25,19 +23,6 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     drtune = write_run(tmp_path / "drtune", [0.5, 0.6, 0.9], [0, 10, 20], gradient=True, forwards_per_second=100)
     grpo = write_run(tmp_path / "grpo", [0.5, 0.65, 0.75], [0, 50, 100], gradient=False, forwards_per_second=200)
     return drtune, grpo
-
-
-@pytest.mark.parametrize(
-    ("rewards", "level", "expected"),
-    [
-        ([0.0, 1.0, 0.0, 1.0], 0.5, 5.0),  # the first of several
-        ([0.0, 0.5, 0.5], 0.5, 10.0),  # at an evaluation exactly
-        ([0.7, 0.8, 0.9], 0.5, 0.0),  # above it from the start
-        ([0.0, 0.4, 0.2], 0.5, None),
-    ],
-)
-def test_the_first_crossing_is_taken(rewards: list[float], level: float, expected: float | None) -> None:
-    assert first_crossing(10.0 * np.arange(len(rewards)), np.array(rewards), level) == expected
 
 
 def test_runs_of_one_method_are_told_apart_by_their_folders(pair: tuple[Path, Path], tmp_path: Path) -> None:

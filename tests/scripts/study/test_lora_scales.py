@@ -25,10 +25,11 @@ from flow_grpo.runs.history import read_history
 from flow_grpo.training.trainer import fit
 from flow_grpo.types import PromptEmbeds
 from scripts.study import plan
+from scripts.study.claims.frontier import frontier
 from scripts.study.lora_scales import TrainedModel, drtune_claims, main
 from scripts.study.plan import StudyRun
 from scripts.study.records import ACCURACY, REWARD, RKE, VENDI
-from scripts.study.results import Study, frontier
+from scripts.study.study_records import Study
 from tests.saved_runs import edit_config, spoil
 
 NAMES = (REWARD, VENDI, RKE, ACCURACY)

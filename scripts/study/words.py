@@ -1,0 +1,66 @@
+"""The words of the study: Jinja templates beside the claims, whose macros take numbers and codes and give Markdown."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from scripts.study.comparison import side
+from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI
+from scripts.study.study_records import NATS, SPREAD
+
+FOLDER = Path(__file__).parent
+METRICS = {
+    "REWARD": REWARD, "ACCURACY": ACCURACY, "ENTROPY": ENTROPY, "VENDI": VENDI, "RKE": RKE, "NATS": NATS,
+    "SPREAD": SPREAD,
+}  # fmt: skip
+
+
+@cache
+def environment() -> Environment:
+    """Of all templates of the study; Markdown: nothing is escaped."""
+    made = Environment(
+        loader=FileSystemLoader([FOLDER, FOLDER / "claims"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {"fmt": format, "side": side}
+    made.tests |= {"finite": math.isfinite}
+    made.globals |= METRICS
+    return made
+
+
+def said(anchor: str, part: str, *arguments: Any) -> str:
+    """What a macro of a claim's template says, as Markdown; "" where the template has none of this name."""
+    module = environment().get_template(template_of(anchor)).module
+    macro = getattr(module, part, None)
+    return "" if macro is None else markdown(macro(*arguments))
+
+
+def template_of(anchor: str) -> str:
+    """The file beside the claim's."""
+    return f"{anchor.replace('-', '_')}.md.j2"
+
+
+def markdown(text: str) -> str:
+    """A line for each paragraph and each row of a table, whatever lines the template has; a row begins with |."""
+    return "\n\n".join(_block(block) for block in re.split(r"\n\s*\n", text.strip()))
+
+
+def _block(text: str) -> str:
+    if not text.startswith("|"):
+        return " ".join(text.split())
+    rows: list[str] = []
+    for line in (line.strip() for line in text.splitlines()):
+        if line.startswith("|"):
+            rows.append(line)
+        else:
+            rows[-1] += f" {line}"
+    return "\n".join(rows)
