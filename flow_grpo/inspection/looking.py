@@ -29,9 +29,9 @@ from flow_grpo.recipes.base import get_config, leaves
 from flow_grpo.rewards.registry import CLIP_SCORER, REWARDS
 from flow_grpo.runs.config import config_from, settings_of
 from flow_grpo.runs.digest import base_digest, base_mismatch
-from flow_grpo.runs.evaluations import SMALL
 from flow_grpo.runs.folder import flatten
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, choose_checkpoint
+from flow_grpo.runs.sprite import SMALL
 from flow_grpo.settings import resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.

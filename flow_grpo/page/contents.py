@@ -31,8 +31,8 @@ from flow_grpo.page.seeds import (
 )
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
 from flow_grpo.page.words import FIGURES, load, range_of
-from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import IMAGE_FOLDER
+from flow_grpo.runs.record import Record
 
 MOST_IMAGE_BYTES = 24 << 20  # of all sprites in a page, before base64
 MOST_STRIPS, MOST_STRIP_RUNS, STRIP_WIDTH = 3, 4, 1280  # film strips of a run, runs that have some, pixels

@@ -14,7 +14,7 @@ from scipy import stats
 from flow_grpo.diversity.paired import Change
 from flow_grpo.page.data import PageRun
 from flow_grpo.page.words import FIGURES, range_of
-from flow_grpo.runs.evaluations import with_changes
+from flow_grpo.runs.changes import with_changes
 
 NOT_SETTINGS = ("run_name", "logdir", "project", "trackers", "resume_from")  # of no effect on the numbers
 SEED = "seed"

@@ -14,9 +14,10 @@ from flow_grpo.diversity.images import read_rgb
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.messages import say
-from flow_grpo.runs.evaluations import Record, records_of
+from flow_grpo.runs.evaluations import records_of
 from flow_grpo.runs.folder import ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, PAGE_FILE, run_config
 from flow_grpo.runs.history import salvage_history
+from flow_grpo.runs.record import Record
 from flow_grpo.runs.trackers import Board, Description
 
 LABELS = ("eval", "eval_ema")

@@ -38,9 +38,9 @@ from flow_grpo.diversity.images import read_rgb
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
 from flow_grpo.files import read_object
-from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import ENVIRONMENT_FILE, TRACKERS, flatten
 from flow_grpo.runs.history import deciding_metric, is_evaluation
+from flow_grpo.runs.record import Record
 
 WANDB_MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 WANDB_TAG = 64  # characters at most

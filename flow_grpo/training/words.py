@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import PAGE_FILE
+from flow_grpo.runs.record import Record
 
 BEGINS = "{folder}: {images} images an epoch; watch {page}"
 ENDS = "done: {epochs} epochs; the page is {page}"

@@ -47,8 +47,10 @@ from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
-from flow_grpo.runs.evaluations import Record, with_changes, write_record
+from flow_grpo.runs.changes import with_changes
+from flow_grpo.runs.evaluations import write_record
 from flow_grpo.runs.folder import EVALUATIONS, IMAGE_FOLDER, flatten
+from flow_grpo.runs.record import Record
 from flow_grpo.runs.run import Counters, Run
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.trackers import log_checkpoints

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from flow_grpo.errors import ConfigError, TrainingStopped
 from flow_grpo.runs import trackers
-from flow_grpo.runs.evaluations import Judged, Record, read_record, write_record
+from flow_grpo.runs.evaluations import read_record, write_record
+from flow_grpo.runs.record import Judged, Record
 from flow_grpo.runs.run import Counters, Run
 from flow_grpo.runs.trackers import Description, caption, shown_as, table_of, wandb_mode
 from tests.runs.test_run import NewRun, finished_checkpoint, full, make_settings
