@@ -42,8 +42,9 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import write_record
+from flow_grpo.runs.progress import Counters
 from flow_grpo.runs.record import FOLDERS, Record
-from flow_grpo.runs.run import Counters, Run
+from flow_grpo.runs.run import Run
 from flow_grpo.runs.sprite import SMALL
 from flow_grpo.settings import Settings
 from flow_grpo.training.weights import Bars
