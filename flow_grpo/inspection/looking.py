@@ -21,7 +21,8 @@ from flow_grpo.files import read_object
 from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
 from flow_grpo.messages import say
 from flow_grpo.models.files import check_on_hub
-from flow_grpo.models.lora_files import PEFT_CONFIG, match, read_lora, transformer_shapes
+from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
+from flow_grpo.models.lora_places import match, transformer_shapes
 from flow_grpo.models.pipeline_files import pixels_per_token
 from flow_grpo.paths import find
 from flow_grpo.recipes import sd3
