@@ -57,7 +57,7 @@ from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.trackers import log_checkpoints
 from flow_grpo.training.weights import Bars, Model, load_weights
 from flow_grpo.types import Samples
-from scripts.diversity_metrics.eval_ode_log_prob import entropy_change
+from scripts.diversity_metrics.log_densities import entropy_change
 
 SETTINGS = ("resolution", "pretrained.", "prompts.test", "prompts.eval_diversity", "num_seeds", "reward_fn.",
             "reward_model.", "eval.", "entropy.", "diversity.")  # fmt: skip
