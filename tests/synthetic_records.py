@@ -19,7 +19,9 @@ from scipy.spatial.distance import cdist, pdist
 
 from config.base import get_config
 from flow_grpo.diversity.vendi import vendi_score
-from flow_grpo.runs.evaluations import Distances, Judged, Record, with_changes, write_record
+from flow_grpo.runs.changes import with_changes
+from flow_grpo.runs.evaluations import write_record
+from flow_grpo.runs.record import Distances, Judged, Record
 from tests.synthetic_runs import ENVIRONMENT
 
 GARMENTS = ("a t-shirt", "a trouser", "a pullover", "a dress", "a coat", "a sandal", "a shirt", "a sneaker", "a bag",

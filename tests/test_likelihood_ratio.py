@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config.grpo import get_config
-from flow_grpo import entropy
+from flow_grpo import divergence
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.entropy import DivergenceEstimator, draw_probes
 from flow_grpo.errors import TrainingStopped
@@ -366,7 +366,7 @@ def test_ratio_std_is_the_standard_deviation_of_log_r_over_images_and_slots(conf
 @pytest.mark.parametrize("ratio", ["ode_step", "ode_path"])
 def test_an_exact_trace_that_is_too_large_stops_with_one_sentence(config, build, monkeypatch, ratio):
     config.train.ratio, config.train.ratio_probes = ratio, 0
-    monkeypatch.setattr(entropy, "MAX_JACOBIAN_BYTES", 1000)
+    monkeypatch.setattr(divergence, "MAX_JACOBIAN_BYTES", 1000)
     with pytest.raises(TrainingStopped, match=r"ratio_probes = 0 with config.train.batch_size .* 256 dimensions"):
         build(config).train(grpo)
 

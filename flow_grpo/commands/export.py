@@ -17,7 +17,8 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.runs.folder import TRACKERS, fresh_folder
 
 if TYPE_CHECKING:
-    from flow_grpo.runs.trackers import Board, Description
+    from flow_grpo.runs.dashboard import Description
+    from flow_grpo.runs.trackers import Board
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

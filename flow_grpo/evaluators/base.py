@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from flow_grpo.runs.evaluations import Distances, Judged
+from flow_grpo.runs.record import Distances, Judged
 
 if TYPE_CHECKING:
     from flow_grpo.types import Samples

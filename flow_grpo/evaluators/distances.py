@@ -21,8 +21,8 @@ from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import open_regular, write_atomically
 from flow_grpo.models.files import first_line
-from flow_grpo.runs.evaluations import Distances
 from flow_grpo.runs.folder import BASE_FEATURES, EVALUATIONS
+from flow_grpo.runs.record import Distances
 
 Features = Mapping[str, np.ndarray]  # prompt -> (n, d), of unit length
 MOST_DISTANCES = 1_000_000  # in a record: about 10 MB of JSON

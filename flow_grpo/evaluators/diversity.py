@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from ml_collections import ConfigDict, FrozenConfigDict
 
-    from flow_grpo.runs.evaluations import Distances
+    from flow_grpo.runs.record import Distances
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import Settings
     from flow_grpo.types import Samples

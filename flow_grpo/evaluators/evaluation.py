@@ -34,8 +34,11 @@ from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer, reward_weights, trained_models
-from flow_grpo.runs.evaluations import Record, read_record, record_path, with_changes, write_record
-from flow_grpo.runs.run import Counters, Run
+from flow_grpo.runs.changes import with_changes
+from flow_grpo.runs.evaluations import read_record, record_path, write_record
+from flow_grpo.runs.progress import Counters
+from flow_grpo.runs.record import Record
+from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.types import Samples
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from flow_grpo.evaluators.base import Measured
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.runs.evaluations import Judged
+from flow_grpo.runs.record import Judged
 from flow_grpo.settings import read_modes
 from flow_grpo.types import Samples
 

@@ -21,7 +21,8 @@ from flow_grpo.files import read_object
 from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
 from flow_grpo.messages import say
 from flow_grpo.models.files import check_on_hub
-from flow_grpo.models.lora_files import PEFT_CONFIG, match, read_lora, transformer_shapes
+from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
+from flow_grpo.models.lora_places import match, transformer_shapes
 from flow_grpo.models.pipeline_files import pixels_per_token
 from flow_grpo.paths import find
 from flow_grpo.recipes import sd3
@@ -29,9 +30,9 @@ from flow_grpo.recipes.base import get_config, leaves
 from flow_grpo.rewards.registry import CLIP_SCORER, REWARDS
 from flow_grpo.runs.config import config_from, settings_of
 from flow_grpo.runs.digest import base_digest, base_mismatch
-from flow_grpo.runs.evaluations import SMALL
 from flow_grpo.runs.folder import flatten
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, choose_checkpoint
+from flow_grpo.runs.sprite import SMALL
 from flow_grpo.settings import resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.

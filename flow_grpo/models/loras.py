@@ -1,7 +1,7 @@
 """Load the LoRA of any trainer into a transformer, and say how much of it was loaded.
 
 The libraries' loaders take a file whose keys they do not know without a word and load nothing. Here every layer of the
-file finds its module or is counted as left out (flow_grpo/models/lora_files.py), and peft's layers do the arithmetic.
+file finds its module or is counted as left out (flow_grpo/models/lora_places.py), and peft's layers do the arithmetic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.models.lora_files import Placement, Plan, match, read_lora, weight_matrices
+from flow_grpo.models.lora_files import read_lora
+from flow_grpo.models.lora_places import Placement, Plan, match, weight_matrices
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from flow_grpo.page.seeds import (
 )
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
 from flow_grpo.page.words import FIGURES, load, range_of
-from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import IMAGE_FOLDER
+from flow_grpo.runs.record import Record
 from flow_grpo.statistics import Interval
 
 MOST_IMAGE_BYTES = 24 << 20  # of all sprites in a page, before base64

@@ -20,9 +20,10 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.messages import say
 from flow_grpo.page.words import model_name
-from flow_grpo.runs.evaluations import Record, read_record, record_path, records_of
+from flow_grpo.runs.evaluations import read_record, record_path, records_of
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
 from flow_grpo.runs.history import deciding_metric, salvage_history
+from flow_grpo.runs.record import Record
 
 METRICS = {"reward": "reward/total", "vendi": "diversity/vendi", "judge": "judge/accuracy"}  # figure -> in the history
 EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/")  # beginnings of other metrics worth a chart

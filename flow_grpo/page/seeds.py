@@ -12,7 +12,7 @@ import numpy as np
 from flow_grpo.diversity.paired import Change
 from flow_grpo.page.data import PageRun
 from flow_grpo.page.words import FIGURES, range_of
-from flow_grpo.runs.evaluations import with_changes
+from flow_grpo.runs.changes import with_changes
 from flow_grpo.statistics import Interval, difference_interval, mean_interval
 
 NOT_SETTINGS = ("run_name", "logdir", "project", "trackers", "resume_from")  # of no effect on the numbers

@@ -1,32 +1,31 @@
-"""The records of a run's evaluations: what was measured of every image, and the images themselves, small.
+"""The files of a run's evaluations: a record of what was measured of every image, and the images themselves, small.
 
-RUN/evaluations/<label>_<epoch>.json          a Record, written last: it is there whole or not at all
-                <label>_<epoch>.webp          its sprite: the images, small, in a grid
+RUN/evaluations/<label>_<epoch>.json          a Record (runs/record.py), written last: it is there whole or not at all
+                <label>_<epoch>.webp          its sprite (runs/sprite.py): the images, small, in a grid
                 base_features.safetensors     features of the base model's images (flow_grpo/evaluators/diversity.py)
 
-Nothing here imports torch: a page is made of records alone.
+What is read is checked. Nothing here imports torch: a page is made of records alone.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
-from scipy.spatial.distance import squareform
 
-from flow_grpo.diversity.paired import Change, change_of_means, change_of_reach, change_of_shares, change_of_vendi
+from flow_grpo.diversity.paired import Change
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import open_regular, read_object, strict_json, write_atomically
 from flow_grpo.messages import say
 from flow_grpo.runs.folder import EVALUATIONS
+from flow_grpo.runs.record import Distances, Judged, Record, Sprite
+from flow_grpo.runs.sprite import LONG_SIDE, draw_sprite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,87 +34,6 @@ FORMAT = 1
 LABELS = ("eval", "eval_ema")  # of the current weights, and of their average
 CHANGES = ("reward", "vendi", "reached", "judge")
 DIGITS = 6  # significant, of every float
-SMALL = 64  # pixels of the long side: images up to here are kept as they are, without loss
-LONG_SIDE = 192  # pixels, to which larger ones are reduced
-LOSSY = {"quality": 80}  # the WebP of larger ones
-LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # of small ones; here `quality` is effort
-MOST_PROMPTS, MOST_NOISES = 10, 8  # of larger ones
-MOST_TILES = 4096  # of small ones: 50 MB of pixels at 64 x 64
-COLUMNS = 16
-FOLDERS = "folders "  # a setting begins so where images were not drawn, but there already
-WEBP_SIDE = 16383  # pixels, at most
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the judge makes of N images."""
-
-    model: str  # directory or hub id
-    independent: bool  # its model is none of the rewards' models in use
-    guess: Sequence[int | None]  # (N,): index into the prompts that it likes best; None: the image is not finite
-    probability: Sequence[float | None]  # (N,): of the image's own prompt, softmax at the judge's scale
-
-
-@dataclass(frozen=True)
-class Sprite:
-    """Where the images are: row by row in one file, beside the record."""
-
-    file: str
-    cell: tuple[int, int]  # width and height, pixels
-    columns: int
-    images: Sequence[int]  # which of the N images, in the sprite's order
-
-
-@dataclass(frozen=True)
-class Distances:
-    """Euclidean distances of unit features (0 to 2), prompt by prompt: cosine = 1 - distance^2 / 2."""
-
-    features: str  # name of the extractor
-    order: float  # q of the Vendi score
-    prompts: Sequence[int]  # (P,): index into the record's prompts
-    images: Sequence[int]  # (P,): n of each prompt
-    noise: Sequence[Sequence[int]]  # (P, n): which images of the prompt
-    within: Sequence[Sequence[float]]  # (P, n (n - 1) / 2): as scipy's pdist orders them
-    to_base: Sequence[Sequence[float]] | None  # (P, n n): rows base images, columns this model's; None: of the base
-    vendi: Sequence[float]  # (P,)
-    rke: Sequence[float] | None  # (P,); None: no bandwidth fits
-
-
-@dataclass(frozen=True)
-class Record:
-    """One evaluation of N images; None stands for a number that is not finite."""
-
-    label: str  # "eval": the current weights, "eval_ema": the averaged ones
-    epoch: int  # 0: the base model
-    prompts: Sequence[str]  # distinct, in order
-    prompt: Sequence[int]  # (N,): index into the prompts
-    noise: Sequence[int]  # (N,): number of the image's noise among those of its prompt
-    name: str = ""  # shown instead of "base model" or "epoch 10"
-    seconds: float = 0.0  # of training
-    network_evaluations: int = 0  # of training
-    setting: str = ""  # digest of what decides the images and the trained reward; records that differ are not compared
-    rewards: Mapping[str, Sequence[float | None]] = field(default_factory=dict)  # name -> (N,); "total": trained on
-    judge: Judged | None = None
-    sprite: Sprite | None = None
-    diversity: Distances | None = None
-    changes: Mapping[str, Change] = field(default_factory=dict)  # of CHANGES, against the base; {} for the base
-    extra: Mapping[str, float | None] = field(default_factory=dict)  # scalars of the same evaluation
-    folder: Path = Path()  # that the record lies in, and its sprite
-
-    @property
-    def sprite_path(self) -> Path | None:
-        """The file of the images."""
-        return None if self.sprite is None else self.folder / self.sprite.file
-
-    @property
-    def drawn(self) -> bool:
-        """Whether the images were drawn for it, from noises that other records share."""
-        return not self.setting.startswith(FOLDERS)
-
-    @property
-    def images(self) -> dict[tuple[str, int], int]:
-        """(prompt, noise) -> position of the image."""
-        return {(self.prompts[p], s): i for i, (p, s) in enumerate(zip(self.prompt, self.noise, strict=True))}
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -142,7 +60,7 @@ def write_record(folder: Path, record: Record, images: Tensor | np.ndarray | Non
     picture = path.with_suffix(".webp")
     sprite, pixels = None, b""
     if images is not None:
-        sprite, pixels = _sprite(record, images, picture.name)
+        sprite, pixels = draw_sprite(record, images, picture.name)
     plain = _plain(replace(record, sprite=sprite))
     text = strict_json(plain | {"sha256": _digest(plain)})
     path.parent.mkdir(exist_ok=True)
@@ -178,39 +96,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple[Sprite, bytes]:
-    """The grid of the images that are kept, as WebP."""
-    height, width = images.shape[2:]
-    small = max(height, width) <= SMALL
-    kept = _kept(record, COLUMNS * (WEBP_SIDE // height) if small else None)
-    factor = 1.0 if small else LONG_SIDE / max(height, width)
-    cell = (max(1, round(width * factor)), max(1, round(height * factor)))
-    columns = min(COLUMNS, len(kept))
-    grid = Image.new("RGB", (columns * cell[0], -(-len(kept) // columns) * cell[1]))
-    for place, i in enumerate(kept):
-        tile = Image.fromarray(_eight_bit(np.asarray(images[i])))
-        row, column = divmod(place, columns)
-        grid.paste(tile if small else tile.resize(cell, Image.Resampling.LANCZOS), (column * cell[0], row * cell[1]))
-    buffer = io.BytesIO()
-    grid.save(buffer, "WEBP", **(LOSSLESS if small else LOSSY))
-    return Sprite(file, cell, columns, kept), buffer.getvalue()
-
-
-def _kept(record: Record, room: int | None) -> list[int]:
-    """Which images are in the sprite: of small ones all that there is room for, of large ones (None) the first of each
-    of the first prompts.
-    """
-    order = range(len(record.prompt))
-    if room is None:
-        return [i for i in order if record.prompt[i] < MOST_PROMPTS and record.noise[i] < MOST_NOISES]
-    return sorted(sorted(order, key=lambda i: (record.noise[i], record.prompt[i]))[: min(MOST_TILES, room)])
-
-
-def _eight_bit(image: np.ndarray) -> np.ndarray:
-    """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
-    return (np.nan_to_num(image, posinf=0.0, neginf=0.0).clip(0, 1).transpose(1, 2, 0) * 255).round().astype(np.uint8)
 
 
 def copy_base(source: Path, folder: Path) -> None:
@@ -435,89 +320,3 @@ def _change(found: _Part) -> Change:
     numbers = {name: found.number(name) for name in ("old", "new", "difference", "low", "high", "level")}
     known = {name: math.nan if value is None else value for name, value in numbers.items()}
     return Change(**known, images=found.whole("images"), paired=found.flag("paired"))
-
-
-# --- against the base -----------------------------------------------------------------------------------
-
-
-def with_changes(record: Record, base: Record, paired: bool = True) -> Record:
-    """The record with its changes against the base, on the images that both have of one prompt and noise.
-
-    There are none where the two were not drawn, or rewarded, alike. `paired`: False where images of one number have
-    nothing in common, as in two folders of images.
-    """
-    if record.setting != base.setting:
-        return replace(record, changes={})
-    found = {
-        "reward": _reward_change(record, base, paired),
-        "vendi": _vendi_change(record, base, paired),
-        "reached": _reach_change(record, base, paired),
-        "judge": _judge_change(record, base, paired),
-    }
-    return replace(record, changes={name: change for name, change in found.items() if change is not None})
-
-
-def _pairs(record: Record, base: Record) -> list[tuple[int, int]]:
-    """Positions (in the base, in the record) of the images of one prompt and noise."""
-    old = base.images
-    return [(old[key], i) for key, i in record.images.items() if key in old]
-
-
-def _reward_change(record: Record, base: Record, paired: bool) -> Change | None:
-    before, after = base.rewards.get("total"), record.rewards.get("total")
-    if before is None or after is None:
-        return None
-    known = [(before[i], after[j], record.prompt[j]) for i, j in _pairs(record, base)]
-    known = [row for row in known if None not in row]
-    if not known:
-        return None
-    old, new, groups = (np.array(column) for column in zip(*known, strict=True))
-    return change_of_means(old.astype(float), new.astype(float), groups, paired)
-
-
-def _judge_change(record: Record, base: Record, paired: bool) -> Change | None:
-    before, after = base.judge, record.judge
-    if before is None or after is None or before.model != after.model or _judged_among(record) != _judged_among(base):
-        return None
-    pairs = [(i, j) for i, j in _pairs(record, base) if None not in (before.guess[i], after.guess[j])]
-    if not pairs:
-        return None
-    old = np.array([before.guess[i] == base.prompt[i] for i, _ in pairs])
-    return change_of_shares(old, np.array([after.guess[j] == record.prompt[j] for _, j in pairs]), paired)
-
-
-def _judged_among(record: Record) -> set[str]:
-    """The prompts among which the judge chose: of fewer, more images are right by chance."""
-    guesses = record.judge.guess if record.judge else ()
-    return {record.prompts[p] for p, guess in zip(record.prompt, guesses, strict=True) if guess is not None}
-
-
-def _matched(record: Record, base: Record) -> list[tuple[int, int]]:
-    """Places (in the base's distances, in the record's) of the prompts that both measured on the same noises."""
-    before, after = base.diversity, record.diversity
-    if before is None or after is None or before.features != after.features:
-        return []
-    old = {base.prompts[p]: i for i, p in enumerate(before.prompts)}
-    places = [(old.get(record.prompts[p], -1), j) for j, p in enumerate(after.prompts)]
-    return [(i, j) for i, j in places if i >= 0 and list(before.noise[i]) == list(after.noise[j])]
-
-
-def _vendi_change(record: Record, base: Record, paired: bool) -> Change | None:
-    places = _matched(record, base)
-    if not places or base.diversity is None or record.diversity is None:
-        return None
-    old = [squareform(base.diversity.within[i]) for i, _ in places]
-    new = [squareform(record.diversity.within[j]) for _, j in places]
-    return change_of_vendi(old, new, record.diversity.order, paired)
-
-
-def _reach_change(record: Record, base: Record, paired: bool) -> Change | None:
-    places = _matched(record, base)
-    if not places or base.diversity is None or record.diversity is None or record.diversity.to_base is None:
-        return None
-    old = [squareform(base.diversity.within[i]) for i, _ in places]
-    new = [squareform(record.diversity.within[j]) for _, j in places]
-    across = [
-        np.reshape(record.diversity.to_base[j], (len(matrix),) * 2) for (_, j), matrix in zip(places, new, strict=True)
-    ]
-    return change_of_reach(old, new, across, paired=paired)

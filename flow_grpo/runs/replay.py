@@ -14,10 +14,12 @@ from flow_grpo.diversity.images import read_rgb
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.messages import say
-from flow_grpo.runs.evaluations import Record, records_of
+from flow_grpo.runs.dashboard import Description
+from flow_grpo.runs.evaluations import records_of
 from flow_grpo.runs.folder import ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, PAGE_FILE, run_config
 from flow_grpo.runs.history import salvage_history
-from flow_grpo.runs.trackers import Board, Description
+from flow_grpo.runs.record import Record
+from flow_grpo.runs.trackers import Board
 
 LABELS = ("eval", "eval_ema")
 IMAGE = re.compile(r"(?P<name>.+)_(?P<step>\d{6,15})\.png")

@@ -6,21 +6,13 @@ Everything that a report shows is rebuilt from the run's folder, flow_grpo/runs/
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import io
-import json
 import math
 import os
-import platform
 import re
-import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,35 +25,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
-from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.files import write_atomically
 from flow_grpo.messages import say
+from flow_grpo.runs.dashboard import Description, pixels_of
 from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.environment import write_records
 from flow_grpo.runs.evaluations import LABELS, read_record
 from flow_grpo.runs.folder import (
-    CONFIG_FILE,
-    ENVIRONMENT_FILE,
     HISTORY_FILE,
     IMAGE_FOLDER,
     PAGE_FILE,
     RECORD_FOLDERS,
     OpenFolder,
-    config_digest,
     flatten,
     keep_damaged,
     open_folder,
 )
 from flow_grpo.runs.history import append_line, is_evaluation, salvage_history, starts_with, write_history
-from flow_grpo.runs.lock import command_line
+from flow_grpo.runs.progress import Counters, bar
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.stopping import Reason, StopWatch
-from flow_grpo.runs.trackers import (
-    Board,
-    Description,
-    choose_trackers,
-    finish_trackers,
-    pixels_of,
-    start_trackers,
-)
+from flow_grpo.runs.trackers import Board, choose_trackers, finish_trackers, start_trackers
 
 if TYPE_CHECKING:
     from flow_grpo.settings import Settings
@@ -69,29 +53,6 @@ if TYPE_CHECKING:
 
 RECORD_NAME = re.compile(rf"(?:{'|'.join(LABELS)})_(?P<step>\d{{6,}})\.(?:json|webp)")  # of an evaluation
 FAILURE = 1 << 16  # in the place of a reason to stop: the main process cannot write
-
-
-@dataclass
-class Counters:
-    """What training has spent so far, over all processes; evaluation is not counted."""
-
-    epoch: int = 0  # epochs completed
-    seconds: float = 0.0
-    network_evaluations: int = 0  # transformer forwards x images
-    images: int = 0  # images sampled
-    updates: int = 0  # optimizer steps taken
-    nonfinite_updates: int = 0  # updates skipped for a non-finite loss or gradient
-    groups: int = 0  # prompts drawn: the position in the stream of prompts
-
-    def state_dict(self) -> dict[str, int | float]:
-        """The counters by name, for a checkpoint."""
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set every counter in place. One that is missing, as in the state of an older version, is left as it is."""
-        for field in fields(self):
-            kind = type(getattr(self, field.name))
-            setattr(self, field.name, kind(state.get(field.name, getattr(self, field.name))))
 
 
 T = TypeVar("T")
@@ -311,17 +272,7 @@ class Run:
         `leave` keeps the finished bar on the screen: for the outermost loop. Where the output is a file, bars are
         redrawn rarely and short ones not drawn at all.
         """
-        iterable = range(iterable_or_total) if isinstance(iterable_or_total, int) else iterable_or_total
-        interactive = sys.stderr.isatty()
-        return tqdm(
-            iterable,
-            desc=description,
-            leave=leave,
-            disable=not self.is_main,
-            dynamic_ncols=True,
-            mininterval=0.1 if interactive else 5.0,
-            delay=0.0 if interactive or leave else 5.0,
-        )
+        return bar(iterable_or_total, description, leave, silent=not self.is_main)
 
     @contextmanager
     def timer(self) -> Iterator[None]:
@@ -391,7 +342,8 @@ class Run:
     def _begin(self) -> str:
         """Write the records and choose the trackers; the run's id."""
         names = choose_trackers(self.settings.config.trackers)
-        environment = self._write_records()
+        earlier = self.checkpoint if self.resumed else None
+        environment = write_records(self.folder, self.settings, self.accelerator, earlier)
         settings = flatten(self.settings.config.to_dict())
         description = Description(self.name, settings | {"run_name": self.name}, environment)
         self._start_trackers = lambda: self._started(names, description)
@@ -417,110 +369,7 @@ class Run:
         lines = salvage_history(path)[0] if path.is_file() else []
         return epoch, [line for line in lines if line["step"] == epoch and not is_evaluation(line)]
 
-    def _write_records(self) -> dict[str, Any]:
-        """Write config.json and environment.json, which is returned and keeps what earlier sessions wrote."""
-        config = json.loads(strict_json(self.settings.config.to_dict() | {"run_name": self.name}))
-        environment = describe_environment(self.settings, self.accelerator)
-        if self.resumed:
-            environment |= self._earlier(config)
-        text = strict_json(config, indent=2) + "\n"
-        environment["config_sha256"] = config_digest(text.encode())
-        try:
-            write_atomically(self.folder / CONFIG_FILE, text)
-            write_atomically(self.folder / ENVIRONMENT_FILE, strict_json(environment, indent=2) + "\n")
-        except OSError as error:
-            raise ConfigError(f"{self.folder} cannot be written ({error.strerror}).") from None
-        return environment
-
-    def _earlier(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """What environment.json takes over from the sessions before; a damaged one is kept under another name."""
-        assert self.checkpoint is not None  # a resumed run has one
-        found: dict[str, Any] = {}
-        if run_id := checkpoint_state(self.checkpoint).get("run_id"):
-            found["run_id"] = run_id
-        before = self._readable(CONFIG_FILE)
-        if before is not None:
-            old, new = flatten(before), flatten(config)
-            found["config_changes"] = {key: [old.get(key), new[key]] for key in new if old.get(key) != new[key]}
-        earlier = self._readable(ENVIRONMENT_FILE)
-        if earlier is not None and isinstance(earlier.get("run_id"), str):
-            sessions = earlier.pop("earlier_sessions", [])
-            sessions = sessions if isinstance(sessions, list) else []
-            found |= {"run_id": earlier["run_id"], "earlier_sessions": [*sessions, earlier]}
-        return found
-
-    def _readable(self, name: str) -> dict[str, Any] | None:
-        """A record of the run; None for one that is missing or damaged, which is told and kept."""
-        path = self.folder / name
-        try:
-            return read_object(path)
-        except ConfigError as error:
-            if path.exists():
-                self.tell(f"{str(error).rstrip('.')}: it is written anew, and the old one is now {keep_damaged(path)}.")
-            return None
-
-
-# --- values ---------------------------------------------------------------------------------------------
-
 
 def _number(value: Any) -> int | float:
     """A Python number of a number, a numpy scalar or a tensor of one element; nan of None, as histories have it."""
     return math.nan if value is None else value if isinstance(value, int) else float(value)
-
-
-# --- environment ----------------------------------------------------------------------------------------
-
-
-def describe_environment(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """What a run ran on and with: enough to repeat it."""
-    return {
-        "run_id": uuid.uuid4().hex[:8],
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(),
-        "working_folder": os.getcwd(),  # that relative paths in the configuration start from
-        "git": _git_state(),
-        "device": _device_name(accelerator.device),
-        "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "packages": _package_versions(),
-        "batch_plan": asdict(settings.plan),
-        "config_changes": {},  # against the session before, of a resumed run: key -> [old, new]
-        "earlier_sessions": [],  # environments of the sessions before, of a resumed run
-    }
-
-
-def _package_versions() -> dict[str, str]:
-    distributions = importlib.metadata.distributions()
-    return dict(sorted((package.name, package.version) for package in distributions if package.name))
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Revision of this code and whether it has uncommitted changes; None outside a git checkout of it."""
-    here = Path(__file__).resolve()
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
-        return None
-    status = _git(here.parent, "status", "--porcelain")
-    return {"revision": _git(here.parent, "rev-parse", "HEAD"), "dirty": bool(status)}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What a git command prints; None where it fails or there is no git."""
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8", errors="replace").splitlines() if information.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"cpu ({models[0] if models else platform.machine()})"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flow_grpo.runs.evaluations import Record
 from flow_grpo.runs.folder import PAGE_FILE
+from flow_grpo.runs.record import Record
 
 BEGINS = "{folder}: {images} images an epoch; watch {page}"
 BEGINS_UNSEEN = "{folder}: {images} images an epoch; eval_freq is 0, so nothing is evaluated"

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
-from scripts.bench.entropy import cpu_model
+from scripts.bench.machine import cpu_model
 
 if TYPE_CHECKING:
     import numpy as np

@@ -57,9 +57,9 @@ from flow_grpo.files import read_object
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from scripts.bench import faults_damage, faults_stops, faults_writing
-from scripts.bench.entropy import cpu_model
 from scripts.bench.faults_processes import FAULTS, ROOT, Result, end_with_parent
 from scripts.bench.faults_runs import Kind, Lab
+from scripts.bench.machine import cpu_model
 
 TOGETHER = 2  # trials at a time
 

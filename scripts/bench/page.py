@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import o
 
 from flow_grpo.commands import cli
 from flow_grpo.page.build import build_page
-from scripts.bench.entropy import cpu_model
+from scripts.bench.machine import cpu_model
 from tests.synthetic_records import write_records
 
 FLAGS = (

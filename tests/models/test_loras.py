@@ -15,7 +15,8 @@ from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoi
 from safetensors.torch import load_file, save_file
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.models.lora_files import match, read_lora, transformer_shapes
+from flow_grpo.models.lora_files import read_lora
+from flow_grpo.models.lora_places import match, transformer_shapes
 from flow_grpo.models.loras import load_lora
 from tests.lora_writers import (
     MODULES,

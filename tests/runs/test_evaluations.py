@@ -18,17 +18,9 @@ from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import write_atomically
 from flow_grpo.runs import evaluations
-from flow_grpo.runs.evaluations import (
-    Distances,
-    Judged,
-    Record,
-    copy_base,
-    read_record,
-    record_path,
-    records_of,
-    with_changes,
-    write_record,
-)
+from flow_grpo.runs.changes import with_changes
+from flow_grpo.runs.evaluations import copy_base, read_record, record_path, records_of, write_record
+from flow_grpo.runs.record import Distances, Judged, Record
 
 PROMPTS, NOISES = ("a bag", "a <b>boot</b>", "a coat"), 6
 

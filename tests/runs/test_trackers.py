@@ -13,11 +13,14 @@ from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flow_grpo.errors import ConfigError, TrainingStopped
-from flow_grpo.runs import trackers
-from flow_grpo.runs.evaluations import Judged, Record, read_record, write_record
-from flow_grpo.runs.run import Counters, Run
-from flow_grpo.runs.trackers import Description, caption, shown_as, table_of, wandb_mode
-from tests.runs.test_run import NewRun, finished_checkpoint, full, make_settings
+from flow_grpo.runs.dashboard import SAMPLES, Description, caption, captioned, shown_as, table_of
+from flow_grpo.runs.evaluations import read_record, write_record
+from flow_grpo.runs.progress import Counters
+from flow_grpo.runs.record import Judged, Record
+from flow_grpo.runs.run import Run
+from flow_grpo.runs.tensorboard_board import TensorBoard
+from flow_grpo.runs.wandb_board import wandb_mode
+from tests.runs.new_runs import NewRun, finished_checkpoint, full, make_settings
 from tests.wandb_file import OfflineRun
 
 
@@ -97,7 +100,7 @@ def test_a_metric_stands_in_its_section(metric: str, name: str | None) -> None:
 
 def test_sections_sort_in_the_order_of_use() -> None:
     metrics = ["eval/reward/total", "eval/judge/accuracy", "eval/diversity/vendi", "eval/entropy/nats", "train/loss"]
-    names = [str(shown_as(metric)) for metric in metrics] + [f"{trackers.SAMPLES}/eval"]
+    names = [str(shown_as(metric)) for metric in metrics] + [f"{SAMPLES}/eval"]
     assert names == sorted(names)
 
 
@@ -128,7 +131,7 @@ def test_the_table_has_a_row_for_each_image(tmp_path: Path) -> None:
 
 
 def test_captions_stand_under_their_own_images(tmp_path: Path) -> None:
-    found = trackers.captioned(evaluation(tmp_path))
+    found = captioned(evaluation(tmp_path))
     assert [tile[..., 0].mean() / 255 * 4 for tile, _ in found] == pytest.approx([0, 1, 2, 3], abs=0.02)
     assert found[3][1].startswith("0.7500")
 
@@ -137,7 +140,7 @@ def test_a_sprite_that_is_damaged_leaves_the_table(tmp_path: Path) -> None:
     record = evaluation(tmp_path)
     assert record.sprite_path is not None
     record.sprite_path.write_bytes(b"RIFF")
-    assert trackers.captioned(record) == []
+    assert captioned(record) == []
     assert len(table_of(record)[1]) == 4
 
 
@@ -234,7 +237,7 @@ def test_a_run_that_goes_on_without_trackers_has_ended_there(
 ) -> None:
     run = new_run(trackers=("wandb", "tensorboard"))
     run.log({"train/reward": 0.1}, step=1)
-    monkeypatch.setattr(trackers.TensorBoard, "log", full)
+    monkeypatch.setattr(TensorBoard, "log", full)
     for step in (2, 3):
         run.log({"train/reward": 0.2}, step=step)
     assert capsys.readouterr().err.count("a tracker cannot write (No space left on device)") == 1

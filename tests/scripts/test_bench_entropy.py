@@ -11,6 +11,7 @@ import torch
 from flow_grpo.entropy import DivergenceEstimator, draw_probes, ode_log_density
 from flow_grpo.randomness import keyed_generator
 from scripts.bench import entropy as bench
+from scripts.bench.entropy_methods import forward_difference, methods, reference, replaced_log_density
 from scripts.diversity_metrics.toy_flows import GaussianFlow
 
 FLOW = GaussianFlow.random(8)
@@ -27,7 +28,7 @@ def data() -> torch.Tensor:
 
 def test_the_one_sided_difference_of_a_linear_field_is_its_quadratic_form(data):
     probes = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    v, trace = bench.forward_difference(FLOW.velocity, data, 0.4, probes)
+    v, trace = forward_difference(FLOW.velocity, data, 0.4, probes)
     expected = torch.einsum("nbi,ij,nbj->nb", probes, FLOW.slope(0.4), probes).mean(0)
     torch.testing.assert_close(trace, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(v, FLOW.velocity(data, 0.4), rtol=0, atol=0)
@@ -38,22 +39,22 @@ def test_the_replaced_approach_is_our_euler_with_gaussian_probes_where_differenc
     ours = ode_log_density(
         FLOW.velocity, data, sigmas, DivergenceEstimator(num_probes=4, distribution="gaussian"), generators
     )
-    replaced = bench.replaced_log_density(FLOW.velocity, data, sigmas, generators, 4)
+    replaced = replaced_log_density(FLOW.velocity, data, sigmas, generators, 4)
     torch.testing.assert_close(replaced, ours.log_prob, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("refinement", [1, 40])
 def test_refining_the_reference_by_probes_brings_it_to_the_closed_form_of_a_gaussian(data, refinement):
     orthogonal = DivergenceEstimator(num_probes=8, distribution="orthogonal")  # the exact trace in 8 dimensions
-    found, _ = bench.reference(FLOW.velocity, data, 6, refinement, draw_probes(data, orthogonal, generators(0)))
+    found, _ = reference(FLOW.velocity, data, 6, refinement, draw_probes(data, orthogonal, generators(0)))
     worst = (found - FLOW.distribution.log_prob(data)).abs().max()
     assert worst < 2e-3 if refinement > 1 else worst > 1e-2, worst
 
 
 def test_the_references_error_is_the_spread_of_the_refinement_between_probes(data):
     probes = draw_probes(data, DivergenceEstimator(num_probes=2), generators(0))
-    found, error = bench.reference(FLOW.velocity, data, 4, 8, probes)
-    one, other = (bench.reference(FLOW.velocity, data, 4, 8, torch.stack([z, z]))[0] for z in probes)
+    found, error = reference(FLOW.velocity, data, 4, 8, probes)
+    one, other = (reference(FLOW.velocity, data, 4, 8, torch.stack([z, z]))[0] for z in probes)
     torch.testing.assert_close(error, ((one - other) / 2).square().mean().sqrt().item(), rtol=1e-9, atol=0)
     torch.testing.assert_close(found, (one + other) / 2, rtol=1e-12, atol=1e-12)
 
@@ -63,7 +64,7 @@ def test_the_command_runs(random_models, tmp_path, capsys):
     options = [f"--model={random_models / 'sd3'}", f"--prompts={random_models / 'prompts.txt'}", f"--out={tmp_path}"]
     assert bench.main([*sizes, *options]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["rows"]) == len(bench.methods(4))
+    assert len(results["rows"]) == len(methods(4))
     assert {"table.md", "error_vs_seconds.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -80,7 +81,7 @@ COMMITTED = json.loads((Path(__file__).parents[2] / "assets/figures/entropy_benc
 def test_the_committed_table_is_of_40_steps_and_64_samples_and_has_every_row():
     assert (COMMITTED["steps"], COMMITTED["samples"], COMMITTED["distinct"]) == (40, 64, 64)
     rows = {(r["solver"], r["probes"], r["steps"], r["second_order"], r["dtype"]) for r in COMMITTED["rows"]}
-    assert rows == {(m.solver, m.probes, m.steps, m.second_order, m.dtype) for m in bench.methods(40)}
+    assert rows == {(m.solver, m.probes, m.steps, m.second_order, m.dtype) for m in methods(40)}
 
 
 def test_the_reference_is_converged_against_every_error_that_it_judges():

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from scripts.bench import verdicts
+from scripts.bench.verdict_situations import Situation, unit
 
 
 def test_the_study_writes_its_rows(tmp_path, monkeypatch):
-    few = [verdicts.Situation("balanced, partial", 8, 2, 0.5), verdicts.Situation("diffuse, equal", 8, 2, 0.0, False)]
+    few = [Situation("balanced, partial", 8, 2, 0.5), Situation("diffuse, equal", 8, 2, 0.0, False)]
     monkeypatch.setattr(verdicts, "situations", lambda: iter(few))
     monkeypatch.setattr(verdicts, "TRUTH_SETS", 500)
-    monkeypatch.setattr(
-        verdicts, "real_features", lambda: verdicts.unit(np.random.default_rng(0).normal(size=(2, 40, 8)))
-    )
+    monkeypatch.setattr(verdicts, "real_features", lambda: unit(np.random.default_rng(0).normal(size=(2, 40, 8))))
     assert verdicts.main(["--out", str(tmp_path / "new"), "--repeats", "2", "--real"]) == 0
     found = json.loads((tmp_path / "new" / "results.json").read_text())
     kinds = {(row["figure"], row["situation"]) for row in found["rows"]}
@@ -27,8 +26,8 @@ def test_the_study_writes_its_rows(tmp_path, monkeypatch):
 
 
 def test_truths_are_those_of_the_change():
-    equal = verdicts.truths(verdicts.Situation("diffuse, equal", 8, 2, 0.0))
+    equal = verdicts.truths(Situation("diffuse, equal", 8, 2, 0.0))
     assert equal == (0, 0)
-    vendi, reach = verdicts.truths(verdicts.Situation("balanced, nearly all", 8, 2, 0.0))
+    vendi, reach = verdicts.truths(Situation("balanced, nearly all", 8, 2, 0.0))
     assert vendi == pytest.approx(-2.2, abs=0.05)
     assert reach == pytest.approx(-0.6, abs=0.02)

@@ -20,7 +20,9 @@ from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.training import checkpoint
 from flow_grpo.training.weights import load_weights
-from scripts.diversity_metrics.eval_ode_log_prob import ImageFile, data_log_densities, encode_images, main, pairing
+from scripts.diversity_metrics.eval_ode_log_prob import main
+from scripts.diversity_metrics.given_images import ImageFile, pairing
+from scripts.diversity_metrics.log_densities import data_log_densities, encode_images
 from tests.saved_runs import edit_config, edit_state, read_state, spoil
 from tests.wandb_file import OfflineRun
 
@@ -146,13 +148,13 @@ def test_the_same_command_gives_the_same_file_and_one_probe_is_null(trained, tmp
 
 
 def test_without_their_weights_all_checkpoints_would_be_the_base(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.diversity_metrics.eval_ode_log_prob.load_weights", lambda *_: None)
+    monkeypatch.setattr("scripts.diversity_metrics.log_densities.load_weights", lambda *_: None)
     record = evaluate(trained["folder"], tmp_path)
     assert record["models"][0]["metrics"] == record["models"][2]["metrics"]
 
 
 def test_the_base_comes_back_after_a_checkpoint(trained, config, build):
-    from scripts.diversity_metrics.eval_ode_log_prob import Model
+    from flow_grpo.training.weights import Model
 
     config.run_name, config.use_reward_gradient = "other", True
     policy = build(config).policy
@@ -354,7 +356,7 @@ def test_a_figure_that_cannot_be_drawn_loses_no_number(trained, tmp_path, monkey
     def fail(record):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("scripts.diversity_metrics.eval_ode_log_prob.figure", fail)
+    monkeypatch.setattr("scripts.diversity_metrics.log_densities_report.figure", fail)
     with pytest.warns(UserWarning, match="could not be drawn"):
         record = evaluate(trained["folder"], tmp_path, "--checkpoints", "base")
     assert record["models"][0]["name"] == "base"

@@ -19,9 +19,11 @@ from scripts.tiny import data as tiny_data
 from scripts.tiny import measure as measure_tiny
 from scripts.tiny import models as tiny_models
 from scripts.tiny import pretrain as pretrain_tiny
+from scripts.tiny import training as train_tiny
+from scripts.tiny.fit import Fit, Recipe
 
 ASSETS = Path(__file__).parents[2] / "assets"
-SMALL = pretrain_tiny.Recipe(steps=5, batch=4, learning_rate=1e-3, warmup=2, ema_decay=0.9)
+SMALL = Recipe(steps=5, batch=4, learning_rate=1e-3, warmup=2, ema_decay=0.9)
 
 
 @pytest.fixture
@@ -162,8 +164,8 @@ class KilledError(Exception):
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """Make the function of pretrain_tiny that draws a batch end the run at its n-th call."""
-    genuine, calls = getattr(pretrain_tiny, name), []
+    """Make the function of train_tiny that draws a batch end the run at its n-th call."""
+    genuine, calls = getattr(train_tiny, name), []
 
     def draw_or_die(*arguments):
         calls.append(1)
@@ -171,7 +173,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
             raise KilledError
         return genuine(*arguments)
 
-    monkeypatch.setattr(pretrain_tiny, name, draw_or_die)
+    monkeypatch.setattr(train_tiny, name, draw_or_die)
 
 
 def weights(module: torch.nn.Module) -> torch.Tensor:
@@ -181,15 +183,15 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
 
 def test_a_killed_autoencoder_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, photographs):
     recipe = replace(SMALL, ema_decay=0.0)
-    unbroken = pretrain_tiny.train_vae(photographs, recipe, 0, tmp_path / "a", save_every=2)
+    unbroken = train_tiny.train_vae(photographs, recipe, 0, tmp_path / "a", save_every=2)
     with monkeypatch.context() as patch:
         kill_at(patch, "draw", call=4)
         with pytest.raises(KilledError):
-            pretrain_tiny.train_vae(photographs, recipe, 0, tmp_path / "b", save_every=2)
-    resumed = pretrain_tiny.train_vae(photographs, recipe, 0, tmp_path / "b", save_every=2)
+            train_tiny.train_vae(photographs, recipe, 0, tmp_path / "b", save_every=2)
+    resumed = train_tiny.train_vae(photographs, recipe, 0, tmp_path / "b", save_every=2)
     assert torch.equal(weights(unbroken), weights(resumed))
     assert unbroken.config.scaling_factor == resumed.config.scaling_factor
-    other = pretrain_tiny.train_vae(photographs, recipe, 1, tmp_path / "c", save_every=2)
+    other = train_tiny.train_vae(photographs, recipe, 1, tmp_path / "c", save_every=2)
     assert not torch.equal(weights(unbroken), weights(other))
 
 
@@ -197,7 +199,7 @@ def test_a_killed_sd3_run_ends_as_an_unbroken_one(tmp_path, monkeypatch, photogr
     vae = tiny_models.build_vae().eval()
 
     def train(work: str) -> torch.Tensor:
-        pipeline = pretrain_tiny.train_sd3(photographs, vae, SMALL, 0, tmp_path / work, save_every=2)
+        pipeline = train_tiny.train_sd3(photographs, vae, SMALL, 0, tmp_path / work, save_every=2)
         return torch.cat([weights(pipeline.transformer), weights(pipeline.text_encoder_3)])
 
     start = tiny_models.build_pipeline(0)
@@ -224,7 +226,7 @@ def test_noise_from_the_global_generator_would_break_resuming(tmp_path):
                 raise KilledError
             return model(torch.randn(8, 3)).square().mean()
 
-        pretrain_tiny.Fit("linear", [model], SMALL, 0, tmp_path / work).run(loss, save_every=2)
+        Fit("linear", [model], SMALL, 0, tmp_path / work).run(loss, save_every=2)
         return weights(model)
 
     unbroken = train("a", stop=None)
@@ -235,42 +237,42 @@ def test_noise_from_the_global_generator_would_break_resuming(tmp_path):
 
 def test_a_state_of_another_recipe_is_refused(tmp_path):
     model = torch.nn.Linear(3, 1)
-    pretrain_tiny.Fit("linear", [model], SMALL, 0, tmp_path).save()
+    Fit("linear", [model], SMALL, 0, tmp_path).save()
     with pytest.raises(ConfigError, match="another recipe"):
-        pretrain_tiny.Fit("linear", [model], replace(SMALL, batch=5), 0, tmp_path).restore()
+        Fit("linear", [model], replace(SMALL, batch=5), 0, tmp_path).restore()
 
 
 def test_an_sd3_state_is_not_continued_around_another_autoencoder(tmp_path, photographs):
     vae = tiny_models.build_vae().eval()
     recipe = replace(SMALL, steps=1)
-    pretrain_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
-    pretrain_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
+    train_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
+    train_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 1e-3
     with pytest.raises(ConfigError, match="ingredient"):
-        pretrain_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
+        train_tiny.train_sd3(photographs, vae, recipe, 0, tmp_path, save_every=1)
 
 
 def test_a_state_made_with_another_constant_is_refused(tmp_path, monkeypatch, photographs):
     recipe = replace(SMALL, steps=1)
 
     def train() -> None:
-        pretrain_tiny.train_vae(photographs, recipe, 0, tmp_path, save_every=1)
+        train_tiny.train_vae(photographs, recipe, 0, tmp_path, save_every=1)
 
     def train_judge() -> None:
-        pretrain_tiny.train_clip("features", photographs, recipe, 0, tmp_path, save_every=1)
+        train_tiny.train_clip("features", photographs, recipe, 0, tmp_path, save_every=1)
 
     train()
     train_judge()
-    monkeypatch.setattr(pretrain_tiny, "VAE_KL_WEIGHT", 1e-3)
-    monkeypatch.setitem(pretrain_tiny.CLIP_SIZES, "features", {})
+    monkeypatch.setattr(train_tiny, "VAE_KL_WEIGHT", 1e-3)
+    monkeypatch.setitem(train_tiny.CLIP_SIZES, "features", {})
     for again in (train, train_judge):
         with pytest.raises(ConfigError, match="ingredient"):
             again()
 
 
 def test_the_learning_rate_warms_up_stays_and_falls_to_zero():
-    recipe = pretrain_tiny.Recipe(steps=1000, batch=1, learning_rate=1.0, warmup=100, flat=0.5)
+    recipe = Recipe(steps=1000, batch=1, learning_rate=1.0, warmup=100, flat=0.5)
     assert recipe.rate(0) == pytest.approx(0.01)
     assert recipe.rate(99) == recipe.rate(500) == 1.0
     assert recipe.rate(750) == pytest.approx(0.5)
@@ -282,7 +284,7 @@ def test_contrastive_loss_is_clips_own_where_all_captions_differ():
     scale, ids = torch.tensor(1.3), torch.arange(6)
     logits = scale.exp() * image @ text.T
     expected = (F.cross_entropy(logits, ids) + F.cross_entropy(logits.T, ids)) / 2
-    torch.testing.assert_close(pretrain_tiny.contrastive_loss(image, text, ids, scale), expected)
+    torch.testing.assert_close(train_tiny.contrastive_loss(image, text, ids, scale), expected)
 
 
 def test_contrastive_loss_keeps_images_of_one_caption_together():
@@ -292,7 +294,7 @@ def test_contrastive_loss_keeps_images_of_one_caption_together():
     apart = F.normalize(torch.tensor([[1.0, 0.1], [1.0, -0.1], [0.1, 1.0], [-0.1, 1.0]]), dim=-1)
 
     def loss(features: torch.Tensor, caption_ids: torch.Tensor) -> float:
-        return pretrain_tiny.contrastive_loss(features, features, caption_ids, scale).item()
+        return train_tiny.contrastive_loss(features, features, caption_ids, scale).item()
 
     assert loss(together, ids) == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
     assert loss(apart, ids) > loss(together, ids)
@@ -349,7 +351,7 @@ STAGES = {"tiny_sd3": ("vae", "sd3"), "tiny_pickscore": ("pickscore",), "tiny_fe
 @pytest.mark.parametrize("name", STAGES)
 def test_every_committed_model_was_made_with_the_recipe_of_today(name):
     training = json.loads((ASSETS / name / "training.json").read_text())
-    assert training == {"seed": 0, **{stage: asdict(pretrain_tiny.RECIPES[stage]) for stage in STAGES[name]}}
+    assert training == {"seed": 0, **{stage: asdict(train_tiny.RECIPES[stage]) for stage in STAGES[name]}}
     assert metrics(name)["training"] == training
 
 

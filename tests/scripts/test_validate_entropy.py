@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.diversity_metrics import validate_entropy
+from scripts.diversity_metrics import entropy_targets, entropy_validation, validate_entropy
 from scripts.diversity_metrics.toy_flows import GaussianFlow, MixtureFlow, UniformFlow, fit_mlp
 
 COMMITTED = Path(__file__).parents[2] / "assets" / "figures" / "entropy_validation"
@@ -219,10 +219,10 @@ def test_the_command_writes_its_files_and_repeats_itself(tmp_path, monkeypatch, 
 
 def keep_small(monkeypatch):
     """Two targets in two dimensions, few steps."""
-    whole = validate_entropy.targets
-    monkeypatch.setattr(validate_entropy, "STEPS", 6)
-    monkeypatch.setattr(validate_entropy, "CONVERGENCE_STEPS", (5, 10))
-    monkeypatch.setattr(validate_entropy, "targets", lambda *args: [t for t in whole(*args) if t.dims == 2])
+    whole = entropy_targets.targets
+    monkeypatch.setattr(entropy_validation, "STEPS", 6)
+    monkeypatch.setattr(entropy_validation, "CONVERGENCE_STEPS", (5, 10))
+    monkeypatch.setattr(entropy_targets, "targets", lambda *args: [t for t in whole(*args) if t.dims == 2])
 
 
 @pytest.mark.parametrize("fraction", ["0", "1.5"])

@@ -32,7 +32,8 @@ from flow_grpo.evaluators.film_strip import GAP, HEADER, LEFT, film_strip
 from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
-from flow_grpo.runs.evaluations import Record, records_of
+from flow_grpo.runs.evaluations import records_of
+from flow_grpo.runs.record import Record
 from flow_grpo.runs.run import Run
 from flow_grpo.training import checkpoint
 from flow_grpo.training.weights import Bars

@@ -12,7 +12,8 @@ from flow_grpo.diversity.paired import Change
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import sample_evaluators
-from flow_grpo.runs.evaluations import Record, read_record, records_of
+from flow_grpo.runs.evaluations import read_record, records_of
+from flow_grpo.runs.record import Record
 from flow_grpo.runs.stopping import Reason
 from flow_grpo.training import checkpoint, trainer
 from flow_grpo.training.trainer import fit, score_of
