@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from flow_grpo.diffusers_patch.rollout import ode_steps, rollout
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.divergence import (
     DISTRIBUTIONS,
@@ -154,39 +155,44 @@ def ode_log_density(
     """
     falling = _check_path(sigmas, solver, second_order, estimator, probe_generators)
     source = _ProbeSource(estimator, probe_generators)
-    levels, steps = sigmas.tolist(), []
-    x_start = x.to(torch.promote_types(x.dtype, torch.float32))
-    x = x_start
+    levels = sigmas.tolist()
+    steps, log_dets = ode_steps(levels), list[Tensor]()
+
+    def slope(x: Tensor, sigma: float) -> Tensor:
+        i = len(log_dets)
+        try:
+            velocity_of_step, log_det = _slope(
+                velocity, x, sigma, steps[i].b, SOLVERS[solver], estimator, source, second_order, enable_grad
+            )
+        except ValueError as error:
+            kind = NonFiniteError if isinstance(error, NonFiniteError) else ValueError
+            raise kind(f"step {i} of {len(steps)}: {error}") from error
+        log_dets.append(-log_det if falling else log_det)  # (n, B)
+        return velocity_of_step
+
+    x_start = x = x.to(torch.promote_types(x.dtype, torch.float32))
+    for taken in rollout(slope, x_start, levels, steps, enable_grad=enable_grad):
+        x = taken.next_latents
     with torch.set_grad_enabled(enable_grad):
-        for i in range(len(levels) - 1):
-            try:
-                x, log_det = _step(
-                    velocity, x, levels[i], levels[i + 1], SOLVERS[solver], estimator, source, second_order, enable_grad
-                )
-            except ValueError as error:
-                kind = NonFiniteError if isinstance(error, NonFiniteError) else ValueError
-                raise kind(f"step {i} of {len(levels) - 1}: {error}") from error
-            steps.append(-log_det if falling else log_det)  # (n, B)
-        per_probe = torch.stack(steps)  # (T, n, B)
+        per_probe = torch.stack(log_dets)  # (T, n, B)
         x_0, x_1 = (x, x_start) if falling else (x_start, x)
         prior = -0.5 * (x_1.double().square().flatten(1).sum(1) + x_1[0].numel() * LOG_2PI)
         variance = _probe_variance(per_probe.detach(), estimator, x_1[0].numel())
         return OdeLogDensity(x_0, x_1, prior, per_probe.mean(1).T, variance)
 
 
-def _step(
+def _slope(
     velocity: VelocityFn,
     x: Tensor,
     sigma: float,
-    sigma_next: float,
+    dt: float,
     solver: Solver,
     estimator: DivergenceEstimator,
     source: _ProbeSource,
     second_order: bool,
     enable_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """One step of x and of the log-determinant of its map: (B, ...), (n, B)."""
-    dt = sigma_next - sigma
+    """What a step of length dt multiplies by it, (B, ...), and the log-determinant of its map, (n, B)."""
     slopes: list[Tensor] = []
     log_det = torch.zeros((), dtype=torch.float64, device=x.device)
     for node, row, weight in zip(solver.nodes, solver.matrix, solver.weights, strict=True):
@@ -199,7 +205,8 @@ def _step(
         log_det = log_det + weight * dt * found.per_probe
         if found.squared is not None:
             log_det = log_det - 0.5 * dt**2 * found.squared
-    return x + dt * sum(b * v for b, v in zip(solver.weights, slopes, strict=True)), log_det
+    weighted = [b * v for b, v in zip(solver.weights, slopes, strict=True)]
+    return sum(weighted[1:], weighted[0]), log_det
 
 
 class _ProbeSource:

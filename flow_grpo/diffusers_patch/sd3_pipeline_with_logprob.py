@@ -1,4 +1,4 @@
-"""The rollout: from noise to latents, with the log-probability of every stochastic step."""
+"""Sampling: from noise to latents, with the log-probability of every stochastic step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.sd3_sde_with_logprob import sde_step_with_logprob, step_mean
+from flow_grpo.diffusers_patch.rollout import rollout
+from flow_grpo.diffusers_patch.sd3_sde_with_logprob import step_log_prob
 from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.types import Trajectory
@@ -51,22 +51,17 @@ def pipeline_with_logprob(
     levels = sigmas.tolist()
     allowed = range(len(levels) - 1) if window is None else window
     noisy = [i for i in stochastic_steps(levels, sde_type, noise_level) if i in allowed]
+    kinds = [(sde_type, noise_level) if i in noisy else ("ode", 0.0) for i in range(len(levels) - 1)]
+    ends = itertools.pairwise(levels)
+    steps = [step_coefficients(kind, *pair, eta) for (kind, eta), pair in zip(kinds, ends, strict=True)]
     x = latents.to(torch.promote_types(latents.dtype, torch.float32))
     states, means, log_probs = [x], [], []
-    with torch.set_grad_enabled(enable_grad):
-        for i, (sigma, sigma_next) in enumerate(itertools.pairwise(levels)):
-            v = velocity(x, sigma)
-            if i in noisy:
-                z = randn_tensor(x.shape, generator=generators, device=x.device, dtype=x.dtype)
-                step = sde_step_with_logprob(
-                    x, v, sigma, sigma_next, noise_level=noise_level, sde_type=sde_type, noise=z
-                )
-                x = step.latents
-                means.append(step.mean)
-                log_probs.append(step.log_prob)
-            else:
-                x = step_mean(x, v, step_coefficients("ode", sigma, sigma_next, 0.0))
-            states.append(x)
+    for taken in rollout(velocity, x, levels, steps, generators=generators, enable_grad=enable_grad):
+        states.append(taken.next_latents)
+        if taken.index in noisy:
+            means.append(taken.mean)
+            with torch.set_grad_enabled(enable_grad):
+                log_probs.append(step_log_prob(taken.next_latents, taken.mean, taken.coefficients.s, sde_type))
     return Trajectory(
         latents=torch.stack(states, 1),
         sigmas=sigmas,

@@ -12,7 +12,6 @@ there but is not drawn, and neither is a record that cannot be read.
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from flow_grpo.diffusers_patch.rollout import ode_steps, rollout
 from flow_grpo.entropy import NonFiniteError, divergence, draw_probes
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Measured
@@ -72,14 +72,19 @@ def film_strip(policy: Policy, prompts: tuple[str, ...]) -> FilmStrip:
     x = policy.noise(evaluation_generators(config.eval.seed, ids))
     sigmas = policy.sigmas(config.eval.num_steps).tolist()
     log_density = [-0.5 * (x.double().square() + np.log(2 * np.pi)).flatten(1).sum(1)]
-    images, divergences = [], []
-    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
-        found = divergence(velocity, x, sigma, estimator, draw_probes(x, estimator, generators(step)))
-        with torch.no_grad():
-            images.append(policy.decode(x - sigma * found.velocity).cpu())
+    images: list[Tensor] = []
+    divergences: list[Tensor] = []
+
+    def measured(x: Tensor, sigma: float) -> Tensor:
+        probes = draw_probes(x, estimator, generators(len(divergences)))
+        found = divergence(velocity, x, sigma, estimator, probes)
         divergences.append(found.mean)
-        log_density.append(log_density[-1] - (sigma_next - sigma) * found.mean)
-        x = x + (sigma_next - sigma) * found.velocity
+        return found.velocity
+
+    for taken in rollout(measured, x, sigmas, ode_steps(sigmas)):
+        with torch.no_grad():
+            images.append(policy.decode(taken.latents - taken.sigma * taken.velocity).cpu())
+        log_density.append(log_density[-1] - taken.coefficients.b * divergences[-1])
     return FilmStrip(
         torch.stack(images, 1), sigmas, torch.stack(divergences, 1).cpu(), torch.stack(log_density, 1).cpu()
     )

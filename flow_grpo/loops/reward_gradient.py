@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from flow_grpo.diffusers_patch.rollout import rollout
 from flow_grpo.diffusers_patch.step import StepCoefficients, step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.loops.collect import epoch_prompts
@@ -94,17 +94,15 @@ def run_chain(
     enable_grad: bool = False,
 ) -> ChainState:
     """Execute the chain from x_1 = `latents` (B, C, h, w); with `enable_grad` its trained steps carry gradient."""
-    x, inputs, velocities = latents, {}, {}
-    for i, (sigma, step) in enumerate(zip(chain.sigmas, chain.steps, strict=True)):
-        trained = i in chain.train_steps
-        with torch.set_grad_enabled(enable_grad and trained):
-            v = velocity(x.detach(), sigma)
-        if trained:
-            inputs[i], velocities[i] = x.detach(), v
-        x = step.a * x + step.b * v
-        if step.s > 0:
-            x = x + step.s * randn_tensor(x.shape, generator=generators, device=x.device, dtype=x.dtype)
-    return ChainState(x, inputs, velocities)
+    x0, inputs, velocities = latents, {}, {}
+    for taken in rollout(
+        velocity, latents, chain.sigmas, chain.steps,
+        generators=generators, enable_grad=enable_grad, trained_steps=chain.train_steps, detach=True,
+    ):  # fmt: skip
+        if taken.index in chain.train_steps:
+            inputs[taken.index], velocities[taken.index] = taken.latents.detach(), taken.velocity
+        x0 = taken.next_latents
+    return ChainState(x0, inputs, velocities)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -212,6 +211,7 @@ def loss_gradient(policy: Policy, experience: Experience, settings: Settings, re
 
 def reward_gradient(policy: Policy, reward: WeightedReward, settings: Settings, number: int) -> np.ndarray:
     """h of one batch of images of the evaluation's sampler, (P,) float64: uphill, through every step."""
+    from flow_grpo.diffusers_patch.rollout import ode_steps, rollout
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.randomness import keyed_generator
 
@@ -219,8 +219,9 @@ def reward_gradient(policy: Policy, reward: WeightedReward, settings: Settings, 
     chosen = [prompts[i % len(prompts)] for i in range(REWARD_IMAGES)]
     velocity = policy.velocity(policy.encode(chosen), evaluation.guidance_scale)
     x = policy.noise([keyed_generator(SEED, "reward gradient", number, i) for i in range(REWARD_IMAGES)])
-    for sigma, sigma_next in pairwise(policy.sigmas(evaluation.num_steps).tolist()):
-        x = x + (sigma_next - sigma) * velocity(x, sigma)
+    sigmas = policy.sigmas(evaluation.num_steps).tolist()
+    for taken in rollout(velocity, x, sigmas, ode_steps(sigmas), enable_grad=True):
+        x = taken.next_latents
     reward(policy.decode(x), chosen, [{}] * len(chosen)).total.mean().backward()
     return _taken(policy)
 
