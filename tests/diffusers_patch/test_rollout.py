@@ -1,5 +1,7 @@
 """The rollout against its formula in float64, and which steps carry gradient."""
 
+import itertools
+
 import torch
 
 from flow_grpo.diffusers_patch.rollout import ode_steps, rollout
@@ -7,7 +9,7 @@ from flow_grpo.diffusers_patch.step import step_coefficients
 
 LEVELS = [1.0, 0.7, 0.4, 0.0]
 X = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-NOISY = [step_coefficients("dance", a, b, 0.5) for a, b in zip(LEVELS[:-1], LEVELS[1:], strict=True)]
+NOISY = [step_coefficients("dance", a, b, 0.5) for a, b in itertools.pairwise(LEVELS)]
 
 
 def generators() -> list[torch.Generator]:
