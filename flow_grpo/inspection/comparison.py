@@ -41,13 +41,12 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import write_record
-from flow_grpo.runs.progress import Counters
+from flow_grpo.runs.progress import Bars, Counters
 from flow_grpo.runs.record import FOLDERS, Record
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.sprite import SMALL
 from flow_grpo.settings import Settings
 from flow_grpo.statistics import Interval
-from flow_grpo.training.weights import Bars
 from flow_grpo.types import Samples
 
 Features = Mapping[str, np.ndarray]  # prompt -> (n, d)

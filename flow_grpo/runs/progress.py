@@ -52,3 +52,14 @@ def bar(
         mininterval=0.1 if interactive else 5.0,
         delay=0.0 if interactive or leave else 5.0,
     )
+
+
+class Bars:
+    """What sampling and `prompt_log_densities` ask of a run."""
+
+    def progress(self, iterable: Iterable[Any], description: str) -> Iterable[Any]:
+        """A progress bar that leaves nothing behind."""
+        return tqdm(iterable, desc=description, leave=False, delay=1.0)
+
+    def check_stop(self, ended: bool = False) -> None:
+        """Nothing is lost when a command that only measures is ended at once."""

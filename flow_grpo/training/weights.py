@@ -5,10 +5,10 @@ A command that reads a run takes its configuration from the folder; nothing repe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -80,19 +80,6 @@ def _check_weights(model: Model, config: ConfigDict, digest: str | None) -> None
         )
     if problem := base_mismatch(model.folder, digest):
         raise ConfigError(f"config.pretrained.model = {config.pretrained.model!r} of the run {problem}")
-
-
-class Bars:
-    """What sampling and `prompt_log_densities` ask of a run."""
-
-    def progress(self, iterable: Iterable[Any], description: str) -> Iterable[Any]:
-        """A progress bar that leaves nothing behind."""
-        from tqdm import tqdm
-
-        return tqdm(iterable, desc=description, leave=False, delay=1.0)
-
-    def check_stop(self, ended: bool = False) -> None:
-        """Nothing is lost when a command that only measures is ended at once."""
 
 
 def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool) -> None:

@@ -49,13 +49,13 @@ from flow_grpo.rewards import build_reward
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import write_record
 from flow_grpo.runs.folder import EVALUATIONS, IMAGE_FOLDER, flatten
-from flow_grpo.runs.progress import Counters
+from flow_grpo.runs.progress import Bars, Counters
 from flow_grpo.runs.record import Record
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.trackers import log_checkpoints
 from flow_grpo.statistics import NORMAL_95, half_widths
-from flow_grpo.training.weights import Bars, Model, load_weights
+from flow_grpo.training.weights import Model, load_weights
 from flow_grpo.types import Samples
 from scripts.diversity_metrics.log_densities import entropy_change
 

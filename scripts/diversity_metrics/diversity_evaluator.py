@@ -49,8 +49,9 @@ from flow_grpo.evaluators.diversity import (
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import fresh_folder
+from flow_grpo.runs.progress import Bars
 from flow_grpo.runs.saved import find_checkpoint
-from flow_grpo.training.weights import Bars, Model, choose_models, load_weights, output_folder
+from flow_grpo.training.weights import Model, choose_models, load_weights, output_folder
 
 if TYPE_CHECKING:
     from flow_grpo.policy import Policy

@@ -23,9 +23,10 @@ from flow_grpo.evaluators.entropy import (
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.runs.progress import Bars
 from flow_grpo.runs.run import Run
 from flow_grpo.statistics import Estimate
-from flow_grpo.training.weights import Bars, Model, load_weights
+from flow_grpo.training.weights import Model, load_weights
 from scripts.diversity_metrics.given_images import ImageFile
 
 

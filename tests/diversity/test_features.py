@@ -1,14 +1,11 @@
-"""Features against each library's own preprocessing and encoder, on random networks; folders of images."""
+"""Features against each library's own preprocessing and encoder, on random networks; the call."""
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,100 +14,20 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants
-from open_clip import pretrained as open_clip_pretrained
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import BitImageProcessor, CLIPProcessor, Dinov2Config, Dinov2Model
+from transformers import BitImageProcessor, CLIPProcessor, Dinov2Model
 
-from flow_grpo.diversity.features import EXTRACTORS, FeatureExtractor, NonFiniteFeatures, load_extractor
+from flow_grpo.diversity.features import EXTRACTORS, FeatureExtractor, load_extractor
 from flow_grpo.diversity.images import read_images
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.image_path import ImagePath
-from tests import pictures
+from tests.diversity.networks import PARITY, PREPROCESS, SIDE, distance, make_images, open_clip_config, spread, unit
 from tests.pictures import to_pil
 
-SIDE = 32  # pixels of the input of CLIP and open_clip
 SIZES = [(32, 32), (64, 64), (20, 20), (32, 48), (45, 40), (40, 72), (65, 64), (100, 300)]  # height, width
-PREPROCESS: dict[str, Any] = {"size": SIDE, "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
 PIXEL_LEVEL = 1.01 / 255  # the most by which a pixel may differ from the library's: one level of 8 bits
-PARITY = 5e-4  # the most by which a feature may, as a distance; its length is 1
-
-
-make_images = partial(pictures.make_images, count=6)
-
-
-def unit(features: Tensor) -> np.ndarray:
-    return F.normalize(features, dim=-1).numpy()
-
-
-def distance(features: np.ndarray, others: np.ndarray) -> float:
-    """The largest over the images."""
-    return float(np.linalg.norm(features - others, axis=1).max())
-
-
-def spread(features: np.ndarray) -> float:
-    """The smallest distance between two images."""
-    distances = np.linalg.norm(features[:, None] - features[None], axis=-1)
-    return float(distances[~np.eye(len(features), dtype=bool)].min())
-
-
-# --- random networks ------------------------------------------------------------------------------------------
-
-
-def open_clip_config(**vision: Any) -> dict[str, Any]:
-    """The text tower is never run. An image of 32 x 32 pixels in 16 patches, unless said otherwise."""
-    return {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, **vision},
-        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
-    }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with dinov2/, and open_clip's model.json, weights.pt and weights.safetensors."""
-    folder = tmp_path_factory.mktemp("features")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = open_clip.CLIP(**open_clip_config())
-        config = Dinov2Config(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=7,
-            layerscale_value=0.5,
-        )
-        dinov2 = Dinov2Model(config)
-    (folder / "model.json").write_text(json.dumps(open_clip_config()))
-    torch.save(network.state_dict(), folder / "weights.pt")
-    save_file({name: value.clone() for name, value in network.state_dict().items()}, folder / "weights.safetensors")
-    dinov2.save_pretrained(folder / "dinov2")
-    BitImageProcessor(
-        size={"shortest_edge": 36},
-        crop_size={"height": 28, "width": 28},
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    ).save_pretrained(folder / "dinov2")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoints(models: Path, random_models: Path) -> dict[str, tuple[str, str]]:
-    """Of each kind, a model and its `pretrained`."""
-    return {
-        "clip": (str(random_models / "clip"), ""),
-        "dinov2": (str(models / "dinov2"), ""),
-        "open_clip": (str(models / "model.json"), str(models / "weights.pt")),
-    }
-
-
-@pytest.fixture(scope="module")
-def extractors(checkpoints: dict[str, tuple[str, str]]) -> dict[str, FeatureExtractor]:
-    return {kind: load_extractor(kind, *checkpoint) for kind, checkpoint in checkpoints.items()}
 
 
 Library = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # images -> pixels, pixels -> features
@@ -334,165 +251,3 @@ def test_the_module_loads_no_heavy_library() -> None:
         "sys.exit(bool({'torch', 'transformers', 'open_clip', 'PIL'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-
-
-# --- open_clip's ways to name a model -------------------------------------------------------------------------
-
-
-def test_every_way_to_name_an_open_clip_gives_the_same_features(
-    extractors: dict[str, FeatureExtractor], models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    images = make_images(40, 72)
-    expected = extractors["open_clip"](images)
-    clash = shutil.copy(models / "model.json", tmp_path / "ViT-B-32.json")  # the name of a model that it knows
-    whole = tmp_path / "open_clip_config.json"
-    whole.write_text(json.dumps({"model_cfg": open_clip_config(), "preprocess_cfg": {}}))
-    shutil.copy(models / "weights.safetensors", tmp_path / "open_clip_model.safetensors")
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-ViT", open_clip_config())
-    tag = {"file": str(models / "weights.pt")}
-    monkeypatch.setitem(open_clip_pretrained._PRETRAINED, "tiny-ViT", {"random": tag})
-    for model, pretrained in (
-        (clash, models / "weights.pt"),
-        (whole, models / "weights.safetensors"),
-        ("tiny-ViT", models / "weights.pt"),
-        ("tiny/ViT", "random"),
-        (f"local-dir:{tmp_path}", ""),
-    ):
-        features = load_extractor("open_clip", str(model), str(pretrained))(images)
-        np.testing.assert_array_equal(features, expected)
-    assert open_clip.get_model_config("ViT-B-32")["embed_dim"] == 512
-
-
-def test_the_numbers_of_a_configuration_or_tag_are_used(models: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    numbers: dict[str, Any] = {
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "interpolation": "bilinear",
-        "resize_mode": "squash",
-    }
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({"model_cfg": open_clip_config(), "preprocess_cfg": numbers}))
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", open_clip_config())
-    tag = {"file": str(models / "weights.pt"), "quick_gelu": True, **numbers}
-    monkeypatch.setitem(open_clip_pretrained._PRETRAINED, "tiny", {"random": tag})
-
-    images = make_images(64, 128)
-    transform = image_transform_v2(PreprocessCfg(size=SIDE, **numbers), is_train=False)
-    pixels = torch.stack([transform(image) for image in to_pil(images)])
-    expected = {}
-    for quick in (False, True):
-        network = open_clip.CLIP(**open_clip_config(), quick_gelu=quick).eval()
-        network.load_state_dict(torch.load(models / "weights.pt"))
-        with torch.no_grad():
-            expected[quick] = unit(network.encode_image(pixels))
-    found = load_extractor("open_clip", str(config), str(models / "weights.pt"))(images)
-    assert distance(found, expected[False]) < PARITY
-    quick = load_extractor("open_clip", "tiny", "random")(images)  # the activation that the weights were trained with
-    assert distance(quick, expected[True]) < PARITY
-    assert distance(expected[False], expected[True]) > 2 * PARITY
-
-
-# --- bad models -----------------------------------------------------------------------------------------------
-
-
-def refusal(*arguments: Any, **keywords: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        load_extractor(*arguments, **keywords)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_unknown_kinds_and_batch_sizes_are_one_sentence(checkpoints: dict[str, tuple[str, str]]) -> None:
-    assert refusal("clipp") == "the features 'clipp' are unknown; there are clip, dinov2, open_clip."
-    assert "takes a whole number of at least 1." in refusal("dinov2", *checkpoints["dinov2"], batch_size=0)
-
-
-@pytest.mark.parametrize("kind", ["clip", "dinov2"])
-def test_transformers_models_that_cannot_be_used_are_one_sentence(
-    kind: str, checkpoints: dict[str, tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = checkpoints[kind][0]
-    assert "'laion' is for open_clip" in refusal(kind, source, "laion")
-    assert f"the {kind} model = '{tmp_path}/none' is not a directory" in refusal(kind, f"{tmp_path}/none")
-    assert "cannot be loaded" in refusal(kind, str(tmp_path))  # an empty directory
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "'nobody/no-such-model' cannot be loaded" in refusal(kind, "nobody/no-such-model")
-
-    other = checkpoints["dinov2" if kind == "clip" else "clip"][0]
-    sentence = refusal(kind, other)
-    assert f"{other!r} is no DINOv2 but a 'clip'" in sentence if kind == "dinov2" else f"{other!r} cannot" in sentence
-    folder = shutil.copytree(source, tmp_path / "copy")
-    weights = load_file(folder / "model.safetensors")
-    name = "layernorm.weight" if kind == "dinov2" else "visual_projection.weight"
-    save_file({key: value for key, value in weights.items() if key != name}, folder / "model.safetensors")
-    assert f"lacks {name}." in refusal(kind, str(folder))
-    save_file({**weights, name: weights[name][:1]}, folder / "model.safetensors")
-    assert f"'{folder}' cannot be loaded" in refusal(kind, str(folder))
-    save_file({**weights, name: torch.full_like(weights[name], torch.nan)}, folder / "model.safetensors")
-    assert "not finite" in refusal(kind, str(folder))
-    (folder / "model.safetensors").write_bytes(b"no weights")
-    assert f"'{folder}' cannot be loaded" in refusal(kind, str(folder))
-
-
-def test_open_clip_names_and_tags_are_one_sentence(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "knows no model 'ViT-B32'; the nearest are ViT-B-32" in refusal("open_clip", "ViT-B32", "openai")
-    for pretrained in ("", "opnai", str(models / "none.pt")):
-        sentence = refusal("open_clip", "ViT-B-32", pretrained)
-        assert f"pretrained = {pretrained!r} is neither a file nor a tag" in sentence
-        assert "openai, laion400m_e31" in sentence
-    assert "which brings its own weights" in refusal("open_clip", "hf-hub:org/name", "openai")
-    assert "Directory specified" in refusal("open_clip", f"local-dir:{models}/none")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "open_clip cannot load 'hf-hub:nobody/none'" in refusal("open_clip", "hf-hub:nobody/none")
-    assert "Failed to download weights" in refusal("open_clip", "ViT-B-32", "laion2b_s34b_b79k")
-
-
-def test_open_clip_files_that_cannot_be_used_are_one_sentence(models: Path, tmp_path: Path) -> None:
-    config, weights = str(models / "model.json"), tmp_path / "weights.pt"
-    for pretrained in ("", "openai", str(tmp_path / "none.pt")):
-        assert f"pretrained = {pretrained!r} is not a file" in refusal("open_clip", config, pretrained)
-    good = torch.load(models / "weights.pt")
-    shorter = {key: value for key, value in good.items() if key != "visual.proj"}
-    for damaged in (shorter, {**good, "visual.proj": torch.zeros(3, 5)}, {}, [1], torch.nn.Linear(2, 2).state_dict()):
-        torch.save(damaged, weights)
-        assert f"open_clip cannot load {config!r}" in refusal("open_clip", config, str(weights))
-    weights.write_bytes(b"")
-    assert "open_clip cannot load" in refusal("open_clip", config, str(weights))
-    weights.write_bytes((models / "weights.pt").read_bytes()[:5000])
-    assert "open_clip cannot load" in refusal("open_clip", config, str(weights))
-    safetensors = tmp_path / "weights.safetensors"
-    safetensors.write_bytes(b"no weights")
-    assert "open_clip cannot load" in refusal("open_clip", config, str(safetensors))
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        (None, "cannot be read (No such file or directory)."),
-        ("{", "is not JSON"),
-        (100_000 * "[", "JSON nested too deep"),
-        ("[1]", "is no open_clip configuration; it needs embed_dim, vision_cfg, text_cfg."),
-        ('{"model_cfg": 3}', "is no open_clip configuration"),
-        ('{"embed_dim": 8, "vision_cfg": {}}', "is no open_clip configuration"),
-        (json.dumps({**open_clip_config(), "widht": 3}), "unexpected keyword argument 'widht'"),
-        (json.dumps(open_clip_config(patch_size=0)), "open_clip cannot load"),
-    ],
-)
-def test_open_clip_configurations_that_cannot_be_used_are_one_sentence(
-    models: Path, tmp_path: Path, text: str | None, sentence: str
-) -> None:
-    if text is not None:
-        (tmp_path / "model.json").write_text(text)
-    assert sentence in refusal("open_clip", str(tmp_path / "model.json"), str(models / "weights.pt"))
-
-
-def test_images_that_cannot_be_used_are_refused(extractors: dict[str, FeatureExtractor]) -> None:
-    extractor = extractors["open_clip"]
-    with pytest.raises(ValueError, match=r"^a feature extractor takes images in \[0, 1\], got values from 0.0 to 2.0$"):
-        extractor(2 * torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"^a feature extractor takes float images of shape \(B, 3, H, W\), got"):
-        extractor(torch.zeros(3, 8, 8))
-    images = make_images(32, 32)
-    images[4, 0, 3, 3] = torch.nan
-    with pytest.raises(NonFiniteFeatures, match=r"are not finite, first those of image 4\.$"):
-        extractor(images)

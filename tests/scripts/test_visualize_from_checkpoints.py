@@ -33,10 +33,10 @@ from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.evaluations import records_of
+from flow_grpo.runs.progress import Bars
 from flow_grpo.runs.record import Record
 from flow_grpo.runs.run import Run
 from flow_grpo.training import checkpoint
-from flow_grpo.training.weights import Bars
 from scripts.diversity_metrics.checkpoint_measures import FIGURES, std_standard_error
 from scripts.diversity_metrics.visualize_from_checkpoints import main
 from tests import saved_runs

@@ -1,9 +1,7 @@
-"""fme: what each command line means, and one sentence with exit code 2 for every mistake."""
+"""fme train: what each command line means, and one sentence with exit code 2 for every mistake."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -12,78 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from flow_grpo.commands import cli, ls, main, train
+from flow_grpo.commands import train
 from flow_grpo.commands.train import as_typed
 from flow_grpo.errors import Interrupted, TrainingStopped
-from flow_grpo.recipes.base import KEYS, leaves
+from flow_grpo.recipes.base import leaves
 from flow_grpo.recipes.sd3 import NAMES, RECIPES, get_config
 from flow_grpo.runs.folder import run_folder_of
 from flow_grpo.runs.lock import RunLock, command_line, is_locked
-from tests.synthetic_runs import ENVIRONMENT, write_run
+from tests.commands.lines import ROOT, fme, refusal
+from tests.synthetic_runs import write_run
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """Trainings that would begin, instead of beginning."""
-    found = []
-    monkeypatch.setattr(train, "train", found.append)
-    monkeypatch.setattr(cli, "resolve", lambda *_, **__: None)  # that their values fit is another matter
-    return found
-
-
-def fme(*arguments: str) -> int:
-    return main.main(arguments)
-
-
-def refusal(capsys, *arguments: str) -> str:
-    """The one sentence with which a command line is refused."""
-    with pytest.raises(SystemExit) as stopped:
-        fme(*arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
-
-
-# --- the command ----------------------------------------------------------------------------------------
-
-
-def test_help_names_every_command(capsys):
-    assert fme("--help") == fme() == 0
-    out = capsys.readouterr().out
-    assert all(f"fme {name}" in out for name in main.COMMANDS)
-
-
-@pytest.mark.parametrize("name", main.COMMANDS)
-def test_a_commands_help_loads_no_torch(name):
-    code = (
-        "import sys\nfrom flow_grpo.commands.main import main\n"
-        f"try:\n    main([{name!r}, '--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"usage: fme {name}" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"), [("trian", "fme train"), ("zzz", "there are demo, train"), ("veiw", "view")]
-)
-def test_a_misspelt_command_is_told_the_nearest(typed, meant, capsys):
-    error = refusal(capsys, typed)
-    assert f"fme {typed} is not a command" in error
-    assert meant in error
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
 
 # --- train: what it means -------------------------------------------------------------------------------
@@ -142,23 +79,6 @@ def test_a_file_of_recipes_is_taken_as_the_scripts_take_it(started, tmp_path):
     )
     fme("train", f"{tmp_path / 'mine.py'}:there", "seed=3")
     assert (started[0].run_name, started[0].seed) == ("there", 3)
-
-
-# --- train: with another run ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def earlier(tmp_path):
-    """A run of tiny_drtune with other settings than its recipe's."""
-    config = get_config("tiny_drtune")
-    config.update({"num_epochs": 7, "seed": 5, "logdir": str(tmp_path), "run_name": "run"})
-    folder = tmp_path / "run"
-    folder.mkdir()
-    text = json.dumps(config.to_dict())
-    (folder / "config.json").write_text(text)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    (folder / "environment.json").write_text(json.dumps(ENVIRONMENT | {"config_sha256": digest}))
-    return folder
 
 
 @pytest.mark.parametrize(
@@ -395,126 +315,3 @@ def test_how_a_training_ends_early_keeps_its_exit_code(error, code, monkeypatch,
         fme("train", "tiny_grpo")
     assert stopped.value.code == code
     assert "config." not in capsys.readouterr().err
-
-
-# --- ls -------------------------------------------------------------------------------------------------
-
-
-def listed(capsys, *arguments: str) -> str:
-    assert fme("ls", *arguments) == 0
-    return capsys.readouterr().out
-
-
-def test_every_recipe_is_listed_with_its_cost_and_first_name(capsys):
-    out = listed(capsys, "recipes")
-    for name, first in NAMES.items():
-        assert f"{name}: " in out
-        assert f"also called {first}\n" in out
-    assert "not counted" not in out
-    assert "an epoch, on 4 GPUs: 1,152 images; 23,040 sampling" in out
-
-
-def test_every_key_is_listed_with_its_default_and_meaning(capsys):
-    out = listed(capsys, "keys")
-    assert all(key.meaning and key.meaning in out for key in KEYS.values())
-    assert all(f"\n{name} " in out for name in KEYS)
-
-
-def test_a_name_narrows_by_its_beginning_or_as_a_pattern(capsys):
-    assert listed(capsys, "keys", "train.beta").splitlines()[1:] == [
-        "train.beta  0.0  weight of the KL divergence to the reference model", "    takes a number of at least 0",
-    ]  # fmt: skip
-    assert listed(capsys, "keys", "*.batch_size").count("takes a whole number of at least 1") == 5
-    assert listed(capsys, "recipes", "pickscore_sd3").startswith("sd35_grpo: ")
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "nearest"),
-    [("keys", "beta", "train.beta"), ("recipes", "tiny_gpro", "tiny_grpo"), ("rewards", "pikscore", "pickscore")],
-)
-def test_an_unknown_name_is_told_the_nearest(kind, name, nearest, capsys):
-    assert f"did you mean {nearest}" in refusal(capsys, "ls", kind, name)
-
-
-def test_rewards_say_how_to_train_on_them(capsys):
-    lines = {line.split()[0]: line.split() for line in listed(capsys, "rewards").splitlines()}
-    assert lines["pickscore"] == [
-        "pickscore",
-        "yes",
-        "reward_model.pickscore=assets/tiny_pickscore",
-        "reward_fn.pickscore=1",
-    ]
-    assert lines["jpeg_compressibility"][1:3] == ["no", "none"]
-
-
-def rows(capsys, *arguments: str) -> dict[str, str]:
-    return {line.split("  ")[0]: line for line in listed(capsys, "runs", *arguments).splitlines()[1:]}
-
-
-def test_runs_are_listed_with_what_they_have_come_to(capsys, tmp_path):
-    write_run(tmp_path / "logs/done", [0.5, 0.6], [0, 10], gradient=True, diversity=True, overrides={"num_epochs": 10})
-    write_run(tmp_path / "logs/pair/cut", [0.5, 0.7], [0, 10], gradient=True, overrides={"max_seconds": 9.0})
-    write_run(tmp_path / "logs/pair/on", [0.5, 0.8], [0, 10], gradient=True)
-    (tmp_path / "logs/none").mkdir()
-    found = rows(capsys, str(tmp_path / "logs"))
-    assert list(found) == ["done", "pair/cut", "pair/on"]
-    assert "finished  " in found["done"]
-    assert "10 of 10   0.6000  3.50   " in found["done"]
-    assert "cut by the clock" in found["pair/cut"]
-    assert "stopped" in found["pair/on"]
-    assert "10 of 100  0.8000" in found["pair/on"]
-    assert list(rows(capsys, str(tmp_path / "logs/done"))) == ["done"]
-
-
-def test_a_damaged_run_and_a_foreign_name_spoil_nothing(capsys, tmp_path):
-    for name in ("a\x1b[31m\nb", "damaged"):
-        write_run(tmp_path / "logs" / name, [0.5, 0.6], [0, 10], gradient=True)
-    (tmp_path / "logs/damaged/config.json").write_text("{")
-    with (tmp_path / "logs/damaged/metrics.jsonl").open("a") as file:
-        file.write("no JSON\n{}\n")
-    lines = listed(capsys, "runs", str(tmp_path / "logs")).splitlines()
-    assert len(lines) == 3
-    assert not any("\x1b" in line for line in lines)
-    assert "damaged" in lines[2].split()[1]
-
-
-def test_a_folder_without_runs_is_said(capsys):
-    assert "holds no run" in refusal(capsys, "ls", "runs")
-
-
-def test_a_table_is_as_wide_as_its_cells():
-    assert ls.table([("a", "bb", "c"), ("aaa", "b", "")]) == ["a    bb  c", "aaa  b"]
-
-
-# --- view -----------------------------------------------------------------------------------------------
-
-
-def test_the_page_of_one_run_lies_in_it_and_of_several_beside_them(capsys, tmp_path):
-    runs = [write_run(tmp_path / name, [0.5, 0.6], [0, 10], gradient=True) for name in ("a", "b")]
-    assert fme("view", str(runs[0])) == 0
-    assert capsys.readouterr().out == f"page: {runs[0] / 'page.html'}\n"
-    assert fme("view", *map(str, runs)) == 0
-    assert capsys.readouterr().out == f"page: {tmp_path / 'page.html'}\n"
-    assert fme("view", str(runs[0]), "--out", "mine.html") == 0
-    assert capsys.readouterr().out == "page: mine.html\n"
-    assert "fme view" in Path("mine.html").read_text()
-
-
-def test_what_is_no_run_has_no_page(capsys, tmp_path):
-    assert "is not a folder" in refusal(capsys, "view", str(tmp_path / "nowhere"))
-    run = write_run(tmp_path / "a", [0.5, 0.6], [0, 10], gradient=True)
-    assert "eval_ema" in refusal(capsys, "view", str(run), "--ema")
-
-
-def test_a_page_is_made_without_torch(tmp_path):
-    run = write_run(tmp_path / "a", [0.5, 0.6], [0, 10], gradient=True)
-    code = f"import sys\nfrom flow_grpo.commands.main import main\nmain(['view', {str(run)!r}])\n"
-    code += "sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_page_replaces_nothing_but_a_page(earlier, tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("all of it")
-    assert "ends in .html" in refusal(capsys, "view", str(earlier), "--out", str(tmp_path / "thesis.tex"))
-    assert (tmp_path / "thesis.tex").read_text() == "all of it"
