@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,22 +188,27 @@ def _scale(file: LoraFile, layer: Layer, target: Target) -> float | None:
     if "alpha" in layer.keys:
         return None
     settings = file.settings
-    rank = _of_module(settings, "rank_pattern", settings.get("r"), target.module)
+    names = (layer.name, target.module)  # patterns are of the names that the trainer saw, which the file has
+    rank = _of_module(settings, "rank_pattern", settings.get("r"), names)
     if rank is not None and rank != layer.rank:
         raise ConfigError(
             f"{file.path}: its settings give {target.module} the rank {rank}, but A has shape {layer.shapes['A']}."
         )
-    alpha = _of_module(settings, "alpha_pattern", settings.get("lora_alpha"), target.module)
+    alpha = _of_module(settings, "alpha_pattern", settings.get("lora_alpha"), names)
     if alpha is None:
         return 1.0
     return alpha / (math.sqrt(layer.rank) if settings.get("use_rslora") else layer.rank)
 
 
-def _of_module(settings: Mapping[str, Any], key: str, default: float | None, module: str) -> float | None:
-    """What a pattern of the settings says of a module: the first that is the end of its name, as peft reads it."""
-    for pattern, value in (settings.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+def _of_module(settings: Mapping[str, Any], key: str, default: float | None, names: Sequence[str]) -> float | None:
+    """What a pattern of the settings says of a module: the first that is the end of its name, as peft reads it.
+
+    `names`: those that the module goes by, first the file's own.
+    """
+    for name in names:
+        for pattern, value in (settings.get(key) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
     return default
 
 

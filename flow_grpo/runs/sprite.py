@@ -1,6 +1,6 @@
 """The images of an evaluation, small, in one picture.
 
-Small ones are all kept as they are, without loss; of larger ones a few, reduced.
+Small ones are kept as they are, without loss, up to so many pixels; of larger ones a few, reduced.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LONG_SIDE = 192  # pixels, to which larger ones are reduced
 LOSSY = {"quality": 80}  # the WebP of larger ones
 LOSSLESS = {"lossless": True, "quality": 50, "method": 2}  # of small ones; here `quality` is effort
 MOST_PROMPTS, MOST_NOISES = 10, 8  # of larger ones
-MOST_TILES = 4096  # of small ones: 50 MB of pixels at 64 x 64
+MOST_PIXELS = 2**20  # of small ones: 1024 images of 32 x 32, whose WebP is about 1 MB
 COLUMNS = 16
 WEBP_SIDE = 16383  # pixels, at most
 
@@ -30,7 +30,7 @@ def draw_sprite(record: Record, images: Tensor | np.ndarray, file: str) -> tuple
     """The grid of the images that are kept, as WebP."""
     height, width = images.shape[2:]
     small = max(height, width) <= SMALL
-    kept = _kept(record, COLUMNS * (WEBP_SIDE // height) if small else None)
+    kept = _kept(record, min(COLUMNS * (WEBP_SIDE // height), MOST_PIXELS // (height * width)) if small else None)
     factor = 1.0 if small else LONG_SIDE / max(height, width)
     cell = (max(1, round(width * factor)), max(1, round(height * factor)))
     columns = min(COLUMNS, len(kept))
@@ -51,7 +51,7 @@ def _kept(record: Record, room: int | None) -> list[int]:
     order = range(len(record.prompt))
     if room is None:
         return [i for i in order if record.prompt[i] < MOST_PROMPTS and record.noise[i] < MOST_NOISES]
-    return sorted(sorted(order, key=lambda i: (record.noise[i], record.prompt[i]))[: min(MOST_TILES, room)])
+    return sorted(sorted(order, key=lambda i: (record.noise[i], record.prompt[i]))[:room])
 
 
 def _eight_bit(image: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.lora_files import read_lora
-from flow_grpo.models.lora_places import match, transformer_shapes
+from flow_grpo.models.lora_places import match, transformer_shapes, weight_matrices
 from flow_grpo.models.loras import load_lora
 from tests.lora_writers import (
     MODULES,
@@ -131,6 +131,22 @@ def test_peft_folder_with_rank_and_alpha_patterns(stock, pipeline, tmp_path) -> 
     alphas = {f"^{name}": 1.5 * (number + 1) for number, name in enumerate(lora)}
     path = stock_peft(tmp_path, copy.deepcopy(stock.transformer), lora, alpha_pattern=alphas)
     check(stock, pipeline, path, {name: replace(layer, alpha=alphas[f"^{name}"]) for name, layer in lora.items()})
+
+
+def test_peft_patterns_are_of_the_files_own_names(stock, tmp_path) -> None:
+    """SD3's own names, which become three modules of diffusers'."""
+    width = stock.transformer.config.num_attention_heads * stock.transformer.config.attention_head_dim
+    name = "joint_blocks.1.x_block.attn.qkv"
+    tensors = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(4, width),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(3 * width, 4),
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {"r": 4, "lora_alpha": 4, "alpha_pattern": {"x_block.attn.qkv": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    shapes = {key: tuple(value.shape) for key, value in stock.transformer.named_parameters()}
+    plan = match(read_lora(tmp_path), weight_matrices(shapes))
+    assert {placement.scale for placement in plan.placements} == {0.5}
 
 
 def test_peft_folder_with_rank_stabilised_scale(stock, pipeline, tmp_path) -> None:
