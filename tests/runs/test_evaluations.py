@@ -129,14 +129,16 @@ def test_large_images_are_reduced_and_bounded(tmp_path):
     assert Image.open(found.sprite_path).size == (16 * 144, 5 * 192)
 
 
-def test_a_sprite_is_no_taller_than_webp_can_be(tmp_path):
-    """16383 pixels: 255 rows of 64, where all that a sprite may hold would take 256."""
+@pytest.mark.parametrize(("width", "kept"), [(64, 256), (4, 255 * 16)])
+def test_a_sprite_holds_a_million_pixels_and_is_no_taller_than_webp_can_be(tmp_path, width, kept):
+    """16383 pixels: 255 rows of 64."""
     number = 4096
     record = Record("eval", 0, ["a bag"], [0] * number, list(range(number)))
-    sprite = read_record(write_record(tmp_path, record, np.broadcast_to(np.float32(0.5), (number, 3, 64, 64)))).sprite
-    assert len(sprite.images) == 255 * 16
+    images = np.broadcast_to(np.float32(0.5), (number, 3, 64, width))
+    sprite = read_record(write_record(tmp_path, record, images)).sprite
+    assert len(sprite.images) == kept
     with Image.open(tmp_path / "evaluations" / sprite.file) as picture:
-        assert picture.size == (16 * 64, 255 * 64)
+        assert picture.size == (16 * width, kept // 16 * 64)
 
 
 def test_an_image_of_nan_is_black(tmp_path):
