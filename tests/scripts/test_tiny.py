@@ -313,7 +313,7 @@ def test_measuring_what_is_not_there_is_one_sentence(tmp_path, capsys):
     assert measure_tiny.main(["--out", str(tmp_path)]) == 2
     sentence = capsys.readouterr().err
     assert sentence.count("\n") == 1
-    assert "pretrain_tiny.py" in sentence
+    assert "scripts/tiny/pretrain.py" in sentence
 
 
 # --- the committed models -----------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_a_resumed_run_takes_the_present_configurations_learning_rate(config, bu
 def test_a_run_that_is_already_over_says_so(config, build):
     config.save_freq, config.num_epochs = 1, 1
     config.resume_from = str(train(config, build, grpo).run.folder)
-    with pytest.raises(ConfigError, match=r"raise config\.num_epochs = 1\."):
+    with pytest.raises(ConfigError, match=r"raise config\.num_epochs = 1 above 1\."):
         train(config, build, grpo)
 
 

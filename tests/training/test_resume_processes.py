@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from flow_grpo.runs.evaluations import records_of
 from tests.resume_worker import CASES, EVALUATED
 
-WORKER = Path(__file__).parents[2] / "resume_worker.py"
+WORKER = Path(__file__).parents[1] / "resume_worker.py"
 EPOCHS = 4
 
 
