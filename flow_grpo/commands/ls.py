@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
+from flow_grpo.methods.registry import METHODS
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import KEYS, SECTIONS, leaves
 from flow_grpo.rewards.registry import REWARDS
@@ -116,6 +117,14 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 36 else f"{text[:32]} ..."
 
 
+def methods(name: str) -> Iterable[str]:
+    """A table, and how to choose one."""
+    rows = [("method", "what it is", "use_reward_gradient")]
+    rows += [(m.name, m.title, str(m.reward_gradient)) for m in narrowed(METHODS, name, "method").values()]
+    yield from table(rows)
+    yield "Recipes have chosen one; train.method=NAME is another of the same family."
+
+
 def rewards(name: str) -> Iterable[str]:
     """A table, and how to use one."""
     rows = [("reward", "gradient", "model", "to train on it")]
@@ -203,4 +212,10 @@ def _size(folder: Path) -> str:
     return f"{total / 1e6:,.1f} MB"
 
 
-LISTS: dict[str, Callable[[str], Iterable[str]]] = {"recipes": recipes, "keys": keys, "rewards": rewards, "runs": runs}
+LISTS: dict[str, Callable[[str], Iterable[str]]] = {
+    "recipes": recipes,
+    "keys": keys,
+    "methods": methods,
+    "rewards": rewards,
+    "runs": runs,
+}

@@ -29,7 +29,7 @@ COMMANDS = {  # in the order of use; the modules of this package
     "sample": "images of a prompt",
     "prompts": "fetch training and test prompts from a dataset",
     "export": "send a run to wandb or tensorboard, from its folder",
-    "ls": "recipes, keys, rewards and runs",
+    "ls": "recipes, keys, methods, rewards and runs",
 }
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import torch
     from ml_collections import ConfigDict, FrozenConfigDict
 
+    from flow_grpo.policy import Policy
+    from flow_grpo.rewards import WeightedReward
     from flow_grpo.runs.record import Distances
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import Settings
@@ -130,6 +132,11 @@ def build_diversity_evaluators(settings: Settings, run: Run, device: torch.devic
             write_bandwidth(run.folder / FOLDER, bandwidth, extractor.name)
     base = _base_of(source, extractor.name, run) if source is not None and run.is_main else None
     return [DiversityEvaluator(extractor, bandwidth, settings, run, base)]
+
+
+def build(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) -> list[DiversityEvaluator]:
+    """The same, as the registry asks for it."""
+    return build_diversity_evaluators(settings, run, policy.device)
 
 
 def _base_of(source: Path, extractor: str, run: Run) -> dict[str, np.ndarray] | None:

@@ -26,9 +26,10 @@ from flow_grpo.entropy import (
     ode_log_density,
 )
 from flow_grpo.errors import ConfigError
-from flow_grpo.evaluators.base import Measured
+from flow_grpo.evaluators.base import Evaluator, Measured
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators, keyed_generator
+from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.statistics import Estimate
@@ -186,3 +187,8 @@ class OdeLogProbEvaluator:
             unknown = torch.full((len(prompts), 2), math.nan, dtype=torch.float64)
             densities = PromptLogDensities(prompts, unknown, unknown, latent_dims(self.policy))
         return Measured(entropy_metrics(densities))
+
+
+def build(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) -> list[Evaluator]:
+    """The evaluator, if the configuration asks for it."""
+    return [OdeLogProbEvaluator(policy, settings, run)] if settings.config.eval_ode_log_prob else []

@@ -23,8 +23,6 @@ from torchvision.utils import make_grid
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
-from flow_grpo.evaluators.entropy import OdeLogProbEvaluator
-from flow_grpo.evaluators.film_strip import StepVisualizer
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
 from flow_grpo.files import strict_json
 from flow_grpo.paths import find
@@ -260,11 +258,6 @@ def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.
     return evaluators
 
 
-def build_evaluators(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) -> list[Evaluator]:
-    """All that the configuration asks for."""
-    config, evaluators = settings.config, sample_evaluators(reward, settings, policy.device)
-    if config.eval_ode_log_prob:
-        evaluators.append(OdeLogProbEvaluator(policy, settings, run))
-    if config.visualize_steps:
-        evaluators.append(StepVisualizer(policy, settings, run))
-    return evaluators
+def build(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) -> list[Evaluator]:
+    """Those of the samples alone, of a training."""
+    return sample_evaluators(reward, settings, policy.device)

@@ -32,12 +32,13 @@ from torchvision.transforms.functional import to_pil_image
 from flow_grpo.diffusers_patch.rollout import ode_steps, rollout
 from flow_grpo.entropy import NonFiniteError, divergence, draw_probes
 from flow_grpo.errors import ConfigError
-from flow_grpo.evaluators.base import Measured
+from flow_grpo.evaluators.base import Evaluator, Measured
 from flow_grpo.evaluators.entropy import estimator_of, probe_generators
 from flow_grpo.figure_text import optional_figure, sheet_text
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators
+from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.folder import IMAGE_FOLDER
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
@@ -239,3 +240,8 @@ def rendered(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def build(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) -> list[Evaluator]:
+    """The evaluator, if the configuration asks for it."""
+    return [StepVisualizer(policy, settings, run)] if settings.config.visualize_steps else []

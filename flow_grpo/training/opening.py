@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from flow_grpo.evaluators.diversity import build_diversity_evaluators
-from flow_grpo.evaluators.evaluation import Evaluator, build_evaluators
+from flow_grpo.evaluators.base import Evaluator
+from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.launch import launch, one_of_many
 from flow_grpo.methods.base import Method
 from flow_grpo.methods.registry import train_epoch_of
@@ -66,8 +66,7 @@ def open_training(config: ConfigDict) -> Iterator[Training]:
         with Run(settings, accelerator, stop) as run:
             reward = build_reward(config, accelerator.device)
             policy = Policy.load(settings, accelerator)
-            evaluators: list[Evaluator] = build_evaluators(policy, reward, settings, run)
-            evaluators += build_diversity_evaluators(settings, run, accelerator.device)
+            evaluators = build_evaluators(policy, reward, settings, run)
             due = checkpoint.resume(policy, run, settings)
             yield Training(policy, prompts, test_prompts, reward, evaluators, settings, run, due)
         run.tell(words.ends(run.folder, run.counters.epoch))  # after what a tracker says at its own end

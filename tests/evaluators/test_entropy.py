@@ -23,7 +23,8 @@ from flow_grpo.evaluators.entropy import (
     prompt_log_densities,
     sample_log_density,
 )
-from flow_grpo.evaluators.evaluation import build_evaluators, draw_samples
+from flow_grpo.evaluators.evaluation import draw_samples
+from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.randomness import keyed_generator
 from tests.conftest import PROMPTS

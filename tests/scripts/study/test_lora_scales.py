@@ -16,8 +16,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from flow_grpo.diffusers_patch.velocity import guided_velocity
-from flow_grpo.evaluators.diversity import build_diversity_evaluators
-from flow_grpo.evaluators.evaluation import Evaluation, build_evaluators
+from flow_grpo.evaluators.evaluation import Evaluation
+from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.models.sd3 import SD3
 from flow_grpo.recipes.base import leaves
@@ -58,7 +58,6 @@ def logs(config, build, kept, monkeypatch) -> Path:
     kept["planned"] = [replace(run, overrides=dict(leaves(config)) | {"seed": run.seed}) for run in RUNS]
     parts = build(config)
     evaluators = build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
-    evaluators += build_diversity_evaluators(parts.settings, parts.run, parts.accelerator.device)
     wired = (parts.prompts, parts.prompts, parts.reward, evaluators, parts.settings, parts.run)
     fit(parts.policy, drtune.train_epoch, *wired)
     shutil.copytree(parts.run.folder, Path(config.logdir) / RUNS[1].name)
