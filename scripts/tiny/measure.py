@@ -384,13 +384,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="assets", help="folder of the models (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        measure(Path(args.out), Path(args.data), args.seed)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    from scripts.tiny import exit_code_of  # found once the folder is on the path
+
+    return exit_code_of(lambda: measure(Path(args.out), Path(args.data), args.seed))
 
 
 if __name__ == "__main__":

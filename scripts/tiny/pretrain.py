@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -107,21 +106,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run_stages(stages: Sequence[str], args: argparse.Namespace) -> None:
+    """One after another."""
+    for stage in stages:
+        run_stage(stage, args)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; 0, or 2 after one sentence about bad input."""
     args = parse(arguments)
     import torch
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        for stage in STAGES if args.stage == "all" else [args.stage]:
-            run_stage(stage, args)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    from scripts.tiny import exit_code_of  # found once the folder is on the path
+
+    return exit_code_of(lambda: run_stages(STAGES if args.stage == "all" else (args.stage,), args))
 
 
 if __name__ == "__main__":
