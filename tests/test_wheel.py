@@ -85,6 +85,28 @@ def test_recipes_are_listed_and_scores_imported_from_an_empty_folder(site: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+LIBRARY = """
+import numpy as np
+import torch
+from flow_grpo.diversity import rke, rke_score, vendi, vendi_score
+from flow_grpo.entropy import DivergenceEstimator, differential_entropy, ode_log_density
+from flow_grpo.rewards import REWARDS, build_reward
+
+for eye in (np.eye(4), torch.eye(4)):
+    assert abs(vendi_score(eye) - 4) < 1e-9 and abs(vendi.vendi_score(eye) - 4) < 1e-9
+    assert rke_score(eye, 0.1) == rke.rke_score(eye, 0.1) > 3.9
+x = torch.randn(3, 2, dtype=torch.float64)
+found = ode_log_density(lambda x, sigma: 0 * x, x, torch.tensor([1.0, 0.0]), DivergenceEstimator(exact=True))
+assert torch.allclose(found.log_prob, torch.distributions.Normal(0, 1).log_prob(x).sum(1))
+assert "pickscore" in REWARDS
+"""
+
+
+def test_the_library_works_on_arrays_and_tensors(site: Path, tmp_path: Path) -> None:
+    done = python(site, tmp_path, "-c", LIBRARY)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_training_runs_from_an_empty_folder(site: Path, tmp_path: Path) -> None:
     done = fme(site, tmp_path, "train", "tiny_drtune", "--name", "first", *SMALL)
     assert done.returncode == 0, done.stderr

@@ -31,7 +31,7 @@ from flow_grpo.messages import PatientStream, say
 from flow_grpo.recipes import sd3 as grpo
 from flow_grpo.recipes.base import decides_what_is_seen, leaves
 from flow_grpo.runs.config import config_from, read_config
-from flow_grpo.runs.folder import flatten, run_folder_of
+from flow_grpo.runs.folder import check_name, flatten, run_folder_of
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkpoint
 from flow_grpo.settings import resolve
 
@@ -137,6 +137,8 @@ def configure(
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
     if check:
         resolve(config, read_launcher().num_processes, cuda=True)
+        if os.environ.get("RANK", "0") == "0":  # others may find the folder that this one has just made
+            check_name(config)
     if changes and before is not None:
         say(f"changed: {', '.join(changes.values())}")
     return config

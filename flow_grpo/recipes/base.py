@@ -92,7 +92,9 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("num_checkpoint_limit", 5, whole(0), "keep so many latest checkpoints, plus the best; 0: keep all"),
     ),
     "the model": (
-        Key("pretrained.model", "assets/tiny_sd3", FILLED, "a StableDiffusion3Pipeline: directory or hub id"),
+        Key(
+            "pretrained.model", "assets/tiny_sd3", FILLED, "a diffusers pipeline of a known family: directory or hub id"
+        ),
         Key("pretrained.revision", "", TEXT, "hub revision; empty: the default branch"),
         Key("resolution", 32, whole(1), "height and width of the images, in pixels"),
         Key("max_sequence_length", 8, whole(1, 512), "tokens given to the T5 encoder"),

@@ -145,6 +145,20 @@ def _sweep(folder: Path) -> None:
             path.unlink()
 
 
+def check_name(config: Any) -> None:
+    """ConfigError, before anything is made, for the name of a run that is there, and is not the one that goes on."""
+    if config.run_name and not config.resume_from:
+        _refuse_a_run(Path(config.logdir).expanduser() / config.run_name, config)
+
+
+def _refuse_a_run(folder: Path, config: Any) -> None:
+    if _has_saved(folder / CHECKPOINTS):
+        raise ConfigError(
+            f"config.run_name = {config.run_name!r}: {folder} already holds a run, which is not overwritten; choose "
+            f"another name, or go on with it by --config.resume_from={shlex.quote(str(folder))}."
+        )
+
+
 def _make_room(folder: Path, config: Any) -> None:
     """Leave a folder to a new run in which no run is; what a start left that saved nothing is set aside in earlier-1/.
 
@@ -154,11 +168,7 @@ def _make_room(folder: Path, config: Any) -> None:
         ConfigError: a run with a checkpoint is in it, or something that a run would write and no run has written.
     """
     held = {entry.name for entry in folder.iterdir()} & (OURS | TORN)
-    if _has_saved(folder / CHECKPOINTS):
-        raise ConfigError(
-            f"config.run_name = {config.run_name!r}: {folder} already holds a run, which is not overwritten; choose "
-            f"another name, or go on with it by --config.resume_from={shlex.quote(str(folder))}."
-        )
+    _refuse_a_run(folder, config)
     if not held - EMPTY_RUN:
         return
     if not {name.removesuffix(TEMPORARY) for name in held} & RECORDS:
