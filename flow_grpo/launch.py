@@ -22,7 +22,8 @@ from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.messages import say
 from flow_grpo.models.files import LOADING_ERRORS, check_on_hub, first_line
-from flow_grpo.models.loading import check_lora_targets, class_of
+from flow_grpo.models.loading import class_of
+from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.pipeline_files import family_of, pixels_per_token
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.paths import find
@@ -135,7 +136,7 @@ def _check_pipeline(settings: Settings) -> None:
     for steps in (config.sample.num_steps, config.eval.num_steps):
         noise_levels(scheduler, steps, tokens)
     if config.use_lora:
-        check_lora_targets(transformer, config.lora.target_modules)
+        check_lora_targets((name for name, _ in transformer.named_modules()), config.lora.target_modules)
 
 
 def _check_launcher(accelerator: Accelerator, num_processes: int) -> None:

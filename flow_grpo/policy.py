@@ -18,7 +18,8 @@ from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_lo
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.base import ModelFamily
-from flow_grpo.models.loading import check_lora_targets, load_model
+from flow_grpo.models.loading import load_model
+from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import Settings
 from flow_grpo.types import PromptEmbeds, Trajectory
@@ -148,7 +149,7 @@ class Policy(ImageModel):
     def _add_lora(self) -> None:
         """LoRA (arXiv 2106.09685) on the transformer; Gaussian A, zero B, the same on every process."""
         lora = self.settings.config.lora
-        check_lora_targets(self.transformer, lora.target_modules)
+        check_lora_targets((name for name, _ in self.transformer.named_modules()), lora.target_modules)
         adapter = LoraConfig(
             r=lora.rank,
             lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,  # as peft writes it

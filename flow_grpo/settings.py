@@ -19,6 +19,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.methods.registry import check_method
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
+from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
 from flow_grpo.paths import find
 from flow_grpo.prompts import PromptDataset
@@ -150,6 +151,8 @@ def _check_model(config: ConfigDict) -> None:
     model = Path(find(config.pretrained.model))
     if model.is_dir():
         check_pipeline(model)
+        if config.use_lora and (shapes := transformer_shapes(model)):
+            check_lora_targets(modules_of(shapes), config.lora.target_modules)
     pixels, largest = image_sides(model)
     if config.resolution % pixels or config.resolution > largest:
         limit = "" if largest == math.inf else f", at most {largest}"

@@ -22,8 +22,8 @@ with c multinomial counts,
 and the interval is score exp(-+ w sqrt(V)), w the 95 % quantile of |t*|. The mean over prompts sums psi, J, V and both
 parts of t* over the prompts, each prompt weighted by its share of the mean.
 
-Coverage of the 95 % interval in 1,000 repetitions (400 for the prompts), in `tests/diversity/test_bootstrap.py`, which asserts 93
-to 97 %, and with a seed used for nothing else (standard errors 0.7 and 1.1 %):
+Coverage of the 95 % interval in 1,000 repetitions (400 for the prompts), in `tests/diversity/test_bootstrap.py`, which
+asserts 93 to 97 %, and with a seed used for nothing else (standard errors 0.7 and 1.1 %):
 
     situation                                         Vendi_1             RKE
     n = 64, 8 balanced modes                       96.6, 96.3 %      93.5, 94.1 %

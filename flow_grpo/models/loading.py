@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import warnings
-from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -76,15 +74,3 @@ def _load_parts(folder: str, family: Family, dtype: torch.dtype) -> tuple[Any, l
         )
         missing += [f"{name}.{weight}" for weight in sorted(found["missing_keys"])]
     return kind.from_pretrained(folder, torch_dtype=dtype, **parts), missing
-
-
-def check_lora_targets(transformer: torch.nn.Module, targets: Sequence[str]) -> None:
-    """ConfigError for the first name that is the end of no module's."""
-    modules = [name for name, _ in transformer.named_modules()]
-    ends = {".".join(name.split(".")[2:]) or name for name in modules if name}
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            nearest = " or ".join(difflib.get_close_matches(target, sorted(ends), n=2, cutoff=0.0))
-            raise ConfigError(
-                f"config.lora.target_modules: {target!r} is the end of no module's name; the nearest are {nearest}."
-            )

@@ -5,9 +5,10 @@ Files may name them as diffusers or as SD3's own code does (joint_blocks.0.x_blo
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,24 @@ def transformer_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in sorted((folder / "transformer").glob("*.safetensors")):
         shapes |= read_header(path)[0]
     return weight_matrices(shapes)
+
+
+def check_lora_targets(modules: Iterable[str], targets: Sequence[str]) -> None:
+    """ConfigError for the first target that is the end of no module's name."""
+    known = list(modules)
+    ends = {".".join(name.split(".")[2:]) or name for name in known if name}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in known):
+            nearest = " or ".join(difflib.get_close_matches(target, sorted(ends), n=2, cutoff=0.0))
+            raise ConfigError(
+                f"config.lora.target_modules: {target!r} is the end of no module's name; the nearest are {nearest}."
+            )
+
+
+def modules_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The modules with weights, and those that they lie in."""
+    parts = [name.split(".") for name in shapes]
+    return sorted({".".join(part[: end + 1]) for part in parts for end in range(len(part))})
 
 
 def weight_matrices(parameters: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
