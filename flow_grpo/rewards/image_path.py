@@ -3,8 +3,9 @@
 The library's processors go through 8-bit images, which have no gradient. Here the same geometry (antialiased bicubic
 resize of the shortest edge, centre crop) and the same normalisation act on floats. Two differences follow, both below
 the bounds stated in tests/rewards/test_image_path.py: no rounding to 1/255, and the overshoot of the bicubic kernel
-beyond [0, 1] is kept, since clamping it would cut the gradient of white and black areas. Where no gradient is needed, `eight_bit`
-does both as the libraries do, and the pixels are theirs to within 1/255 (tests/diversity/test_extractors.py).
+beyond [0, 1] is kept, since clamping it would cut the gradient of white and black areas. Where no gradient is needed,
+`eight_bit` does both as the libraries do, and the pixels are theirs to within 1/255
+(tests/diversity/test_extractors.py).
 """
 
 from __future__ import annotations
