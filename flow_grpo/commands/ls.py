@@ -94,8 +94,7 @@ def recipes(name: str) -> Iterable[str]:
 
 def _own(recipe: str) -> Iterable[tuple[str, Any]]:
     """The settings of a recipe that are not the defaults."""
-    defaults = {key.name: key.default for key in KEYS.values()}
-    return [(key, value) for key, value in leaves(sd3.get_config(recipe)) if value != defaults.get(key)]
+    return [(key, value) for key, value in leaves(sd3.get_config(recipe)) if value != KEYS[key].default]
 
 
 def keys(name: str) -> Iterable[str]:

@@ -6,8 +6,9 @@ settings, run) -> list of evaluators, none where the configuration asks for none
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from flow_grpo import places
 
 if TYPE_CHECKING:
     from flow_grpo.evaluators.base import Evaluator
@@ -32,6 +33,5 @@ def build_evaluators(policy: Policy, reward: WeightedReward, settings: Settings,
     """
     found: list[Evaluator] = []
     for place in BUILDERS:
-        module, _, attribute = place.partition(":")
-        found += getattr(import_module(module), attribute)(policy, reward, settings, run)
+        found += places.load(place)(policy, reward, settings, run)
     return found

@@ -5,9 +5,6 @@ To add one: a file that declares a `Method`, and its name in `METHODS`. The firs
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
-
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
@@ -42,9 +39,3 @@ def _member(config: ConfigDict | FrozenConfigDict, reward_gradient: bool) -> Met
 def check_method(config: ConfigDict | FrozenConfigDict) -> None:
     """ConfigError for a method of the other family, and for settings that the chosen one cannot be combined with."""
     _member(config, config.use_reward_gradient).check(config)
-
-
-def train_epoch_of(method: Method) -> Any:
-    """Its loop, a `flow_grpo.training.trainer.TrainEpoch`, imported now."""
-    module, _, attribute = method.loop.partition(":")
-    return getattr(import_module(module), attribute)

@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 
+from flow_grpo import places
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.files import LOADING_ERRORS, first_line
@@ -24,8 +25,7 @@ NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encode
 
 def class_of(family: Family) -> type[ModelFamily]:
     """The class that the registry names."""
-    module, _, attribute = family.place.partition(":")
-    return getattr(import_module(module), attribute)
+    return places.load(family.place)
 
 
 def load_model(model: str, revision: str, precision: str) -> ModelFamily:

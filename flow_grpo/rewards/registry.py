@@ -11,9 +11,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flow_grpo import places
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.paths import find
@@ -142,7 +142,7 @@ def trained_models(config: Any) -> set[str]:
 
 
 def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple[str, str], Any]) -> RewardModel:
-    factory = _import(spec.factory)
+    factory = places.load(spec.factory)
     if spec.scorer is None:
         return factory()
     key = (spec.scorer, config.reward_model[spec.name])
@@ -153,18 +153,13 @@ def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple
 
 def load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
     """What the class at `place` makes of a model; ConfigError, beginning with `subject`, if that cannot be loaded."""
-    scorer = _import(place)
+    scorer = places.load(place)
     try:
         return scorer(model, device)
     except ConfigError as error:
         raise ConfigError(f"{subject}: {error}") from error
     except LOADING_ERRORS as error:
         raise ConfigError(f"{subject} = {model!r} cannot be loaded: {first_line(error)}") from error
-
-
-def _import(place: str) -> Any:
-    module, attribute = place.split(":")
-    return getattr(import_module(module), attribute)
 
 
 # --- checks ---------------------------------------------------------------------------------------------

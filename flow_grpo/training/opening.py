@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
+from flow_grpo import places
 from flow_grpo.evaluators.base import Evaluator
 from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.launch import launch, one_of_many
 from flow_grpo.methods.base import Method
-from flow_grpo.methods.registry import train_epoch_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward, build_reward
@@ -40,7 +40,7 @@ class Training:
         """Train to the configured end by a method; raises as `trainer.fit` does."""
         fit(
             self.policy,
-            train_epoch_of(method),
+            places.load(method.loop),
             self.prompts,
             self.test_prompts,
             self.reward,
