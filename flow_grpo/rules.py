@@ -1,4 +1,7 @@
-"""What a setting may be: rules that say whether a value is allowed, and what is, in words. Torch is not imported."""
+"""What a setting is, and what it may be: rules say whether a value is allowed, and what is, in words.
+
+Torch is not imported.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,16 @@ class Rule:
 
     accepts: Callable[[Any], bool]
     allowed: str  # completes "it takes ..."
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting."""
+
+    name: str  # in full, as "train.beta"
+    default: Any  # its type is that of every value
+    rule: Rule
+    meaning: str
 
 
 def whole(low: int, high: int | None = None) -> Rule:

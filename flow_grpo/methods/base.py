@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.rules import Key
+
+Recipe = Callable[[ConfigDict], None]  # changes a configuration; its docstring says what, source, cost, what to expect
 
 
 @dataclass(frozen=True)
@@ -13,7 +19,8 @@ class Method:
     """One way to turn rewards into an update of the policy.
 
     `check` raises ConfigError for settings that the method cannot be combined with. `loop` is written
-    "module:attribute": a `TrainEpoch`, imported when the training begins.
+    "module:attribute": a `TrainEpoch`, imported when the training begins. The two recipes say what differs from GRPO's,
+    or from DRTune's of a method that takes the reward's gradient: on the embedded tiny SD3, and on SD3.5-medium.
     """
 
     name: str  # as config.train.method has it
@@ -21,3 +28,19 @@ class Method:
     reward_gradient: bool  # whether it needs the gradient of the reward: config.use_reward_gradient
     check: Callable[[ConfigDict], None]
     loop: str
+    keys: tuple[Key, ...] = ()  # settings that only it reads, or it and others of its file
+    tiny: Recipe | None = None  # the recipe tiny_sd3_<name>
+    sd35: Recipe | None = None  # the recipe pickscore_sd3_<name>
+
+
+def takes_only(config: ConfigDict | FrozenConfigDict, key: str, allowed: Any, because: str) -> None:
+    """ConfigError unless a setting has this value; `because` completes "config.key = value ..."."""
+    value = config
+    for part in key.split("."):
+        value = value[part]
+    if value != allowed:
+        raise ConfigError(f"config.{key} = {_shown(value)} {because}; it takes {_shown(allowed)}.")
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -24,6 +24,11 @@ def reward_gradient(config: ConfigDict | FrozenConfigDict) -> Method:
     return _member(config, reward_gradient=True)
 
 
+def method_of(config: ConfigDict | FrozenConfigDict) -> Method:
+    """The method that a configuration trains by."""
+    return _member(config, config.use_reward_gradient)
+
+
 def _member(config: ConfigDict | FrozenConfigDict, reward_gradient: bool) -> Method:
     family = {name: method for name, method in METHODS.items() if method.reward_gradient == reward_gradient}
     name = config.train.method or next(iter(family))
@@ -37,5 +42,21 @@ def _member(config: ConfigDict | FrozenConfigDict, reward_gradient: bool) -> Met
 
 
 def check_method(config: ConfigDict | FrozenConfigDict) -> None:
-    """ConfigError for a method of the other family, and for settings that the chosen one cannot be combined with."""
-    _member(config, config.use_reward_gradient).check(config)
+    """ConfigError for a method of the other family, for settings that only others read, and for what cannot be."""
+    method = method_of(config)
+    own = {key.name for key in method.keys}
+    for key in (key for other in METHODS.values() for key in other.keys if key.name not in own):
+        if _value(config, key.name) != key.default:
+            readers = [other.name for other in METHODS.values() if key in other.keys]
+            raise ConfigError(
+                f"config.{key.name} = {_value(config, key.name)!r} is for config.train.method = "
+                f"{' or '.join(map(repr, readers))}; with {method.name!r} it takes {key.default!r}."
+            )
+    method.check(config)
+
+
+def _value(config: ConfigDict | FrozenConfigDict, key: str) -> object:
+    value = config
+    for part in key.split("."):
+        value = value[part]
+    return value

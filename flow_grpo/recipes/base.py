@@ -7,11 +7,11 @@ The defaults are the embedded tiny SD3 on two CPU cores; `flow_grpo.settings.res
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from flow_grpo.methods.registry import METHODS
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.rules import (
     BELOW_ONE,
@@ -21,7 +21,7 @@ from flow_grpo.rules import (
     POSITIVE,
     TEXT,
     YES_OR_NO,
-    Rule,
+    Key,
     choice,
     each,
     folder,
@@ -30,14 +30,12 @@ from flow_grpo.rules import (
 )
 
 
-@dataclass(frozen=True)
-class Key:
-    """One setting."""
-
-    name: str  # in full, as "train.beta"
-    default: Any  # its type is that of every value
-    rule: Rule  # what it may be
-    meaning: str
+def _of_methods() -> dict[str, tuple[Key, ...]]:
+    """The settings that only some methods read, by a title that names them."""
+    found: dict[tuple[Key, ...], list[str]] = {}
+    for method in METHODS.values():
+        found.setdefault(method.keys, []).append(method.title)
+    return {f"{', '.join(titles)} only": keys for keys, titles in found.items() if keys}
 
 
 SECTIONS: dict[str, tuple[Key, ...]] = {
@@ -251,7 +249,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "|ratio - 1| allowed before an epoch's first update, in units of clip_range",
         ),
     ),
-    "DRTune only": (
+    "reward gradients: DRTune and its kin": (
         Key("drtune.num_train_steps", 5, whole(1), "K: sampler steps that carry gradient"),
         Key(
             "drtune.early_stop",
@@ -262,6 +260,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("drtune.two_pass", False, YES_OR_NO, "True: memory does not grow with K, for K more forwards"),
         Key("drtune.hinge", 0.0, NOT_NEGATIVE, "c of the loss relu(c - reward); 0: the plain loss, -reward"),
     ),
+    **_of_methods(),
     "evaluation: ODE sampler, fixed prompts, fixed noise": (
         Key("eval.seed", 0, whole(0), "keys the noise: the same images are asked of every run, whatever its seed"),
         Key("eval.num_steps", 10, whole(1, 10_000), "steps of the ODE sampler"),
@@ -367,6 +366,7 @@ SEEN = (
     "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
     "eval_diversity", "eval_ode_log_prob",
 )  # fmt: skip
+OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names
     "batch_size", "num_grid_prompts", "num_grid_images", "num_strip_prompts", "eval_diversity_freq",
     "eval_ode_log_prob_freq",
@@ -375,4 +375,4 @@ NOT_SEEN = (  # last parts of names
 
 def decides_what_is_seen(key: str) -> bool:
     """Whether a key decides which images are drawn, what they are rewarded for, or what is measured of them."""
-    return key.startswith(SEEN) and key.split(".")[-1] not in NOT_SEEN
+    return key.startswith(SEEN + OF_METHODS) and key.split(".")[-1] not in NOT_SEEN

@@ -10,12 +10,14 @@ rollout does not give; where that ratio has a divergence, each probe adds a back
 a `training` one that pass and the derivative of it.
 """
 
-from collections.abc import Callable
 from difflib import get_close_matches
+from functools import wraps
 
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.methods.base import Method, Recipe
+from flow_grpo.methods.registry import METHODS
 from flow_grpo.recipes import base
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
@@ -261,7 +263,33 @@ def _sd3_5_medium(config: ConfigDict) -> None:
     config.diversity.num_prompts = 16
 
 
-RECIPES: dict[str, Callable[[ConfigDict], None]] = {
+def _of_method(method: Method, changes: Recipe, start: Recipe) -> Recipe:
+    """A method's recipe as a whole: those of its family that it starts from, and what it changes in them."""
+
+    @wraps(changes)
+    def recipe(config: ConfigDict) -> None:
+        start(config)
+        config.train.method = method.name
+        changes(config)
+
+    return recipe
+
+
+def _of_methods() -> dict[str, Recipe]:
+    """tiny_sd3_<method> and pickscore_sd3_<method> of the methods that bring their recipes."""
+    recipes = {}
+    for method in METHODS.values():
+        tiny, large = (tiny_sd3_use_gradient, pickscore_sd3_1batch_size_use_gradient)
+        if not method.reward_gradient:
+            tiny, large = tiny_sd3, pickscore_sd3
+        if method.tiny is not None:
+            recipes[f"tiny_sd3_{method.name}"] = _of_method(method, method.tiny, tiny)
+        if method.sd35 is not None:
+            recipes[f"pickscore_sd3_{method.name}"] = _of_method(method, method.sd35, large)
+    return recipes
+
+
+RECIPES: dict[str, Recipe] = {
     recipe.__name__: recipe
     for recipe in (
         tiny_sd3,
@@ -282,7 +310,7 @@ RECIPES: dict[str, Callable[[ConfigDict], None]] = {
         pickscore_sd3_fast_nocfg,
         clipscore_sd3,
     )
-}
+} | _of_methods()
 
 # Processes (GPUs, for SD3.5) a recipe is meant for; the batch arithmetic adapts to others, except in `_4gpu`.
 INTENDED_PROCESSES: dict[str, int] = {
@@ -303,6 +331,10 @@ INTENDED_PROCESSES: dict[str, int] = {
     "pickscore_sd3_fast_4gpu": 4,
     "pickscore_sd3_fast_nocfg": 32,
     "clipscore_sd3": 32,
+    **{
+        name: 1 if METHODS[name.split("_sd3_")[1]].reward_gradient or name[:4] == "tiny" else 32
+        for name in _of_methods()
+    },
 }
 
 # The names to type, and the recipes' first names, which run folders and published commands have. Both stay.
@@ -324,12 +356,21 @@ NAMES: dict[str, str] = {
     "sd35_grpo_jpeg": "compressibility",
     "sd35_drtune": "pickscore_sd3_1batch_size_use_gradient",
     "sd35_nsr_4gpu": "pickscore_sd3_4gpu_nsr",
+    **{name.replace("_sd3", "", 1).replace("pickscore_", "sd35_"): name for name in _of_methods()},
+}
+
+# What the recipes of the first two methods would be called by the rule that the others' follow.
+BY_RULE: dict[str, str] = {
+    "tiny_sd3_grpo": "tiny_sd3",
+    "tiny_sd3_drtune": "tiny_sd3_use_gradient",
+    "pickscore_sd3_grpo": "pickscore_sd3",
+    "pickscore_sd3_drtune": "pickscore_sd3_1batch_size_use_gradient",
 }
 
 
 def first_name(name: str) -> str:
-    """The key in RECIPES of a recipe under either of its names; of others, the name itself."""
-    return NAMES.get(name, name)
+    """The key in RECIPES of a recipe under any of its names; of others, the name itself."""
+    return (NAMES | BY_RULE).get(name, name)
 
 
 def nearest_recipes(name: str) -> list[str]:

@@ -80,8 +80,9 @@ class Description:
 
     @property
     def method(self) -> str:
-        """Which loop trains it."""
-        return "drtune" if self.config.get("use_reward_gradient") else "grpo"
+        """By which method it trains."""
+        default = "drtune" if self.config.get("use_reward_gradient") else "grpo"
+        return self.config.get("train.method") or default
 
     @property
     def rewards(self) -> list[str]:
