@@ -79,8 +79,6 @@ def _epochs(names: Sequence[str]) -> Iterator[dict[str, Callable[[], None]]]:
     import torch
     from accelerate import Accelerator
 
-    from flow_grpo.runs.run import Run
-
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -161,8 +159,6 @@ def _base_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rewards (P, N), whether the judge sees the prompt (P, N), and features (P, N, d), of the evaluation's prompts."""
     import numpy as np
     from accelerate import Accelerator
-
-    from flow_grpo.runs.run import Run
 
     from flow_grpo.evaluators.base import SampleRequest
     from flow_grpo.evaluators.diversity import extractor_of
