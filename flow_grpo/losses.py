@@ -73,6 +73,11 @@ def velocity_kl(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
     return (velocity - velocity_ref).square().mean()
 
 
+def kl_weight(beta: float, sigma: float, least: float) -> float:
+    """The weight of the KL divergence at a noise level: beta at levels of at least `least`, the early steps; else 0."""
+    return beta if sigma >= least else 0.0
+
+
 def reward_losses(rewards: Tensor, hinge: float = 0.0) -> Tensor:
     """-R, or with a hinge c > 0 relu(c - R), which stops pushing an image once its reward is c: (B,) of (B,)."""
     return torch.relu(hinge - rewards) if hinge > 0 else -rewards

@@ -116,7 +116,12 @@ def _check_launch(config: ConfigDict, num_processes: int, cuda: bool) -> None:
 
 
 def _check_sampler(config: ConfigDict) -> None:
-    sample = config.sample
+    sample, train = config.sample, config.train
+    if train.kl_min_sigma > 0 and train.beta == 0:
+        raise ConfigError(
+            f"config.train.kl_min_sigma = {train.kl_min_sigma} chooses the steps of a KL divergence, which "
+            "config.train.beta = 0.0 leaves out; it takes 0.0, or config.train.beta a number above 0."
+        )
     if sample.sde_type == "cps" and sample.noise_level > 1:
         raise ConfigError(
             f"config.sample.noise_level = {sample.noise_level} is not allowed with config.sample.sde_type = "

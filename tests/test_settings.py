@@ -269,6 +269,7 @@ COMBINATIONS = [
         {"use_reward_gradient": True, "reward_fn.jpeg_compressibility": 1.0},
         ["jpeg_compressibility", "no gradient", "pickscore"],
     ),
+    ({"train.kl_min_sigma": 0.5}, ["kl_min_sigma = 0.5", "train.beta = 0.0", "above 0"]),
     ({"reward_fn.pickscore": 0.0}, ["reward_fn", "pickscore"]),
     ({"eval.rewards": ("clipscor",)}, ["eval.rewards", "clipscore"]),
     ({"resolution": 36}, ["resolution = 36", "multiple of 8", "at most 128"]),

@@ -27,7 +27,7 @@ from flow_grpo.loops.collect import (
     training_minibatches,
 )
 from flow_grpo.loops.update import apply_update, check_ratio
-from flow_grpo.losses import finite_difference_log_ratio, finite_difference_loss, velocity_kl
+from flow_grpo.losses import finite_difference_log_ratio, finite_difference_loss, kl_weight, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -125,10 +125,10 @@ def step_loss(policy: Policy, pairs: Pairs, chunk: Tensor, step: int, settings: 
         "ratio_error": torch.cat([(ratio - 1).abs(), ratio.new_zeros(1)]).max(),
         "ratio_mean": torch.cat([ratio, ratio.new_ones(len(chunk) - len(ratio))]).mean(),
     }
-    if config.train.beta > 0:
+    if (beta := kl_weight(config.train.beta, sigma, config.train.kl_min_sigma)) > 0:
         kl = velocity_kl(velocity, policy.reference_velocity(embeds, config.sample.guidance_scale)(x, sigma))
         terms["kl"] = kl.detach()
-        loss = loss + config.train.beta * kl
+        loss = loss + beta * kl
     return terms | {"loss": loss}
 
 

@@ -32,7 +32,7 @@ from flow_grpo.forward_process import (
 )
 from flow_grpo.loops.collect import Images, advantages_of, epoch_prompts, sample_images
 from flow_grpo.loops.update import apply_update
-from flow_grpo.losses import velocity_kl
+from flow_grpo.losses import kl_weight, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -142,9 +142,10 @@ def point_loss(minibatch: Minibatch, point: Point, config: FrozenConfigDict) -> 
     terms = LOSSES[config.train.method](at, minibatch.advantages, config)
     held = velocity_kl(at.velocity, at.old)
     terms |= {"loss": terms["loss"] + config.forward.eta * held, "old_kl": held.detach()}
-    if minibatch.reference is not None:
+    beta = kl_weight(config.train.beta, point.t, config.train.kl_min_sigma)
+    if minibatch.reference is not None and beta > 0:
         kl = velocity_kl(at.velocity, minibatch.reference(point.latents, point.t))
-        terms |= {"loss": terms["loss"] + config.train.beta * kl, "kl": kl.detach()}
+        terms |= {"loss": terms["loss"] + beta * kl, "kl": kl.detach()}
     return terms
 
 

@@ -27,7 +27,7 @@ from flow_grpo.loops.collect import (
     training_minibatches,
 )
 from flow_grpo.loops.update import apply_update, check_ratio
-from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, velocity_kl
+from flow_grpo.losses import gaussian_kl, kl_weight, normalized_log_ratio, policy_loss, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -227,8 +227,10 @@ def step_loss(minibatch: Minibatch, slot: int, config: FrozenConfigDict) -> dict
         "log_ratio_mean": clipped.log_ratio_mean,
     }
     if minibatch.reference is not None:
-        kl = _reference_kl(minibatch.reference, score.action, config)
-        terms |= {"loss": terms["loss"] + train.beta * kl, "kl": kl.detach()}
+        assert score.action is not None, "settings.resolve refuses a KL for every other likelihood"
+        beta = kl_weight(train.beta, score.action.levels[0], train.kl_min_sigma)
+        kl = _reference_kl(minibatch.reference, score.action, config) if beta > 0 else log_ratio.new_zeros(())
+        terms |= {"loss": terms["loss"] + beta * kl, "kl": kl.detach()}
     return terms
 
 
@@ -239,9 +241,8 @@ def _normalized(log_ratio: Tensor, mean_old: Tensor, action: Action | None) -> t
     return normalized_log_ratio(log_ratio, action.step.mean, mean_old, action.step.std), 1 / (sigma - sigma_next)
 
 
-def _reference_kl(reference: VelocityFn, action: Action | None, config: FrozenConfigDict) -> Tensor:
+def _reference_kl(reference: VelocityFn, action: Action, config: FrozenConfigDict) -> Tensor:
     """KL of a step to the reference model's, in the space that `train.kl_space` names: scalar, per dimension."""
-    assert action is not None, "settings.resolve refuses this option for every other likelihood"
     velocity_ref = reference(action.latents, action.levels[0])
     if config.train.kl_space == "velocity":
         return velocity_kl(action.velocity, velocity_ref)

@@ -15,7 +15,7 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.loops.update import apply_update
-from flow_grpo.losses import reward_losses, velocity_kl
+from flow_grpo.losses import kl_weight, reward_losses, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -38,6 +38,7 @@ class Objective:
     reference: VelocityFn | None = None  # of the base model, without gradient
     reference_product: VelocityProduct | None = None
     beta: float = 0.0  # weight of the squared difference from the reference
+    kl_min_sigma: float = 0.0  # noise level from which on that counts
     backward: Callable[[Tensor], None] = torch.Tensor.backward
 
     def image_gradient(self, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +51,10 @@ class Objective:
 
     def penalty(self, x: Tensor, sigma: float, v: Tensor) -> Tensor:
         """beta mean((v - v_ref)^2) at one trained step: scalar. 0 without a penalty."""
-        if self.beta == 0 or self.reference is None:
+        beta = kl_weight(self.beta, sigma, self.kl_min_sigma)
+        if beta == 0 or self.reference is None:
             return v.new_zeros(())
-        return self.beta * velocity_kl(v, self.reference(x.detach(), sigma))
+        return beta * velocity_kl(v, self.reference(x.detach(), sigma))
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def _train_microbatch(
         reference=policy.reference_velocity(embeds, guidance),
         reference_product=policy.reference_product(embeds, guidance),
         beta=config.train.beta,
+        kl_min_sigma=config.train.kl_min_sigma,
         backward=lambda value: policy.accelerator.backward(weight * value),
     )
     value = gradient(objective, policy.noise(generators), generators)

@@ -205,6 +205,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("train.adam_epsilon", 1e-8, POSITIVE, "AdamW: added to the root of the average square"),
         Key("train.max_grad_norm", 1.0, POSITIVE, "gradients are clipped to this norm"),
         Key("train.beta", 0.0, NOT_NEGATIVE, "weight of the KL divergence to the reference model"),
+        Key(
+            "train.kl_min_sigma",
+            0.0,
+            BELOW_ONE,
+            "the KL divergence counts at noise levels of at least this, the early steps; 0: at all",
+        ),
         Key("train.ema", True, YES_OR_NO, "keep an exponential moving average of the trained weights"),
         Key("train.ema_decay", 0.9, BELOW_ONE, "reached from below: update t decays by min((1 + t) / (10 + t), this)"),
         Key("train.max_nonfinite_updates", 5, whole(1), "so many skipped updates in a row stop the run"),
