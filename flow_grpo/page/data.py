@@ -239,19 +239,22 @@ def best_evaluation(
     evaluations: Sequence[Evaluation], config: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()
 ) -> int | None:
     """Index of the best after the base, by what `trainer.score_of` chooses checkpoints by: judge, else a held-out
-    reward, else the reward trained on; of the averaged weights where the history has them; the last of equals. None
-    where nothing of it was measured.
+    reward; of the averaged weights where the history has them; the last of equals. None where nothing of it was
+    measured. Of what was not trained here, and has no settings, by the judge.
     """
-    averaged = {line["step"]: _finite(line.get(deciding_metric(config, "eval_ema"))) for line in history}
-    held_out = [name for name in config.get("eval.rewards") or () if not config.get(f"reward_fn.{name}")]
+    metric = deciding_metric(config, "eval_ema") if config else "eval_ema/judge/accuracy"
+    if metric is None:
+        return None
+    averaged = {line["step"]: _finite(line.get(metric)) for line in history}
+    name = metric.removeprefix("eval_ema/")
 
     def score(evaluation: Evaluation) -> float | None:
         if any(value is not None for value in averaged.values()):
             return averaged.get(evaluation.epoch)
-        rewards = evaluation.record.rewards if evaluation.record is not None else {}
-        if any("judge" in other.figures for other in evaluations):
+        if name == METRICS["judge"]:
             return evaluation.figures.get("judge")
-        return _mean(rewards[held_out[0]]) if held_out and held_out[0] in rewards else evaluation.figures.get("reward")
+        rewards = evaluation.record.rewards if evaluation.record is not None else {}
+        return _mean(rewards.get(name.removeprefix("reward/"), ()))
 
     scores = [(value, i) for i, e in enumerate(evaluations) if e.epoch and (value := score(e)) is not None]
     return max(scores)[1] if scores else None

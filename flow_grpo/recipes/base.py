@@ -87,7 +87,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("visualize_steps_freq", 0, whole(0), "draw them every so many epochs; 0: as eval_freq"),
         Key("save_freq", 10, whole(0), "write a checkpoint every so many epochs, and after the last"),
-        Key("num_checkpoint_limit", 5, whole(0), "keep so many latest checkpoints, plus the best; 0: keep all"),
+        Key(
+            "num_checkpoint_limit",
+            5,
+            whole(0),
+            "keep so many latest checkpoints, plus the best by judge or held-out reward; 0: keep all",
+        ),
     ),
     "the model": (
         Key(

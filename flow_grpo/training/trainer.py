@@ -49,6 +49,8 @@ def fit(
     config, counters = settings.config, run.counters
     saver = Saver(policy, run, settings)
     run.tell(training_words.begins(run.folder, settings.plan.images, any(e.freq for e in evaluators)))
+    if any(e.freq for e in evaluators) and deciding_metric(flatten(config.to_dict()), "eval") is None:
+        run.tell(training_words.UNDECIDED)
     _take_over_base(run)
     try:
         run.arm()
@@ -173,10 +175,10 @@ def evaluate_weights(
 
 
 def score_of(metrics: Mapping[str, float], settings: Settings, label: str) -> Score | None:
-    """How good a checkpoint is, by `deciding_metric`; None if it was not measured or is not finite."""
+    """How good a checkpoint is, by `deciding_metric`; None if there is none, it was not measured or is not finite."""
     metric = deciding_metric(flatten(settings.config.to_dict()), label)
-    value = metrics.get(metric)
-    return Score(metric, value) if value is not None and math.isfinite(value) else None
+    value = None if metric is None else metrics.get(metric)
+    return Score(str(metric), value) if value is not None and math.isfinite(value) else None
 
 
 def _due(every: int, epoch: int, last: bool) -> bool:

@@ -12,6 +12,9 @@ from flow_grpo.runs.record import Record
 
 BEGINS = "{folder}: {images} images an epoch; watch {page}"
 BEGINS_UNSEEN = "{folder}: {images} images an epoch; eval_freq is 0, so nothing is evaluated"
+UNDECIDED = (
+    "no judge and no held-out reward (eval.judge, eval.rewards): no best checkpoint is chosen, the latest are kept"
+)
 ENDS = "done: epoch {epochs}; the page is {page}"
 ENDS_UNSEEN = "done: epoch {epochs}, in {folder}"  # nothing was evaluated
 GO_ON = "go on with `fme train --resume {folder}`"

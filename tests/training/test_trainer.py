@@ -107,17 +107,31 @@ METRICS = {
     [
         (True, ("clipscore",), ("eval/judge/accuracy", 0.5)),
         (False, ("pickscore", "clipscore"), ("eval/reward/clipscore", 3.0)),
-        (False, ("pickscore",), ("eval/reward/total", 9.0)),
     ],
 )
-def test_the_best_is_chosen_by_judge_then_held_out_reward_then_what_is_trained_on(
-    config, build, judge, measured, expected
-):
-    config.eval.rewards = measured
+def test_the_best_is_chosen_by_judge_then_held_out_reward(config, build, judge, measured, expected):
+    config.eval.rewards, config.reward_model.clipscore = measured, config.eval.judge
     if not judge:
         config.eval.judge = config.eval.modes = ""
     found = score_of(METRICS, build(config).settings, "eval")
     assert (found.metric, found.value) == expected
+
+
+@pytest.mark.parametrize("measured", [(), ("pickscore",), ("clipscore",)])
+def test_what_is_trained_on_decides_nothing_under_any_name(config, build, measured):
+    """In this configuration CLIPScore has the model of PickScore, which is trained on; so is the judge made to."""
+    config.eval.rewards = measured
+    for judge in ("", config.reward_model.pickscore):
+        config.eval.judge, config.eval.modes = judge, ""
+        assert score_of(METRICS, build(config).settings, "eval") is None
+
+
+def test_without_a_held_out_metric_no_checkpoint_is_the_best_and_the_run_says_so(evaluated, build, capsys):
+    evaluated.eval.judge = evaluated.eval.modes = ""
+    folder = train_evaluated(evaluated, build, [1, 1]).run.folder
+    assert capsys.readouterr().err.count("no best checkpoint is chosen, the latest are kept") == 1
+    states = [json.loads(path.read_text()) for path in folder.glob("checkpoints/*/state.json")]
+    assert [(state["best"], state["score"], state["score_of"]) for state in states] == [(None, None, None)] * 2
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
