@@ -26,6 +26,7 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
+from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
@@ -68,6 +69,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
+    check_guards(config)
     if config.resume_from:
         check_resume(config, checkpoint_to_resume(config.resume_from))
     return Settings(FrozenConfigDict(config), plan, num_processes)

@@ -275,6 +275,20 @@ COMBINATIONS = [
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
+    ({"guard.patience": 2, "eval_freq": 0}, ["guard.patience = 2", "config.eval_freq = 0", "at least 1"]),
+    (
+        {"guard.patience": 2, "eval.judge": "", "eval.modes": "", "eval.rewards": ("pickscore",)},
+        ["guard.patience = 2", "eval.judge = ''", "eval.rewards = ('pickscore',)", "it takes 0"],
+    ),
+    ({"guard.max_drop": 0.1}, ["guard.max_drop = 0.1", "eval.judge = ", "none that is trained on"]),  # judge is reward
+    (
+        {"guard.diversity_floor": 0.5, "eval_diversity": False},
+        ["guard.diversity_floor = 0.5", "config.eval_diversity = False", "it takes 0", "config.eval_diversity = True"],
+    ),
+    (
+        {"guard.diversity_floor": 0.5, "eval_freq": 0},
+        ["guard.diversity_floor = 0.5", "config.eval_freq = 0", "at least 1"],
+    ),
 ]
 
 

@@ -22,6 +22,7 @@ from flow_grpo.messages import say
 from flow_grpo.page.words import model_name
 from flow_grpo.runs.evaluations import read_record, record_path, records_of
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
+from flow_grpo.runs.guards import Stop, early_stop
 from flow_grpo.runs.history import deciding_metric, salvage_history
 from flow_grpo.runs.record import Record
 
@@ -61,6 +62,7 @@ class PageRun:
     epoch: int  # trained so far
     evaluations: tuple[Evaluation, ...]  # by epoch, at least one
     best: int | None  # index of the best evaluation
+    stop: Stop | None = None  # why a guard ended it
 
     @property
     def compares(self) -> bool:
@@ -150,7 +152,8 @@ def read_run(folder: Path, name: str, label: str = "eval") -> PageRun:
     evaluations = _with_reached_base(found)
     epoch = max([line["step"] for line in history] + [evaluations[-1].epoch])
     best = best_evaluation(evaluations, config, history)
-    return PageRun(name, folder, config, environment, epoch, evaluations, best)
+    stop = early_stop(folder, config, epoch) if config else None
+    return PageRun(name, folder, config, environment, epoch, evaluations, best, stop)
 
 
 def _without_distances(path: Path) -> Record:

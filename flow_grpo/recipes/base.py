@@ -94,6 +94,22 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "keep so many latest checkpoints, plus the best by judge or held-out reward; 0: keep all",
         ),
     ),
+    "guards: end a run early, by an evaluation of the weights that the best checkpoint is chosen by": (
+        Key(
+            "guard.patience",
+            0,
+            whole(0),
+            "end when judge or held-out reward has not risen in so many evaluations; 0: never",
+        ),
+        Key("guard.max_drop", 0.0, NOT_NEGATIVE, "end when it is more than this below its highest; 0: never"),
+        Key(
+            "guard.diversity_floor",
+            0.0,
+            BELOW_ONE,
+            "end when the diversity within prompts is below this share of the base model's; 0: never",
+        ),
+        Key("guard.diversity", "vendi", choice("vendi", "rke"), '"vendi" or "rke": which diversity has the floor'),
+    ),
     "the model": (
         Key(
             "pretrained.model", "assets/tiny_sd3", FILLED, "a diffusers pipeline of a known family: directory or hub id"

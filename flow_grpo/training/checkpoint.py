@@ -248,6 +248,11 @@ def checkpoint_folder(run: Run) -> Path:
     return run.folder / CHECKPOINTS / f"checkpoint-{run.counters.epoch:06d}"
 
 
+def best_checkpoint(run: Run) -> Path | None:
+    """The best so far of the run's whole checkpoints; None: none is called so."""
+    return best_of(scores_of(list(finished_checkpoints(run.folder / CHECKPOINTS).values())))
+
+
 def scores_of(checkpoints: Sequence[Path]) -> dict[Path, Score]:
     """The scores of those that were evaluated, oldest first; a damaged one has none.
 
