@@ -124,6 +124,7 @@ def _check_sampler(config: ConfigDict) -> None:
             f"config.sample.noise_level = {sample.noise_level} is not allowed with config.sample.sde_type = "
             '"cps"; it takes a number from 0 to 1.'
         )
+    _check_sliding(config)
     size, (first, end) = sample.sde_window_size, sample.sde_window_range
     if size > sample.num_steps:
         raise ConfigError(
@@ -142,6 +143,25 @@ def _check_sampler(config: ConfigDict) -> None:
             f"config.sample.sde_window_range = {(first, end)} must hold a window of {size} steps (sde_window_size) and "
             f"end by step {sample.num_steps} (num_steps); (0, {sample.num_steps}) would."
         )
+
+
+def _check_sliding(config: ConfigDict) -> None:
+    """A window that slides is there, and only such a window has a pace."""
+    sample = config.sample
+    if sample.sde_window_placement == "sliding":
+        if sample.sde_window_size == 0:
+            raise ConfigError(
+                'config.sample.sde_window_placement = "sliding" has no window to move with '
+                "config.sample.sde_window_size = 0; it takes a size of at least 1."
+            )
+        return
+    for key in ("sde_window_epochs", "sde_window_stride"):
+        if sample[key] != KEYS[f"sample.{key}"].default:
+            raise ConfigError(
+                f"config.sample.{key} = {sample[key]} is the pace of a sliding window; with "
+                'config.sample.sde_window_placement = "random" it takes '
+                f"{KEYS[f'sample.{key}'].default}."
+            )
 
 
 # --- files ----------------------------------------------------------------------------------------------

@@ -25,13 +25,14 @@ def run_worker(processes: int, *arguments: str | Path) -> Path:
     return Path(arguments[-1])
 
 
-@pytest.mark.parametrize("method", ["grpo", "drtune"])
+@pytest.mark.parametrize("method", ["grpo", "nsr", "drtune"])
 def test_one_and_two_processes_give_the_same_gradient_and_samples(random_models, tmp_path, method):
     """3 groups of 4, of which two processes share one; 7 evaluation images, which two do not divide."""
     one = torch.load(run_worker(1, WORKER, method, random_models, tmp_path / "one.pt"), weights_only=True)
     two = torch.load(run_worker(2, WORKER, method, random_models, tmp_path / "two.pt"), weights_only=True)
     assert one["gradient"].norm() > 0
     assert ((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()).item() < 1e-5
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3, abs=1e-6)
     assert len(one["images"]) == len(two["images"]) == 7
     torch.testing.assert_close(two["images"], one["images"], rtol=0, atol=1e-5)
     torch.testing.assert_close(two["latents"], one["latents"], rtol=1e-5, atol=1e-5)

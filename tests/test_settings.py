@@ -238,6 +238,12 @@ COMBINATIONS = [
     ({"sample.sde_window_range": (0, 5)}, ["sde_window_range = (0, 5)", "sde_window_size", "(0, 0)"]),
     ({"sample.sde_window_size": 3, "sample.sde_window_range": (4, 6)}, ["(4, 6)", "window of 3", "(0, 10)"]),
     ({"sample.sde_window_size": 3, "sample.sde_window_range": (8, 11)}, ["(8, 11)", "step 10"]),
+    (
+        {"sample.sde_window_placement": "sliding"},
+        ['sde_window_placement = "sliding"', "sde_window_size = 0", "at least 1"],
+    ),
+    ({"sample.sde_window_epochs": 5}, ["sde_window_epochs = 5", 'sde_window_placement = "random"', "takes 25"]),
+    ({"sample.sde_window_stride": 2}, ["sde_window_stride = 2", 'sde_window_placement = "random"', "takes 1"]),
     ({"sample.sde_window_size": 1, "sample.sde_type": "cps"}, ["sde_window_size = 1", "cps", "at least 2"]),
     ({"train.ratio_normalization": True, "sample.sde_type": "cps"}, ["ratio_normalization", "cps", '"dance"']),
     *[({"train.ratio": form, "train.beta": 0.1}, ["train.beta = 0.1", f'"{form}"', "takes 0"]) for form in ODE_FORMS],

@@ -19,13 +19,15 @@ def main(method: str, models: str, out: str) -> None:
     config = get_config()
     config.logdir, config.run_name, config.trackers = f"{out}-logs", "run", ()
     config.use_reward_gradient = method == "drtune"
+    config.train.advantage_mode = "negative" if method == "nsr" else "all"
     config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
     config.reward_model.pickscore, config.eval.judge, config.eval.modes = f"{models}/clip", f"{models}/judge", ""
     config.eval.num_prompts, config.eval.num_image_per_prompt, config.eval.batch_size = 1, 7, 3
     config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
     config.sample.batch_size = config.train.batch_size = 3
-    config.sample.num_steps, config.train.updates_per_epoch, config.train.beta = 5, 1, 0.1
+    config.sample.num_steps, config.train.updates_per_epoch = 5, 1
+    config.train.beta = 0.0 if method == "nsr" else 0.1
     settings, accelerator = launch(config)
     policy = Policy.load(settings, accelerator)
     generator = torch.Generator().manual_seed(0)
@@ -34,12 +36,14 @@ def main(method: str, models: str, out: str) -> None:
     policy.optimizer.step = policy.optimizer.zero_grad = lambda: None  # keep the gradient
     prompts = PromptDataset.load(config.prompts.train)
     run = Run(settings, accelerator)
-    train_epoch = (grpo if method == "grpo" else drtune).train_epoch
-    train_epoch(policy, prompts, build_reward(settings.config, accelerator.device), settings, run)
+    train_epoch = (drtune if method == "drtune" else grpo).train_epoch
+    metrics = train_epoch(policy, prompts, build_reward(settings.config, accelerator.device), settings, run)
     samples = draw_samples(policy, prompts, settings, run)
     if run.is_main:
         gradient = torch.cat([p.grad.flatten() for p in policy.trainable])
-        torch.save({"gradient": gradient, "images": samples.images, "latents": samples.latents}, out)
+        torch.save(
+            {"gradient": gradient, "images": samples.images, "latents": samples.latents, "metrics": metrics}, out
+        )
     run.finish()
 
 

@@ -6,7 +6,7 @@ The defaults are the embedded tiny SD3 on two CPU cores; `flow_grpo.settings.res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -199,6 +199,14 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             each(whole(0), "two whole numbers, (first, one past the last)", low=2, high=2),
             "GRPO: first and one-past-last step the window may cover; (0, 0): all",
         ),
+        Key(
+            "sample.sde_window_placement",
+            "random",
+            choice("random", "sliding"),
+            'of the window: "random", drawn each epoch, or "sliding" from the noisiest steps to the last, and again',
+        ),
+        Key("sample.sde_window_epochs", 25, whole(1), "sliding: epochs before the window moves on"),
+        Key("sample.sde_window_stride", 1, whole(1), "sliding: by how many steps it moves on"),
         Key("sample.groups_per_epoch", 10, whole(1), "prompts drawn per epoch, over all processes"),
         Key("sample.num_image_per_prompt", 8, whole(1), "group size: images per drawn prompt"),
         Key(
@@ -237,7 +245,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             choice("all", "positive", "negative", "weighted"),
             '"all", "positive", "negative" or "weighted"',
         ),
-        Key("train.global_std", False, YES_OR_NO, "normalise by the std of the whole epoch instead of the group's"),
+        Key(
+            "train.advantage_std",
+            "group",
+            choice("group", "batch", "none"),
+            'what rewards are divided by: the std of their "group", of the whole "batch" (the epoch), or "none"',
+        ),
         Key(
             "train.timestep_fraction",
             1.0,
@@ -354,6 +367,11 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
     ),
 }
 
+# Keys that had another name: it, the present one, and what each former value is now. Runs of before are read by it.
+RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
+    "train.global_std": ("train.advantage_std", {False: "group", True: "batch"}),
+}
+
 KEYS: dict[str, Key] = {key.name: key for keys in SECTIONS.values() for key in keys}
 
 
@@ -369,6 +387,16 @@ def get_config() -> ConfigDict:
             group = group[part]
         group[name] = key.default
     return config.lock()
+
+
+def by_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their full names, those of a run of before under their present names and values."""
+    found = {key: value for key, value in values.items() if key not in RENAMED}
+    for former in values.keys() & RENAMED.keys():
+        key, meanings = RENAMED[former]
+        value = values[former]
+        found[key] = next((now for then, now in meanings.items() if then == value), value)
+    return found
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
