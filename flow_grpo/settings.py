@@ -21,7 +21,7 @@ from flow_grpo.methods.registry import check_method
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
-from flow_grpo.paths import find
+from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
@@ -66,6 +66,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     )
     _check_model(config)
     _check_scorers(config)
+    _check_shaping(config)
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
@@ -195,6 +196,46 @@ def _check_scorers(config: ConfigDict) -> None:
         _check_folder(key, model, CLIP_NEEDS)
     if config.eval_diversity and config.diversity.extractor != "open_clip":
         _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
+
+
+def _check_shaping(config: ConfigDict) -> None:
+    """Diversity in the objective is of a black-box method, and by an encoder that measures nothing else."""
+    shaping, kind = config.shaping, f'config.shaping.kind = "{config.shaping.kind}"'
+    if shaping.kind and config.use_reward_gradient:
+        raise ConfigError(
+            f"{kind} shapes the rewards of black-box methods, which config.use_reward_gradient = True does not train "
+            'by; it takes "".'
+        )
+    if bool(shaping.weight) != (shaping.kind in ("cluster", "entropy", "vendi")):
+        takes = "a number above 0" if shaping.kind in ("cluster", "entropy", "vendi") else "0"
+        raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
+    if shaping.kind:
+        _check_encoder(config)
+
+
+def _check_encoder(config: ConfigDict) -> None:
+    """It is given where it takes a model, whole, and none by which the run is rewarded, judged or measured."""
+    extractor, model = config.shaping.extractor, config.shaping.model
+    if bool(model) == (extractor == "pixels"):
+        raise ConfigError(
+            f'config.shaping.model = {model!r} is not for config.shaping.extractor = "{extractor}"; it takes '
+            f"{'a directory or hub id' if extractor != 'pixels' else 'no model'}."
+        )
+    if extractor == "pixels":
+        return
+    if extractor != "open_clip":
+        check_checkpoint("config.shaping.model", model)
+        _check_folder("shaping.model", model, MODEL_NEEDS)
+    others = {f"reward_model.{name}": config.reward_model.get(name, "") for name in reward_names(config)}
+    others |= {"eval.judge": config.eval.judge} | (
+        {"diversity.model": config.diversity.model} if config.eval_diversity else {}
+    )
+    for key, other in others.items():
+        if other and identity(other) == identity(model):
+            raise ConfigError(
+                f"config.shaping.model = {model!r} is also config.{key}, by which the run is rewarded or measured; it "
+                'takes another encoder, or "" with config.shaping.extractor = "pixels".'
+            )
 
 
 def _check_folder(key: str, model: str, needs: Needs) -> None:

@@ -281,6 +281,28 @@ COMBINATIONS = [
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
+    (
+        {"shaping.kind": "distance", "use_reward_gradient": True},
+        ['shaping.kind = "distance"', "use_reward_gradient = True"],
+    ),
+    ({"shaping.kind": "vendi"}, ["shaping.weight = 0.0", 'shaping.kind = "vendi"', "above 0"]),
+    (
+        {"shaping.kind": "distance", "shaping.weight": 0.1},
+        ["shaping.weight = 0.1", 'shaping.kind = "distance"', "it takes 0."],
+    ),
+    ({"shaping.weight": 0.1}, ["shaping.weight = 0.1", 'shaping.kind = ""']),
+    (
+        {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
+        ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.model": "assets/tiny_features"},
+        ["shaping.model = 'assets/tiny_features'", 'shaping.extractor = "pixels"', "no model"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.extractor": "clip", "shaping.model": "assets/tiny_features"},
+        ["shaping.model = 'assets/tiny_features'", "config.diversity.model", "pixels"],
+    ),
     ({"guard.patience": 2, "eval_freq": 0}, ["guard.patience = 2", "config.eval_freq = 0", "at least 1"]),
     (
         {"guard.patience": 2, "eval.judge": "", "eval.modes": "", "eval.rewards": ("pickscore",)},

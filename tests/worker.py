@@ -20,6 +20,8 @@ def main(method: str, models: str, out: str) -> None:
     config.logdir, config.run_name, config.trackers = f"{out}-logs", "run", ()
     config.use_reward_gradient = method == "drtune"
     config.train.advantage_mode = "negative" if method == "nsr" else "all"
+    if method == "shaped":
+        config.shaping.kind, config.shaping.weight = "vendi", 0.1
     config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
     config.reward_model.pickscore, config.eval.judge, config.eval.modes = f"{models}/clip", f"{models}/judge", ""

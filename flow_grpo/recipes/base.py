@@ -283,6 +283,30 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "|ratio - 1| allowed before an epoch's first update, in units of clip_range",
         ),
     ),
+    "diversity in the objective: what an image's difference from its group adds; black-box methods only": (
+        Key(
+            "shaping.kind",
+            "",
+            choice("", "distance", "cluster", "entropy", "vendi"),
+            '"distance": weighs positive advantages; "cluster", "entropy", "vendi": bonuses; flow_grpo/shaping.py',
+        ),
+        Key("shaping.weight", 0.0, NOT_NEGATIVE, "beta of a bonus, in units of the reward"),
+        Key("shaping.bandwidth", 0.3, POSITIVE, '"entropy": of the Gaussian kernel of unit features, 0 to 2 apart'),
+        Key(
+            "shaping.cluster_distance",
+            0.1,
+            number("a number above 0 and at most 2", lambda x: 0 < x <= 2),
+            '"cluster": images are one cluster up to this average of 1 - cos',
+        ),
+        Key(
+            "shaping.extractor",
+            "pixels",
+            choice("pixels", "clip", "dinov2", "open_clip"),
+            '"pixels": colours at 8 x 8 pixels, no network; or as diversity.extractor',
+        ),
+        Key("shaping.model", "", TEXT, "as diversity.model: neither a reward's, nor the judge's, nor diversity's"),
+        Key("shaping.pretrained", "", TEXT, "as diversity.pretrained"),
+    ),
     "reward gradients: DRTune and its kin": (
         Key("drtune.num_train_steps", 5, whole(1), "K: sampler steps that carry gradient"),
         Key(
@@ -411,7 +435,7 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # On resuming a run, a change of these would change what is drawn or measured from there on.
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
-    "prompts.", "reward_fn.", "reward_model.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
+    "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
     "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
     "eval_diversity", "eval_ode_log_prob",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, open_regular, parse_json, strict_json, write_atomically
-from flow_grpo.paths import find
+from flow_grpo.paths import identity
 from flow_grpo.rewards.registry import REWARDS
 
 
@@ -98,20 +98,15 @@ def deciding_metric(config: Mapping[str, Any], label: str) -> str | None:
     measure of it.
     """
     trained = [name for name in REWARDS if config.get(f"reward_fn.{name}")]
-    models = {_file(model) for name in trained if (model := config.get(f"reward_model.{name}"))}
+    models = {identity(model) for name in trained if (model := config.get(f"reward_model.{name}"))}
     judge = config.get("eval.judge")
-    if judge and _file(judge) not in models:
+    if judge and identity(judge) not in models:
         return f"{label}/judge/accuracy"
     for name in config.get("eval.rewards") or ():
         model = config.get(f"reward_model.{name}")
-        if name not in trained and not (model and _file(model) in models):
+        if name not in trained and not (model and identity(model) in models):
             return f"{label}/reward/{name}"
     return None
-
-
-def _file(model: str) -> str:
-    """Where a model is, for comparing: the same folder may have two names."""
-    return os.path.realpath(find(model))
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:
