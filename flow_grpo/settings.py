@@ -126,6 +126,7 @@ def _check_sampler(config: ConfigDict) -> None:
             '"cps"; it takes a number from 0 to 1.'
         )
     _check_sliding(config)
+    _check_tuned_share(config)
     size, (first, end) = sample.sde_window_size, sample.sde_window_range
     if size > sample.num_steps:
         raise ConfigError(
@@ -162,6 +163,15 @@ def _check_sliding(config: ConfigDict) -> None:
                 f"config.sample.{key} = {sample[key]} is the pace of a sliding window; with "
                 'config.sample.sde_window_placement = "random" it takes '
                 f"{KEYS[f'sample.{key}'].default}."
+            )
+
+
+def _check_tuned_share(config: ConfigDict) -> None:
+    for key in ("eval_ode_log_prob", "visualize_steps"):
+        if config[key] and tuple(config.eval.tuned_share) != (1.0, 1.0):
+            raise ConfigError(
+                f"config.eval.tuned_share = {tuple(config.eval.tuned_share)} draws images that the log-density of "
+                f"config.{key} = True is not of; it takes (1.0, 1.0), or config.{key} = False."
             )
 
 

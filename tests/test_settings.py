@@ -285,6 +285,10 @@ COMBINATIONS = [
         {"shaping.kind": "distance", "use_reward_gradient": True},
         ['shaping.kind = "distance"', "use_reward_gradient = True"],
     ),
+    (
+        {"eval.tuned_share": (0.5, 1.0), "eval_ode_log_prob": True},
+        ["eval.tuned_share = (0.5, 1.0)", "config.eval_ode_log_prob = True", "(1.0, 1.0)"],
+    ),
     ({"shaping.kind": "vendi"}, ["shaping.weight = 0.0", 'shaping.kind = "vendi"', "above 0"]),
     (
         {"shaping.kind": "distance", "shaping.weight": 0.1},

@@ -323,6 +323,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("eval.seed", 0, whole(0), "keys the noise: the same images are asked of every run, whatever its seed"),
         Key("eval.num_steps", 10, whole(1, 10_000), "steps of the ODE sampler"),
         Key("eval.guidance_scale", 1.0, NOT_NEGATIVE, "as sample.guidance_scale"),
+        Key(
+            "eval.tuned_share",
+            (1.0, 1.0),
+            each(number("a number from 0 to 1", lambda x: 0 <= x <= 1), "two numbers from 0 to 1", low=2, high=2),
+            "g v_tuned + (1 - g) v_base: g at sigma = 1 and at sigma = 0, linear between",
+        ),
         Key("eval.num_prompts", 0, whole(0), "the first so many test prompts; 0: all"),
         Key("eval.num_image_per_prompt", 16, whole(1, 1_000_000), "images of each test prompt"),
         Key("eval.batch_size", 80, whole(1), "images per forward, per process"),
