@@ -78,3 +78,29 @@ def reward_loss(rewards: Tensor, hinge: float = 0.0) -> Tensor:
     if hinge > 0:
         return torch.relu(hinge - rewards).mean()
     return -rewards.mean()
+
+
+def finite_difference_log_ratio(velocity: Tensor, velocity_old: Tensor, delta: Tensor) -> Tensor:
+    """log r = -|v - v*|^2 + |v_old - v*|^2, v* = v_old - Delta / |Delta|^2 (FDFO, arXiv 2603.12893): (B,).
+
+    |.|^2 is the mean over dimensions. Written out, -|v - v_old|^2 - 2 <v - v_old, Delta> / |Delta|^2, without the
+    rounding of two large terms that cancel: exactly 0 at v_old.
+
+    Args:
+        velocity, velocity_old: (B, C, h, w).
+        delta: (B, C, h, w), half the difference of an image's final latents from its partner's; not 0.
+    """
+    change = velocity - velocity_old
+    along = (change * delta).flatten(1).mean(1) / delta.square().flatten(1).mean(1)
+    return -change.square().flatten(1).mean(1) - 2 * along
+
+
+def finite_difference_loss(log_ratio: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """-dR r + |dR| (r - 1)^2 / (2 epsilon) of each image: (B,). At rest where r is 1 + epsilon sign(dR).
+
+    Args:
+        log_ratio: (B,), differentiable.
+        gain: dR, (B,): half the difference of an image's reward from its partner's.
+    """
+    ratio = log_ratio.exp()
+    return -gain * ratio + gain.abs() * (ratio - 1).square() / (2 * epsilon)

@@ -162,6 +162,7 @@ class Policy(ImageModel):
         trainable, named_trainable: the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
+        old: older values of the trained parameters, kept by methods that compare with them; None: none are.
         skipped_in_a_row: updates skipped since the last that was applied.
     """
 
@@ -169,6 +170,7 @@ class Policy(ImageModel):
         super().__init__(family, settings, accelerator)
         config = settings.config
         self.skipped_in_a_row = 0
+        self.old: list[Tensor] | None = None
         if config.use_lora:
             self._add_lora()
         else:
@@ -239,3 +241,40 @@ class Policy(ImageModel):
             yield
         finally:
             self.ema.restore(self.trainable)
+
+    # --- old weights ---------------------------------------------------------------------------------------
+
+    def keep_old(self) -> None:
+        """Keep the present weights as the old ones, unless there are older ones."""
+        if self.old is None:
+            self.old = [parameter.detach().clone() for parameter in self.trainable]
+
+    @torch.no_grad()
+    def move_old(self, decay: float) -> None:
+        """old <- decay old + (1 - decay) current; there must be old ones."""
+        assert self.old is not None, "keep_old comes first"
+        for old, parameter in zip(self.old, self.trainable, strict=True):
+            old.mul_(decay).add_(parameter, alpha=1 - decay)
+
+    @contextmanager
+    def old_weights(self) -> Iterator[None]:
+        """Use the old weights inside the block; no gradient may be taken there. Nothing is copied."""
+        assert self.old is not None, "keep_old comes first"
+        current = [parameter.data for parameter in self.trainable]
+        for parameter, old in zip(self.trainable, self.old, strict=True):
+            parameter.data = old
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trainable, current, strict=True):
+                parameter.data = value
+
+    def old_velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        """`velocity` under the old weights, without gradient."""
+        velocity = self.velocity(embeds, guidance_scale)
+
+        def old(latents: Tensor, sigma: float) -> Tensor:
+            with torch.no_grad(), self.old_weights():
+                return velocity(latents, sigma)
+
+        return old

@@ -5,6 +5,7 @@ import sys
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import Evaluator, sample_evaluators
 from flow_grpo.launch import launch
+from flow_grpo.loops import fdfo, forward_process
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
@@ -16,11 +17,13 @@ from flow_grpo.settings import resolve
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 
-CASES = {  # name -> (reward gradient, LoRA)
-    "grpo": (False, True),
-    "drtune": (True, True),
-    "grpo_full": (False, False),
-    "drtune_full": (True, False),
+CASES = {  # name -> (loop, LoRA)
+    "grpo": (grpo, True),
+    "nft": (forward_process, True),
+    "fdfo": (fdfo, True),
+    "drtune": (drtune, True),
+    "grpo_full": (grpo, False),
+    "drtune_full": (drtune, False),
 }
 EVALUATED = "grpo"  # the one that is evaluated after every epoch
 
@@ -28,7 +31,10 @@ EVALUATED = "grpo"  # the one that is evaluated after every epoch
 def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
     """12 images an epoch: 1, 2 and 3 processes divide them."""
     config = get_config()
-    config.use_reward_gradient, config.use_lora = CASES[case]
+    loop, config.use_lora = CASES[case]
+    config.use_reward_gradient = loop is drtune
+    if loop in (forward_process, fdfo):
+        config.train.method = case
     config.logdir, config.run_name, config.trackers = out, run_name, ()
     config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
@@ -40,6 +46,10 @@ def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
         config.eval_freq = config.eval_diversity_freq = 1
         config.num_seeds, config.eval.num_image_per_prompt, config.diversity.model = 8, 3, f"{models}/judge"
         config.eval.num_steps, config.eval.ema = 2, False
+    if case == "nft":
+        config.sample.sde_type, config.forward.old, config.forward.draws = "ode", "ema", 1
+    if case == "fdfo":
+        config.sample.sde_type = "cps"
     config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
     config.sample.batch_size, config.train.batch_size, config.train.updates_per_epoch = 4, 4, 2
     config.sample.num_steps, config.drtune.num_train_steps = 3, 2
@@ -64,13 +74,12 @@ def main(models: str, out: str, name: str, first: str, last: str) -> None:
         policy = Policy.load(settings, accelerator)
         due = checkpoint.resume(policy, run, settings)
         assert run.counters.epoch == int(first)
-        method = drtune if settings.config.use_reward_gradient else grpo
         reward = build_reward(settings.config, accelerator.device)
         evaluators: list[Evaluator] = []
         if case == EVALUATED:
             evaluators += sample_evaluators(reward, settings, accelerator.device)
             evaluators += build_diversity_evaluators(settings, run, accelerator.device)
-        fit(policy, method.train_epoch, prompts, prompts, reward, evaluators, settings, run, due)
+        fit(policy, CASES[case][0].train_epoch, prompts, prompts, reward, evaluators, settings, run, due)
     run.finish()
 
 

@@ -25,7 +25,7 @@ def run_worker(processes: int, *arguments: str | Path) -> Path:
     return Path(arguments[-1])
 
 
-@pytest.mark.parametrize("method", ["grpo", "nsr", "shaped", "drtune"])
+@pytest.mark.parametrize("method", ["grpo", "nsr", "shaped", "nft", "fdfo", "drtune"])
 def test_one_and_two_processes_give_the_same_gradient_and_samples(random_models, tmp_path, method):
     """3 groups of 4, of which two processes share one; 7 evaluation images, which two do not divide."""
     one = torch.load(run_worker(1, WORKER, method, random_models, tmp_path / "one.pt"), weights_only=True)

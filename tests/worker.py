@@ -6,6 +6,7 @@ import torch
 
 from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.launch import launch
+from flow_grpo.loops import fdfo, forward_process
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
@@ -14,12 +15,15 @@ from flow_grpo.recipes.base import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 
+LOOPS = {"grpo": grpo, "nsr": grpo, "nft": forward_process, "fdfo": fdfo, "drtune": drtune}
+
 
 def main(method: str, models: str, out: str) -> None:
     config = get_config()
     config.logdir, config.run_name, config.trackers = f"{out}-logs", "run", ()
     config.use_reward_gradient = method == "drtune"
     config.train.advantage_mode = "negative" if method == "nsr" else "all"
+    config.train.method = method if method in ("nft", "fdfo") else ""
     if method == "shaped":
         config.shaping.kind, config.shaping.weight = "vendi", 0.1
     config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
@@ -30,6 +34,8 @@ def main(method: str, models: str, out: str) -> None:
     config.sample.batch_size = config.train.batch_size = 3
     config.sample.num_steps, config.train.updates_per_epoch = 5, 1
     config.train.beta = 0.0 if method == "nsr" else 0.1
+    if method == "fdfo":  # 3 images a process: the two of a pair are made by different ones
+        config.sample.sde_type, config.sample.num_image_per_prompt = "cps", 2
     settings, accelerator = launch(config)
     policy = Policy.load(settings, accelerator)
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +44,7 @@ def main(method: str, models: str, out: str) -> None:
     policy.optimizer.step = policy.optimizer.zero_grad = lambda: None  # keep the gradient
     prompts = PromptDataset.load(config.prompts.train)
     run = Run(settings, accelerator)
-    train_epoch = (drtune if method == "drtune" else grpo).train_epoch
+    train_epoch = LOOPS[method].train_epoch
     metrics = train_epoch(policy, prompts, build_reward(settings.config, accelerator.device), settings, run)
     samples = draw_samples(policy, prompts, settings, run)
     if run.is_main:

@@ -18,7 +18,6 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.sd3_sde_with_logprob import step_mean
 from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
-from flow_grpo.errors import TrainingStopped
 from flow_grpo.likelihood_ratio import Action, Likelihood, RatioKeys, Score, likelihood_of
 from flow_grpo.loops.collect import (
     advantages_of,
@@ -27,7 +26,7 @@ from flow_grpo.loops.collect import (
     sampling_minibatches,
     training_minibatches,
 )
-from flow_grpo.loops.update import apply_update
+from flow_grpo.loops.update import apply_update, check_ratio
 from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
@@ -256,19 +255,3 @@ def _with_ratio_std(metrics: dict[str, float]) -> dict[str, float]:
         return metrics
     variance = 2 * metrics["approx_kl"] - metrics["log_ratio_mean"] ** 2
     return metrics | {"ratio_std": math.sqrt(variance) if variance > 0 else 0.0}
-
-
-def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
-    """Largest |ratio - 1| over all processes before an epoch's first update, where the weights are the sampling ones.
-
-    Raises:
-        TrainingStopped: it exceeds `bound`. A non-finite error is left to the update, which skips and counts it.
-    """
-    error = policy.accelerator.gather(ratio_error.reshape(1)).max().item()
-    if error > bound:
-        raise TrainingStopped(
-            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
-            f"sampling and training compute different velocities, as they do when their guidance, precision or "
-            f"sampler differ; what was saved is intact"
-        )
-    return error

@@ -8,10 +8,12 @@ from __future__ import annotations
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods import drtune, grpo
+from flow_grpo.methods import drtune, fdfo, forward_process, grpo
 from flow_grpo.methods.base import Method
 
-METHODS: dict[str, Method] = {method.name: method for method in (grpo.METHOD, drtune.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: method for method in (grpo.METHOD, *forward_process.METHODS, fdfo.METHOD, drtune.METHOD)
+}
 
 
 def black_box(config: ConfigDict | FrozenConfigDict) -> Method:
