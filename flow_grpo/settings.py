@@ -21,11 +21,12 @@ from flow_grpo.methods.registry import check_method
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
-from flow_grpo.paths import find
+from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
+from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
@@ -65,9 +66,11 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     )
     _check_model(config)
     _check_scorers(config)
+    _check_shaping(config)
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
+    check_guards(config)
     if config.resume_from:
         check_resume(config, checkpoint_to_resume(config.resume_from))
     return Settings(FrozenConfigDict(config), plan, num_processes)
@@ -128,6 +131,7 @@ def _check_sampler(config: ConfigDict) -> None:
             '"cps"; it takes a number from 0 to 1.'
         )
     _check_sliding(config)
+    _check_tuned_share(config)
     size, (first, end) = sample.sde_window_size, sample.sde_window_range
     if size > sample.num_steps:
         raise ConfigError(
@@ -167,6 +171,15 @@ def _check_sliding(config: ConfigDict) -> None:
             )
 
 
+def _check_tuned_share(config: ConfigDict) -> None:
+    for key in ("eval_ode_log_prob", "visualize_steps"):
+        if config[key] and tuple(config.eval.tuned_share) != (1.0, 1.0):
+            raise ConfigError(
+                f"config.eval.tuned_share = {tuple(config.eval.tuned_share)} draws images that the log-density of "
+                f"config.{key} = True is not of; it takes (1.0, 1.0), or config.{key} = False."
+            )
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 
@@ -198,6 +211,46 @@ def _check_scorers(config: ConfigDict) -> None:
         _check_folder(key, model, CLIP_NEEDS)
     if config.eval_diversity and config.diversity.extractor != "open_clip":
         _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
+
+
+def _check_shaping(config: ConfigDict) -> None:
+    """Diversity in the objective is of a black-box method, and by an encoder that measures nothing else."""
+    shaping, kind = config.shaping, f'config.shaping.kind = "{config.shaping.kind}"'
+    if shaping.kind and config.use_reward_gradient:
+        raise ConfigError(
+            f"{kind} shapes the rewards of black-box methods, which config.use_reward_gradient = True does not train "
+            'by; it takes "".'
+        )
+    if bool(shaping.weight) != (shaping.kind in ("cluster", "entropy", "vendi")):
+        takes = "a number above 0" if shaping.kind in ("cluster", "entropy", "vendi") else "0"
+        raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
+    if shaping.kind:
+        _check_encoder(config)
+
+
+def _check_encoder(config: ConfigDict) -> None:
+    """It is given where it takes a model, whole, and none by which the run is rewarded, judged or measured."""
+    extractor, model = config.shaping.extractor, config.shaping.model
+    if bool(model) == (extractor == "pixels"):
+        raise ConfigError(
+            f'config.shaping.model = {model!r} is not for config.shaping.extractor = "{extractor}"; it takes '
+            f"{'a directory or hub id' if extractor != 'pixels' else 'no model'}."
+        )
+    if extractor == "pixels":
+        return
+    if extractor != "open_clip":
+        check_checkpoint("config.shaping.model", model)
+        _check_folder("shaping.model", model, MODEL_NEEDS)
+    others = {f"reward_model.{name}": config.reward_model.get(name, "") for name in reward_names(config)}
+    others |= {"eval.judge": config.eval.judge} | (
+        {"diversity.model": config.diversity.model} if config.eval_diversity else {}
+    )
+    for key, other in others.items():
+        if other and identity(other) == identity(model):
+            raise ConfigError(
+                f"config.shaping.model = {model!r} is also config.{key}, by which the run is rewarded or measured; it "
+                'takes another encoder, or "" with config.shaping.extractor = "pixels".'
+            )
 
 
 def _check_folder(key: str, model: str, needs: Needs) -> None:

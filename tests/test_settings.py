@@ -282,6 +282,46 @@ COMBINATIONS = [
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
+    (
+        {"shaping.kind": "distance", "use_reward_gradient": True},
+        ['shaping.kind = "distance"', "use_reward_gradient = True"],
+    ),
+    (
+        {"eval.tuned_share": (0.5, 1.0), "eval_ode_log_prob": True},
+        ["eval.tuned_share = (0.5, 1.0)", "config.eval_ode_log_prob = True", "(1.0, 1.0)"],
+    ),
+    ({"shaping.kind": "vendi"}, ["shaping.weight = 0.0", 'shaping.kind = "vendi"', "above 0"]),
+    (
+        {"shaping.kind": "distance", "shaping.weight": 0.1},
+        ["shaping.weight = 0.1", 'shaping.kind = "distance"', "it takes 0."],
+    ),
+    ({"shaping.weight": 0.1}, ["shaping.weight = 0.1", 'shaping.kind = ""']),
+    (
+        {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
+        ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.model": "assets/tiny_features"},
+        ["shaping.model = 'assets/tiny_features'", 'shaping.extractor = "pixels"', "no model"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.extractor": "clip", "shaping.model": "assets/tiny_features"},
+        ["shaping.model = 'assets/tiny_features'", "config.diversity.model", "pixels"],
+    ),
+    ({"guard.patience": 2, "eval_freq": 0}, ["guard.patience = 2", "config.eval_freq = 0", "at least 1"]),
+    (
+        {"guard.patience": 2, "eval.judge": "", "eval.modes": "", "eval.rewards": ("pickscore",)},
+        ["guard.patience = 2", "eval.judge = ''", "eval.rewards = ('pickscore',)", "it takes 0"],
+    ),
+    ({"guard.max_drop": 0.1}, ["guard.max_drop = 0.1", "eval.judge = ", "none that is trained on"]),  # judge is reward
+    (
+        {"guard.diversity_floor": 0.5, "eval_diversity": False},
+        ["guard.diversity_floor = 0.5", "config.eval_diversity = False", "it takes 0", "config.eval_diversity = True"],
+    ),
+    (
+        {"guard.diversity_floor": 0.5, "eval_freq": 0},
+        ["guard.diversity_floor = 0.5", "config.eval_freq = 0", "at least 1"],
+    ),
 ]
 
 

@@ -16,12 +16,14 @@ from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 
-NAMES = (*METHODS, "nsr")  # of the recipes tiny_<name>; `nsr` leaves images out, and not as many on every process
+NAMES = (*METHODS, "nsr", "shaped")  # of the recipes tiny_<name>; `nsr` leaves images out, not as many on every process
 
 
 def configuration(name: str, models: str, logdir: str) -> ConfigDict:
     """3 groups of 4, of which two processes share one; FDFO's pairs of 2 likewise."""
-    config = get_config(f"tiny_{name}")
+    config = get_config("tiny_grpo" if name == "shaped" else f"tiny_{name}")
+    if name == "shaped":  # GRPO, by what an image adds to a group that two processes share
+        config.shaping.kind, config.shaping.weight = "vendi", 0.1
     config.logdir, config.run_name, config.trackers = logdir, name, ()
     config.pretrained.model, config.reward_model.pickscore = f"{models}/sd3", f"{models}/clip"
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"

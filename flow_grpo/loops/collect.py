@@ -16,6 +16,7 @@ from torch import Tensor
 from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
 from flow_grpo.batching import BatchPlan
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
+from flow_grpo.loops.shaped import extractor_of, features_of, shaped_advantages, shaped_rewards
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -67,6 +68,7 @@ class Images:
     epoch: int
     trajectory: Trajectory  # of the N
     rewards: Tensor  # (N,) float32
+    features: Tensor | None = None  # (N, d) float32, of `config.shaping`; None: it asks for none
 
 
 def sample_images(
@@ -88,7 +90,8 @@ def sample_images(
     config, epoch = settings.config, run.counters.epoch
     if chunks is None:
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
-    trajectories, totals = [], []
+    extractor = extractor_of(config, policy.device)
+    trajectories, totals, features = [], [], []
     for chunk in run.progress(chunks, "sampling"):
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
@@ -99,12 +102,16 @@ def sample_images(
             scores = reward(images, prompts, [batch.metadata[i] for i in chunk.tolist()])
         trajectories.append(trajectory)
         totals.append(scores.total)
+        if extractor is not None:
+            features.append(features_of(extractor, images))
         metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
     rewards, trajectory = torch.cat(totals), Trajectory.cat(trajectories)
+    seen = torch.cat(features) if features else None
     order = torch.cat(list(chunks)).argsort().to(policy.device)  # back to that of the sample ids
     if (order.diff() != 1).any():
         rewards, trajectory = rewards[order], trajectory[order]
-    return Images(batch, epoch, trajectory, rewards)
+        seen = None if seen is None else seen[order]
+    return Images(batch, epoch, trajectory, rewards, seen)
 
 
 def _sample(
@@ -156,12 +163,17 @@ def advantages_of(policy: Policy, images: Images, settings: Settings, metrics: M
     train = settings.config.train
     rewards, groups = gathered_rewards(policy, images, metrics)
     advantages = group_advantages(rewards, groups, train.advantage_std)
+    if images.features is not None:
+        features = policy.accelerator.gather(images.features)
+        advantages = shaped_advantages(advantages, groups, features, settings.config)
     advantages = apply_advantage_mode(advantages, train.advantage_mode).clamp(-train.adv_clip_max, train.adv_clip_max)
-    return advantages[settings.plan.process_slice(policy.accelerator.process_index)].to(rewards.dtype)
+    return advantages[settings.plan.process_slice(policy.accelerator.process_index)].to(images.rewards.dtype)
 
 
 def gathered_rewards(policy: Policy, images: Images, metrics: MeanMetrics) -> tuple[Tensor, Tensor]:
-    """Collective: the rewards, and the group ids, of all processes' images, in the order of their sample ids."""
+    """Collective: the rewards, with the bonus of `config.shaping`, and the group ids, of all processes' images, in the
+    order of their sample ids. What is logged as "reward" is without the bonus.
+    """
     rewards = policy.accelerator.gather(images.rewards)
     groups = policy.accelerator.gather(images.batch.group_ids.to(policy.device))
     metrics.add(
@@ -171,7 +183,11 @@ def gathered_rewards(policy: Policy, images: Images, metrics: MeanMetrics) -> tu
             "zero_std_fraction": zero_std_fraction(rewards, groups),
         }
     )
-    return rewards, groups
+    if images.features is None:
+        return rewards, groups
+    shaped = shaped_rewards(rewards, groups, policy.accelerator.gather(images.features), policy.settings.config)
+    metrics.add({"bonus": (shaped - rewards).mean(), "bonus_std": (shaped - rewards).std(correction=0)})
+    return shaped, groups
 
 
 # --- minibatches ----------------------------------------------------------------------------------------

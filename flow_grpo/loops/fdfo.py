@@ -72,7 +72,8 @@ def paired(policy: Policy, images: Images, floor: float, metrics: MeanMetrics) -
     ends = images.trajectory.final_latents
     partner = (images.batch.sample_ids ^ 1).to(policy.device)
     delta = (ends - policy.accelerator.gather(ends.contiguous())[partner]) / 2
-    gain = (images.rewards - rewards[partner]) / 2
+    own = images.batch.sample_ids.to(policy.device)
+    gain = ((rewards[own] - rewards[partner]) / 2).to(images.rewards.dtype)
     distance = delta.square().flatten(1).mean(1)
     close = distance <= floor
     metrics.add({"pair_distance": distance.mean(), "close_fraction": close.float().mean()}, weight=len(delta))

@@ -27,6 +27,11 @@ def check(config: ConfigDict) -> None:
         takes_only(
             config, key, value, "is for train.method = 'grpo'; pairs are compared at every step, reward by reward"
         )
+    if config.shaping.kind == "distance":
+        raise ConfigError(
+            "config.shaping.kind = \"distance\" weighs advantages, which train.method = 'fdfo' has none of; it takes "
+            '"cluster", "entropy" or "vendi".'
+        )
     sample = config.sample
     takes_only(config, "sample.sde_type", "cps", "does not branch images off one noise as train.method = 'fdfo' needs")
     if sample.noise_level == 0:

@@ -87,7 +87,28 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("visualize_steps_freq", 0, whole(0), "draw them every so many epochs; 0: as eval_freq"),
         Key("save_freq", 10, whole(0), "write a checkpoint every so many epochs, and after the last"),
-        Key("num_checkpoint_limit", 5, whole(0), "keep so many latest checkpoints, plus the best; 0: keep all"),
+        Key(
+            "num_checkpoint_limit",
+            5,
+            whole(0),
+            "keep so many latest checkpoints, plus the best by judge or held-out reward; 0: keep all",
+        ),
+    ),
+    "guards: end a run early, by an evaluation of the weights that the best checkpoint is chosen by": (
+        Key(
+            "guard.patience",
+            0,
+            whole(0),
+            "end when judge or held-out reward has not risen in so many evaluations; 0: never",
+        ),
+        Key("guard.max_drop", 0.0, NOT_NEGATIVE, "end when it is more than this below its highest; 0: never"),
+        Key(
+            "guard.diversity_floor",
+            0.0,
+            BELOW_ONE,
+            "end when the diversity within prompts is below this share of the base model's; 0: never",
+        ),
+        Key("guard.diversity", "vendi", choice("vendi", "rke"), '"vendi" or "rke": which diversity has the floor'),
     ),
     "the model": (
         Key(
@@ -268,6 +289,30 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "|ratio - 1| allowed before an epoch's first update, in units of clip_range",
         ),
     ),
+    "diversity in the objective: what an image's difference from its group adds; black-box methods only": (
+        Key(
+            "shaping.kind",
+            "",
+            choice("", "distance", "cluster", "entropy", "vendi"),
+            '"distance": weighs positive advantages; "cluster", "entropy", "vendi": bonuses; flow_grpo/shaping.py',
+        ),
+        Key("shaping.weight", 0.0, NOT_NEGATIVE, "beta of a bonus, in units of the reward"),
+        Key("shaping.bandwidth", 0.3, POSITIVE, '"entropy": of the Gaussian kernel of unit features, 0 to 2 apart'),
+        Key(
+            "shaping.cluster_distance",
+            0.1,
+            number("a number above 0 and at most 2", lambda x: 0 < x <= 2),
+            '"cluster": images are one cluster up to this average of 1 - cos',
+        ),
+        Key(
+            "shaping.extractor",
+            "pixels",
+            choice("pixels", "clip", "dinov2", "open_clip"),
+            '"pixels": colours at 8 x 8 pixels, no network; or as diversity.extractor',
+        ),
+        Key("shaping.model", "", TEXT, "as diversity.model: neither a reward's, nor the judge's, nor diversity's"),
+        Key("shaping.pretrained", "", TEXT, "as diversity.pretrained"),
+    ),
     "reward gradients: DRTune and its kin": (
         Key("drtune.num_train_steps", 5, whole(1), "K: sampler steps that carry gradient; DRaFT-K: the last K"),
         Key(
@@ -290,6 +335,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("eval.seed", 0, whole(0), "keys the noise: the same images are asked of every run, whatever its seed"),
         Key("eval.num_steps", 10, whole(1, 10_000), "steps of the ODE sampler"),
         Key("eval.guidance_scale", 1.0, NOT_NEGATIVE, "as sample.guidance_scale"),
+        Key(
+            "eval.tuned_share",
+            (1.0, 1.0),
+            each(number("a number from 0 to 1", lambda x: 0 <= x <= 1), "two numbers from 0 to 1", low=2, high=2),
+            "g v_tuned + (1 - g) v_base: g at sigma = 1 and at sigma = 0, linear between",
+        ),
         Key("eval.num_prompts", 0, whole(0), "the first so many test prompts; 0: all"),
         Key("eval.num_image_per_prompt", 16, whole(1, 1_000_000), "images of each test prompt"),
         Key("eval.batch_size", 80, whole(1), "images per forward, per process"),
@@ -402,7 +453,7 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # On resuming a run, a change of these would change what is drawn or measured from there on.
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
-    "prompts.", "reward_fn.", "reward_model.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
+    "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
     "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
     "eval_diversity", "eval_ode_log_prob",
 )  # fmt: skip

@@ -10,6 +10,7 @@ from flow_grpo.loops import fdfo
 from flow_grpo.loops.collect import epoch_prompts, sample_images, sampling_minibatches
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.settings import resolve
+from flow_grpo.shaping import entropy_bonus
 
 
 def cps(config):
@@ -50,6 +51,16 @@ def test_the_members_of_a_pair_begin_alike_part_and_know_their_half_differences(
     torch.testing.assert_close(pairs.delta[0::2], -pairs.delta[1::2])
     torch.testing.assert_close(pairs.gain[1::2], (rewards[1::2] - rewards[0::2]) / 2)
     assert not pairs.close.any()
+
+
+def test_the_bonus_of_both_members_counts(config, build):
+    config.shaping.kind, config.shaping.weight, config.sample.num_image_per_prompt = "entropy", 0.5, 4
+    config.sample.groups_per_epoch = 2
+    pairs = pairs_of(build(cps(config)))
+    images = pairs.images
+    shaped = entropy_bonus(images.rewards, images.batch.group_ids, images.features, 0.5, config.shaping.bandwidth)
+    torch.testing.assert_close(pairs.gain[0::2], ((shaped[0::2] - shaped[1::2]) / 2).float())
+    torch.testing.assert_close(pairs.gain[0::2], -pairs.gain[1::2])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -159,6 +170,7 @@ def test_in_bf16_the_velocity_of_the_rollout_is_the_one_of_training(config, buil
         ({"sample.noise_level": 0.0}, ["noise_level = 0.0", "above 0"]),
         ({"sample.sde_window_size": 2}, ["sde_window_size = 2", "takes 0"]),
         ({"train.advantage_mode": "negative"}, ['advantage_mode = "negative"', '"all"']),
+        ({"shaping.kind": "distance"}, ['shaping.kind = "distance"', "'fdfo'", '"vendi"']),
         ({"train.method": "grpo", "fdfo.floor": 0.5}, ["fdfo.floor = 0.5", "'fdfo'"]),
     ],
 )

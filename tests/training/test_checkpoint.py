@@ -171,10 +171,19 @@ def test_scores_of_another_metric_are_not_compared(config, build):
     config.num_checkpoint_limit = 1
     parts = build(config)
     save(parts, 1, 0.9)
-    edit_state(checkpoints(parts) / "checkpoint-000001", score_of="eval/reward/total")
+    edit_state(checkpoints(parts) / "checkpoint-000001", score_of="eval/reward/clipscore")
     for epoch, score in ((2, 0.3), (3, 0.2)):
         save(parts, epoch, score)
     assert names(parts) == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_checkpoint_that_an_earlier_version_chose_by_its_training_reward_is_no_longer_kept(config, build):
+    config.num_checkpoint_limit = 1
+    parts = build(config)
+    save(parts, 1, 0.9)
+    edit_state(checkpoints(parts) / "checkpoint-000001", score_of="eval/reward/total")
+    save(parts, 2)
+    assert names(parts) == ["checkpoint-000002"]
 
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole_and_no_litter(config, build, monkeypatch, capsys):
