@@ -35,6 +35,7 @@ ASKED_FOR = {
     "pickscore_sd3_fast_4gpu",
     "pickscore_sd3_fast_nocfg",
     "clipscore_sd3",
+    *(f"{model}_sd3_{name}" for model in ("tiny", "pickscore") for name in ("nft", "awm", "pepg", "par", "fdfo")),
 }
 
 
@@ -98,15 +99,22 @@ def cost(config: ConfigDict, processes: int) -> str:
         trained = trained_evaluations(config)
         sampled = sample.num_steps
     reference = trained if config.train.beta > 0 else 0
-    old = f", {trained * per_step:,} old" if config.train.ratio != "sde" else ""
+    old = f", {trained * per_step:,} old" if config.train.ratio != "sde" or at_noised_images(config) else ""
     return (
         f"Cost of an epoch, on {processes} process{'es' if processes > 1 else ''}: {images:,} images; "
         f"{sampled * per_step:,} sampling, {trained * per_step:,} training, {reference * per_step:,} reference{old}."
     )
 
 
+def at_noised_images(config: ConfigDict) -> bool:
+    """Whether the method compares two velocities at noised images."""
+    return config.train.method in ("nft", "awm", "pepg", "par")
+
+
 def trained_evaluations(config: ConfigDict) -> int:
-    """Of GRPO, for one image: the ODE's path takes every step, whatever the window, and cfm takes none."""
+    """Of black-box methods, for one image: the ODE's path takes every step, whatever the window, and cfm takes none."""
+    if at_noised_images(config):
+        return config.forward.draws
     every, window = config.sample.num_steps, config.sample.sde_window_size
     return {"cfm": config.train.ratio_probes, "ode_path": every}.get(config.train.ratio, window or every)
 
