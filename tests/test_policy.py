@@ -132,3 +132,34 @@ def test_a_folder_that_is_no_sd3_pipeline_is_one_sentence(config, build, random_
     config.pretrained.model = str(random_models / "clip")
     with pytest.raises(ConfigError, match=r"pretrained\.model"):
         build(config)
+
+
+def test_old_weights_are_those_that_were_kept_and_the_current_ones_come_back(policy):
+    embeds, x = policy.encode(["a bag"]), policy.noise(draw(1))
+    policy.keep_old()
+    before = policy.velocity(embeds, 1.0)(x, 0.5).detach()
+    with torch.no_grad():
+        for parameter in policy.trainable:
+            parameter += 0.05
+    moved = policy.velocity(embeds, 1.0)(x, 0.5)
+    assert torch.equal(policy.old_velocity(embeds, 1.0)(x, 0.5), before)
+    assert not policy.old_velocity(embeds, 1.0)(x, 0.5).requires_grad
+    assert torch.equal(policy.velocity(embeds, 1.0)(x, 0.5), moved)
+    moved.sum().backward()  # a graph of before the exchange is whole
+    assert all(p.grad is not None for p in policy.trainable)
+    policy.keep_old()  # there are older ones
+    assert torch.equal(policy.old_velocity(embeds, 1.0)(x, 0.5), before)
+
+
+def test_old_weights_come_back_after_an_error_too(policy):
+    policy.keep_old()
+    current = [p.data_ptr() for p in policy.trainable]
+
+    def breaks_off():
+        with policy.old_weights():
+            assert current != [p.data_ptr() for p in policy.trainable]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        breaks_off()
+    assert current == [p.data_ptr() for p in policy.trainable]
