@@ -194,3 +194,34 @@ def test_images_with_half_a_share_are_those_of_the_mean_of_both_velocities(confi
             x = x + (after - now) * (both[0](x, now) + both[1](x, now)) / 2
     torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
     assert spent == 2 * 2 * 4
+
+
+def test_old_weights_are_those_that_were_kept_and_the_current_ones_come_back(policy):
+    embeds, x = policy.encode(["a bag"]), policy.noise(draw(1))
+    policy.keep_old()
+    before = policy.velocity(embeds, 1.0)(x, 0.5).detach()
+    with torch.no_grad():
+        for parameter in policy.trainable:
+            parameter += 0.05
+    moved = policy.velocity(embeds, 1.0)(x, 0.5)
+    assert torch.equal(policy.old_velocity(embeds, 1.0)(x, 0.5), before)
+    assert not policy.old_velocity(embeds, 1.0)(x, 0.5).requires_grad
+    assert torch.equal(policy.velocity(embeds, 1.0)(x, 0.5), moved)
+    moved.sum().backward()  # a graph of before the exchange is whole
+    assert all(p.grad is not None for p in policy.trainable)
+    policy.keep_old()  # there are older ones
+    assert torch.equal(policy.old_velocity(embeds, 1.0)(x, 0.5), before)
+
+
+def test_old_weights_come_back_after_an_error_too(policy):
+    policy.keep_old()
+    current = [p.data_ptr() for p in policy.trainable]
+
+    def breaks_off():
+        with policy.old_weights():
+            assert current != [p.data_ptr() for p in policy.trainable]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        breaks_off()
+    assert current == [p.data_ptr() for p in policy.trainable]

@@ -134,7 +134,10 @@ def step_loss(policy: Policy, pairs: Pairs, chunk: Tensor, step: int, settings: 
 
 
 def rollout_velocity(trajectory: Trajectory, step: int, noise_level: float) -> Tensor:
-    """v_old of a `cps` step, (B, C, h, w), from what it led to: the mean a x + b v; the last step's is x'."""
+    """v_old of a `cps` step, (B, C, h, w), from what it led to: the mean a x + b v; the last step's is x'.
+
+    To the rounding of the mean over |b|: a part in a million, but 1e-4 in a last step of SD3's, which is short.
+    """
     sigma, after = trajectory.sigmas[step].item(), trajectory.sigmas[step + 1].item()
     coefficients = step_coefficients("cps", sigma, after, noise_level)
     if step in trajectory.stochastic_steps:

@@ -47,9 +47,26 @@ def check(config: ConfigDict) -> None:
 
 
 def tiny(config: ConfigDict) -> None:
-    """FDFO on the embedded tiny SD3."""
+    """FDFO on the embedded tiny SD3: pairs of images from one noise, whose difference stands in for the gradient.
+
+    arXiv 2603.12893, on `cps` steps, every one of them trained.
+    Cost of an epoch, on 1 process: 80 images; 800 sampling, 800 training, 0 reference.
+    Expect a slow start: FDFOEXPECT
+    """
     config.sample.sde_type = "cps"
-    config.sample.noise_level = 0.2
+    config.sample.noise_level = 0.5
+    config.train.learning_rate = 3e-3
 
 
-METHOD = Method("fdfo", "FDFO", False, check, "flow_grpo.loops.fdfo:train_epoch", KEYS, tiny)
+def sd35(config: ConfigDict) -> None:
+    """FDFO on SD3.5-medium (arXiv 2603.12893): pairs of images from one noise, on `cps` steps of small noise.
+
+    Cost of an epoch, on 32 processes: 1,152 images; 23,040 sampling, 23,040 training, 0 reference.
+    Expect nothing in particular: not run by us.
+    """
+    config.sample.sde_type = "cps"
+    config.sample.noise_level = 0.5
+    config.train.beta = 0.0
+
+
+METHOD = Method("fdfo", "FDFO", False, check, "flow_grpo.loops.fdfo:train_epoch", KEYS, tiny, sd35)
