@@ -199,7 +199,8 @@ class Policy(ImageModel):
             self._add_lora()
         else:
             blended = tuple(config.eval.tuned_share) != (1.0, 1.0)
-            keep_reference = config.train.beta > 0 or method_of(config).needs_base or blended
+            measured = config.eval_forward_kl or method_of(config).needs_base
+            keep_reference = config.train.beta > 0 or blended or measured
             self._train_everything(keep_reference)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()

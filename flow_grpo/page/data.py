@@ -27,7 +27,13 @@ from flow_grpo.runs.history import deciding_metric, salvage_history
 from flow_grpo.runs.record import Record
 
 METRICS = {"reward": "reward/total", "vendi": "diversity/vendi", "judge": "judge/accuracy"}  # figure -> in the history
-EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/")  # beginnings of other metrics worth a chart
+EXTRA = (
+    "entropy/",
+    "ode_log_prob/",
+    "diversity/",
+    "modes/",
+    "forward_kl/",
+)  # beginnings of other metrics worth a chart
 MOST_CHECKPOINTS = 12  # of a run whose images are shown
 
 

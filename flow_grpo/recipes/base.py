@@ -71,6 +71,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("eval_freq", 10, whole(0), "evaluate before the first epoch, every so many, and after the last"),
         Key("eval_ode_log_prob", False, YES_OR_NO, "measure log-densities and the differential entropy of the samples"),
         Key("eval_ode_log_prob_freq", 0, whole(0), "measure them every so many epochs; 0: as eval_freq"),
+        Key(
+            "eval_forward_kl",
+            False,
+            YES_OR_NO,
+            "measure how much worse the weights fit the base model's images, an alarm of hacking",
+        ),
         Key("eval_diversity", True, YES_OR_NO, "measure Vendi, RKE and their company on the samples"),
         Key("eval_diversity_freq", 0, whole(0), "measure them every so many epochs; 0: as eval_freq"),
         Key(
@@ -353,6 +359,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("eval.judge", "assets/tiny_features", TEXT, "a CLIP not used as reward, for prompt accuracy; empty: none"),
         Key("eval.modes", "assets/prompts/tiny/modes.json", TEXT, "known modes of each prompt, counted; empty: none"),
+        Key("forward_kl.draws", 4, whole(1, 10_000), "eval_forward_kl: times and noises of each image"),
         Key("eval.num_grid_prompts", 10, whole(1), "rows of the image grid"),
         Key("eval.num_grid_images", 8, whole(1), "columns of the image grid"),
     ),
@@ -455,7 +462,7 @@ SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
     "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
     "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
-    "eval_diversity", "eval_ode_log_prob",
+    "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names
