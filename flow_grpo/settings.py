@@ -64,6 +64,8 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
         updates=config.train.updates_per_epoch,
         num_processes=num_processes,
     )
+    if config.shaping.kind in DIFFERENTIABLE:
+        _check_whole_groups(config, plan)
     _check_model(config)
     _check_scorers(config)
     _check_shaping(config)
@@ -77,6 +79,8 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 
 
 # --- one value at a time --------------------------------------------------------------------------------
+
+BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi"), ("log_vendi", "log_rke")  # of shaping.kind
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -214,18 +218,40 @@ def _check_scorers(config: ConfigDict) -> None:
 
 
 def _check_shaping(config: ConfigDict) -> None:
-    """Diversity in the objective is of a black-box method, and by an encoder that measures nothing else."""
+    """Diversity in the objective is of the family that the run trains by, and its encoder measures nothing else."""
     shaping, kind = config.shaping, f'config.shaping.kind = "{config.shaping.kind}"'
-    if shaping.kind and config.use_reward_gradient:
+    if shaping.kind and config.use_reward_gradient != (shaping.kind in DIFFERENTIABLE):
+        kinds = DIFFERENTIABLE if config.use_reward_gradient else (*BONUSES, "distance")
         raise ConfigError(
-            f"{kind} shapes the rewards of black-box methods, which config.use_reward_gradient = True does not train "
-            'by; it takes "".'
+            f"{kind} is not for config.use_reward_gradient = {config.use_reward_gradient}; it takes "
+            f"{' or '.join(map(repr, kinds))}."
         )
-    if bool(shaping.weight) != (shaping.kind in ("cluster", "entropy", "vendi")):
-        takes = "a number above 0" if shaping.kind in ("cluster", "entropy", "vendi") else "0"
+    if bool(shaping.weight) != (shaping.kind in BONUSES + DIFFERENTIABLE):
+        takes = "a number above 0" if shaping.kind in BONUSES + DIFFERENTIABLE else "0"
         raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
     if shaping.kind:
         _check_encoder(config)
+
+
+def _check_whole_groups(config: ConfigDict, plan: BatchPlan) -> None:
+    """A set objective sees whole groups: every microbatch holds as many images of each as an update has."""
+    size, share = plan.group_size, plan.group_size // plan.updates
+    whole = size % plan.updates == 0 and share > 1 and plan.images_per_process % size == 0
+    if whole and config.train.batch_size % share == 0:
+        return
+    takes = (
+        f"config.train.batch_size = {share}, or a multiple"
+        if whole
+        else (
+            f"config.train.updates_per_epoch = 1, with a number of groups that divides among the processes and "
+            f"config.train.batch_size = {size}, or a multiple"
+        )
+    )
+    raise ConfigError(
+        f'config.shaping.kind = "{config.shaping.kind}" needs whole groups in a microbatch, but '
+        f"config.train.batch_size = {config.train.batch_size} does not hold them, of groups of {size} in "
+        f"{plan.updates} updates an epoch; it takes {takes}."
+    )
 
 
 def _check_encoder(config: ConfigDict) -> None:

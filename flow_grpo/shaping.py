@@ -5,7 +5,8 @@ int64 and features (N, F), over all processes, and return (N,) float64. Features
 reward nor the judge of the evaluation. Cosines are of their directions, so no row may be zero; the Gaussian kernel is
 of the features as they are, exp(-|f_i - f_j|^2 / (2 h^2)), its bandwidth h fixed for the whole run.
 
-`log_vendi` and `log_rke`, of one group's features (n, F), are differentiable; the rest is not meant to be.
+`log_vendi` and `log_rke`, of one group's features (n, F), and `log_diversities`, of all groups', are differentiable;
+the rest is not meant to be.
 """
 
 from __future__ import annotations
@@ -138,6 +139,16 @@ def log_rke(features: Tensor, bandwidth: float) -> Tensor:
     """log RKE = -log mean_ij k(f_i, f_j)^2 of a group's features (n, F): scalar, float64."""
     exponents = -_squared_distances(features) / bandwidth**2
     return 2 * math.log(len(features)) - exponents.flatten().logsumexp(0)
+
+
+def log_diversities(features: Tensor, group_ids: Tensor, bandwidth: float | None = None) -> Tensor:
+    """`log_rke` of each image's group, or without a bandwidth its `log_vendi`: (N,) float64, differentiable."""
+    found = features.new_zeros(len(features), dtype=torch.float64)
+    for group in group_ids.unique():
+        f = features[group_ids == group]
+        value = log_vendi(f) if bandwidth is None else log_rke(f, bandwidth)
+        found = torch.where(group_ids == group, value, found)
+    return found
 
 
 # --- groups and kernels -----------------------------------------------------------------------------------

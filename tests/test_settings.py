@@ -290,6 +290,14 @@ COMBINATIONS = [
         {"eval.tuned_share": (0.5, 1.0), "eval_ode_log_prob": True},
         ["eval.tuned_share = (0.5, 1.0)", "config.eval_ode_log_prob = True", "(1.0, 1.0)"],
     ),
+    (
+        {"shaping.kind": "log_vendi", "shaping.weight": 0.1},
+        ['shaping.kind = "log_vendi"', "use_reward_gradient = False", "'vendi'"],
+    ),
+    (
+        {"shaping.kind": "log_rke", "shaping.weight": 0.1, "use_reward_gradient": True, "train.batch_size": 3},
+        ['shaping.kind = "log_rke"', "train.batch_size = 3", "train.batch_size = 4, or a multiple"],
+    ),
     ({"shaping.kind": "vendi"}, ["shaping.weight = 0.0", 'shaping.kind = "vendi"', "above 0"]),
     (
         {"shaping.kind": "distance", "shaping.weight": 0.1},

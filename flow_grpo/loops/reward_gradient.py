@@ -7,13 +7,14 @@ process; each microbatch accumulates that gradient. The methods differ in nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.loops.collect import epoch_prompts
+from flow_grpo.loops.shaped import group_diversity
 from flow_grpo.loops.update import apply_update
 from flow_grpo.losses import kl_weight, reward_losses, velocity_kl
 from flow_grpo.metrics import MeanMetrics
@@ -115,11 +116,16 @@ def _train_microbatch(
     metadata = [batch.metadata[i] for i in chunk.tolist()]
     generators = sample_generators(config.seed, "noise", epoch, batch.sample_ids[chunk])
     embeds = policy.encode(prompts)
-    scores: list[RewardBatch] = []
+    groups, scores, diversity = batch.group_ids[chunk], [], []
 
     def losses(x0: Tensor) -> Tensor:
-        scores.append(reward(policy.decode(x0), prompts, metadata))
-        return reward_losses(scores[-1].total, config.drtune.hinge)
+        images = policy.decode(x0)
+        scores.append(reward(images, prompts, metadata))
+        found = reward_losses(scores[-1].total, config.drtune.hinge)
+        if config.shaping.kind:
+            diversity.append(group_diversity(images, groups, config))
+            found = found - config.shaping.weight * diversity[-1]
+        return found
 
     objective = Objective(
         velocity=policy.velocity(embeds, guidance, config.drtune.detach_unconditional),
@@ -131,5 +137,7 @@ def _train_microbatch(
         backward=lambda value: policy.accelerator.backward(weight * value),
     )
     value = gradient(objective, policy.noise(generators), generators)
+    if diversity:
+        value = replace(value, shares={**value.shares, "log_diversity": diversity[0].detach().mean()})
     terms = {name: score.detach() for name, score in scores[0].terms.items()}
     return value, RewardBatch(scores[0].total.detach(), terms)

@@ -295,15 +295,15 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "|ratio - 1| allowed before an epoch's first update, in units of clip_range",
         ),
     ),
-    "diversity in the objective: what an image's difference from its group adds; black-box methods only": (
+    "diversity in the objective: what an image's difference from its group adds": (
         Key(
             "shaping.kind",
             "",
-            choice("", "distance", "cluster", "entropy", "vendi"),
-            '"distance": weighs positive advantages; "cluster", "entropy", "vendi": bonuses; flow_grpo/shaping.py',
+            choice("", "distance", "cluster", "entropy", "vendi", "log_vendi", "log_rke"),
+            'black box: "distance", "cluster", "entropy", "vendi"; by gradient: "log_vendi", "log_rke"',
         ),
         Key("shaping.weight", 0.0, NOT_NEGATIVE, "beta of a bonus, in units of the reward"),
-        Key("shaping.bandwidth", 0.3, POSITIVE, '"entropy": of the Gaussian kernel of unit features, 0 to 2 apart'),
+        Key("shaping.bandwidth", 0.3, POSITIVE, '"entropy", "log_rke": of the kernel of unit features, 0 to 2 apart'),
         Key(
             "shaping.cluster_distance",
             0.1,

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from flow_grpo import shaping
 from flow_grpo.advantages import group_advantages
+from flow_grpo.diversity.rke import rke_score
+from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.loops import collect, policy_gradient
-from flow_grpo.loops.shaped import features_of
+from flow_grpo.loops.shaped import features_of, group_diversity
 from flow_grpo.metrics import MeanMetrics
+from tests.conftest import by_method
+from tests.loops.tiny_net import relative
 
 
 def sampled(parts, metrics=None):
@@ -100,3 +106,43 @@ def test_the_encoder_is_loaded_once(config, build):
     parts = build(config)
     first, second = (collect.extractor_of(parts.settings.config, parts.policy.device) for _ in range(2))
     assert first is second
+
+
+# --- by gradient -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "bandwidth"), [("log_vendi", None), ("log_rke", 0.3)])
+def test_the_gradient_of_a_groups_diversity_is_that_of_finite_differences(config, kind, bandwidth):
+    config.use_reward_gradient, config.shaping.kind, config.shaping.weight = True, kind, 1.0
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    group_diversity(images, groups, config).mean().backward()
+    direction = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+
+    def value(step):
+        with torch.no_grad():
+            x = images.detach() + step * direction
+            f = F.normalize((F.adaptive_avg_pool2d(x, 8) - 0.5).flatten(1).double(), dim=1)
+            scores = [vendi_score(f[g].numpy()) if bandwidth is None else rke_score(f[g].numpy(), bandwidth)
+                      for g in (groups == 0, groups == 1)]  # fmt: skip
+            return np.mean(np.log(scores))
+
+    difference = (value(1e-3) - value(-1e-3)) / 2e-3
+    assert (images.grad * direction).sum().item() == pytest.approx(difference, rel=2e-3)
+    assert (images.grad != 0).all()
+
+
+def test_a_set_objective_is_the_same_in_any_microbatches_of_whole_groups(config, build):
+    config.shaping.kind, config.shaping.weight = "log_vendi", 0.5
+    by_method(config, "drtune")
+    config.sample.num_image_per_prompt = 4
+    gradients = []
+    for name, size, weight in (("whole", 16, 0.5), ("parts", 4, 0.5), ("plain", 16, 1e-9)):
+        config.train.batch_size, config.run_name, config.shaping.weight = size, name, weight
+        parts = build(config)
+        parts.policy.optimizer.step = parts.policy.optimizer.zero_grad = lambda: None
+        metrics = parts.train()
+        gradients.append(torch.cat([p.grad.flatten() for p in parts.policy.trainable]))
+    assert relative(gradients[1], gradients[0]) < 1e-4
+    assert relative(gradients[2], gradients[0]) > 0.1
+    assert 0 < metrics["log_diversity"] < math.log(4)
