@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 from ml_collections import ConfigDict
 
 from config.base import get_config
+from flow_grpo import places
+from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
@@ -81,6 +83,18 @@ def small_config(random_models: Path, folder: Path) -> ConfigDict:
     return config
 
 
+def by_method(config: ConfigDict, name: str) -> None:
+    """Train by this method, with what its tiny recipe changes; as small as the rest."""
+    method = METHODS[name]
+    config.use_reward_gradient, config.train.method = method.reward_gradient, name
+    if method.reward_gradient:
+        config.sample.sde_type = "ode"
+    if method.tiny is not None:
+        method.tiny(config)
+    config.anchored.base_images, config.anchored.base_prompts = (4, 3) if name == "anchored" else (64, 16)
+    config.drtune.early_stop = min(config.drtune.early_stop, config.sample.num_steps)
+
+
 class Parts(SimpleNamespace):
     """What scripts/train/train_sd3.py wires together."""
 
@@ -91,9 +105,10 @@ class Parts(SimpleNamespace):
     prompts: PromptDataset
     run: Run
 
-    def train(self, method) -> dict[str, float]:
-        """One epoch of `grpo` or `drtune`."""
-        metrics = method.train_epoch(self.policy, self.prompts, self.reward, self.settings, self.run)
+    def train(self, method=None) -> dict[str, float]:
+        """One epoch, by the configuration's method or by a module's `train_epoch`."""
+        train_epoch = places.load(method_of(self.settings.config).loop) if method is None else method.train_epoch
+        metrics = train_epoch(self.policy, self.prompts, self.reward, self.settings, self.run)
         self.run.counters.epoch += 1
         return metrics
 

@@ -2,39 +2,33 @@
 
 import sys
 
+from flow_grpo import places
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import Evaluator, sample_evaluators
 from flow_grpo.launch import launch
-from flow_grpo.loops import fdfo, forward_process
-from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.recipes.base import get_config
+from flow_grpo.recipes.sd3 import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 
-CASES = {  # name -> (loop, LoRA)
-    "grpo": (grpo, True),
-    "nft": (forward_process, True),
-    "fdfo": (fdfo, True),
-    "drtune": (drtune, True),
-    "grpo_full": (grpo, False),
-    "drtune_full": (drtune, False),
+CASES = {  # name -> (method, LoRA)
+    **{name: (name, True) for name in METHODS},
+    "grpo_full": ("grpo", False),
+    "drtune_full": ("drtune", False),
 }
 EVALUATED = "grpo"  # the one that is evaluated after every epoch
 
 
 def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
     """12 images an epoch: 1, 2 and 3 processes divide them."""
-    config = get_config()
-    loop, config.use_lora = CASES[case]
-    config.use_reward_gradient = loop is drtune
-    if loop in (forward_process, fdfo):
-        config.train.method = case
+    method, lora = CASES[case]
+    config = get_config(f"tiny_{method}")
+    config.use_lora = lora
     config.logdir, config.run_name, config.trackers = out, run_name, ()
     config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
@@ -46,13 +40,11 @@ def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
         config.eval_freq = config.eval_diversity_freq = 1
         config.num_seeds, config.eval.num_image_per_prompt, config.diversity.model = 8, 3, f"{models}/judge"
         config.eval.num_steps, config.eval.ema = 2, False
-    if case == "nft":
-        config.sample.sde_type, config.forward.old, config.forward.draws = "ode", "ema", 1
-    if case == "fdfo":
-        config.sample.sde_type = "cps"
     config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
     config.sample.batch_size, config.train.batch_size, config.train.updates_per_epoch = 4, 4, 2
     config.sample.num_steps, config.drtune.num_train_steps = 3, 2
+    config.drtune.early_stop = min(config.drtune.early_stop, 2)
+    config.anchored.base_images, config.anchored.base_prompts = (4, 3) if method == "anchored" else (64, 16)
     config.train.learning_rate = 1e-4
     return config
 
@@ -79,7 +71,17 @@ def main(models: str, out: str, name: str, first: str, last: str) -> None:
         if case == EVALUATED:
             evaluators += sample_evaluators(reward, settings, accelerator.device)
             evaluators += build_diversity_evaluators(settings, run, accelerator.device)
-        fit(policy, CASES[case][0].train_epoch, prompts, prompts, reward, evaluators, settings, run, due)
+        fit(
+            policy,
+            places.load(method_of(settings.config).loop),
+            prompts,
+            prompts,
+            reward,
+            evaluators,
+            settings,
+            run,
+            due,
+        )
     run.finish()
 
 

@@ -31,6 +31,7 @@ class Method:
     keys: tuple[Key, ...] = ()  # settings that only it reads, or it and others of its file
     tiny: Recipe | None = None  # the recipe tiny_sd3_<name>
     sd35: Recipe | None = None  # the recipe pickscore_sd3_<name>
+    needs_base: bool = False  # whether it asks for the base model's velocity, whatever train.beta
 
 
 def takes_only(config: ConfigDict | FrozenConfigDict, key: str, allowed: Any, because: str) -> None:

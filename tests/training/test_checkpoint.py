@@ -12,34 +12,28 @@ from peft import PeftModel
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.evaluation import draw_samples
-from flow_grpo.loops import fdfo, forward_process
+from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.methods.registry import METHODS
 from flow_grpo.runs.saved import find_checkpoint
 from flow_grpo.training import checkpoint
 from flow_grpo.training import state as training_state
+from tests.conftest import by_method
 from tests.saved_runs import edit_state, read_state
 from tests.training.saving import checkpoints, deterministic, names, save, train, weights
-
-METHODS = {"grpo": grpo, "nft": forward_process, "par": forward_process, "fdfo": fdfo, "drtune": drtune}
-OF_METHODS = {
-    "nft": {"sample.sde_type": "ode", "forward.draws": 2, "forward.old": "ema", "forward.old_decay_ramp": 0.25},
-    "par": {"forward.draws": 1},
-    "fdfo": {"sample.sde_type": "cps"},
-}
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_resumed_equals_unbroken_bit_for_bit(config, build, method):
-    config.use_reward_gradient, config.train.method = method == "drtune", method
-    config.update_from_flattened_dict(OF_METHODS.get(method, {}))
-    config.train.updates_per_epoch, config.train.beta, config.save_freq = 2, 0.05, 1
+    by_method(config, method)
+    config.train.updates_per_epoch, config.save_freq = 2, 1
+    config.train.beta = 0.0 if METHODS[method].needs_base else 0.05
     config.run_name, config.num_epochs = "unbroken", 4
-    unbroken = train(config, build, METHODS[method])
+    unbroken = train(config, build)
     config.run_name, config.num_epochs = "broken", 2
-    broken = train(config, build, METHODS[method])
+    broken = train(config, build)
     config.resume_from, config.num_epochs = str(broken.run.folder), 4
-    resumed = train(config, build, METHODS[method])
+    resumed = train(config, build)
     assert resumed.run.folder == broken.run.folder
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(unbroken), strict=True))
     pairs = zip(resumed.policy.ema.shadow_params, unbroken.policy.ema.shadow_params, strict=True)
