@@ -51,7 +51,8 @@ def tiny(config: ConfigDict) -> None:
 
     arXiv 2603.12893, on `cps` steps, every one of them trained.
     Cost of an epoch, on 1 process: 80 images; 800 sampling, 800 training, 0 reference.
-    Expect a slow start: FDFOEXPECT
+    Expect, after 40 epochs: reward .510 -> .522, judge .86 -> .97, Vendi of 16 images 3.3 -> 2.6 (seed 42); the first
+    ten epochs change next to nothing.
     """
     config.sample.sde_type = "cps"
     config.sample.noise_level = 0.5

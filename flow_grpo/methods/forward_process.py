@@ -100,7 +100,7 @@ def tiny_nft(config: ConfigDict) -> None:
 
     arXiv 2509.16117, with averaged old weights that make the images.
     Cost of an epoch, on 1 process: 80 images; 800 sampling, 320 training, 0 reference, 320 old.
-    Expect NFTEXPECT
+    Expect, after 40 epochs: reward .510 -> .522, judge .86 -> .97, Vendi of 16 images 3.3 -> 2.7 (seed 42).
     """
     _on_tiny(config)
     config.train.advantage_std = "batch"
@@ -127,7 +127,7 @@ def tiny_awm(config: ConfigDict) -> None:
 
     arXiv 2509.25050, under PPO's clip, which ends the pull of negative weights.
     Cost of an epoch, on 1 process: 80 images; 800 sampling, 320 training, 0 reference, 320 old.
-    Expect AWMEXPECT
+    Expect, after 40 epochs: reward .510 -> .523, judge .86 -> .96, Vendi of 16 images 3.3 -> 2.1 (seed 42).
     """
     _on_tiny(config)
 
@@ -149,7 +149,7 @@ def tiny_pepg(config: ConfigDict) -> None:
 
     arXiv 2602.04663. The law is that of -w |v - (e - x_0)|^2 per latent dimension, tilted anew in every epoch.
     Cost of an epoch, on 1 process: 80 images; 800 sampling, 320 training, 0 reference, 320 old.
-    Expect PEPGEXPECT
+    Expect, after 40 epochs: reward .510 -> .527, judge .86 -> .99, Vendi of 16 images 3.3 -> 1.5 (seed 42).
     """
     _on_tiny(config)
     _tilted(config)

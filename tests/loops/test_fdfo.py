@@ -11,6 +11,7 @@ from flow_grpo.loops.collect import epoch_prompts, sample_images, sampling_minib
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.settings import resolve
 from flow_grpo.shaping import entropy_bonus
+from flow_grpo.types import RewardBatch
 
 
 def cps(config):
@@ -130,6 +131,16 @@ def test_the_microbatch_size_does_not_change_the_update(config, build):
         perturb(parts.policy)
         found.append(gradient(parts)[0])
     assert ((found[1] - found[0]).norm() / found[0].norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_equal_rewards_train_nothing_and_a_non_finite_one_skips_the_update(config, build, value):
+    parts = build(cps(config))
+    parts.reward = lambda images, *_: RewardBatch(torch.tensor([0.3 + value] + [0.3] * (len(images) - 1)))
+    metrics = parts.train(fdfo)
+    assert metrics["skipped_updates"] == float(value != 0)
+    assert metrics["trained_fraction"] == (0.25 if value != 0 else 0.0)
+    assert ("ratio_mean" in metrics) == (value != 0)
 
 
 def test_pairs_that_are_too_close_are_skipped_and_counted(config, build):

@@ -12,6 +12,7 @@ from flow_grpo.loops.collect import epoch_prompts, sample_images
 from flow_grpo.loops.forward_process import old_decay, point_loss
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.settings import resolve
+from flow_grpo.types import RewardBatch
 
 METHODS = pytest.mark.parametrize("method", ["nft", "awm", "pepg", "par"])
 
@@ -127,6 +128,16 @@ def test_each_pass_draws_points_of_its_own(config, build, monkeypatch):
     assert [int(point.t * 2) for point in seen] == [0, 1, 0, 1]
     noises = [point.latents + (1 - point.t) * point.target for point in seen]
     assert all(not torch.allclose(a, b, atol=0.1) for i, a in enumerate(noises) for b in noises[:i])
+
+
+@METHODS
+def test_a_non_finite_reward_skips_the_update(config, build, method):
+    parts = build(forward(config, method))
+    reward = parts.reward
+    parts.reward = lambda *arguments: RewardBatch(reward(*arguments).total + torch.tensor([torch.nan] + [0.0] * 7))
+    before = weights(parts)
+    assert parts.train(forward_process)["skipped_updates"] == 1.0
+    assert torch.equal(weights(parts), before)
 
 
 # --- old weights -----------------------------------------------------------------------------------------
