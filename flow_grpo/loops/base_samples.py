@@ -85,7 +85,8 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     anchored = dict(config.anchored.items())
     rewards = {name: value for name, value in sorted(config.reward_fn.items()) if value}
     chosen = list(prompts.prompts[: config.anchored.base_prompts])
-    return {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen}
+    sampler = {"steps": config.sample.num_steps, "guidance_scale": config.sample.guidance_scale}
+    return {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
 
 
 def _kept(path: Path, asked_for: dict[str, Any]) -> Tilt | None:

@@ -91,6 +91,18 @@ def test_a_recipe_without_its_prompts_names_the_command_that_fetches_them(name, 
 
 def cost(config: ConfigDict, processes: int) -> str:
     """The cost sentence of a recipe, from its numbers: evaluations of the transformer in one epoch."""
+    sampled, trained, reference, old = evaluations(config)
+    images = config.sample.groups_per_epoch * config.sample.num_image_per_prompt
+    most = "at most " if config.train.method == "adjoint_matching" else ""
+    return (
+        f"Cost of an epoch, on {processes} process{'es' if processes > 1 else ''}: {images:,} images; "
+        f"{sampled:,.0f} sampling, {trained:,.0f} training, {most}{reference:,.0f} reference"
+        f"{f', {old:,.0f} old' if old else ''}"
+    )
+
+
+def evaluations(config: ConfigDict) -> tuple[float, float, float, float]:
+    """Of one epoch: sampling, training, where the base model is compared with, and the old weights."""
     sample = config.sample
     images = sample.groups_per_epoch * sample.num_image_per_prompt
     per_step = images * (1 if sample.guidance_scale == 1 else 2)
@@ -99,14 +111,9 @@ def cost(config: ConfigDict, processes: int) -> str:
     else:
         compared = trained = trained_evaluations(config)
         sampled = sample.num_steps
-    anchored = method_of(config).needs_base
-    reference = compared if config.train.beta > 0 or anchored else 0
-    old = f", {trained * per_step:,} old" if config.train.ratio != "sde" or at_noised_images(config) else ""
-    return (
-        f"Cost of an epoch, on {processes} process{'es' if processes > 1 else ''}: {images:,} images; "
-        f"{sampled * per_step:,.0f} sampling, {trained * per_step:,.0f} training, "
-        f"{'at most ' if config.train.method == 'adjoint_matching' else ''}{reference * per_step:,.0f} reference{old}"
-    )
+    reference = compared if config.train.beta > 0 or method_of(config).needs_base else 0
+    old = trained if config.train.ratio != "sde" or at_noised_images(config) else 0
+    return sampled * per_step, trained * per_step, reference * per_step, old * per_step
 
 
 def gradient_evaluations(config: ConfigDict) -> tuple[float, float, float]:
