@@ -37,6 +37,7 @@ def tiny_draft_k(config: ConfigDict) -> None:
     Cost of an epoch, on 1 process: 40 images; 320 sampling, 160 training, 0 reference.
     """
     config.drtune.num_train_steps = 2
+    config.train.learning_rate = 3e-3
 
 
 def sd35_draft_k(config: ConfigDict) -> None:
@@ -55,6 +56,7 @@ def tiny_draft_lv(config: ConfigDict) -> None:
     arXiv 2309.17400.
     Cost of an epoch, on 1 process: 40 images; 400 sampling, 80 training, 0 reference.
     """
+    config.train.learning_rate = 3e-3
 
 
 def sd35_draft_lv(config: ConfigDict) -> None:
@@ -72,6 +74,7 @@ def tiny_alignprop(config: ConfigDict) -> None:
     arXiv 2310.03739. Each trained step runs again in the backward pass; on average 5.5 are trained, at most 10.
     Cost of an epoch, on 1 process: 40 images; 180 sampling, 440 training, 0 reference.
     """
+    config.train.learning_rate = 3e-3
 
 
 def sd35_alignprop(config: ConfigDict) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TEMPLATE = "methods.md.j2"
 GAINS = (0.005, 0.01, 0.02)  # of reward
 NATS = "entropy/nats"
+VARIANTS = {"anchored_kl": "anchored, 0.3 nats", "drtune_kl": "DRTune, KL 0.1"}
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,14 @@ def exact_vendi(reward: float, law: Sequence[Mapping[str, float]]) -> float:
 def summarise(outcomes: Sequence[Outcome], cost: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each method, means over seeds with 95 % t-intervals, by the final reward."""
     rows = []
-    for name, method in METHODS.items():
+    for name in dict.fromkeys(o.method for o in outcomes):
         mine = [o for o in outcomes if o.method == name]
-        if not mine:
-            continue
-        row: dict[str, Any] = {"method": name, "title": method.title, "seeds": len(mine), "epochs": mine[0].epochs[-1]}
+        row: dict[str, Any] = {
+            "method": name,
+            "title": title_of(name),
+            "seeds": len(mine),
+            "epochs": mine[0].epochs[-1],
+        }
         row |= {"seconds": cost["seconds"][name], "peak_mib": cost["peak_mib"][name]}
         row |= {figure: _interval([o.final[figure] for o in mine]) for figure in mine[0].final}
         row["gain"] = _interval([o.reward[-1] - o.reward[0] for o in mine])
@@ -108,6 +112,11 @@ def summarise(outcomes: Sequence[Outcome], cost: Mapping[str, Any]) -> list[dict
         row["excess_at"] = {gain: _interval([o.excess_at[gain] for o in mine]) for gain in mine[0].excess_at}
         rows.append(row)
     return sorted(rows, key=lambda row: -row["reward"]["mean"])
+
+
+def title_of(name: str) -> str:
+    """What people call an entry of the bench."""
+    return METHODS[name].title if name in METHODS else VARIANTS[name]
 
 
 def _interval(values: Sequence[float]) -> dict[str, float]:
@@ -149,7 +158,7 @@ def draw(outcomes: Sequence[Outcome], law: Sequence[Mapping[str, float]], path: 
         mine = [o for o in outcomes if o.method == name]
         x, y = (np.mean([getattr(o, part) for o in mine], axis=0) for part in ("reward", "vendi"))
         colour = colormaps["tab20"](number / 20)
-        axes.plot(x, y, marker=markers[number % len(markers)], ms=4, lw=1, color=colour, label=METHODS[name].title)
+        axes.plot(x, y, marker=markers[number % len(markers)], ms=4, lw=1, color=colour, label=title_of(name))
     axes.set_xlabel("reward, 160 images on held-out noise")
     axes.set_ylabel("Vendi score of 16 images of a prompt")
     axes.legend(fontsize="small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,0 +1,95 @@
+"""scripts/bench/methods.py: which runs there are, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from flow_grpo.methods.registry import METHODS
+from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.settings import resolve
+from scripts.bench.methods import ENTRIES, SEEDS, plan
+from scripts.bench.methods_results import exact_vendi, outcome, summarise, table, title_of
+
+LAW = [
+    {"strength": 0, "reward": 0.50, "judge": 0.8, "vendi": 3.2, "rke": 4.0, "kl": 0.0, "effective": 1000.0},
+    {"strength": 60, "reward": 0.52, "judge": 0.9, "vendi": 2.8, "rke": 3.0, "kl": 0.3, "effective": 300.0},
+]
+COST = {"seconds": dict.fromkeys(ENTRIES, 2.0), "peak_mib": dict.fromkeys(ENTRIES, 800.0)}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    (tmp_path / "cost.json").write_text(json.dumps(COST))
+    return plan(tmp_path)
+
+
+def record(rewards, vendi):
+    """A run evaluated every 10 epochs."""
+    evaluations = [
+        SimpleNamespace(
+            step=10 * i, reward=reward,
+            metrics={"reward/total": reward, "judge/accuracy": 0.9, "modes/entropy": math.log(4)},
+            occasional={"diversity/vendi": v, "diversity/rke": 2.0, "entropy/nats": -50.0},
+        )
+        for i, (reward, v) in enumerate(zip(rewards, vendi, strict=True))
+    ]  # fmt: skip
+    found = SimpleNamespace(evaluations=evaluations, final=evaluations[-1])
+    found.curve = lambda name: np.array([e.metrics[name] for e in evaluations])
+    return found
+
+
+def test_every_method_is_trained_with_three_seeds_for_as_many_epochs_as_its_cost_allows(runs):
+    assert {run.label for run in runs} == set(ENTRIES) >= set(METHODS)
+    for name in ENTRIES:
+        assert sorted(run.seed for run in runs if run.label == name) == list(SEEDS)
+    assert {run.settings["num_epochs"] for run in runs} == {75}  # 150 s of 2 s each
+
+
+def test_every_run_of_the_plan_is_a_configuration_that_can_be_trained(runs):
+    for run in runs[: len(ENTRIES)]:
+        config = get_config(run.recipe)
+        config.update_from_flattened_dict(run.settings)
+        assert resolve(config, 1, cuda=False).config.train.method in ("", ENTRIES[run.label][0])
+
+
+@pytest.mark.parametrize(("reward", "expected"), [(0.49, 3.2), (0.51, 3.0), (0.52, 2.8)])
+def test_the_exact_laws_diversity_is_read_off_its_curve(reward, expected):
+    assert exact_vendi(reward, LAW) == pytest.approx(expected)
+
+
+def test_beyond_the_curve_there_is_no_exact_law():
+    assert math.isnan(exact_vendi(0.53, LAW))
+
+
+def test_the_seconds_to_a_gain_are_epochs_times_the_methods_cost_and_diversity_is_compared_there(runs):
+    found = outcome(record([0.50, 0.51, 0.52], [3.2, 2.9, 2.5]), runs[0], 2.0, LAW)
+    assert found.seconds_to["0.005"] == pytest.approx(5 * 2.0)
+    assert found.seconds_to["0.01"] == pytest.approx(10 * 2.0)
+    assert found.excess_at["0.01"] == pytest.approx(2.9 - 3.0)
+    assert found.final["colours"] == pytest.approx(4)
+    never = outcome(record([0.50, 0.501, 0.502], [3.2, 3.1, 3.1]), runs[0], 2.0, LAW)
+    assert math.isnan(never.seconds_to["0.01"])
+    assert math.isnan(never.excess_at["0.01"])
+
+
+def test_the_table_has_a_row_for_each_method_by_falling_reward(runs):
+    ends = {"drtune": 0.53, "grpo": 0.51}
+    outcomes = [
+        outcome(record([0.50, end + seed / 1e4], [3.2, 2.5]), SimpleNamespace(label=name, seed=seed), 2.0, LAW)
+        for name, end in ends.items()
+        for seed in SEEDS
+    ]
+    text = table(summarise(outcomes, COST), {"images": 1000, "rows": LAW})
+    assert text.index("| DRTune | 0.5301 ± 0.0002") < text.index("| GRPO | 0.5101")
+    assert "| DRTune | 10 | 2.00 | 800 |" in text
+    assert "\n\n|---" not in text
+
+
+def test_every_entry_has_a_title():
+    assert all(title_of(name) for name in ENTRIES)
+    assert len({title_of(name) for name in ENTRIES}) == len(ENTRIES)
