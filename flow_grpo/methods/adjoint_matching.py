@@ -36,7 +36,7 @@ def tiny(config: ConfigDict) -> None:
     """
     config.sample.sde_type = "memoryless"
     config.adjoint.strength = 1000.0
-    config.train.learning_rate = 3e-3
+    config.train.learning_rate = 1e-2
 
 
 def sd35(config: ConfigDict) -> None:
