@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
+from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
@@ -80,7 +81,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 
 # --- one value at a time --------------------------------------------------------------------------------
 
-BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi"), ("log_vendi", "log_rke")  # of shaping.kind
+BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -229,7 +230,10 @@ def _check_shaping(config: ConfigDict) -> None:
     if bool(shaping.weight) != (shaping.kind in BONUSES + DIFFERENTIABLE):
         takes = "a number above 0" if shaping.kind in BONUSES + DIFFERENTIABLE else "0"
         raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
-    if shaping.kind:
+    if shaping.kind == "density":
+        for key, default in {"shaping.extractor": "pixels", "shaping.model": ""}.items():
+            takes_only(config, key, default, f"is for features of images, which {kind} takes none of")
+    elif shaping.kind:
         _check_encoder(config)
 
 

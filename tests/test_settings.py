@@ -304,6 +304,11 @@ COMBINATIONS = [
         ["shaping.weight = 0.1", 'shaping.kind = "distance"', "it takes 0."],
     ),
     ({"shaping.weight": 0.1}, ["shaping.weight = 0.1", 'shaping.kind = ""']),
+    ({"shaping.kind": "density"}, ["shaping.weight = 0.0", 'shaping.kind = "density"', "above 0"]),
+    (
+        {"shaping.kind": "density", "shaping.weight": 0.1, "shaping.extractor": "clip"},
+        ['shaping.extractor = "clip"', 'shaping.kind = "density"', 'it takes "pixels"'],
+    ),
     (
         {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
         ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],

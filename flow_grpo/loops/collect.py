@@ -16,7 +16,13 @@ from torch import Tensor
 from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
 from flow_grpo.batching import BatchPlan
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
-from flow_grpo.loops.shaped import extractor_of, features_of, shaped_advantages, shaped_rewards
+from flow_grpo.loops.shaped import (
+    densities_of,
+    extractor_of,
+    features_of,
+    shaped_advantages,
+    shaped_rewards,
+)
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -24,6 +30,7 @@ from flow_grpo.randomness import keyed_generator, sample_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
+from flow_grpo.shaping import density_bonus
 from flow_grpo.types import PromptBatch, Trajectory
 
 # --- prompts --------------------------------------------------------------------------------------------
@@ -69,6 +76,7 @@ class Images:
     trajectory: Trajectory  # of the N
     rewards: Tensor  # (N,) float32
     features: Tensor | None = None  # (N, d) float32, of `config.shaping`; None: it asks for none
+    density: Tensor | None = None  # (N,) float64: log p(x_0) / D under the sampling weights; None: likewise
 
 
 def sample_images(
@@ -91,7 +99,7 @@ def sample_images(
     if chunks is None:
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     extractor = extractor_of(config, policy.device)
-    trajectories, totals, features = [], [], []
+    trajectories, totals, features, densities = [], [], [], []
     for chunk in run.progress(chunks, "sampling"):
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
@@ -104,14 +112,15 @@ def sample_images(
         totals.append(scores.total)
         if extractor is not None:
             features.append(features_of(extractor, images))
+        if config.shaping.kind == "density":
+            densities.append(densities_of(policy, prompts, batch.sample_ids[chunk], trajectory, epoch))
         metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
-    rewards, trajectory = torch.cat(totals), Trajectory.cat(trajectories)
-    seen = torch.cat(features) if features else None
-    order = torch.cat(list(chunks)).argsort().to(policy.device)  # back to that of the sample ids
-    if (order.diff() != 1).any():
-        rewards, trajectory = rewards[order], trajectory[order]
-        seen = None if seen is None else seen[order]
-    return Images(batch, epoch, trajectory, rewards, seen)
+    trajectory, order = Trajectory.cat(trajectories), torch.cat(list(chunks)).argsort().to(policy.device)
+    if (order.diff() != 1).any():  # back to that of the sample ids
+        trajectory = trajectory[order]
+    rewards, seen, density = (torch.cat(part)[order] if part else None for part in (totals, features, densities))
+    assert rewards is not None, "there are images"
+    return Images(batch, epoch, trajectory, rewards, seen, density)
 
 
 def _sample(
@@ -183,9 +192,14 @@ def gathered_rewards(policy: Policy, images: Images, metrics: MeanMetrics) -> tu
             "zero_std_fraction": zero_std_fraction(rewards, groups),
         }
     )
-    if images.features is None:
+    if images.density is not None:
+        density = policy.accelerator.gather(images.density)
+        metrics.add({"density": density.mean()})
+        shaped = density_bonus(rewards, density, policy.settings.config.shaping.weight)
+    elif images.features is not None:
+        shaped = shaped_rewards(rewards, groups, policy.accelerator.gather(images.features), policy.settings.config)
+    else:
         return rewards, groups
-    shaped = shaped_rewards(rewards, groups, policy.accelerator.gather(images.features), policy.settings.config)
     metrics.add({"bonus": (shaped - rewards).mean(), "bonus_std": (shaped - rewards).std(correction=0)})
     return shaped, groups
 

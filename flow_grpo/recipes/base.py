@@ -299,8 +299,8 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key(
             "shaping.kind",
             "",
-            choice("", "distance", "cluster", "entropy", "vendi", "log_vendi", "log_rke"),
-            'black box: "distance", "cluster", "entropy", "vendi"; by gradient: "log_vendi", "log_rke"',
+            choice("", "distance", "cluster", "entropy", "vendi", "density", "log_vendi", "log_rke"),
+            'black box: "distance", "cluster", "entropy", "vendi", "density"; by gradient: "log_vendi", "log_rke"',
         ),
         Key("shaping.weight", 0.0, NOT_NEGATIVE, "beta of a bonus, in units of the reward"),
         Key("shaping.bandwidth", 0.3, POSITIVE, '"entropy", "log_rke": of the kernel of unit features, 0 to 2 apart'),
@@ -310,6 +310,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             number("a number above 0 and at most 2", lambda x: 0 < x <= 2),
             '"cluster": images are one cluster up to this average of 1 - cos',
         ),
+        Key("shaping.probes", 1, whole(1, 100_000), '"density": probes of the divergence at each step'),
         Key(
             "shaping.extractor",
             "pixels",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from flow_grpo import shaping
 from flow_grpo.advantages import group_advantages
 from flow_grpo.diversity.rke import rke_score
 from flow_grpo.diversity.vendi import vendi_score
+from flow_grpo.entropy import DivergenceEstimator, NonFiniteError, draw_probes
 from flow_grpo.loops import collect, policy_gradient
 from flow_grpo.loops.shaped import features_of, group_diversity
 from flow_grpo.metrics import MeanMetrics
+from flow_grpo.randomness import keyed_generator
 from tests.conftest import by_method
 from tests.loops.tiny_net import relative
 
@@ -83,7 +86,7 @@ def test_distances_weigh_the_advantages(config, build):
     assert not torch.allclose(found, plain.float())
 
 
-@pytest.mark.parametrize("kind", ["distance", *BONUSES])
+@pytest.mark.parametrize("kind", ["distance", *BONUSES, "density"])
 def test_an_epoch_of_grpo_trains_with_each(config, build, kind):
     config.shaping.kind, config.shaping.weight = kind, 0.0 if kind == "distance" else 0.1
     config.sample.num_image_per_prompt, config.sample.groups_per_epoch = 4, 2
@@ -146,3 +149,57 @@ def test_a_set_objective_is_the_same_in_any_microbatches_of_whole_groups(config,
     assert relative(gradients[1], gradients[0]) < 1e-4
     assert relative(gradients[2], gradients[0]) > 0.1
     assert 0 < metrics["log_diversity"] < math.log(4)
+
+
+# --- by density ------------------------------------------------------------------------------------------
+
+
+def density_by_hand(parts, images, i, guidance):
+    """log p(x_0) / D of one image from velocities and products with its Jacobian alone."""
+    policy = parts.policy
+    velocity = policy.velocity(policy.encode([images.batch.prompts[i]]), guidance)
+    x, total = images.trajectory.final_latents[i : i + 1], 0.0
+    sigmas = images.trajectory.sigmas.tolist()[::-1]
+    for evaluation, (sigma, after) in enumerate(pairwise(sigmas)):
+        generator = keyed_generator(parts.settings.config.seed, "density probe", 0, i, evaluation)
+        probe = draw_probes(x, DivergenceEstimator(), [generator])[0]
+        x = x.detach().requires_grad_()
+        v = velocity(x, sigma)
+        (product,) = torch.autograd.grad(v, x, probe)
+        total += (after - sigma) * (product * probe).double().sum().item()
+        x = x + (after - sigma) * v
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(x.detach().double()).sum().item()
+    return (prior + total) / x[0].numel()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_density_is_that_of_the_guided_ode_found_by_hand_and_a_dense_image_is_worth_less(config, build, guidance):
+    config.shaping.kind, config.shaping.weight, config.sample.guidance_scale = "density", 0.5, guidance
+    config.train.batch_size = 2
+    parts, metrics = build(config), MeanMetrics()
+    images = sampled(parts)
+    expected = torch.tensor([density_by_hand(parts, images, i, guidance) for i in range(8)], dtype=torch.float64)
+    torch.testing.assert_close(images.density, expected, rtol=1e-4, atol=1e-5)
+    shaped, _ = collect.gathered_rewards(parts.policy, images, metrics)
+    torch.testing.assert_close(shaped, images.rewards.double() - 0.5 * expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(shaped, images.rewards.double() + 0.5 * expected, atol=1e-2)  # the broken twin
+    assert metrics.result(parts.accelerator)["density"] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_an_image_whose_density_is_not_finite_skips_the_update(config, build, monkeypatch):
+    config.shaping.kind, config.shaping.weight = "density", 0.5
+
+    def broken(*_, **__):
+        raise NonFiniteError("the velocity is not finite")
+
+    monkeypatch.setattr("flow_grpo.loops.shaped.ode_log_density", broken)
+    assert build(config).train(policy_gradient)["skipped_updates"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["nft", "fdfo"])
+def test_other_black_box_methods_train_with_densities(config, build, method):
+    by_method(config, method)
+    config.shaping.kind, config.shaping.weight = "density", 0.5
+    metrics = build(config).train()
+    assert math.isfinite(metrics["density"])
+    assert metrics["grad_norm"] > 0
