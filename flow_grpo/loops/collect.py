@@ -26,7 +26,7 @@ from flow_grpo.loops.shaped import (
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.randomness import keyed_generator, sample_generators
+from flow_grpo.randomness import keyed_generator, keyed_stream, sample_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
@@ -46,7 +46,7 @@ def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int
     """
     sample_ids = torch.arange(plan.images)[plan.process_slice(rank)]  # (N,)
     group_ids = sample_ids // plan.group_size  # (N,)
-    drawn = _stream(len(dataset), seed, start=start, count=plan.groups)
+    drawn = keyed_stream(len(dataset), seed, "prompts", start=start, count=plan.groups)
     rows = [drawn[group] for group in group_ids.tolist()]
     return PromptBatch(
         prompts=tuple(dataset.prompts[row] for row in rows),
@@ -54,14 +54,6 @@ def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int
         sample_ids=sample_ids,
         group_ids=group_ids,
     )
-
-
-def _stream(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Entries start ... start + count - 1 of the stream of permutations of range(size)."""
-    first, last = start // size, (start + count - 1) // size
-    passes = [torch.randperm(size, generator=keyed_generator(seed, "prompts", i)) for i in range(first, last + 1)]
-    offset = start - first * size
-    return torch.cat(passes)[offset : offset + count].tolist()
 
 
 # --- images and their rewards ---------------------------------------------------------------------------
