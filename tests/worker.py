@@ -23,8 +23,10 @@ NAMES = (*METHODS, "nsr", *OF_GRPO)  # of the recipes tiny_<name>; `nsr` leaves 
 def configuration(name: str, models: str, logdir: str) -> ConfigDict:
     """3 groups of 4, of which two processes share one; FDFO's pairs of 2 likewise."""
     config = get_config("tiny_grpo" if name in OF_GRPO else f"tiny_{name}")
-    if name == "shaped":  # GRPO, by what an image adds to a group that two processes share
+    if name == "shaped":  # by what an image adds to a group that two processes share, and by its ranks in it
         config.shaping.kind, config.shaping.weight = "vendi", 0.1
+        config.shaping.gate_share, config.shaping.gate_rewards = 0.25, ("clipscore",)
+        config.reward_model.clipscore = f"{models}/judge"
     if name == "held":  # to the base's images, of which two processes draw 3 and 2, and by its own densities
         config.shaping.kind, config.shaping.weight = "density", 0.1
         config.train.forward_kl, config.forward_kl.images = 0.1, 5

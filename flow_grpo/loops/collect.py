@@ -30,7 +30,7 @@ from flow_grpo.randomness import keyed_generator, keyed_stream, sample_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
-from flow_grpo.shaping import density_bonus
+from flow_grpo.shaping import density_bonus, disagreement, gate
 from flow_grpo.types import PromptBatch, Trajectory
 
 # --- prompts --------------------------------------------------------------------------------------------
@@ -69,6 +69,7 @@ class Images:
     rewards: Tensor  # (N,) float32
     features: Tensor | None = None  # (N, d) float32, of `config.shaping`; None: it asks for none
     density: Tensor | None = None  # (N,) float64: log p(x_0) / D under the sampling weights; None: likewise
+    held_out: Tensor | None = None  # (N, M) float32: the rewards of `shaping.gate_rewards`; None: there is no gate
 
 
 def sample_images(
@@ -91,7 +92,7 @@ def sample_images(
     if chunks is None:
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     extractor = extractor_of(config, policy.device)
-    trajectories, totals, features, densities = [], [], [], []
+    trajectories, totals, features, densities, held_out = [], [], [], [], []
     for chunk in run.progress(chunks, "sampling"):
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
@@ -99,7 +100,11 @@ def sample_images(
         trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins)
         with torch.no_grad():
             images = policy.decode(trajectory.final_latents)
-            scores = reward(images, prompts, [batch.metadata[i] for i in chunk.tolist()])
+            metadata = [batch.metadata[i] for i in chunk.tolist()]
+            scores = reward(images, prompts, metadata)
+            if names := config.shaping.gate_rewards:
+                terms = reward.terms(names, images, prompts, metadata)
+                held_out.append(torch.stack([terms[name] for name in names], 1))
         trajectories.append(trajectory)
         totals.append(scores.total)
         if extractor is not None:
@@ -110,9 +115,8 @@ def sample_images(
     trajectory, order = Trajectory.cat(trajectories), torch.cat(list(chunks)).argsort().to(policy.device)
     if (order.diff() != 1).any():  # back to that of the sample ids
         trajectory = trajectory[order]
-    rewards, seen, density = (torch.cat(part)[order] if part else None for part in (totals, features, densities))
-    assert rewards is not None, "there are images"
-    return Images(batch, epoch, trajectory, rewards, seen, density)
+    found = (torch.cat(part)[order] if part else None for part in (features, densities, held_out))
+    return Images(batch, epoch, trajectory, torch.cat(totals)[order], *found)
 
 
 def _sample(
@@ -194,6 +198,22 @@ def gathered_rewards(policy: Policy, images: Images, metrics: MeanMetrics) -> tu
         return rewards, groups
     metrics.add({"bonus": (shaped - rewards).mean(), "bonus_std": (shaped - rewards).std(correction=0)})
     return shaped, groups
+
+
+def penalised_of(policy: Policy, images: Images, settings: Settings, metrics: MeanMetrics) -> Tensor | None:
+    """Which of this process's images the KL divergence counts for, (N,) bool; None: for all. Collective.
+
+    By the gate of `config.shaping`, over all processes' images: those that the training reward, without a bonus, ranks
+    higher in their group than the held-out rewards do.
+    """
+    if images.held_out is None:
+        return None
+    rewards = policy.accelerator.gather(images.rewards)
+    groups = policy.accelerator.gather(images.batch.group_ids.to(policy.device))
+    unlike = disagreement(rewards, policy.accelerator.gather(images.held_out).T, groups)
+    chosen = gate(unlike, settings.config.shaping.gate_share)
+    metrics.add({"penalised_fraction": chosen.float().mean()})
+    return chosen[settings.plan.process_slice(policy.accelerator.process_index)]
 
 
 # --- minibatches ----------------------------------------------------------------------------------------

@@ -317,6 +317,19 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             number("a number above 0 and at most 2", lambda x: 0 < x <= 2),
             '"cluster": images are one cluster up to this average of 1 - cos',
         ),
+        Key(
+            "shaping.gate_share",
+            0.0,
+            number("a number from 0 to 1", lambda x: 0 <= x <= 1),
+            "train.beta counts for this share of an epoch's images, which the training reward likes more than the "
+            "gate's; 0: for all",
+        ),
+        Key(
+            "shaping.gate_rewards",
+            (),
+            each(FILLED, "a tuple of names of rewards, or ()"),
+            "the gate's: rewards that are not trained on",
+        ),
         Key("shaping.probes", 1, whole(1, 100_000), '"density": probes of the divergence at each step'),
         Key(
             "shaping.extractor",
