@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.losses import PolicyLoss, policy_loss
 
 LEAST_ERROR = 1e-5  # of the adaptive weight's denominator
@@ -37,6 +38,11 @@ class Point:
 def noised(x_0: Tensor, noise: Tensor, t: float) -> Point:
     """x_t = (1 - t) x_0 + t e of latents and noise, each (B, C, h, w)."""
     return Point((1 - t) * x_0 + t * noise, t, noise - x_0)
+
+
+def matching_errors(velocity: VelocityFn, point: Point) -> Tensor:
+    """|v(x_t, t) - u|^2, the flow-matching loss of each image: (B,), differentiable."""
+    return (velocity(point.latents, point.t) - point.target).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)

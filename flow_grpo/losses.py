@@ -59,18 +59,27 @@ def normalized_log_ratio(log_ratio: Tensor, mean: Tensor, mean_old: Tensor, std:
     return std * log_ratio + drift / (2 * std)
 
 
-def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: float) -> Tensor:
+def gaussian_kl(mean: Tensor, mean_ref: Tensor, std: float, penalised: Tensor | None = None) -> Tensor:
     """KL(N(mean, s^2 I) || N(mean_ref, s^2 I)) / D = mean((mu - mu_ref)^2) / (2 s^2), averaged over the batch: scalar.
 
     s holds the factor sqrt(-dt). Flow-GRPO's code leaves that factor out of this formula, so that its `beta` weighs
     differently: there the term is -dt times the one here.
+
+    Args:
+        penalised: (B,) bool: the images whose divergence counts, the others' being 0; None: all.
     """
-    return (mean - mean_ref).square().mean() / (2 * std**2)
+    return velocity_kl(mean, mean_ref, penalised) / (2 * std**2)
 
 
-def velocity_kl(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
-    """mean((v - v_ref)^2), averaged over batch and dimensions: scalar. The form for steps without noise."""
-    return (velocity - velocity_ref).square().mean()
+def velocity_kl(velocity: Tensor, velocity_ref: Tensor, penalised: Tensor | None = None) -> Tensor:
+    """mean((v - v_ref)^2), averaged over batch and dimensions: scalar. The form for steps without noise.
+
+    `penalised`: as in `gaussian_kl`.
+    """
+    difference = (velocity - velocity_ref).square()
+    if penalised is None:
+        return difference.mean()
+    return (penalised * difference.flatten(1).mean(1)).mean()
 
 
 def kl_weight(beta: float, sigma: float, least: float) -> float:

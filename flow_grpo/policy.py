@@ -23,7 +23,9 @@ from flow_grpo.models.loading import load_model
 from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import Settings
-from flow_grpo.types import PromptEmbeds, Trajectory
+from flow_grpo.types import BaseImages, PromptEmbeds, Trajectory
+
+UNGUIDED = 1.0  # a guidance scale
 
 
 def load_pretrained(settings: Settings) -> ModelFamily:
@@ -141,6 +143,11 @@ class ImageModel:
 
         return reference
 
+    def sample_base(self, prompts: Sequence[str], generators: list[torch.Generator], num_steps: int) -> Tensor:
+        """Images of the pretrained weights' own law, by the ODE without guidance: x_0, (B, C, h, w)."""
+        velocity = self.reference_velocity(self.encode(prompts), UNGUIDED)
+        return pipeline_with_logprob(velocity, self.noise(generators), self.sigmas(num_steps)).final_latents
+
     def reference_product(
         self, embeds: PromptEmbeds, guidance_scale: float
     ) -> Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]:
@@ -186,6 +193,7 @@ class Policy(ImageModel):
         trainable, named_trainable: the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
+        base_images: what the forward KL holds the weights to; None: not drawn, or not asked for.
         old: older values of the trained parameters, kept by methods that compare with them; None: none are.
         skipped_in_a_row: updates skipped since the last that was applied.
     """
@@ -195,12 +203,13 @@ class Policy(ImageModel):
         config = settings.config
         self.skipped_in_a_row = 0
         self.old: list[Tensor] | None = None
+        self.base_images: BaseImages | None = None
         if config.use_lora:
             self._add_lora()
         else:
             blended = tuple(config.eval.tuned_share) != (1.0, 1.0)
-            measured = config.eval_forward_kl or method_of(config).needs_base
-            keep_reference = config.train.beta > 0 or blended or measured
+            drawn = config.eval_forward_kl or config.train.forward_kl > 0
+            keep_reference = config.train.beta > 0 or blended or drawn or method_of(config).needs_base
             self._train_everything(keep_reference)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -237,7 +246,7 @@ class Policy(ImageModel):
         cast_training_params(self.transformer, torch.float32)
 
     def _train_everything(self, keep_reference: bool) -> None:
-        """Full fine-tuning; the KL divergence, and a blend of velocities, then need a frozen copy."""
+        """Full fine-tuning; the KL divergences, and a blend of velocities, then need a frozen copy."""
         self.transformer.to(torch.float32)
         if keep_reference:
             self._reference = copy.deepcopy(self.transformer)

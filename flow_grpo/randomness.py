@@ -18,6 +18,14 @@ def keyed_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)  # manual_seed takes 63 bits
 
 
+def keyed_stream(size: int, seed: int, purpose: str, start: int, count: int) -> list[int]:
+    """Entries start ... start + count - 1 of an infinite stream: one keyed permutation of range(size) after another."""
+    first, last = start // size, (start + count - 1) // size
+    passes = [torch.randperm(size, generator=keyed_generator(seed, purpose, i)) for i in range(first, last + 1)]
+    offset = start - first * size
+    return torch.cat(passes)[offset : offset + count].tolist()
+
+
 def evaluation_generators(seed: int, ids: Sequence[tuple[int, int]]) -> list[torch.Generator]:
     """Of the noise of evaluation images (prompt, sample): the same in every evaluator, at every checkpoint."""
     return [keyed_generator(seed, "eval", *image) for image in ids]

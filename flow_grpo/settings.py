@@ -17,6 +17,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
+from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
@@ -24,7 +25,7 @@ from flow_grpo.models.pipeline_files import check_pipeline, image_sides
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
-from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
+from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, reward_weights, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
@@ -69,6 +70,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     _check_model(config)
     _check_scorers(config)
     _check_shaping(config)
+    _check_gate(config)
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
@@ -80,7 +82,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 
 # --- one value at a time --------------------------------------------------------------------------------
 
-BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi"), ("log_vendi", "log_rke")  # of shaping.kind
+BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -229,8 +231,39 @@ def _check_shaping(config: ConfigDict) -> None:
     if bool(shaping.weight) != (shaping.kind in BONUSES + DIFFERENTIABLE):
         takes = "a number above 0" if shaping.kind in BONUSES + DIFFERENTIABLE else "0"
         raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
-    if shaping.kind:
+    if shaping.kind == "density":
+        for key, default in {"shaping.extractor": "pixels", "shaping.model": ""}.items():
+            takes_only(config, key, default, f"is for features of images, which {kind} takes none of")
+    elif shaping.kind:
         _check_encoder(config)
+
+
+def _check_gate(config: ConfigDict) -> None:
+    """A gate has a KL divergence to gate, and rewards to go by, none of which is trained on under another name."""
+    shaping, rewards = config.shaping, tuple(config.shaping.gate_rewards)
+    share = f"config.shaping.gate_share = {shaping.gate_share}"
+    if bool(shaping.gate_share) != bool(rewards):
+        takes = "0" if shaping.gate_share else "a share above 0"
+        raise ConfigError(
+            f"{share} with config.shaping.gate_rewards = {rewards} is no gate; the share takes {takes}, or the rewards "
+            f"{'one that is not trained on' if shaping.gate_share else '()'}."
+        )
+    if not rewards:
+        return
+    takes_only(config, "use_reward_gradient", False, f"has no rewards of whole groups to compare, as {share} does")
+    if config.train.beta == 0:
+        raise ConfigError(
+            f"{share} chooses images for a KL divergence, which config.train.beta = 0.0 leaves out; it takes 0, or "
+            "config.train.beta a number above 0."
+        )
+    trained = reward_weights(config)
+    models = {identity(config.reward_model[name]) for name in trained if REWARDS[name].scorer}
+    for name in rewards:
+        if name in trained or (REWARDS[name].scorer and identity(config.reward_model[name]) in models):
+            raise ConfigError(
+                f"config.shaping.gate_rewards = {rewards}: {name!r} is trained on, by config.reward_fn; it takes "
+                "rewards of other models."
+            )
 
 
 def _check_whole_groups(config: ConfigDict, plan: BatchPlan) -> None:

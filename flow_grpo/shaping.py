@@ -2,8 +2,9 @@
 
 A group is the images of one prompt; it has two or more. All functions take rewards or advantages (N,), group_ids (N,)
 int64 and features (N, F), over all processes, and return (N,) float64. Features are of an encoder that is neither the
-reward nor the judge of the evaluation. Cosines are of their directions, so no row may be zero; the Gaussian kernel is
-of the features as they are, exp(-|f_i - f_j|^2 / (2 h^2)), its bandwidth h fixed for the whole run.
+reward nor the judge of the evaluation; `density_bonus` takes none. Cosines are of their directions, so no row may be
+zero; the Gaussian kernel is of the features as they are, exp(-|f_i - f_j|^2 / (2 h^2)), its bandwidth h fixed for the
+whole run.
 
 `log_vendi` and `log_rke`, of one group's features (n, F), and `log_diversities`, of all groups', are differentiable;
 the rest is not meant to be.
@@ -62,6 +63,17 @@ def vendi_bonus(rewards: Tensor, group_ids: Tensor, features: Tensor, weight: fl
         return log_vendi(f, order) - torch.stack([log_vendi(others, order) for others in rest])
 
     return rewards.double() + weight * _by_group(share, group_ids, features)
+
+
+def density_bonus(rewards: Tensor, density: Tensor, weight: float) -> Tensor:
+    """R_i - beta log p(x_0i) / D: each image's share of the differential entropy of its law, -E[log p] / D.
+
+    Where the images are drawn by p, E[-log p grad log p] is the gradient of the entropy itself, as E[grad log p] = 0.
+
+    Args:
+        density: log p(x_0) / D under the weights that drew the images, (N,).
+    """
+    return rewards.double() - weight * density.double()
 
 
 # --- weights of the advantage, and of the KL divergence ---------------------------------------------------

@@ -89,6 +89,14 @@ class PromptBatch:
 
 
 @dataclass(frozen=True)
+class BaseImages:
+    """N images of the pretrained model, as latents."""
+
+    prompts: tuple[str, ...]  # one per image
+    latents: Tensor  # (N, C, h, w) float32, on the CPU
+
+
+@dataclass(frozen=True)
 class Samples:
     """The images of one evaluation, shared by all evaluators; exactly those asked for, in order of (prompt, sample)."""
 

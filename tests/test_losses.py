@@ -150,3 +150,13 @@ def test_the_finite_difference_loss_is_at_rest_at_one_plus_or_minus_epsilon():
     log_ratio = numbers(1.03, 0.97).log().requires_grad_()
     finite_difference_loss(log_ratio, numbers(0.5, -0.5), 0.03).sum().backward()
     assert log_ratio.grad.abs().max() < 1e-12
+
+
+def test_the_kl_of_a_gate_is_that_of_its_images_alone_over_all():
+    penalised = torch.tensor([False, True, False])
+    expected = (MEAN[1] - MEAN_OLD[1]).square().mean() / 3
+    torch.testing.assert_close(velocity_kl(MEAN, MEAN_OLD, penalised), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gaussian_kl(MEAN, MEAN_OLD, 0.3, penalised), expected / 0.18, rtol=1e-12, atol=0)
+    mean = MEAN.clone().requires_grad_()
+    velocity_kl(mean, MEAN_OLD, penalised).backward()
+    assert torch.equal(mean.grad.flatten(1).any(1), penalised)

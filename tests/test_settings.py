@@ -305,6 +305,32 @@ COMBINATIONS = [
     ),
     ({"shaping.weight": 0.1}, ["shaping.weight = 0.1", 'shaping.kind = ""']),
     (
+        {"shaping.gate_share": 0.1, "train.beta": 0.1},
+        ["shaping.gate_share = 0.1", "shaping.gate_rewards = ()", "is no gate", "takes 0"],
+    ),
+    (
+        {"shaping.gate_rewards": ("jpeg_compressibility",)},
+        ["shaping.gate_share = 0.0", "or the rewards ()"],
+    ),
+    (
+        {"shaping.gate_share": 0.1, "shaping.gate_rewards": ("jpeg_compressibility",)},
+        ["shaping.gate_share = 0.1", "train.beta = 0.0", "above 0"],
+    ),
+    (
+        {"shaping.gate_share": 0.1, "shaping.gate_rewards": ("clipscore",), "train.beta": 0.1},
+        ["shaping.gate_rewards = ('clipscore',)", "config.reward_fn", "other models"],
+    ),
+    (
+        {"shaping.gate_share": 0.1, "shaping.gate_rewards": ("jpeg_compressibility",), "use_reward_gradient": True},
+        ["use_reward_gradient = True", "shaping.gate_share = 0.1"],
+    ),
+    ({"shaping.gate_rewards": ("clipscor",)}, ["shaping.gate_rewards", "clipscore"]),
+    ({"shaping.kind": "density"}, ["shaping.weight = 0.0", 'shaping.kind = "density"', "above 0"]),
+    (
+        {"shaping.kind": "density", "shaping.weight": 0.1, "shaping.extractor": "clip"},
+        ['shaping.extractor = "clip"', 'shaping.kind = "density"', 'it takes "pixels"'],
+    ),
+    (
         {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
         ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],
     ),

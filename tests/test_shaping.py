@@ -16,6 +16,7 @@ from flow_grpo.diversity.rke import rke_score
 from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.shaping import (
     cluster_bonus,
+    density_bonus,
     disagreement,
     distance_weighted,
     entropy_bonus,
@@ -118,6 +119,22 @@ def test_no_weight_leaves_the_rewards() -> None:
 def test_a_group_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match="group 5 has one image"):
         vendi_bonus(REWARDS[:1], torch.tensor([5]), FEATURES[:1], 1.0)
+
+
+def test_the_policy_gradient_of_the_density_bonus_is_the_gradient_of_the_differential_entropy():
+    """For a Gaussian N(m, s^2) on two axes, whose entropy is log s_1 + log s_2 + log 2 pi e, by exact quadrature."""
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(8))
+    e = torch.cartesian_prod(nodes, nodes)
+    weights = torch.cartesian_prod(weights, weights).prod(1) / (2 * math.pi)
+    theta = torch.tensor([0.3, -1.0, 0.4, -0.7], dtype=torch.float64, requires_grad=True)  # m, log s
+    x = theta[:2].detach() + theta[2:].detach().exp() * e
+    log_prob = torch.distributions.Normal(theta[:2], theta[2:].exp()).log_prob(x).sum(1)
+    bonus = density_bonus(torch.zeros(64), log_prob.detach() / 2, 0.7)
+    (found,) = torch.autograd.grad((weights * bonus * log_prob).sum(), theta)
+    entropy = theta[2:].sum() + math.log(2 * math.pi * math.e)
+    (expected,) = torch.autograd.grad(0.7 * entropy / 2, theta)
+    close(found, expected)
+    assert (-found - expected).norm() > expected.norm()  # the broken twin: dense images praised
 
 
 # --- advantages and the gate ----------------------------------------------------------------------------

@@ -16,14 +16,20 @@ from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 
-NAMES = (*METHODS, "nsr", "shaped")  # of the recipes tiny_<name>; `nsr` leaves images out, not as many on every process
+OF_GRPO = ("shaped", "held")  # GRPO with what composes with it
+NAMES = (*METHODS, "nsr", *OF_GRPO)  # of the recipes tiny_<name>; `nsr` leaves images out, not as many everywhere
 
 
 def configuration(name: str, models: str, logdir: str) -> ConfigDict:
     """3 groups of 4, of which two processes share one; FDFO's pairs of 2 likewise."""
-    config = get_config("tiny_grpo" if name == "shaped" else f"tiny_{name}")
-    if name == "shaped":  # GRPO, by what an image adds to a group that two processes share
+    config = get_config("tiny_grpo" if name in OF_GRPO else f"tiny_{name}")
+    if name == "shaped":  # by what an image adds to a group that two processes share, and by its ranks in it
         config.shaping.kind, config.shaping.weight = "vendi", 0.1
+        config.shaping.gate_share, config.shaping.gate_rewards = 0.25, ("clipscore",)
+        config.reward_model.clipscore = f"{models}/judge"
+    if name == "held":  # to the base's images, of which two processes draw 3 and 2, and by its own densities
+        config.shaping.kind, config.shaping.weight = "density", 0.1
+        config.train.forward_kl, config.forward_kl.images = 0.1, 5
     config.logdir, config.run_name, config.trackers = logdir, name, ()
     config.pretrained.model, config.reward_model.pickscore = f"{models}/sd3", f"{models}/clip"
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"

@@ -15,18 +15,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.evaluators.base import Evaluator, Measured
-from flow_grpo.forward_process import Point, noised, stratified_times
-from flow_grpo.policy import Policy
+from flow_grpo.forward_process import Point, matching_errors, noised, stratified_times
+from flow_grpo.policy import UNGUIDED, Policy
 from flow_grpo.randomness import evaluation_generators, keyed_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.types import Samples
 
-UNGUIDED = 1.0
 ALARM = 0.1  # rise of the loss, as a share of the base's
 SAID = (
     "the flow-matching loss on the base model's images has risen by {rise:.0%}: the weights leave its law, as they do "
@@ -58,10 +56,8 @@ class ForwardKLEvaluator:
         return Measured({"forward_kl/loss": loss, "forward_kl/rise": rise})
 
     def _draw(self, samples: Samples, rows: slice) -> Tensor:
-        evaluation, ids = self.config.eval, _ids(samples, rows)
-        velocity = self._velocity(samples, rows, trained=False)
-        noise = self.policy.noise(evaluation_generators(evaluation.seed, ids))
-        return pipeline_with_logprob(velocity, noise, self.policy.sigmas(evaluation.num_steps)).final_latents.cpu()
+        generators = evaluation_generators(self.config.eval.seed, _ids(samples, rows))
+        return self.policy.sample_base(samples.prompts[rows], generators, self.config.eval.num_steps).cpu()
 
     def _loss(self, samples: Samples, base: Tensor, trained: bool) -> float:
         """Mean over images, times, noises and dimensions."""
@@ -69,8 +65,7 @@ class ForwardKLEvaluator:
         for rows in self._batches(samples):
             velocity = self._velocity(samples, rows, trained)
             for point in self._points(base[rows].to(self.policy.device), samples, rows):
-                error = (velocity(point.latents, point.t) - point.target).square()
-                total += error.flatten(1).mean(1).double().sum().item()
+                total += matching_errors(velocity, point).double().sum().item()
         return total / len(base) / self.config.forward_kl.draws
 
     def _points(self, x_0: Tensor, samples: Samples, rows: slice) -> Iterator[Point]:

@@ -16,14 +16,21 @@ from torch import Tensor
 from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
 from flow_grpo.batching import BatchPlan
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
-from flow_grpo.loops.shaped import extractor_of, features_of, shaped_advantages, shaped_rewards
+from flow_grpo.loops.shaped import (
+    densities_of,
+    extractor_of,
+    features_of,
+    shaped_advantages,
+    shaped_rewards,
+)
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.randomness import keyed_generator, sample_generators
+from flow_grpo.randomness import keyed_generator, keyed_stream, sample_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
+from flow_grpo.shaping import density_bonus, disagreement, gate
 from flow_grpo.types import PromptBatch, Trajectory
 
 # --- prompts --------------------------------------------------------------------------------------------
@@ -39,7 +46,7 @@ def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int
     """
     sample_ids = torch.arange(plan.images)[plan.process_slice(rank)]  # (N,)
     group_ids = sample_ids // plan.group_size  # (N,)
-    drawn = _stream(len(dataset), seed, start=start, count=plan.groups)
+    drawn = keyed_stream(len(dataset), seed, "prompts", start=start, count=plan.groups)
     rows = [drawn[group] for group in group_ids.tolist()]
     return PromptBatch(
         prompts=tuple(dataset.prompts[row] for row in rows),
@@ -47,14 +54,6 @@ def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int
         sample_ids=sample_ids,
         group_ids=group_ids,
     )
-
-
-def _stream(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Entries start ... start + count - 1 of the stream of permutations of range(size)."""
-    first, last = start // size, (start + count - 1) // size
-    passes = [torch.randperm(size, generator=keyed_generator(seed, "prompts", i)) for i in range(first, last + 1)]
-    offset = start - first * size
-    return torch.cat(passes)[offset : offset + count].tolist()
 
 
 # --- images and their rewards ---------------------------------------------------------------------------
@@ -69,6 +68,8 @@ class Images:
     trajectory: Trajectory  # of the N
     rewards: Tensor  # (N,) float32
     features: Tensor | None = None  # (N, d) float32, of `config.shaping`; None: it asks for none
+    density: Tensor | None = None  # (N,) float64: log p(x_0) / D under the sampling weights; None: likewise
+    held_out: Tensor | None = None  # (N, M) float32: the rewards of `shaping.gate_rewards`; None: there is no gate
 
 
 def sample_images(
@@ -91,7 +92,7 @@ def sample_images(
     if chunks is None:
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     extractor = extractor_of(config, policy.device)
-    trajectories, totals, features = [], [], []
+    trajectories, totals, features, densities, held_out = [], [], [], [], []
     for chunk in run.progress(chunks, "sampling"):
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
@@ -99,19 +100,23 @@ def sample_images(
         trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins)
         with torch.no_grad():
             images = policy.decode(trajectory.final_latents)
-            scores = reward(images, prompts, [batch.metadata[i] for i in chunk.tolist()])
+            metadata = [batch.metadata[i] for i in chunk.tolist()]
+            scores = reward(images, prompts, metadata)
+            if names := config.shaping.gate_rewards:
+                terms = reward.terms(names, images, prompts, metadata)
+                held_out.append(torch.stack([terms[name] for name in names], 1))
         trajectories.append(trajectory)
         totals.append(scores.total)
         if extractor is not None:
             features.append(features_of(extractor, images))
+        if config.shaping.kind == "density":
+            densities.append(densities_of(policy, prompts, batch.sample_ids[chunk], trajectory, epoch))
         metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
-    rewards, trajectory = torch.cat(totals), Trajectory.cat(trajectories)
-    seen = torch.cat(features) if features else None
-    order = torch.cat(list(chunks)).argsort().to(policy.device)  # back to that of the sample ids
-    if (order.diff() != 1).any():
-        rewards, trajectory = rewards[order], trajectory[order]
-        seen = None if seen is None else seen[order]
-    return Images(batch, epoch, trajectory, rewards, seen)
+    trajectory, order = Trajectory.cat(trajectories), torch.cat(list(chunks)).argsort().to(policy.device)
+    if (order.diff() != 1).any():  # back to that of the sample ids
+        trajectory = trajectory[order]
+    found = (torch.cat(part)[order] if part else None for part in (features, densities, held_out))
+    return Images(batch, epoch, trajectory, torch.cat(totals)[order], *found)
 
 
 def _sample(
@@ -183,11 +188,32 @@ def gathered_rewards(policy: Policy, images: Images, metrics: MeanMetrics) -> tu
             "zero_std_fraction": zero_std_fraction(rewards, groups),
         }
     )
-    if images.features is None:
+    if images.density is not None:
+        density = policy.accelerator.gather(images.density)
+        metrics.add({"density": density.mean()})
+        shaped = density_bonus(rewards, density, policy.settings.config.shaping.weight)
+    elif images.features is not None:
+        shaped = shaped_rewards(rewards, groups, policy.accelerator.gather(images.features), policy.settings.config)
+    else:
         return rewards, groups
-    shaped = shaped_rewards(rewards, groups, policy.accelerator.gather(images.features), policy.settings.config)
     metrics.add({"bonus": (shaped - rewards).mean(), "bonus_std": (shaped - rewards).std(correction=0)})
     return shaped, groups
+
+
+def penalised_of(policy: Policy, images: Images, settings: Settings, metrics: MeanMetrics) -> Tensor | None:
+    """Which of this process's images the KL divergence counts for, (N,) bool; None: for all. Collective.
+
+    By the gate of `config.shaping`, over all processes' images: those that the training reward, without a bonus, ranks
+    higher in their group than the held-out rewards do.
+    """
+    if images.held_out is None:
+        return None
+    rewards = policy.accelerator.gather(images.rewards)
+    groups = policy.accelerator.gather(images.batch.group_ids.to(policy.device))
+    unlike = disagreement(rewards, policy.accelerator.gather(images.held_out).T, groups)
+    chosen = gate(unlike, settings.config.shaping.gate_share)
+    metrics.add({"penalised_fraction": chosen.float().mean()})
+    return chosen[settings.plan.process_slice(policy.accelerator.process_index)]
 
 
 # --- minibatches ----------------------------------------------------------------------------------------

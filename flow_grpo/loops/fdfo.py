@@ -12,7 +12,7 @@ different updates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from flow_grpo.loops.collect import (
     Images,
     epoch_prompts,
     gathered_rewards,
+    penalised_of,
     sample_images,
     sampling_minibatches,
     training_minibatches,
@@ -47,6 +48,7 @@ class Pairs:
     delta: Tensor  # (N, C, h, w): half the difference of the final latents
     gain: Tensor  # (N,): half the difference of the rewards, dR; 0 of pairs that are too close
     close: Tensor  # (N,) bool: too close to divide by their distance
+    penalised: Tensor | None = None  # (N,) bool: whose KL counts; None: everybody's
 
 
 def train_epoch(
@@ -60,6 +62,7 @@ def train_epoch(
     images = sample_images(policy, batch, reward, settings, run, metrics, chunks, starts=batch.sample_ids // 2)
     run.counters.images += plan.images
     pairs = paired(policy, images, config.fdfo.floor, metrics)
+    pairs = replace(pairs, penalised=penalised_of(policy, images, settings, metrics))
     updates = [(inner, update) for inner in range(config.train.num_inner_epochs) for update in range(plan.updates)]
     for inner, update in run.progress(updates, "FDFO updates"):
         _train_update(policy, pairs, settings, run, metrics, inner, update)
@@ -87,10 +90,11 @@ def _train_update(
     config, plan = settings.config, settings.plan
     steps = len(pairs.images.trajectory.sigmas) - 1
     loss, ratio_error = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
-    teaches = (pairs.gain != 0) | (config.train.beta > 0)
+    teaches = (pairs.gain != 0) | (config.train.beta > 0 if pairs.penalised is None else pairs.penalised)
     chunks = training_minibatches(settings, update, teaches, recorded=True)
     metrics.add({"trained_fraction": sum(map(len, chunks)) / plan.images_per_update})
-    metrics.add(dict.fromkeys(LOGGED, 0.0), weight=0)  # other processes may train where this one does not
+    logged = (*LOGGED, "kl") if config.train.beta > 0 else LOGGED
+    metrics.add(dict.fromkeys(logged, 0.0), weight=0)  # other processes may train where this one does not
     if not any(map(len, chunks)):
         policy.accelerator.backward(0 * policy.trainable[0].sum())  # fp16's loss scaler must have seen a loss
     for chunk in run.progress(chunks, "training"):
@@ -127,7 +131,9 @@ def step_loss(policy: Policy, pairs: Pairs, chunk: Tensor, step: int, settings: 
         "ratio_mean": torch.cat([ratio, ratio.new_ones(len(chunk) - len(ratio))]).mean(),
     }
     if (beta := kl_weight(config.train.beta, sigma, config.train.kl_min_sigma)) > 0:
-        kl = velocity_kl(velocity, policy.reference_velocity(embeds, config.sample.guidance_scale)(x, sigma))
+        reference = policy.reference_velocity(embeds, config.sample.guidance_scale)
+        penalised = None if pairs.penalised is None else pairs.penalised[index]
+        kl = velocity_kl(velocity, reference(x, sigma), penalised)
         terms["kl"] = kl.detach()
         loss = loss + beta * kl
     return terms | {"loss": loss}

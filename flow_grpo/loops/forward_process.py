@@ -30,7 +30,7 @@ from flow_grpo.forward_process import (
     pepg_loss,
     stratified_times,
 )
-from flow_grpo.loops.collect import Images, advantages_of, epoch_prompts, sample_images
+from flow_grpo.loops.collect import Images, advantages_of, epoch_prompts, penalised_of, sample_images
 from flow_grpo.loops.update import apply_update
 from flow_grpo.losses import kl_weight, velocity_kl
 from flow_grpo.metrics import MeanMetrics
@@ -54,9 +54,10 @@ def train_epoch(
         images = sample_images(policy, batch, reward, settings, run, metrics)
     run.counters.images += plan.images
     advantages = advantages_of(policy, images, settings, metrics)
+    penalised = penalised_of(policy, images, settings, metrics)
     updates = [(inner, update) for inner in range(config.train.num_inner_epochs) for update in range(plan.updates)]
     for inner, update in run.progress(updates, "updates"):
-        _train_update(policy, images, advantages, settings, run, metrics, inner, update)
+        _train_update(policy, images, advantages, penalised, settings, run, metrics, inner, update)
     if config.forward.old == "ema":
         policy.move_old(old_decay(config.forward, run.counters.epoch))
     else:
@@ -82,12 +83,14 @@ class Minibatch:
     old: VelocityFn
     reference: VelocityFn | None  # None: no KL
     advantages: Tensor  # (B,)
+    penalised: Tensor | None = None  # (B,) bool: whose KL counts; None: everybody's
 
 
 def _train_update(
     policy: Policy,
     images: Images,
     advantages: Tensor,
+    penalised: Tensor | None,
     settings: Settings,
     run: Run,
     metrics: MeanMetrics,
@@ -102,7 +105,7 @@ def _train_update(
     loss = torch.zeros((), device=policy.device)
     for chunk in run.progress(plan.update_indices(update).split(config.train.batch_size), "training"):
         run.check_stop()
-        minibatch = _minibatch(policy, images, advantages, chunk, config)
+        minibatch = _minibatch(policy, images, advantages, penalised, chunk, config)
         x_0 = images.trajectory.final_latents[chunk.to(policy.device)]
         ids = images.batch.sample_ids[chunk].tolist()
         generators = [keyed_generator(config.seed, "forward noise", images.epoch, i, inner) for i in ids]
@@ -116,7 +119,12 @@ def _train_update(
 
 
 def _minibatch(
-    policy: Policy, images: Images, advantages: Tensor, chunk: Tensor, config: FrozenConfigDict
+    policy: Policy,
+    images: Images,
+    advantages: Tensor,
+    penalised: Tensor | None,
+    chunk: Tensor,
+    config: FrozenConfigDict,
 ) -> Minibatch:
     """The images at positions `chunk` of this process's epoch."""
     embeds, guidance_scale = (
@@ -128,6 +136,7 @@ def _minibatch(
         old=policy.old_velocity(embeds, guidance_scale),
         reference=policy.reference_velocity(embeds, guidance_scale) if config.train.beta > 0 else None,
         advantages=advantages[chunk.to(policy.device)],
+        penalised=None if penalised is None else penalised[chunk.to(policy.device)],
     )
 
 
@@ -144,7 +153,7 @@ def point_loss(minibatch: Minibatch, point: Point, config: FrozenConfigDict) -> 
     terms |= {"loss": terms["loss"] + config.forward.eta * held, "old_kl": held.detach()}
     beta = kl_weight(config.train.beta, point.t, config.train.kl_min_sigma)
     if minibatch.reference is not None and beta > 0:
-        kl = velocity_kl(at.velocity, minibatch.reference(point.latents, point.t))
+        kl = velocity_kl(at.velocity, minibatch.reference(point.latents, point.t), minibatch.penalised)
         terms |= {"loss": terms["loss"] + beta * kl, "kl": kl.detach()}
     return terms
 

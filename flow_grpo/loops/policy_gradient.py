@@ -22,6 +22,7 @@ from flow_grpo.likelihood_ratio import Action, Likelihood, RatioKeys, Score, lik
 from flow_grpo.loops.collect import (
     advantages_of,
     epoch_prompts,
+    penalised_of,
     sample_images,
     sampling_minibatches,
     training_minibatches,
@@ -51,6 +52,7 @@ class Experience:
     rewards: Tensor  # (N,) float32
     advantages: Tensor  # (N,) float32, clamped
     old_log_probs: Tensor  # (N, slots): under the sampling weights, per dimension; nan where no update asks for it
+    penalised: Tensor | None = None  # (N,) bool: whose KL counts; None: everybody's
 
 
 def train_epoch(
@@ -89,6 +91,7 @@ def collect(
         images.rewards,
         advantages_of(policy, images, settings, metrics),
         old_log_probs=images.trajectory.log_probs,
+        penalised=penalised_of(policy, images, settings, metrics),
     )
     return experience if recorded else _with_old_log_probs(policy, experience, settings, run)
 
@@ -130,6 +133,7 @@ class Minibatch:
     trajectory: Trajectory
     advantages: Tensor  # (B,)
     old_log_probs: Tensor  # (B, slots)
+    penalised: Tensor | None = None  # (B,) bool: whose KL counts; None: everybody's
 
     def score(self, slot: int) -> Score:
         """The likelihood of one slot under the current weights."""
@@ -151,7 +155,8 @@ def _train_update(
     loss, ratio_error = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
     chunks = _taught(experience, settings, update)
     metrics.add({"trained_fraction": sum(map(len, chunks)) / plan.images_per_update})
-    metrics.add(dict.fromkeys(LOGGED, 0.0), weight=0)  # other processes may train where this one does not
+    logged = (*LOGGED, "kl") if config.train.beta > 0 else LOGGED
+    metrics.add(dict.fromkeys(logged, 0.0), weight=0)  # other processes may train where this one does not
     if not any(map(len, chunks)):
         policy.accelerator.backward(0 * policy.trainable[0].sum())  # fp16's loss scaler must have seen a loss
     for chunk in run.progress(chunks, "training"):
@@ -174,12 +179,13 @@ def _train_update(
 
 
 def _taught(experience: Experience, settings: Settings, update: int) -> list[Tensor]:
-    """The minibatches of one update: of all images where there is a KL, else of those with an advantage.
+    """The minibatches of one update: of all images whose KL counts, and of those with an advantage.
 
-    An image without one (NSR, PSR, a group of equal rewards) has no gradient, and pays for no forward.
+    An image without either (NSR, PSR, a group of equal rewards) has no gradient, and pays for no forward.
     """
     config = settings.config
-    teaches = (experience.advantages != 0) | (config.train.beta > 0)  # nan teaches, and is skipped as an update
+    held = config.train.beta > 0 if experience.penalised is None else experience.penalised
+    teaches = (experience.advantages != 0) | held  # nan teaches, and is skipped as an update
     return training_minibatches(settings, update, teaches, likelihood_of(config).recorded)
 
 
@@ -207,6 +213,7 @@ def _minibatch(policy: Policy, experience: Experience, chunk: Tensor, config: Fr
         trajectory=experience.trajectory[index],
         advantages=experience.advantages[index],
         old_log_probs=experience.old_log_probs[index],
+        penalised=None if experience.penalised is None else experience.penalised[index],
     )
 
 
@@ -229,7 +236,7 @@ def step_loss(minibatch: Minibatch, slot: int, config: FrozenConfigDict) -> dict
     if minibatch.reference is not None:
         assert score.action is not None, "settings.resolve refuses a KL for every other likelihood"
         beta = kl_weight(train.beta, score.action.levels[0], train.kl_min_sigma)
-        kl = _reference_kl(minibatch.reference, score.action, config) if beta > 0 else log_ratio.new_zeros(())
+        kl = _reference_kl(minibatch, score.action, config) if beta > 0 else log_ratio.new_zeros(())
         terms |= {"loss": terms["loss"] + beta * kl, "kl": kl.detach()}
     return terms
 
@@ -241,13 +248,15 @@ def _normalized(log_ratio: Tensor, mean_old: Tensor, action: Action | None) -> t
     return normalized_log_ratio(log_ratio, action.step.mean, mean_old, action.step.std), 1 / (sigma - sigma_next)
 
 
-def _reference_kl(reference: VelocityFn, action: Action, config: FrozenConfigDict) -> Tensor:
+def _reference_kl(minibatch: Minibatch, action: Action, config: FrozenConfigDict) -> Tensor:
     """KL of a step to the reference model's, in the space that `train.kl_space` names: scalar, per dimension."""
-    velocity_ref = reference(action.latents, action.levels[0])
+    assert minibatch.reference is not None, "there is a KL"
+    velocity_ref = minibatch.reference(action.latents, action.levels[0])
     if config.train.kl_space == "velocity":
-        return velocity_kl(action.velocity, velocity_ref)
+        return velocity_kl(action.velocity, velocity_ref, minibatch.penalised)
     coefficients = step_coefficients(config.sample.sde_type, *action.levels, config.sample.noise_level)
-    return gaussian_kl(action.step.mean, step_mean(action.latents, velocity_ref, coefficients), action.step.std)
+    mean_ref = step_mean(action.latents, velocity_ref, coefficients)
+    return gaussian_kl(action.step.mean, mean_ref, action.step.std, minibatch.penalised)
 
 
 def _with_ratio_std(metrics: dict[str, float]) -> dict[str, float]:

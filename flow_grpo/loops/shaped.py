@@ -1,28 +1,35 @@
-"""`config.shaping`: features of images, and what they do to rewards, to advantages, or to the gradient.
+"""`config.shaping`: features or densities of images, what they do to rewards, to advantages, or to the gradient.
 
 The functions of MATH 10 themselves are in flow_grpo/shaping.py.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from ml_collections import FrozenConfigDict
 from torch import Tensor
 
+from flow_grpo.divergence import DivergenceEstimator, NonFiniteError
 from flow_grpo.diversity.features import FeatureExtractor, load_extractor, pixel_extractor
+from flow_grpo.entropy import ode_log_density
+from flow_grpo.policy import Policy
+from flow_grpo.randomness import keyed_generator
 from flow_grpo.shaping import cluster_bonus, distance_weighted, entropy_bonus, log_diversities, vendi_bonus
+from flow_grpo.types import Trajectory
 
 
 def extractor_of(config: FrozenConfigDict, device: torch.device) -> FeatureExtractor | None:
-    """The encoder that `config.shaping` names; None: rewards are left as they are.
+    """The encoder that `config.shaping` names; None: nothing is asked of features.
 
     Raises:
         ConfigError: it cannot be loaded.
     """
     shaping = config.shaping
-    if not shaping.kind:
+    if shaping.kind in ("", "density"):
         return None
     black_box = not config.use_reward_gradient  # else the features need a gradient
     return _load(shaping.extractor, shaping.model, shaping.pretrained, device, config.sample.batch_size, black_box)
@@ -40,6 +47,32 @@ def _load(
 def features_of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) -> (B, d) on their device. What is not finite is black: its reward is not finite either."""
     return torch.from_numpy(extractor(images.nan_to_num(0.0))).to(images.device)
+
+
+def densities_of(
+    policy: Policy, prompts: Sequence[str], sample_ids: Tensor, trajectory: Trajectory, epoch: int
+) -> Tensor:
+    """log p(x_0) / D of B images under the guided ODE of the present weights: (B,) float64, without gradient.
+
+    By Euler on the sampler's own noise levels, with probes keyed by image and evaluation: not those of the ratio, on
+    whose gradient a bonus of the same probes would not be an independent factor. Where a velocity or its divergence is
+    not finite, neither is the answer: such an update is skipped.
+    """
+    config, found = policy.settings.config, []
+    estimator = DivergenceEstimator(num_probes=config.shaping.probes)
+    for chunk in torch.arange(len(prompts)).split(config.train.batch_size):
+        velocity = policy.velocity(policy.encode([prompts[i] for i in chunk.tolist()]), config.sample.guidance_scale)
+        x_0, ids = trajectory.final_latents[chunk.to(policy.device)], sample_ids[chunk].tolist()
+
+        def probes(evaluation: int, ids: Sequence[int] = ids) -> list[torch.Generator]:
+            return [keyed_generator(config.seed, "density probe", epoch, image, evaluation) for image in ids]
+
+        try:
+            density = ode_log_density(velocity, x_0, trajectory.sigmas.flip(0), estimator, probes).nats_per_dim
+        except NonFiniteError:
+            density = x_0.new_full((len(x_0),), math.nan, dtype=torch.float64)
+        found.append(density)
+    return torch.cat(found)
 
 
 def shaped_rewards(rewards: Tensor, group_ids: Tensor, features: Tensor, config: FrozenConfigDict) -> Tensor:

@@ -1,4 +1,7 @@
-"""One optimizer step: average over processes, check, clip, step, average the weights. Before it: is the ratio 1?"""
+"""One optimizer step: anchor, average over processes, check, clip, step, average the weights.
+
+Before an epoch's first: is the ratio 1?
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import torch
 from torch import Tensor
 
 from flow_grpo.errors import TrainingStopped
+from flow_grpo.loops.forward_kl import accumulate_forward_kl
 from flow_grpo.policy import Policy
 from flow_grpo.runs.run import Run
 
 
 def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
-    """Apply the gradients that this update has accumulated in `policy.trainable`, and clear them.
+    """Apply the gradients that this update has accumulated in `policy.trainable`, and clear them. Collective.
+
+    With `train.forward_kl` the gradient of that loss is added first.
 
     The gradients of N processes, each the mean over its share of the update's images, are averaged, so that the update
     is that of one process with all the images. A non-finite loss or gradient skips the update.
@@ -20,13 +26,18 @@ def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
         loss: scalar, this process's loss; decides with the gradients whether the update is finite.
 
     Returns:
-        `loss` and `grad_norm` (before clipping), means over processes; `skipped_updates`, 0 or 1.
+        `loss`, `grad_norm` (before clipping), means over processes; `skipped_updates`, 0 or 1; `forward_kl`, without
+        its weight, of this process.
 
     Raises:
         TrainingStopped: `train.max_nonfinite_updates` updates in a row were skipped.
     """
+    train, terms = policy.settings.config.train, {}
+    if train.forward_kl > 0:
+        anchor = accumulate_forward_kl(policy, run, train.forward_kl)
+        loss, terms = loss + train.forward_kl * anchor, {"forward_kl": anchor.item()}
     mean_loss = _average_over_processes(policy, loss.detach())
-    grad_norm = policy.accelerator.clip_grad_norm_(policy.trainable, policy.settings.config.train.max_grad_norm)
+    grad_norm = policy.accelerator.clip_grad_norm_(policy.trainable, train.max_grad_norm)
     finite = bool(torch.isfinite(mean_loss) and torch.isfinite(grad_norm))
     if finite:
         policy.optimizer.step()
@@ -34,7 +45,7 @@ def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
     policy.optimizer.zero_grad()
     if not finite and not _scale_lowered(policy, mean_loss):
         _count_nonfinite(policy, run, mean_loss.item(), grad_norm.item())
-    return {"loss": mean_loss.item(), "grad_norm": grad_norm.item(), "skipped_updates": float(not finite)}
+    return terms | {"loss": mean_loss.item(), "grad_norm": grad_norm.item(), "skipped_updates": float(not finite)}
 
 
 def _average_over_processes(policy: Policy, loss: Tensor) -> Tensor:

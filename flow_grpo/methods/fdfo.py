@@ -30,7 +30,7 @@ def check(config: ConfigDict) -> None:
     if config.shaping.kind == "distance":
         raise ConfigError(
             "config.shaping.kind = \"distance\" weighs advantages, which train.method = 'fdfo' has none of; it takes "
-            '"cluster", "entropy" or "vendi".'
+            '"cluster", "entropy", "vendi" or "density".'
         )
     sample = config.sample
     takes_only(config, "sample.sde_type", "cps", "does not branch images off one noise as train.method = 'fdfo' needs")

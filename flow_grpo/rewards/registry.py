@@ -98,8 +98,14 @@ class WeightedReward:
         return self._score(tuple(self.weights), images, prompts, metadata)
 
     def evaluate(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
-        """The same total, with the terms of `config.eval.rewards` besides."""
+        """The same total, with the terms of the rewards that are only measured besides."""
         return self._score(tuple(self.models), images, prompts, metadata)
+
+    def terms(
+        self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata
+    ) -> dict[str, Tensor]:
+        """Single rewards of those in use, unweighted: (B,) each."""
+        return {name: self.models[name](images, prompts, metadata) for name in names}
 
     def _score(self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
         import torch  # both are loaded by now; imported here to keep the registry light
@@ -111,7 +117,7 @@ class WeightedReward:
                 f"a reward takes as many prompts and metadata as images, "
                 f"got {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata"
             )
-        terms = {name: self.models[name](images, prompts, metadata) for name in names}
+        terms = self.terms(names, images, prompts, metadata)
         total = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum(0)  # (B,)
         return RewardBatch(total, terms)
 
@@ -132,13 +138,14 @@ def reward_weights(config: Any) -> dict[str, float]:
 
 
 def reward_names(config: Any) -> tuple[str, ...]:
-    """The rewards in use, each once: those trained on, then those of `config.eval.rewards`."""
-    return tuple(dict.fromkeys([*reward_weights(config), *config.eval.rewards]))
+    """The rewards in use, each once: those trained on, then those of the gate and of `config.eval.rewards`."""
+    return tuple(dict.fromkeys([*reward_weights(config), *config.shaping.gate_rewards, *config.eval.rewards]))
 
 
 def trained_models(config: Any) -> set[str]:
-    """The checkpoints of the rewards that are trained on."""
-    return {config.reward_model[name] for name in reward_weights(config) if REWARDS[name].scorer is not None}
+    """The checkpoints of the rewards that training sees: those that are trained on, and those of the gate."""
+    names = (*reward_weights(config), *config.shaping.gate_rewards)
+    return {config.reward_model[name] for name in names if REWARDS[name].scorer is not None}
 
 
 def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple[str, str], Any]) -> RewardModel:
@@ -168,8 +175,10 @@ def load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
 def validate_rewards(config: Any) -> None:
     """Raise ConfigError for rewards that cannot be built or trained on. Reads the file system, loads nothing."""
     _check_weights(config.reward_fn)
-    for name in config.eval.rewards:
-        _check_name(f"config.eval.rewards = {tuple(config.eval.rewards)}: {name!r}", name)
+    measured = {"eval.rewards": config.eval.rewards, "shaping.gate_rewards": config.shaping.gate_rewards}
+    for key, names in measured.items():
+        for name in names:
+            _check_name(f"config.{key} = {tuple(names)}: {name!r}", name)
     if config.use_reward_gradient:
         _check_differentiable(reward_weights(config))
     for name in reward_names(config):

@@ -95,9 +95,10 @@ def deciding_metric(config: Mapping[str, Any], label: str) -> str | None:
 
     The judge's accuracy where there is a judge; else the first reward of `eval.rewards` that is held out; None where
     there is neither. Whatever has the model of a reward that is trained on is that reward by another name, and no
-    measure of it.
+    measure of it. A reward of the gate is trained on too: what it dislikes is penalised.
     """
-    trained = [name for name in REWARDS if config.get(f"reward_fn.{name}")]
+    gate = config.get("shaping.gate_rewards") or ()
+    trained = [name for name in REWARDS if config.get(f"reward_fn.{name}") or name in gate]
     models = {identity(model) for name in trained if (model := config.get(f"reward_model.{name}"))}
     judge = config.get("eval.judge")
     if judge and identity(judge) not in models:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from flow_grpo import shaping
 from flow_grpo.advantages import group_advantages
 from flow_grpo.diversity.rke import rke_score
 from flow_grpo.diversity.vendi import vendi_score
+from flow_grpo.entropy import DivergenceEstimator, NonFiniteError, draw_probes
 from flow_grpo.loops import collect, policy_gradient
 from flow_grpo.loops.shaped import features_of, group_diversity
 from flow_grpo.metrics import MeanMetrics
+from flow_grpo.randomness import keyed_generator
+from flow_grpo.types import RewardBatch
 from tests.conftest import by_method
 from tests.loops.tiny_net import relative
 
@@ -83,7 +88,7 @@ def test_distances_weigh_the_advantages(config, build):
     assert not torch.allclose(found, plain.float())
 
 
-@pytest.mark.parametrize("kind", ["distance", *BONUSES])
+@pytest.mark.parametrize("kind", ["distance", *BONUSES, "density"])
 def test_an_epoch_of_grpo_trains_with_each(config, build, kind):
     config.shaping.kind, config.shaping.weight = kind, 0.0 if kind == "distance" else 0.1
     config.sample.num_image_per_prompt, config.sample.groups_per_epoch = 4, 2
@@ -146,3 +151,148 @@ def test_a_set_objective_is_the_same_in_any_microbatches_of_whole_groups(config,
     assert relative(gradients[1], gradients[0]) < 1e-4
     assert relative(gradients[2], gradients[0]) > 0.1
     assert 0 < metrics["log_diversity"] < math.log(4)
+
+
+# --- by density ------------------------------------------------------------------------------------------
+
+
+def density_by_hand(parts, images, i, guidance):
+    """log p(x_0) / D of one image from velocities and products with its Jacobian alone."""
+    policy = parts.policy
+    velocity = policy.velocity(policy.encode([images.batch.prompts[i]]), guidance)
+    x, total = images.trajectory.final_latents[i : i + 1], 0.0
+    sigmas = images.trajectory.sigmas.tolist()[::-1]
+    for evaluation, (sigma, after) in enumerate(pairwise(sigmas)):
+        generator = keyed_generator(parts.settings.config.seed, "density probe", 0, i, evaluation)
+        probe = draw_probes(x, DivergenceEstimator(), [generator])[0]
+        x = x.detach().requires_grad_()
+        v = velocity(x, sigma)
+        (product,) = torch.autograd.grad(v, x, probe)
+        total += (after - sigma) * (product * probe).double().sum().item()
+        x = x + (after - sigma) * v
+    prior = torch.distributions.Normal(0.0, 1.0).log_prob(x.detach().double()).sum().item()
+    return (prior + total) / x[0].numel()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_density_is_that_of_the_guided_ode_found_by_hand_and_a_dense_image_is_worth_less(config, build, guidance):
+    config.shaping.kind, config.shaping.weight, config.sample.guidance_scale = "density", 0.5, guidance
+    config.train.batch_size = 2
+    parts, metrics = build(config), MeanMetrics()
+    images = sampled(parts)
+    expected = torch.tensor([density_by_hand(parts, images, i, guidance) for i in range(8)], dtype=torch.float64)
+    torch.testing.assert_close(images.density, expected, rtol=1e-4, atol=1e-5)
+    shaped, _ = collect.gathered_rewards(parts.policy, images, metrics)
+    torch.testing.assert_close(shaped, images.rewards.double() - 0.5 * expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(shaped, images.rewards.double() + 0.5 * expected, atol=1e-2)  # the broken twin
+    assert metrics.result(parts.accelerator)["density"] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_an_image_whose_density_is_not_finite_skips_the_update(config, build, monkeypatch):
+    config.shaping.kind, config.shaping.weight = "density", 0.5
+
+    def broken(*_, **__):
+        raise NonFiniteError("the velocity is not finite")
+
+    monkeypatch.setattr("flow_grpo.loops.shaped.ode_log_density", broken)
+    assert build(config).train(policy_gradient)["skipped_updates"] == 1.0
+
+
+@pytest.mark.parametrize("method", ["nft", "fdfo"])
+def test_other_black_box_methods_train_with_densities(config, build, method):
+    by_method(config, method)
+    config.shaping.kind, config.shaping.weight = "density", 0.5
+    metrics = build(config).train()
+    assert math.isfinite(metrics["density"])
+    assert metrics["grad_norm"] > 0
+
+
+# --- the gate on the KL ----------------------------------------------------------------------------------
+
+
+class TwoTastes:
+    """The training reward says 0 > 1 > 2 of each prompt's three images, the other one 1 > 2 > 0."""
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, images, prompts, metadata):
+        return RewardBatch(self._by_turn([3.0, 2.0, 1.0], images), {})
+
+    def terms(self, names, images, prompts, metadata):
+        assert names == ("jpeg_compressibility",)
+        found = self._by_turn([1.0, 3.0, 2.0], images)
+        self.seen += len(images)
+        return {"jpeg_compressibility": found}
+
+    def _by_turn(self, values, images):
+        return torch.tensor([values[(self.seen + i) % 3] for i in range(len(images))])
+
+
+def gated(config, method, share):
+    by_method(config, method)
+    config.sample.num_image_per_prompt, config.train.beta = 3, 0.5
+    config.shaping.gate_share, config.shaping.gate_rewards = share, ("jpeg_compressibility",)
+    return config
+
+
+def test_the_image_that_the_training_reward_alone_likes_is_penalised_and_no_other(config, build):
+    """By hand, of three: wins (1, 1/2, 0) and (0, 1, 1/2), so U = (1, -1/2, -1/2)."""
+    parts = build(gated(config, "grpo", 0.5))
+    parts.reward = TwoTastes()
+    batch = collect.epoch_prompts(parts.prompts, parts.settings.plan, 0, 0, 0)
+    experience = policy_gradient.collect(
+        parts.policy, batch, parts.reward, parts.settings, parts.run, metrics := MeanMetrics()
+    )
+    assert experience.penalised.tolist() == [True, False, False] * 4
+    assert metrics.result(parts.accelerator)["penalised_fraction"] == pytest.approx(1 / 3)  # U > 0, below the share
+
+
+@pytest.mark.parametrize("space", ["gaussian", "velocity"])
+def test_only_its_kl_counts_in_the_loss_and_in_the_gradient(config, build, space):
+    config = gated(config, "grpo", 0.5)
+    config.train.kl_space = space
+    parts = build(config)
+    parts.reward = TwoTastes()
+    batch = collect.epoch_prompts(parts.prompts, parts.settings.plan, 0, 0, 0)
+    experience = policy_gradient.collect(parts.policy, batch, parts.reward, parts.settings, parts.run, MeanMetrics())
+    experience.advantages.zero_()
+    generator = torch.Generator().manual_seed(5)
+    for parameter in parts.policy.trainable:
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+    def kl_of(chunk, penalised):
+        parts.policy.optimizer.zero_grad()
+        some = replace(experience, penalised=penalised)
+        minibatch = policy_gradient._minibatch(parts.policy, some, torch.tensor(chunk), parts.settings.config)
+        terms = policy_gradient.step_loss(minibatch, 1, parts.settings.config)
+        terms["loss"].backward()
+        return terms["kl"], torch.cat([p.grad.flatten() for p in parts.policy.trainable])
+
+    found, gradient = kl_of([0, 1, 2], experience.penalised)
+    alone, expected = kl_of([0], None)
+    others, opposite = kl_of([0, 1, 2], ~experience.penalised)
+    torch.testing.assert_close(found, alone / 3, rtol=1e-4, atol=0)
+    assert relative(gradient, expected / 3) < 1e-4
+    assert relative(opposite, gradient) > 0.1  # the opposite sign
+    assert others > 0
+
+
+@pytest.mark.parametrize("method", ["grpo", "nft", "fdfo"])
+def test_every_black_box_method_trains_with_a_gate_and_its_kl_is_smaller_than_without(config, build, method):
+    config = gated(config, method, 0.25)
+    config.sample.num_image_per_prompt, config.train.updates_per_epoch = 4, 2
+    config.train.learning_rate = 1e-2
+    held = build(config).train()
+    assert 0 < held["penalised_fraction"] <= 0.25
+    config.run_name, config.shaping.gate_share, config.shaping.gate_rewards = "all", 0.0, ()
+    free = build(config).train()
+    assert 0 < held["kl"] < free["kl"]
+
+
+def test_an_image_that_is_neither_rewarded_nor_penalised_pays_for_no_forward(config, build):
+    config = gated(config, "grpo", 0.5)
+    config.train.advantage_mode = "negative"
+    parts = build(config)
+    parts.reward = TwoTastes()
+    assert parts.train()["trained_fraction"] == pytest.approx(2 / 3)  # the worst, and the one that is penalised

@@ -44,6 +44,18 @@ def test_resumed_equals_unbroken_bit_for_bit(config, build, method):
     assert deterministic(resumed.run.folder) == deterministic(unbroken.run.folder)
 
 
+def test_resumed_equals_unbroken_with_an_anchor_to_the_bases_images_whose_draws_go_on(config, build):
+    config.train.forward_kl, config.forward_kl.images, config.forward_kl.draws = 0.5, 5, 1
+    config.save_freq, config.num_epochs, config.run_name = 1, 3, "unbroken"
+    unbroken = train(config, build, grpo)
+    config.run_name, config.num_epochs = "broken", 2
+    broken = train(config, build, grpo)
+    config.resume_from, config.num_epochs = str(broken.run.folder), 3
+    resumed = train(config, build, grpo)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(unbroken), strict=True))
+    assert deterministic(resumed.run.folder) == deterministic(unbroken.run.folder)
+
+
 def test_without_the_optimizers_state_resuming_is_not_exact(config, build, monkeypatch):
     config.save_freq, config.num_epochs, config.run_name = 1, 3, "unbroken"
     unbroken = train(config, build, grpo)

@@ -129,6 +129,12 @@ def test_what_is_trained_on_decides_nothing_under_any_name(config, build, measur
         assert score_of(METRICS, build(config).settings, "eval") is None
 
 
+def test_a_reward_of_the_gate_decides_nothing_nor_does_a_judge_of_its_model(config, build):
+    config.reward_model.clipscore, config.eval.rewards, config.train.beta = config.eval.judge, ("clipscore",), 0.1
+    config.shaping.gate_share, config.shaping.gate_rewards = 0.1, ("clipscore",)
+    assert score_of(METRICS, build(config).settings, "eval") is None
+
+
 def test_without_a_held_out_metric_no_checkpoint_is_the_best_and_the_run_says_so(evaluated, build, capsys):
     evaluated.eval.judge = evaluated.eval.modes = ""
     folder = train_evaluated(evaluated, build, [1, 1]).run.folder
