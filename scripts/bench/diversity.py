@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
-from scripts.bench.machine import cpu_model
+from scripts.bench.machine import cpu_model, peak_mib
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,9 +124,7 @@ def run_child(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     values = {name: float(value) for name, value in score(x, args).items()}
     seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text(encoding="utf-8")  # ru_maxrss would inherit the parent's
-    peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
-    print(json.dumps({"values": values, "seconds": seconds, "peak_mib": peak}))
+    print(json.dumps({"values": values, "seconds": seconds, "peak_mib": peak_mib()}))
     return 0
 
 

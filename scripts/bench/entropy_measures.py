@@ -6,7 +6,6 @@ import argparse
 import logging
 import math
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from flow_grpo.entropy import DivergenceEstimator, divergence, draw_probes, ode_log_density
 from scripts.bench.entropy_methods import Bench, Method, forward_difference, methods, reference, replaced_log_density
-from scripts.bench.machine import cpu_model
+from scripts.bench.machine import cpu_model, peak_mib
 
 REFERENCE_PROBES = 2
 
@@ -137,10 +136,10 @@ def peak_memory(args: argparse.Namespace, steps: int) -> float:
 
 
 def run_for_memory(bench: Bench) -> float:
-    """Run once; the peak resident set of this process in MiB (Linux counts KiB)."""
+    """Run once; the peak resident set of this process in MiB."""
     ids = range(bench.args.samples)
     log_densities(bench, Method("euler", 1, bench.args.memory_of), torch.zeros(len(ids), *bench.shape), ids)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_mib()
 
 
 def bench_all(bench: Bench) -> dict[str, Any]:

@@ -20,7 +20,6 @@ there: fixed before any run, so that a busy machine changes nothing. About two h
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from flow_grpo.methods.registry import METHODS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
-from scripts.bench.machine import cpu_model
+from scripts.bench.machine import cpu_model, peak_mib
 from scripts.bench.methods_results import write
 from scripts.study.plan import StudyRun
 from scripts.study.run import train_all
@@ -134,7 +133,7 @@ def memory(name: str) -> None:
     with _epochs([name]) as epochs:
         epochs[name]()
         epochs[name]()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_mib())
 
 
 # --- the exact law ----------------------------------------------------------------------------------------
