@@ -1,0 +1,72 @@
+"""What is trained on the problems of tilt.py: a method is one entry, what its configuration changes and how long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flow_grpo.methods.registry import METHODS
+
+COMMON: Mapping[str, Any] = {
+    "use_lora": False,
+    "reward_fn.pickscore": 1.0,  # some reward must be named: the problem's own takes its place
+    "trackers": (),
+    "eval_diversity": False,
+    "sample.num_steps": 20,
+    "sample.groups_per_epoch": 4,
+    "sample.num_image_per_prompt": 64,
+    "sample.batch_size": 256,
+    "train.batch_size": 256,
+    "train.updates_per_epoch": 1,
+    "train.adam_weight_decay": 0.0,
+    "train.ema": False,
+}
+
+
+BASE, EXACT, DISCRETE = REFERENCES = (
+    "base model",
+    "exact sample",
+    "exact velocity",
+)  # rows of what nothing is trained for
+AT_LEVEL, AT_END = "level", "end"  # the two comparisons: at equal reward, and with the law of the method's own lambda
+STRENGTH = 1.0  # lambda of the law that methods with a lambda are meant to reach
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a method is trained.
+
+    `strength` is the lambda of the law that it is meant to reach; None: it maximises the reward, and training ends at
+    the level.
+    """
+
+    method: str  # as config.train.method has it
+    epochs: int  # at most
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    strength: float | None = None
+
+
+ENTRIES: Mapping[str, Entry] = {
+    "GRPO": Entry("grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01}),
+    "GRPO, KL": Entry("grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01, "train.beta": 0.1}),
+    "GRPO, NSR": Entry(
+        "grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01, "train.advantage_mode": "negative"}
+    ),
+    "GRPO, PSR": Entry(
+        "grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01, "train.advantage_mode": "positive"}
+    ),
+    "DRTune": Entry("drtune", 200, {"sample.sde_type": "ode", "train.learning_rate": 3e-4}),
+    "DRTune, KL": Entry("drtune", 200, {"sample.sde_type": "ode", "train.learning_rate": 3e-4, "train.beta": 0.1}),
+}
+
+
+def changes_of(entry: Entry, seed: int) -> dict[str, Any]:
+    """Everything that differs from the defaults, by the names of the keys."""
+    own = {
+        "train.method": entry.method,
+        "use_reward_gradient": METHODS[entry.method].reward_gradient,
+        "seed": seed,
+        "num_epochs": entry.epochs,
+    }
+    return {**COMMON, **own, **entry.changes}
