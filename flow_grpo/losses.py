@@ -73,8 +73,6 @@ def velocity_kl(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
     return (velocity - velocity_ref).square().mean()
 
 
-def reward_loss(rewards: Tensor, hinge: float = 0.0) -> Tensor:
-    """-mean R, or with a hinge c > 0 mean relu(c - R), which stops pushing an image once its reward is c: scalar."""
-    if hinge > 0:
-        return torch.relu(hinge - rewards).mean()
-    return -rewards.mean()
+def reward_losses(rewards: Tensor, hinge: float = 0.0) -> Tensor:
+    """-R, or with a hinge c > 0 relu(c - R), which stops pushing an image once its reward is c: (B,) of (B,)."""
+    return torch.relu(hinge - rewards) if hinge > 0 else -rewards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
 from flow_grpo.errors import ConfigError
+from flow_grpo.methods.registry import method_of
 from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.loading import load_model
 from flow_grpo.models.lora_places import check_lora_targets
@@ -68,11 +69,17 @@ class ImageModel:
     def _encode_uncached(self, prompt: str) -> PromptEmbeds:
         return self.family.encode(prompt, self.settings.config.max_sequence_length)
 
-    def velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+    def velocity(self, embeds: PromptEmbeds, guidance_scale: float, detach_unconditional: bool = False) -> VelocityFn:
         """The guided velocity v(x, sigma) of these prompts: (B, C, h, w) -> (B, C, h, w), float32."""
-        return self._velocity_of(self.transformer, embeds, guidance_scale)
+        return self._velocity_of(self.transformer, embeds, guidance_scale, detach_unconditional)
 
-    def _velocity_of(self, transformer: torch.nn.Module, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+    def _velocity_of(
+        self,
+        transformer: torch.nn.Module,
+        embeds: PromptEmbeds,
+        guidance_scale: float,
+        detach_unconditional: bool = False,
+    ) -> VelocityFn:
         guided = guidance_scale != 1.0
         negative = self.encode([""] * len(embeds)) if guided else None
         network = partial(self.family.velocity, transformer)
@@ -80,7 +87,7 @@ class ImageModel:
         def velocity(latents: Tensor, sigma: float) -> Tensor:
             self.network_evaluations += len(latents) * (2 if guided else 1)
             with self.accelerator.autocast():
-                return guided_velocity(network, latents, sigma, embeds, negative, guidance_scale)
+                return guided_velocity(network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional)
 
         return velocity
 
@@ -130,7 +137,7 @@ class Policy(ImageModel):
         if config.use_lora:
             self._add_lora()
         else:
-            self._train_everything(keep_reference=config.train.beta > 0)
+            self._train_everything(keep_reference=config.train.beta > 0 or method_of(config).needs_base)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.named_trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
@@ -194,6 +201,23 @@ class Policy(ImageModel):
                 return velocity(latents, sigma)
 
         return reference
+
+    def reference_product(
+        self, embeds: PromptEmbeds, guidance_scale: float
+    ) -> Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]:
+        """(x, sigma, a) -> (v, J^T a), J = dv/dx under the pretrained weights, each (B, C, h, w), without graph."""
+        module = self.transformer if self._reference is None else self._reference
+        velocity = self._velocity_of(module, embeds, guidance_scale)
+
+        def product(latents: Tensor, sigma: float, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+            # the backward pass inside, too: gradient checkpointing runs the network again there
+            with torch.enable_grad(), self._adapter_disabled():
+                x = latents.detach().requires_grad_()
+                v = velocity(x, sigma)
+                (pulled,) = torch.autograd.grad(v, x, cotangent.to(v.dtype))
+            return v.detach(), pulled
+
+        return product
 
     @contextmanager
     def _adapter_disabled(self) -> Iterator[None]:

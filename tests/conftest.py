@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState
 from ml_collections import ConfigDict
 
 from config.base import get_config
+from flow_grpo import places
+from flow_grpo.methods.registry import method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
@@ -91,9 +93,10 @@ class Parts(SimpleNamespace):
     prompts: PromptDataset
     run: Run
 
-    def train(self, method) -> dict[str, float]:
-        """One epoch of `grpo` or `drtune`."""
-        metrics = method.train_epoch(self.policy, self.prompts, self.reward, self.settings, self.run)
+    def train(self, method=None) -> dict[str, float]:
+        """One epoch, by the configuration's method or by a module's `train_epoch`."""
+        train_epoch = places.load(method_of(self.settings.config).loop) if method is None else method.train_epoch
+        metrics = train_epoch(self.policy, self.prompts, self.reward, self.settings, self.run)
         self.run.counters.epoch += 1
         return metrics
 

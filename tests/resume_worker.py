@@ -5,8 +5,8 @@ import sys
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import Evaluator, sample_evaluators
 from flow_grpo.launch import launch
+from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import get_config

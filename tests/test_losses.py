@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, reward_loss, velocity_kl
+from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, reward_losses, velocity_kl
 
 GENERATOR = torch.Generator().manual_seed(0)
 MEAN, MEAN_OLD, Z = (torch.randn(3, 4, 8, 8, generator=GENERATOR, dtype=torch.float64) for _ in range(3))
@@ -80,17 +80,17 @@ def test_the_normalised_ratio_without_its_drift_term_is_biased():
     assert (s * log_ratio).abs().min() > 1
 
 
-def test_reward_loss_is_the_negative_mean_and_its_gradient_spreads_evenly():
+def test_an_images_loss_is_its_negative_reward():
     rewards = numbers(0.2, 0.6, 1.0).requires_grad_()
-    loss = reward_loss(rewards)
-    loss.backward()
-    assert loss.item() == pytest.approx(-0.6)
-    assert rewards.grad.tolist() == pytest.approx([-1 / 3] * 3)
+    losses = reward_losses(rewards)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([-0.2, -0.6, -1.0])
+    assert rewards.grad.tolist() == [-1.0] * 3
 
 
 def test_the_hinge_stops_at_its_reward():
     rewards = numbers(0.2, 0.6, 1.0).requires_grad_()
-    loss = reward_loss(rewards, hinge=0.7)
-    loss.backward()
-    assert loss.item() == pytest.approx((0.5 + 0.1 + 0.0) / 3)
-    assert rewards.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0.0])
+    losses = reward_losses(rewards, hinge=0.7)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([0.5, 0.1, 0.0])
+    assert rewards.grad.tolist() == [-1.0, -1.0, 0.0]

@@ -102,6 +102,24 @@ def test_network_evaluations_count_both_halves_of_a_guided_forward(policy):
     assert policy.network_evaluations == 3 + 6 + 3
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_base_models_product_is_autograds_under_untouched_weights(config, build, checkpointing):
+    config.gradient_checkpointing = checkpointing
+    policy = build(config).policy
+    embeds, x, a = policy.encode(["a bag"] * 2), policy.noise(draw(2)), policy.noise(draw(2))
+    seen = x.clone().requires_grad_()
+    v = policy.velocity(embeds, 1.0)(seen, 0.5)  # B = 0: the base model's
+    (expected,) = torch.autograd.grad(v, seen, a)
+    with torch.no_grad():
+        for p in policy.trainable:
+            p += 0.1
+    found_v, found = policy.reference_product(embeds, 1.0)(x, 0.5, a)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found_v, v.detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(policy.velocity(embeds, 1.0)(x, 0.5), found_v, atol=1e-2)
+    assert all(p.requires_grad and p.grad is None for p in policy.trainable)
+
+
 def test_averaged_weights_are_used_inside_the_block_only(policy):
     current = [p.detach().clone() for p in policy.trainable]
     for shadow in policy.ema.shadow_params:

@@ -6,8 +6,8 @@ import torch
 
 from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.launch import launch
+from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import get_config

@@ -57,6 +57,27 @@ def cps(sigma: float, sigma_next: float, eta: float) -> StepCoefficients:
     return StepCoefficients(a=(1 - sigma_next) + q, b=(1 - sigma) * q - sigma * (1 - sigma_next), s=s)
 
 
+def memoryless(sigma: float, sigma_next: float, eta: float = 0.0) -> StepCoefficients:
+    """Ancestral step: x' given x and x_0 = x0_hat under the chain that adds noise. `eta` is not used.
+
+    It is the SDE with g^2 = 2 sigma / (1 - sigma), under which x_0 does not remember x_1: what Adjoint Matching needs
+    (arXiv 2409.08861). With r = (1 - sigma) / (1 - sigma'), x = r x' + noise, and Gaussian conditioning gives
+
+        mean = (1 - sigma') x0_hat + (r sigma'^2 / sigma) e_hat,   s^2 = sigma'^2 (1 - r^2 sigma'^2 / sigma^2).
+
+    At sigma = 1, where g is infinite, r = 0 and nothing is to be regularised; at sigma' = 0 no noise is drawn.
+    Euler-Maruyama with the usual g^2 = 2 (sigma + h) / (1 - sigma + h), h = -dt, draws a first noise of variance
+    2 (1 + h), where sigma'^2 is right.
+    """
+    remembered = sigma_next**2 * (1 - sigma) / (1 - sigma_next) / sigma  # r sigma'^2 / sigma
+    drawn = sigma_next**2 - remembered**2
+    return StepCoefficients(
+        a=(1 - sigma_next) + remembered,
+        b=(1 - sigma) * remembered - sigma * (1 - sigma_next),
+        s=math.sqrt(max(drawn, 0.0)),
+    )
+
+
 def _euler_maruyama(sigma: float, sigma_next: float, g: float) -> StepCoefficients:
     """One step of the reverse-time SDE with diffusion coefficient g."""
     dt = sigma_next - sigma
@@ -69,6 +90,7 @@ STEPS: dict[str, Callable[[float, float, float], StepCoefficients]] = {
     "sde": sde,
     "dance": dance,
     "cps": cps,
+    "memoryless": memoryless,
 }
 
 

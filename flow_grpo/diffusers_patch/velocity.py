@@ -22,6 +22,7 @@ def guided_velocity(
     embeds: PromptEmbeds,
     negative_embeds: PromptEmbeds | None = None,
     guidance_scale: float = 1.0,
+    detach_unconditional: bool = False,
 ) -> Tensor:
     """v = v_uncond + w (v_cond - v_uncond), with v = dx/dsigma = e - x_0 (arXiv 2207.12598 in velocity form).
 
@@ -32,6 +33,7 @@ def guided_velocity(
         embeds: conditioning of the B prompts.
         negative_embeds: conditioning of B negative prompts; not read when `guidance_scale` is 1.
         guidance_scale: w. At 1 the network runs once on B latents, otherwise once on 2 B.
+        detach_unconditional: v_uncond carries no gradient; the network runs twice on B latents then.
 
     Returns:
         (B, C, h, w), float32, or float64 if the latents are.
@@ -43,6 +45,10 @@ def guided_velocity(
         return network(latents, sigma, embeds)
     if negative_embeds is None:
         raise ValueError(f"guidance_scale is {guidance_scale}; without negative_embeds it must be 1")
+    if detach_unconditional:
+        with torch.no_grad():
+            v_uncond = network(latents, sigma, negative_embeds)
+        return v_uncond + guidance_scale * (network(latents, sigma, embeds) - v_uncond)
     both = PromptEmbeds.cat([negative_embeds, embeds])
     v_uncond, v_cond = network(torch.cat([latents, latents]), sigma, both).chunk(2)
     return v_uncond + guidance_scale * (v_cond - v_uncond)

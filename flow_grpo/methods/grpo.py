@@ -13,8 +13,8 @@ def check(config: ConfigDict) -> None:
     sample, train = config.sample, config.train
     if sample.sde_type == "ode":
         raise ConfigError(
-            'config.sample.sde_type = "ode" has no log-probability, which GRPO needs; it takes "sde", "dance" or '
-            '"cps", unless config.use_reward_gradient = True.'
+            'config.sample.sde_type = "ode" has no log-probability, which GRPO needs; it takes "sde", "dance", '
+            '"cps" or "memoryless", unless config.use_reward_gradient = True.'
         )
     if sample.noise_level == 0:
         raise ConfigError(
@@ -68,15 +68,15 @@ def _check_ratio(config: ConfigDict) -> None:
 
 
 def _check_cps_window(config: ConfigDict) -> None:
-    """The last step of `cps` draws no noise: every window must hold another step."""
+    """The last step of `cps` and `memoryless` draws no noise: every window must hold another step."""
     sample = config.sample
     size = sample.sde_window_size or sample.num_steps
     end = sample.sde_window_range[1] or sample.num_steps
-    if sample.sde_type == "cps" and size == 1 and end == sample.num_steps:
+    if sample.sde_type in ("cps", "memoryless") and size == 1 and end == sample.num_steps:
         key = "sde_window_size" if sample.num_steps > 1 else "num_steps"
         raise ConfigError(
-            f'config.sample.{key} = 1 may leave no step to train, as the last step of sde_type = "cps" draws no noise; '
-            "it takes at least 2."
+            f'config.sample.{key} = 1 may leave no step to train, as the last step of sde_type = "{sample.sde_type}" '
+            "draws no noise; it takes at least 2."
         )
 
 

@@ -8,10 +8,25 @@ from __future__ import annotations
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods import drtune, grpo
+from flow_grpo.methods import adjoint_matching, anchored, draft, drtune, flowbp, grpo, leapalign, refl
 from flow_grpo.methods.base import Method
 
-METHODS: dict[str, Method] = {method.name: method for method in (grpo.METHOD, drtune.METHOD)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        grpo.METHOD,
+        drtune.METHOD,
+        flowbp.SPARSE,
+        flowbp.LAGRANGE,
+        refl.METHOD,
+        draft.DRAFT_K,
+        draft.DRAFT_LV,
+        draft.ALIGNPROP,
+        leapalign.METHOD,
+        anchored.METHOD,
+        adjoint_matching.METHOD,
+    )
+}
 
 
 def black_box(config: ConfigDict | FrozenConfigDict) -> Method:

@@ -162,8 +162,8 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key(
             "sample.sde_type",
             "sde",
-            choice("ode", "sde", "dance", "cps"),
-            '"ode", "sde", "dance" or "cps": flow_grpo/diffusers_patch/step.py',
+            choice("ode", "sde", "dance", "cps", "memoryless"),
+            '"ode", "sde", "dance", "cps" or "memoryless": flow_grpo/diffusers_patch/step.py',
         ),
         Key("sample.noise_level", 0.7, NOT_NEGATIVE, "eta of the stochastic samplers"),
         Key(
@@ -250,14 +250,20 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
     ),
     "reward gradients: DRTune and its kin": (
-        Key("drtune.num_train_steps", 5, whole(1), "K: sampler steps that carry gradient"),
+        Key("drtune.num_train_steps", 5, whole(1), "K: sampler steps that carry gradient; DRaFT-K: the last K"),
         Key(
             "drtune.early_stop",
             0,
             whole(0),
-            "m: stop at a step drawn from the last m and decode x0_hat; 0: run all steps",
+            "m: stop at a step drawn from the last m and decode x0_hat, as ReFL must; 0: run all steps",
         ),
         Key("drtune.two_pass", False, YES_OR_NO, "True: memory does not grow with K, for K more forwards"),
+        Key(
+            "drtune.detach_unconditional",
+            False,
+            YES_OR_NO,
+            "True: no gradient through the unconditional half of guidance",
+        ),
         Key("drtune.hinge", 0.0, NOT_NEGATIVE, "c of the loss relu(c - reward); 0: the plain loss, -reward"),
     ),
     **_of_methods(),

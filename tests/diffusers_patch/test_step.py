@@ -37,7 +37,7 @@ def test_coefficients_equal_a_float64_reference(kind, sigma, sigma_next, eta):
     assert (step.a, step.b, step.s) == pytest.approx(reference(kind, sigma, sigma_next, eta), rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("kind", list(STEPS))
+@pytest.mark.parametrize("kind", [kind for kind in STEPS if kind != "memoryless"])  # which has no eta
 @pytest.mark.parametrize(("sigma", "sigma_next"), LEVELS)
 def test_without_noise_every_kind_is_exactly_the_euler_step(kind, sigma, sigma_next):
     assert step_coefficients(kind, sigma, sigma_next, 0.0) == StepCoefficients(1.0, sigma_next - sigma, 0.0)
@@ -50,6 +50,32 @@ def test_cps_preserves_the_coefficients():
         signal, noise = step.a * (1 - sigma) - step.b, step.a * sigma + step.b
         assert signal == pytest.approx(1 - sigma_next, abs=1e-12)
         assert noise**2 + step.s**2 == pytest.approx(sigma_next**2, abs=1e-12)
+
+
+@pytest.mark.parametrize(("sigma", "sigma_next"), LEVELS)
+def test_a_memoryless_step_is_gaussian_conditioning_on_the_predicted_image(sigma, sigma_next):
+    """x = r x' + noise of variance sigma^2 - r^2 sigma'^2, x' ~ N((1 - sigma') x_0, sigma'^2): a 2-d normal."""
+    r = (1 - sigma) / (1 - sigma_next)
+    covariance, variance = r * sigma_next**2, sigma**2
+    step = step_coefficients("memoryless", sigma, sigma_next, 0.7)
+    for x, v in ((1.0, 0.0), (0.0, 1.0)):
+        x0 = x - sigma * v
+        mean = (1 - sigma_next) * x0 + covariance / variance * (x - (1 - sigma) * x0)
+        assert step.a * x + step.b * v == pytest.approx(mean, abs=1e-13)
+    assert step.s**2 == pytest.approx(sigma_next**2 - covariance**2 / variance, abs=1e-13)
+
+
+def test_a_memoryless_step_forgets_pure_noise_and_ends_without_noise():
+    first, last = step_coefficients("memoryless", 1.0, 0.9, 0.0), step_coefficients("memoryless", 0.1, 0.0, 0.0)
+    assert first.a + first.b == pytest.approx(0, abs=1e-15)  # x' sees only x0_hat = x - v
+    assert first.s == pytest.approx(0.9)
+    assert last == StepCoefficients(1.0, -0.1, 0.0)
+
+
+def test_short_memoryless_steps_have_the_noise_of_their_sde():
+    for sigma in (0.2, 0.5, 0.9):
+        s = step_coefficients("memoryless", sigma, sigma - 1e-7, 0.0).s
+        assert s**2 / 1e-7 == pytest.approx(2 * sigma / (1 - sigma), rel=1e-5)
 
 
 def covariance_error(coefficients, kind: str, eta: float, num_steps: int) -> float:
@@ -76,6 +102,12 @@ def covariance_error(coefficients, kind: str, eta: float, num_steps: int) -> flo
 @pytest.mark.parametrize("eta", [0.3, 0.7])
 def test_sde_and_dance_keep_the_marginals(kind, eta):
     assert covariance_error(step_coefficients, kind, eta, 320) < 0.03
+
+
+def test_memoryless_steps_keep_the_marginals():
+    coarse, fine = (covariance_error(step_coefficients, "memoryless", 0.0, steps) for steps in (320, 640))
+    assert coarse < 0.035
+    assert fine / coarse == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("eta", [0.3, 0.7])

@@ -73,3 +73,18 @@ def test_gradient_flows_through_both_halves():
 def test_guidance_without_negative_prompts_is_refused():
     with pytest.raises(ValueError, match=r"4\.5"):
         guided_velocity(partial(SD3.velocity, Recorder()), X, 0.25, embeds(3.0), None, 4.5)
+
+
+def test_a_detached_unconditional_half_leaves_the_value_and_its_own_gradient_out():
+    """v = u + w (c - u) with u, c linear in the weight: dv/dweight is w times that of c instead of the whole."""
+    gradients, values = [], []
+    for detach in (False, True):
+        model = Recorder()
+        arguments = (embeds(3.0), embeds(1.0), 4.5, detach)
+        v = guided_velocity(partial(SD3.velocity, model), X, 0.25, *arguments)
+        v.sum().backward()
+        gradients.append(model.weight.grad.item())
+        values.append(v)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=1e-12)
+    assert gradients[1] == pytest.approx(4.5 * gradients[0], rel=1e-12)
+    assert [batch for batch, _ in model.calls] == [2, 2]

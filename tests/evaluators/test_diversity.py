@@ -26,7 +26,7 @@ from flow_grpo.evaluators.diversity import (
     stored_bandwidth,
 )
 from flow_grpo.evaluators.evaluation import Measured, SampleRequest, draw_samples, evaluate, view
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops import drtune
 from flow_grpo.runs.manifest import write_manifest
 from flow_grpo.training import checkpoint
 from scripts.diversity_metrics.diversity_evaluator import main

@@ -25,7 +25,7 @@ from flow_grpo.evaluators.entropy import (
 )
 from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.evaluators.registry import build_evaluators
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops import drtune
 from flow_grpo.randomness import keyed_generator
 from tests.conftest import PROMPTS
 

@@ -26,7 +26,7 @@ from flow_grpo.evaluators.film_strip import (
     strip_image,
     training_figure,
 )
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops import drtune
 from flow_grpo.statistics import half_widths
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import evaluate_weights

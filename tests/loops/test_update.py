@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flow_grpo.errors import TrainingStopped
+from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.loops.update import apply_update
 from flow_grpo.types import RewardBatch
 

@@ -10,6 +10,7 @@ from config import base
 from config.grpo import INTENDED_PROCESSES, RECIPES, get_config
 from flow_grpo.commands.cli import parse_config
 from flow_grpo.errors import ConfigError
+from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import leaves
 from flow_grpo.settings import resolve
@@ -35,6 +36,20 @@ ASKED_FOR = {
     "pickscore_sd3_fast_4gpu",
     "pickscore_sd3_fast_nocfg",
     "clipscore_sd3",
+} | {
+    f"{start}_sd3_{method}"
+    for start in ("tiny", "pickscore")
+    for method in (
+        "flowbp",
+        "flowbp_lagrange",
+        "refl",
+        "draft_k",
+        "draft_lv",
+        "alignprop",
+        "leapalign",
+        "anchored",
+        "adjoint_matching",
+    )
 }
 
 
@@ -67,7 +82,7 @@ def test_a_recipe_for_four_gpus_refuses_to_start_on_one(name, tmp_path):
         resolve(with_prompts(get_config(name), tmp_path), 1, cuda=True)
 
 
-@pytest.mark.parametrize("name", [name for name in LARGE if "4gpu" not in name and "1batch" not in name])
+@pytest.mark.parametrize("name", [name for name in LARGE if INTENDED_PROCESSES[name] > 4])
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
 def test_the_other_recipes_adapt_to_the_number_of_processes(name, processes, tmp_path):
     settings = resolve(with_prompts(get_config(name), tmp_path), processes, cuda=True)
@@ -92,17 +107,33 @@ def cost(config: ConfigDict, processes: int) -> str:
     images = sample.groups_per_epoch * sample.num_image_per_prompt
     per_step = images * (1 if sample.guidance_scale == 1 else 2)
     if config.use_reward_gradient:
-        trained = config.drtune.num_train_steps
-        sampled = sample.num_steps - (0 if config.drtune.two_pass else trained)
+        sampled, trained, compared = gradient_evaluations(config)
     else:
-        trained = trained_evaluations(config)
+        compared = trained = trained_evaluations(config)
         sampled = sample.num_steps
-    reference = trained if config.train.beta > 0 else 0
+    anchored = method_of(config).needs_base
+    reference = compared if config.train.beta > 0 or anchored else 0
     old = f", {trained * per_step:,} old" if config.train.ratio != "sde" else ""
     return (
         f"Cost of an epoch, on {processes} process{'es' if processes > 1 else ''}: {images:,} images; "
-        f"{sampled * per_step:,} sampling, {trained * per_step:,} training, {reference * per_step:,} reference{old}."
+        f"{sampled * per_step:,.0f} sampling, {trained * per_step:,.0f} training, "
+        f"{'at most ' if config.train.method == 'adjoint_matching' else ''}{reference * per_step:,.0f} reference{old}"
     )
+
+
+def gradient_evaluations(config: ConfigDict) -> tuple[float, float, float]:
+    """Of a reward gradient, for one image: sampling, training, and where the base model is compared with."""
+    every, drtune, method = config.sample.num_steps, config.drtune, config.train.method
+    trained = {"refl": 1, "alignprop": (every + 1) / 2}.get(method, drtune.num_train_steps)
+    if method in ("draft_k", "alignprop"):  # checkpointed: forward twice
+        return every - trained, 2 * trained, trained
+    if method == "draft_lv":
+        return every, config.draft.copies, config.draft.copies
+    if method == "leapalign":
+        return every, 4, 2
+    if method == "adjoint_matching":
+        return every, trained, every
+    return every - (0 if drtune.two_pass else trained), trained, trained
 
 
 def trained_evaluations(config: ConfigDict) -> int:
@@ -148,6 +179,14 @@ def test_the_tiny_recipes_have_the_settings_that_were_measured():
     images = gradient.sample.groups_per_epoch * gradient.sample.num_image_per_prompt
     assert images // gradient.train.updates_per_epoch == gradient.train.batch_size == 40
     assert (gradient.drtune.num_train_steps, gradient.sample.num_steps) == (5, 10)
+
+
+def test_every_method_has_its_two_recipes_under_two_names_each():
+    for method in METHODS:
+        for new, first in ((f"tiny_{method}", f"tiny_sd3_{method}"), (f"sd35_{method}", f"pickscore_sd3_{method}")):
+            chosen = get_config(first)
+            assert method_of(chosen).name == method
+            assert chosen.train == get_config(new).train
 
 
 def difference(name: str, other: str) -> dict[str, object]:

@@ -14,8 +14,8 @@ import torch
 from flow_grpo.errors import ConfigError, Interrupted
 from flow_grpo.evaluators.evaluation import sample_evaluators
 from flow_grpo.launch import is_lost_process
+from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.runs import stopping
 from flow_grpo.runs.history import read_history
 from flow_grpo.runs.stopping import Reason, StopWatch, watching

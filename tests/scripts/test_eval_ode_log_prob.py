@@ -16,7 +16,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from flow_grpo.entropy import DivergenceEstimator, ode_log_density
 from flow_grpo.evaluators.entropy import entropy_metrics, prompt_log_densities, sample_log_density
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops import drtune
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.training import checkpoint
 from flow_grpo.training.weights import load_weights

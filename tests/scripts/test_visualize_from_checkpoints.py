@@ -29,7 +29,7 @@ from flow_grpo.evaluators.entropy import entropy_metrics, prompt_log_densities
 from flow_grpo.evaluators.evaluation import draw_samples, sample_evaluators, view
 from flow_grpo.evaluators.evaluation import test_request as evaluated_request
 from flow_grpo.evaluators.film_strip import GAP, HEADER, LEFT, film_strip
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops import drtune
 from flow_grpo.policy import Policy
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.evaluations import records_of

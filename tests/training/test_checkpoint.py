@@ -12,8 +12,8 @@ from peft import PeftModel
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.evaluation import draw_samples
+from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops import reward_gradient as drtune
 from flow_grpo.runs.saved import find_checkpoint
 from flow_grpo.training import checkpoint
 from flow_grpo.training import state as training_state

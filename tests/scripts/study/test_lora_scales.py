@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from flow_grpo.diffusers_patch.velocity import guided_velocity
 from flow_grpo.evaluators.evaluation import Evaluation
 from flow_grpo.evaluators.registry import build_evaluators
-from flow_grpo.loops import reward_gradient as drtune
+from flow_grpo.loops import drtune
 from flow_grpo.models.sd3 import SD3
 from flow_grpo.recipes.base import leaves
 from flow_grpo.runs.history import read_history

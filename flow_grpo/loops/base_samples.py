@@ -1,0 +1,171 @@
+"""What a method that aims at p_base exp(lambda R) asks of the base model, measured once and kept with the run.
+
+RUN/tilt.json has the variance of the latents of one prompt, s2 of kappa, and the strength lambda: the configured one,
+or that at which the exact law, on the base model's own samples, spends the wanted KL or the wanted share of diversity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from ml_collections import FrozenConfigDict
+
+from flow_grpo import frontier
+from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
+from flow_grpo.diversity.features import load_extractor
+from flow_grpo.diversity.vendi import vendi_score
+from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.policy import Policy
+from flow_grpo.prompts import PromptDataset
+from flow_grpo.randomness import keyed_generator
+from flow_grpo.rewards import WeightedReward
+from flow_grpo.runs.run import Run
+from flow_grpo.settings import Settings
+
+TILT_FILE = "tilt.json"
+SET_SIZE, REPEATS = 16, 50  # images of a set whose diversity is measured, and sets, of each prompt
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """What the target is."""
+
+    strength: float  # lambda
+    variance: float = math.nan  # of the latents of one prompt, mean over prompts and dimensions; nan: not asked for
+
+
+@dataclass(frozen=True)
+class BaseSamples:
+    """N images of each of P prompts, by the base model's weights."""
+
+    rewards: np.ndarray  # (P, N)
+    variance: float  # of the latents of one prompt, mean over prompts and dimensions
+    features: np.ndarray | None  # (P, N, d); None: not asked for
+
+
+def tilt_of(policy: Policy, prompts: PromptDataset, reward: WeightedReward, settings: Settings, run: Run) -> Tilt:
+    """The target of a run: as its folder has it, or measured now and kept there. Collective.
+
+    Raises:
+        ConfigError: the strength that was asked for is out of the base samples' reach.
+    """
+    config = settings.config
+    if not needs_base_samples(config):
+        return Tilt(config.anchored.strength)
+    asked_for = _question(config, prompts)
+    kept = run.from_main(lambda: _kept(run.folder / TILT_FILE, asked_for))
+    if kept is not None:
+        return kept
+    samples = draw_base_samples(policy, prompts, reward, settings, run)
+    tilt = Tilt(run.from_main(lambda: _strength(samples, config)), samples.variance)
+    if run.is_main and run.holds_folder():
+        with run.writing(TILT_FILE):
+            answer = strict_json({"asked_for": asked_for, **asdict(tilt)}, indent=1)
+            write_atomically(run.folder / TILT_FILE, answer + "\n")
+    return tilt
+
+
+def needs_base_samples(config: FrozenConfigDict) -> bool:
+    """Whether the base model is sampled at all."""
+    anchored = config.anchored
+    measured = anchored.weight == "kappa" and anchored.variance == 0
+    return measured or anchored.target_kl > 0 or anchored.target_diversity > 0
+
+
+def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any]:
+    """What the answer depends on, as plain data."""
+    anchored = dict(config.anchored.items())
+    rewards = {name: value for name, value in sorted(config.reward_fn.items()) if value}
+    chosen = list(prompts.prompts[: config.anchored.base_prompts])
+    return {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen}
+
+
+def _kept(path: Path, asked_for: dict[str, Any]) -> Tilt | None:
+    """The answer of a file; None if there is none, or it is the answer to another question or damaged."""
+    try:
+        kept = read_object(path)
+    except ConfigError:
+        return None
+    strength, variance = kept.get("strength"), kept.get("variance")
+    if kept.get("asked_for") != asked_for or not isinstance(strength, float | int):
+        return None
+    return Tilt(float(strength), math.nan if variance is None else float(variance))
+
+
+def _strength(samples: BaseSamples, config: FrozenConfigDict) -> float:
+    """lambda, as it is configured or as the exact law has it."""
+    anchored = config.anchored
+    if anchored.target_kl > 0:
+        return frontier.strength_for_kl(samples.rewards, anchored.target_kl)
+    if anchored.target_diversity > 0:
+        assert samples.features is not None
+        draws = frontier.Draws.of(samples.rewards, SET_SIZE, REPEATS, config.seed)
+        score = frontier.of_features(samples.features, vendi_score)
+        return frontier.strength_for_share(draws, anchored.target_diversity, score)
+    return anchored.strength
+
+
+def draw_base_samples(
+    policy: Policy, prompts: PromptDataset, reward: WeightedReward, settings: Settings, run: Run
+) -> BaseSamples:
+    """`anchored.base_images` images of each of the first `anchored.base_prompts` training prompts, by the ODE.
+
+    Image n of prompt p has noise keyed by (seed, p, n); every process makes the prompts whose number it has, counted
+    around. Collective.
+    """
+    config, accelerator = settings.config, policy.accelerator
+    chosen = list(range(min(config.anchored.base_prompts, len(prompts))))
+    mine = chosen[accelerator.process_index :: accelerator.num_processes]
+    encode = _encoder(config, policy) if config.anchored.target_diversity > 0 else None
+    found = []
+    for prompt in run.progress(mine, "base samples"):
+        found.append((prompt, *_of_prompt(policy, prompts, reward, settings, run, prompt, encode)))
+    rows = sorted(gather_object(found), key=lambda row: row[0])
+    return BaseSamples(
+        rewards=np.stack([rewards for _, rewards, _, _ in rows]),
+        variance=float(np.mean([variance for _, _, variance, _ in rows])),
+        features=np.stack([features for _, _, _, features in rows]) if config.anchored.target_diversity > 0 else None,
+    )
+
+
+def _of_prompt(
+    policy: Policy,
+    prompts: PromptDataset,
+    reward: WeightedReward,
+    settings: Settings,
+    run: Run,
+    prompt: int,
+    encode: Callable[[torch.Tensor], np.ndarray] | None,
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """Rewards (N,), the variance of the latents, features (N, d) of one prompt's images."""
+    config, text = settings.config, prompts.prompts[prompt]
+    rewards, latents, features = [], [], []
+    for chunk in torch.arange(config.anchored.base_images).split(config.train.batch_size):
+        run.check_stop()
+        generators = [keyed_generator(config.seed, "base", prompt, n) for n in chunk.tolist()]
+        velocity = policy.reference_velocity(policy.encode([text] * len(chunk)), config.sample.guidance_scale)
+        with torch.no_grad():
+            sigmas = policy.sigmas(config.sample.num_steps)
+            x0 = pipeline_with_logprob(velocity, policy.noise(generators), sigmas).final_latents
+            images = policy.decode(x0)
+            scores = reward(images, [text] * len(chunk), [prompts.metadata[prompt]] * len(chunk))
+        rewards.append(scores.total.double().cpu().numpy())
+        latents.append(x0.double().cpu())
+        if encode is not None:
+            features.append(encode(images.cpu()))
+    variance = torch.cat(latents).var(0, correction=1).mean().item()
+    return np.concatenate(rewards), variance, np.concatenate(features) if features else None
+
+
+def _encoder(config: FrozenConfigDict, policy: Policy) -> Callable[[torch.Tensor], np.ndarray]:
+    """The features in which the evaluation measures diversity."""
+    chosen = config.diversity
+    return load_extractor(chosen.extractor, chosen.model, chosen.pretrained, policy.device, chosen.batch_size)

@@ -1,0 +1,103 @@
+"""What is measured of the base model once, and kept: the variance of the latents, and the strength."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from flow_grpo import frontier
+from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
+from flow_grpo.errors import ConfigError
+from flow_grpo.loops import anchored
+from flow_grpo.loops.base_samples import TILT_FILE, draw_base_samples, tilt_of
+from flow_grpo.randomness import keyed_generator
+
+
+@pytest.fixture
+def anchored_config(config):
+    config.use_reward_gradient, config.train.method, config.sample.sde_type = True, "anchored", "ode"
+    config.anchored.base_images, config.anchored.base_prompts = 12, 3
+    return config
+
+
+def tilt(parts):
+    return tilt_of(parts.policy, parts.prompts, parts.reward, parts.settings, parts.run)
+
+
+def base_latents(parts, prompt):
+    """By hand, under weights that were never touched."""
+    noise = parts.policy.noise([keyed_generator(parts.settings.config.seed, "base", prompt, n) for n in range(12)])
+    velocity = parts.policy.velocity(parts.policy.encode([parts.prompts.prompts[prompt]] * 12), 1.0)
+    with torch.no_grad():
+        return pipeline_with_logprob(velocity, noise, parts.policy.sigmas(4)).final_latents
+
+
+def test_the_variance_is_that_of_the_base_models_latents_of_one_prompt(anchored_config, build):
+    parts = build(anchored_config)
+    expected = [base_latents(parts, prompt).double().var(0).mean().item() for prompt in range(3)]
+    with torch.no_grad():
+        for p in parts.policy.trainable:
+            p += 0.05  # the weights that train do not matter
+    assert tilt(parts).variance == pytest.approx(sum(expected) / 3, rel=1e-5)
+    pooled = torch.cat([base_latents(parts, prompt) for prompt in range(3)]).double().var(0).mean().item()
+    assert abs(pooled / tilt(parts).variance - 1) > 1e-3
+
+
+def test_it_is_measured_once_and_kept_with_the_run(anchored_config, build):
+    parts = build(anchored_config)
+    first = tilt(parts)
+    spent = parts.policy.network_evaluations
+    assert tilt(parts) == first
+    assert parts.policy.network_evaluations == spent == 3 * 12 * 4
+    assert json.loads((parts.run.folder / TILT_FILE).read_text())["variance"] == first.variance
+
+
+def test_a_damaged_file_or_one_of_another_question_is_measured_anew(anchored_config, build):
+    parts = build(anchored_config)
+    first = tilt(parts)
+    path = parts.run.folder / TILT_FILE
+    for content in ("{", json.dumps({"asked_for": {}, "strength": 3.0, "variance": 1.0})):
+        path.write_text(content)
+        assert tilt(parts) == first
+
+
+def test_without_a_measured_kappa_or_a_target_nothing_is_sampled(anchored_config, build):
+    anchored_config.anchored.weight = "1"
+    parts = build(anchored_config)
+    assert tilt(parts).strength == 100.0
+    assert parts.policy.network_evaluations == 0
+    assert not (parts.run.folder / TILT_FILE).exists()
+
+
+def test_the_strength_for_a_kl_is_that_of_the_exact_law_on_the_base_samples(anchored_config, build):
+    anchored_config.anchored.target_kl = 0.3
+    parts = build(anchored_config)
+    found = tilt(parts).strength
+    rewards = draw_base_samples(parts.policy, parts.prompts, parts.reward, parts.settings, parts.run).rewards
+    assert frontier.point(rewards, found).kl == pytest.approx(0.3, rel=1e-9)
+
+
+def test_the_strength_for_a_share_of_diversity_leaves_that_share(anchored_config, build):
+    anchored_config.anchored.target_diversity = 0.995
+    parts = build(anchored_config)
+    assert 0 < tilt(parts).strength < math.inf
+
+
+def test_a_target_that_the_base_samples_cannot_reach_is_told(anchored_config, build):
+    anchored_config.anchored.target_diversity = 1e-6
+    parts = build(anchored_config)
+    with pytest.raises(ConfigError, match="share of 1e-06 of the base's diversity is out of reach"):
+        tilt(parts)
+
+
+def test_the_ramp_raises_the_strength_over_its_epochs(anchored_config, build):
+    anchored_config.anchored.ramp_epochs = 4
+    parts = build(anchored_config)
+    strengths = []
+    for epoch in range(6):
+        found = anchored._anchored(tilt(parts), epoch, parts.policy, parts.settings, torch.Generator().manual_seed(0))
+        strengths.append(found.keywords["strength"])
+    assert strengths == [25.0, 50.0, 75.0, 100.0, 100.0, 100.0]
