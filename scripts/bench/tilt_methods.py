@@ -47,17 +47,36 @@ class Entry:
     strength: float | None = None
 
 
+GRPO = {"train.learning_rate": 3e-4, "train.clip_range": 0.01}
+GRADIENT = {"sample.sde_type": "ode", "train.learning_rate": 3e-4}
+TARGET = {  # of methods with a lambda: every step is trained, and averaged weights are measured
+    "train.learning_rate": 3e-3, "train.ema": True, "train.ema_decay": 0.99, "drtune.num_train_steps": 20,
+}  # fmt: skip
+ANCHORED = {**TARGET, "sample.sde_type": "ode", "anchored.strength": STRENGTH, "anchored.base_images": 1000}
+ADJOINT = {
+    **TARGET, "sample.sde_type": "memoryless", "adjoint.strength": STRENGTH,
+    "adjoint.largest_term": 0.0,  # of a lambda of 1, the terms near the noise are above any such bound at first
+}  # fmt: skip
+
 ENTRIES: Mapping[str, Entry] = {
-    "GRPO": Entry("grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01}),
-    "GRPO, KL": Entry("grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01, "train.beta": 0.1}),
-    "GRPO, NSR": Entry(
-        "grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01, "train.advantage_mode": "negative"}
-    ),
-    "GRPO, PSR": Entry(
-        "grpo", 200, {"train.learning_rate": 3e-4, "train.clip_range": 0.01, "train.advantage_mode": "positive"}
-    ),
-    "DRTune": Entry("drtune", 200, {"sample.sde_type": "ode", "train.learning_rate": 3e-4}),
-    "DRTune, KL": Entry("drtune", 200, {"sample.sde_type": "ode", "train.learning_rate": 3e-4, "train.beta": 0.1}),
+    "GRPO": Entry("grpo", 200, GRPO),
+    "GRPO, KL": Entry("grpo", 200, {**GRPO, "train.beta": 0.1}),
+    "GRPO, positive": Entry("grpo", 200, {**GRPO, "train.advantage_mode": "positive"}),
+    "GRPO, negative": Entry("grpo", 200, {**GRPO, "train.advantage_mode": "negative"}),
+    "DRTune": Entry("drtune", 200, GRADIENT),
+    "DRTune, KL": Entry("drtune", 200, {**GRADIENT, "train.beta": 0.1}),
+    "FlowBP-Sparse": Entry("flowbp", 200, GRADIENT),
+    "FlowBP-Lagrange": Entry("flowbp_lagrange", 200, GRADIENT),
+    "ReFL": Entry("refl", 200, GRADIENT),
+    "DRaFT-K": Entry("draft_k", 200, GRADIENT),
+    "DRaFT-LV": Entry("draft_lv", 200, GRADIENT),
+    "AlignProp": Entry("alignprop", 200, GRADIENT),
+    "LeapAlign": Entry("leapalign", 200, GRADIENT),
+    "anchored, w = κ": Entry("anchored", 400, {**ANCHORED, "anchored.weight": "kappa"}, STRENGTH),
+    "anchored, w = 1": Entry("anchored", 400, {**ANCHORED, "anchored.weight": "1"}, STRENGTH),
+    "anchored, w = 1 - σ": Entry("anchored", 400, {**ANCHORED, "anchored.weight": "1-sigma"}, STRENGTH),
+    "anchored, w = (1 - σ)²": Entry("anchored", 400, {**ANCHORED, "anchored.weight": "(1-sigma)^2"}, STRENGTH),
+    "Adjoint Matching": Entry("adjoint_matching", 600, ADJOINT, STRENGTH),
 }
 
 

@@ -60,7 +60,7 @@ PROBLEMS: Mapping[str, Problem] = {
     problem.name: problem
     for problem in (
         Problem("gaussian", GaussianFlow(_tensor([0.5, -0.5]), _tensor([[1.0, 0.4], [0.4, 0.5]])), _tensor([1.0, 0.5])),
-        Problem("mixture", MixtureFlow.ring(3, radius=1.5, std=0.4), _tensor([1.0, 0.5])),
+        Problem("mixture", MixtureFlow.ring(3, radius=1.2, std=0.5), _tensor([1.0, 0.5])),
     )
 }
 

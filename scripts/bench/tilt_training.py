@@ -132,19 +132,21 @@ def opened(problem: Problem, entry: Entry, seed: int) -> Iterator[tuple[Policy, 
 def train(problem_name: str, name: str, entry: Entry, seed: int, sizes: Sizes) -> list[Row]:
     """Train an entry, to its last epoch if it has a lambda of its own and else to the level; what was found of it.
 
-    A training that does not come to the level has no row of it.
+    Averaged weights are measured where they are kept. A training that does not come to the level has no row of it.
     """
     problem, x_1, rows = PROBLEMS[problem_name], noise(sizes, seed), dict[str, Row]()
     level = problem.reward_of(LEVEL)
     with opened(problem, entry, seed) as (policy, run):
         velocity = policy.velocity(policy.encode([PROMPT] * sizes.samples), 1.0)
         for _ in epochs(problem, entry, policy, run, max(1, entry.epochs // sizes.evaluations)):
-            x, ended = points_of(velocity, x_1), run.counters.epoch == entry.epochs
-            strength = same_reward(x, problem)
-            if AT_LEVEL not in rows and problem.reward(x).mean() >= level:
-                rows[AT_LEVEL] = row_of(problem, name, seed, AT_LEVEL, strength, velocity, x_1, run)
-            if ended and entry.strength is not None:
-                rows[AT_END] = row_of(problem, name, seed, AT_END, entry.strength, velocity, x_1, run)
+            ended = run.counters.epoch == entry.epochs
+            with policy.ema_weights():
+                x = points_of(velocity, x_1)
+                if AT_LEVEL not in rows and problem.reward(x).mean() >= level:
+                    own = same_reward(x, problem)
+                    rows[AT_LEVEL] = row_of(problem, name, seed, AT_LEVEL, own, velocity, x_1, run)
+                if ended and entry.strength is not None:
+                    rows[AT_END] = row_of(problem, name, seed, AT_END, entry.strength, velocity, x_1, run)
             if AT_LEVEL in rows and entry.strength is None:
                 break
     return list(rows.values())
