@@ -63,8 +63,8 @@ def all_rows(entries: Mapping[str, Entry], seeds: Sequence[int], sizes: Sizes, p
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
         every = [(p, name, entry, seed, sizes) for name, entry in entries.items() for p in PROBLEMS for seed in seeds]
         jobs = [pool.submit(train, *each) for each in every]
-        for _ in tqdm(as_completed(jobs), total=len(jobs), desc="trainings"):
-            pass
+        for done in tqdm(as_completed(jobs), total=len(jobs), desc="trainings"):
+            done.result()  # one that failed ends the bench at once
         for job in jobs:
             yield from job.result()
 
