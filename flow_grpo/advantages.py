@@ -6,27 +6,38 @@ import torch
 from torch import Tensor
 
 ADVANTAGE_MODES = ("all", "positive", "negative", "weighted")
+ADVANTAGE_STDS = ("group", "batch", "none")
 EPSILON = 1e-4  # added to the standard deviation, as in Flow-GRPO
 POSITIVE_WEIGHT = 0.1  # lambda of `weighted`, arXiv 2506.01347
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, global_std: bool = False) -> Tensor:
-    """A = (R - mean of the group) / (std + 1e-4).
+def group_advantages(rewards: Tensor, group_ids: Tensor, advantage_std: str = "group") -> Tensor:
+    """A = (R - mean of the group) / (std + 1e-4), or with "none" the difference alone.
 
     Args:
         rewards: (N,), over all processes.
         group_ids: (N,) int64; images with the same id share a prompt. Groups may differ in size.
-        global_std: take the standard deviation of all N rewards instead of the group's.
+        advantage_std: "group": the standard deviation of the image's group; "batch": of all N rewards; "none".
 
     Returns:
-        (N,) float64. The standard deviation is the population's (divided by n, not n - 1), as in Flow-GRPO.
+        (N,) float64, exactly 0 in groups of equal float32 rewards, whose sums float64 holds without rounding. The
+        standard deviation is the population's (divided by n, not n - 1), as in Flow-GRPO.
+
+    Raises:
+        ValueError: unknown `advantage_std`.
     """
     r = rewards.double()
     index, counts = _group_index(group_ids)
     mean = _group_sum(r, index, counts) / counts
-    variance = _group_sum((r - mean[index]).square(), index, counts) / counts
-    std = r.std(correction=0) if global_std else variance.sqrt()[index]
-    return (r - mean[index]) / (std + EPSILON)
+    centred = r - mean[index]
+    if advantage_std == "none":
+        return centred
+    if advantage_std == "batch":
+        return centred / (r.std(correction=0) + EPSILON)
+    if advantage_std == "group":
+        variance = _group_sum(centred.square(), index, counts) / counts
+        return centred / (variance.sqrt()[index] + EPSILON)
+    raise ValueError(f"advantage_std is {advantage_std!r}; it must be one of {ADVANTAGE_STDS}")
 
 
 def apply_advantage_mode(advantages: Tensor, mode: str) -> Tensor:

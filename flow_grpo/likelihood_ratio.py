@@ -39,6 +39,7 @@ from flow_grpo.diffusers_patch.sd3_sde_with_logprob import StepResult, sde_step_
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.entropy import DivergenceEstimator, NonFiniteError, divergence, draw_probes, ode_log_density
 from flow_grpo.errors import TrainingStopped
+from flow_grpo.forward_process import stratified_times
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.types import Trajectory
 
@@ -221,9 +222,7 @@ class CfmLikelihood:
 
     def times(self, keys: RatioKeys) -> Sequence[float]:
         """n of them, rising, in (0, 1)."""
-        generator = keyed_generator(keys.seed, "ratio time", keys.epoch, keys.update)
-        uniform = torch.rand(self.draws, generator=generator, dtype=torch.float64)
-        return ((torch.arange(self.draws) + uniform) / self.draws).tolist()
+        return stratified_times(self.draws, keyed_generator(keys.seed, "ratio time", keys.epoch, keys.update))
 
 
 @contextmanager

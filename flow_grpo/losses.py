@@ -73,6 +73,37 @@ def velocity_kl(velocity: Tensor, velocity_ref: Tensor) -> Tensor:
     return (velocity - velocity_ref).square().mean()
 
 
+def kl_weight(beta: float, sigma: float, least: float) -> float:
+    """The weight of the KL divergence at a noise level: beta at levels of at least `least`, the early steps; else 0."""
+    return beta if sigma >= least else 0.0
+
+
 def reward_losses(rewards: Tensor, hinge: float = 0.0) -> Tensor:
     """-R, or with a hinge c > 0 relu(c - R), which stops pushing an image once its reward is c: (B,) of (B,)."""
     return torch.relu(hinge - rewards) if hinge > 0 else -rewards
+
+
+def finite_difference_log_ratio(velocity: Tensor, velocity_old: Tensor, delta: Tensor) -> Tensor:
+    """log r = -|v - v*|^2 + |v_old - v*|^2, v* = v_old - Delta / |Delta|^2 (FDFO, arXiv 2603.12893): (B,).
+
+    |.|^2 is the mean over dimensions. Written out, -|v - v_old|^2 - 2 <v - v_old, Delta> / |Delta|^2, without the
+    rounding of two large terms that cancel: exactly 0 at v_old.
+
+    Args:
+        velocity, velocity_old: (B, C, h, w).
+        delta: (B, C, h, w), half the difference of an image's final latents from its partner's; not 0.
+    """
+    change = velocity - velocity_old
+    along = (change * delta).flatten(1).mean(1) / delta.square().flatten(1).mean(1)
+    return -change.square().flatten(1).mean(1) - 2 * along
+
+
+def finite_difference_loss(log_ratio: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """-dR r + |dR| (r - 1)^2 / (2 epsilon) of each image: (B,). At rest where r is 1 + epsilon sign(dR).
+
+    Args:
+        log_ratio: (B,), differentiable.
+        gain: dR, (B,): half the difference of an image's reward from its partner's.
+    """
+    ratio = log_ratio.exp()
+    return -gain * ratio + gain.abs() * (ratio - 1).square() / (2 * epsilon)

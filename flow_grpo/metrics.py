@@ -24,13 +24,17 @@ class MeanMetrics:
             self._weights[name].append(weight)
 
     def result(self, accelerator: Accelerator) -> dict[str, float]:
-        """The mean of each scalar, averaged over processes (which must have added the same names)."""
-        means = []
+        """The mean of each scalar over the observations of all processes, which must have added the same names.
+
+        A name whose observations all weigh nothing is left out: a process adds one for what only others have observed.
+        """
+        if not self._values:
+            return {}
+        sums = []
         for name, values in self._values.items():
             weights = torch.tensor(self._weights[name], device=accelerator.device)
             stacked = torch.stack([value.to(accelerator.device) for value in values])
-            means.append((stacked * weights).sum() / weights.sum())
-        if not means:
-            return {}
-        reduced = accelerator.reduce(torch.stack(means), reduction="mean")
-        return dict(zip(self._values, reduced.tolist(), strict=True))
+            sums.append(torch.stack([(stacked * weights).sum(), weights.sum()]))
+        totals = accelerator.reduce(torch.stack(sums), reduction="sum")  # (names, 2)
+        named = dict(zip(self._values, totals.unbind(), strict=True))
+        return {name: (total / weight).item() for name, (total, weight) in named.items() if weight > 0}

@@ -26,6 +26,11 @@ def find(path: str) -> str:
     return str(beside) if os.path.lexists(beside) else given
 
 
+def identity(model: str) -> str:
+    """What tells models apart: a folder by its place, whatever it is called, and a hub id by itself."""
+    return os.path.realpath(find(model))
+
+
 def find_from(path: str, folder: str) -> str:
     """What `path` meant in `folder`, where a run was started: its place there, unless that is its place here.
 

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
-from flow_grpo.diffusers_patch.velocity import VelocityFn, guided_velocity
+from flow_grpo.diffusers_patch.velocity import VelocityFn, blended_velocity, guided_velocity
 from flow_grpo.errors import ConfigError
 from flow_grpo.methods.registry import method_of
 from flow_grpo.models.base import ModelFamily
@@ -49,6 +49,9 @@ class ImageModel:
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = family.transformer, family.vae
         self.network_evaluations = 0
+        self._reference: torch.nn.Module | None = (
+            None  # the pretrained transformer, where it is not this one's LoRA off
+        )
         self._freeze()
         self._encode_one = lru_cache(maxsize=settings.config.prompt_cache_size)(self._encode_uncached)
 
@@ -106,14 +109,71 @@ class ImageModel:
         return randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
 
     def sample_ode(self, prompts: Sequence[str], generators: list[torch.Generator]) -> Trajectory:
-        """Evaluation's sampler: the ODE at `config.eval`'s steps and guidance."""
-        evaluation = self.settings.config.eval
-        velocity = self.velocity(self.encode(prompts), evaluation.guidance_scale)
+        """Evaluation's sampler: the ODE at `config.eval`'s steps, guidance and share of the tuned velocity."""
+        evaluation, embeds = self.settings.config.eval, self.encode(prompts)
+        velocity = self.velocity(embeds, evaluation.guidance_scale)
+        if self.has_adapters or self._reference is not None:  # else nothing is tuned
+            base = self.reference_velocity(embeds, evaluation.guidance_scale)
+            velocity = blended_velocity(velocity, base, *evaluation.tuned_share)
         return pipeline_with_logprob(velocity, self.noise(generators), self.sigmas(evaluation.num_steps))
+
+    def replace_transformer(self, transformer: torch.nn.Module) -> None:
+        """Draw with a fully fine-tuned one; the base is kept where velocities of both are blended."""
+        if tuple(self.settings.config.eval.tuned_share) != (1.0, 1.0):
+            self._reference = self.transformer
+        self.transformer = transformer.to(self.device).requires_grad_(False).eval()
+        self.pipeline.transformer = self.transformer
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32, differentiable."""
         return self.family.decode(latents)
+
+    # --- the pretrained weights -------------------------------------------------------------------------
+
+    def reference_velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        """`velocity` under the pretrained weights, without gradient."""
+        module = self.transformer if self._reference is None else self._reference
+        velocity = self._velocity_of(module, embeds, guidance_scale)
+
+        def reference(latents: Tensor, sigma: float) -> Tensor:
+            with torch.no_grad(), self._adapter_disabled():
+                return velocity(latents, sigma)
+
+        return reference
+
+    def reference_product(
+        self, embeds: PromptEmbeds, guidance_scale: float
+    ) -> Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]:
+        """(x, sigma, a) -> (v, J^T a), J = dv/dx under the pretrained weights, each (B, C, h, w), without graph."""
+        module = self.transformer if self._reference is None else self._reference
+        velocity = self._velocity_of(module, embeds, guidance_scale)
+
+        def product(latents: Tensor, sigma: float, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+            # the backward pass inside, too: gradient checkpointing runs the network again there
+            with torch.enable_grad(), self._adapter_disabled():
+                x = latents.detach().requires_grad_()
+                v = velocity(x, sigma)
+                (pulled,) = torch.autograd.grad(v, x, cotangent.to(v.dtype))
+            return v.detach(), pulled
+
+        return product
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the transformer has any LoRA."""
+        return bool(self.transformer._hf_peft_config_loaded)
+
+    @contextmanager
+    def _adapter_disabled(self) -> Iterator[None]:
+        """Switch LoRA off; nothing to do for a frozen copy, or where there is none."""
+        if self._reference is not None or not self.has_adapters:
+            yield
+            return
+        self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self.transformer.enable_adapters()
 
 
 class Policy(ImageModel):
@@ -126,6 +186,7 @@ class Policy(ImageModel):
         trainable, named_trainable: the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
+        old: older values of the trained parameters, kept by methods that compare with them; None: none are.
         skipped_in_a_row: updates skipped since the last that was applied.
     """
 
@@ -133,11 +194,14 @@ class Policy(ImageModel):
         super().__init__(family, settings, accelerator)
         config = settings.config
         self.skipped_in_a_row = 0
-        self._reference: torch.nn.Module | None = None
+        self.old: list[Tensor] | None = None
         if config.use_lora:
             self._add_lora()
         else:
-            self._train_everything(keep_reference=config.train.beta > 0 or method_of(config).needs_base)
+            blended = tuple(config.eval.tuned_share) != (1.0, 1.0)
+            measured = config.eval_forward_kl or method_of(config).needs_base
+            keep_reference = config.train.beta > 0 or blended or measured
+            self._train_everything(keep_reference)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.named_trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
@@ -173,7 +237,7 @@ class Policy(ImageModel):
         cast_training_params(self.transformer, torch.float32)
 
     def _train_everything(self, keep_reference: bool) -> None:
-        """Full fine-tuning; the KL divergence then needs a frozen copy."""
+        """Full fine-tuning; the KL divergence, and a blend of velocities, then need a frozen copy."""
         self.transformer.to(torch.float32)
         if keep_reference:
             self._reference = copy.deepcopy(self.transformer)
@@ -189,48 +253,6 @@ class Policy(ImageModel):
             eps=train.adam_epsilon,
         )
 
-    # --- the pretrained weights -------------------------------------------------------------------------
-
-    def reference_velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
-        """The same under the pretrained weights, without gradient."""
-        module = self.transformer if self._reference is None else self._reference
-        velocity = self._velocity_of(module, embeds, guidance_scale)
-
-        def reference(latents: Tensor, sigma: float) -> Tensor:
-            with torch.no_grad(), self._adapter_disabled():
-                return velocity(latents, sigma)
-
-        return reference
-
-    def reference_product(
-        self, embeds: PromptEmbeds, guidance_scale: float
-    ) -> Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]:
-        """(x, sigma, a) -> (v, J^T a), J = dv/dx under the pretrained weights, each (B, C, h, w), without graph."""
-        module = self.transformer if self._reference is None else self._reference
-        velocity = self._velocity_of(module, embeds, guidance_scale)
-
-        def product(latents: Tensor, sigma: float, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-            # the backward pass inside, too: gradient checkpointing runs the network again there
-            with torch.enable_grad(), self._adapter_disabled():
-                x = latents.detach().requires_grad_()
-                v = velocity(x, sigma)
-                (pulled,) = torch.autograd.grad(v, x, cotangent.to(v.dtype))
-            return v.detach(), pulled
-
-        return product
-
-    @contextmanager
-    def _adapter_disabled(self) -> Iterator[None]:
-        """Switch LoRA off; nothing to do for a frozen copy."""
-        if self._reference is not None:
-            yield
-            return
-        self.transformer.disable_adapters()
-        try:
-            yield
-        finally:
-            self.transformer.enable_adapters()
-
     # --- averaged weights --------------------------------------------------------------------------------
 
     @contextmanager
@@ -245,3 +267,40 @@ class Policy(ImageModel):
             yield
         finally:
             self.ema.restore(self.trainable)
+
+    # --- old weights ---------------------------------------------------------------------------------------
+
+    def keep_old(self) -> None:
+        """Keep the present weights as the old ones, unless there are older ones."""
+        if self.old is None:
+            self.old = [parameter.detach().clone() for parameter in self.trainable]
+
+    @torch.no_grad()
+    def move_old(self, decay: float) -> None:
+        """old <- decay old + (1 - decay) current; there must be old ones."""
+        assert self.old is not None, "keep_old comes first"
+        for old, parameter in zip(self.old, self.trainable, strict=True):
+            old.mul_(decay).add_(parameter, alpha=1 - decay)
+
+    @contextmanager
+    def old_weights(self) -> Iterator[None]:
+        """Use the old weights inside the block; no gradient may be taken there. Nothing is copied."""
+        assert self.old is not None, "keep_old comes first"
+        current = [parameter.data for parameter in self.trainable]
+        for parameter, old in zip(self.trainable, self.old, strict=True):
+            parameter.data = old
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.trainable, current, strict=True):
+                parameter.data = value
+
+    def old_velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:
+        """`velocity` under the old weights, without gradient."""
+        velocity = self.velocity(embeds, guidance_scale)
+
+        def old(latents: Tensor, sigma: float) -> Tensor:
+            with torch.no_grad(), self.old_weights():
+                return velocity(latents, sigma)
+
+        return old

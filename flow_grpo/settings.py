@@ -21,11 +21,12 @@ from flow_grpo.methods.registry import check_method
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
-from flow_grpo.paths import find
+from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
+from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
@@ -63,17 +64,23 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
         updates=config.train.updates_per_epoch,
         num_processes=num_processes,
     )
+    if config.shaping.kind in DIFFERENTIABLE:
+        _check_whole_groups(config, plan)
     _check_model(config)
     _check_scorers(config)
+    _check_shaping(config)
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
+    check_guards(config)
     if config.resume_from:
         check_resume(config, checkpoint_to_resume(config.resume_from))
     return Settings(FrozenConfigDict(config), plan, num_processes)
 
 
 # --- one value at a time --------------------------------------------------------------------------------
+
+BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi"), ("log_vendi", "log_rke")  # of shaping.kind
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -116,12 +123,19 @@ def _check_launch(config: ConfigDict, num_processes: int, cuda: bool) -> None:
 
 
 def _check_sampler(config: ConfigDict) -> None:
-    sample = config.sample
+    sample, train = config.sample, config.train
+    if train.kl_min_sigma > 0 and train.beta == 0:
+        raise ConfigError(
+            f"config.train.kl_min_sigma = {train.kl_min_sigma} chooses the steps of a KL divergence, which "
+            "config.train.beta = 0.0 leaves out; it takes 0.0, or config.train.beta a number above 0."
+        )
     if sample.sde_type == "cps" and sample.noise_level > 1:
         raise ConfigError(
             f"config.sample.noise_level = {sample.noise_level} is not allowed with config.sample.sde_type = "
             '"cps"; it takes a number from 0 to 1.'
         )
+    _check_sliding(config)
+    _check_tuned_share(config)
     size, (first, end) = sample.sde_window_size, sample.sde_window_range
     if size > sample.num_steps:
         raise ConfigError(
@@ -140,6 +154,34 @@ def _check_sampler(config: ConfigDict) -> None:
             f"config.sample.sde_window_range = {(first, end)} must hold a window of {size} steps (sde_window_size) and "
             f"end by step {sample.num_steps} (num_steps); (0, {sample.num_steps}) would."
         )
+
+
+def _check_sliding(config: ConfigDict) -> None:
+    """A window that slides is there, and only such a window has a pace."""
+    sample = config.sample
+    if sample.sde_window_placement == "sliding":
+        if sample.sde_window_size == 0:
+            raise ConfigError(
+                'config.sample.sde_window_placement = "sliding" has no window to move with '
+                "config.sample.sde_window_size = 0; it takes a size of at least 1."
+            )
+        return
+    for key in ("sde_window_epochs", "sde_window_stride"):
+        if sample[key] != KEYS[f"sample.{key}"].default:
+            raise ConfigError(
+                f"config.sample.{key} = {sample[key]} is the pace of a sliding window; with "
+                'config.sample.sde_window_placement = "random" it takes '
+                f"{KEYS[f'sample.{key}'].default}."
+            )
+
+
+def _check_tuned_share(config: ConfigDict) -> None:
+    for key in ("eval_ode_log_prob", "visualize_steps"):
+        if config[key] and tuple(config.eval.tuned_share) != (1.0, 1.0):
+            raise ConfigError(
+                f"config.eval.tuned_share = {tuple(config.eval.tuned_share)} draws images that the log-density of "
+                f"config.{key} = True is not of; it takes (1.0, 1.0), or config.{key} = False."
+            )
 
 
 # --- files ----------------------------------------------------------------------------------------------
@@ -173,6 +215,68 @@ def _check_scorers(config: ConfigDict) -> None:
         _check_folder(key, model, CLIP_NEEDS)
     if config.eval_diversity and config.diversity.extractor != "open_clip":
         _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
+
+
+def _check_shaping(config: ConfigDict) -> None:
+    """Diversity in the objective is of the family that the run trains by, and its encoder measures nothing else."""
+    shaping, kind = config.shaping, f'config.shaping.kind = "{config.shaping.kind}"'
+    if shaping.kind and config.use_reward_gradient != (shaping.kind in DIFFERENTIABLE):
+        kinds = DIFFERENTIABLE if config.use_reward_gradient else (*BONUSES, "distance")
+        raise ConfigError(
+            f"{kind} is not for config.use_reward_gradient = {config.use_reward_gradient}; it takes "
+            f"{' or '.join(map(repr, kinds))}."
+        )
+    if bool(shaping.weight) != (shaping.kind in BONUSES + DIFFERENTIABLE):
+        takes = "a number above 0" if shaping.kind in BONUSES + DIFFERENTIABLE else "0"
+        raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
+    if shaping.kind:
+        _check_encoder(config)
+
+
+def _check_whole_groups(config: ConfigDict, plan: BatchPlan) -> None:
+    """A set objective sees whole groups: every microbatch holds as many images of each as an update has."""
+    size, share = plan.group_size, plan.group_size // plan.updates
+    whole = size % plan.updates == 0 and share > 1 and plan.images_per_process % size == 0
+    if whole and config.train.batch_size % share == 0:
+        return
+    takes = (
+        f"config.train.batch_size = {share}, or a multiple"
+        if whole
+        else (
+            f"config.train.updates_per_epoch = 1, with a number of groups that divides among the processes and "
+            f"config.train.batch_size = {size}, or a multiple"
+        )
+    )
+    raise ConfigError(
+        f'config.shaping.kind = "{config.shaping.kind}" needs whole groups in a microbatch, but '
+        f"config.train.batch_size = {config.train.batch_size} does not hold them, of groups of {size} in "
+        f"{plan.updates} updates an epoch; it takes {takes}."
+    )
+
+
+def _check_encoder(config: ConfigDict) -> None:
+    """It is given where it takes a model, whole, and none by which the run is rewarded, judged or measured."""
+    extractor, model = config.shaping.extractor, config.shaping.model
+    if bool(model) == (extractor == "pixels"):
+        raise ConfigError(
+            f'config.shaping.model = {model!r} is not for config.shaping.extractor = "{extractor}"; it takes '
+            f"{'a directory or hub id' if extractor != 'pixels' else 'no model'}."
+        )
+    if extractor == "pixels":
+        return
+    if extractor != "open_clip":
+        check_checkpoint("config.shaping.model", model)
+        _check_folder("shaping.model", model, MODEL_NEEDS)
+    others = {f"reward_model.{name}": config.reward_model.get(name, "") for name in reward_names(config)}
+    others |= {"eval.judge": config.eval.judge} | (
+        {"diversity.model": config.diversity.model} if config.eval_diversity else {}
+    )
+    for key, other in others.items():
+        if other and identity(other) == identity(model):
+            raise ConfigError(
+                f"config.shaping.model = {model!r} is also config.{key}, by which the run is rewarded or measured; it "
+                'takes another encoder, or "" with config.shaping.extractor = "pixels".'
+            )
 
 
 def _check_folder(key: str, model: str, needs: Needs) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from config.base import get_config
 from flow_grpo import places
-from flow_grpo.methods.registry import method_of
+from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import build_reward
@@ -81,6 +81,18 @@ def small_config(random_models: Path, folder: Path) -> ConfigDict:
     config.train.updates_per_epoch = 1
     config.drtune.num_train_steps = 2
     return config
+
+
+def by_method(config: ConfigDict, name: str) -> None:
+    """Train by this method, with what its tiny recipe changes; as small as the rest."""
+    method = METHODS[name]
+    config.use_reward_gradient, config.train.method = method.reward_gradient, name
+    if method.reward_gradient:
+        config.sample.sde_type = "ode"
+    if method.tiny is not None:
+        method.tiny(config)
+    config.anchored.base_images, config.anchored.base_prompts = (4, 3) if name == "anchored" else (64, 16)
+    config.drtune.early_stop = min(config.drtune.early_stop, config.sample.num_steps)
 
 
 class Parts(SimpleNamespace):

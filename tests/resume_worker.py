@@ -2,33 +2,33 @@
 
 import sys
 
+from flow_grpo import places
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import Evaluator, sample_evaluators
 from flow_grpo.launch import launch
-from flow_grpo.loops import drtune
-from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.recipes.base import get_config
+from flow_grpo.recipes.sd3 import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 
-CASES = {  # name -> (reward gradient, LoRA)
-    "grpo": (False, True),
-    "drtune": (True, True),
-    "grpo_full": (False, False),
-    "drtune_full": (True, False),
+CASES = {  # name -> (method, LoRA)
+    **{name: (name, True) for name in METHODS},
+    "grpo_full": ("grpo", False),
+    "drtune_full": ("drtune", False),
 }
 EVALUATED = "grpo"  # the one that is evaluated after every epoch
 
 
 def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
     """12 images an epoch: 1, 2 and 3 processes divide them."""
-    config = get_config()
-    config.use_reward_gradient, config.use_lora = CASES[case]
+    method, lora = CASES[case]
+    config = get_config(f"tiny_{method}")
+    config.use_lora = lora
     config.logdir, config.run_name, config.trackers = out, run_name, ()
     config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
@@ -43,6 +43,8 @@ def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
     config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
     config.sample.batch_size, config.train.batch_size, config.train.updates_per_epoch = 4, 4, 2
     config.sample.num_steps, config.drtune.num_train_steps = 3, 2
+    config.drtune.early_stop = min(config.drtune.early_stop, 2)
+    config.anchored.base_images, config.anchored.base_prompts = (4, 3) if method == "anchored" else (64, 16)
     config.train.learning_rate = 1e-4
     return config
 
@@ -64,13 +66,22 @@ def main(models: str, out: str, name: str, first: str, last: str) -> None:
         policy = Policy.load(settings, accelerator)
         due = checkpoint.resume(policy, run, settings)
         assert run.counters.epoch == int(first)
-        method = drtune if settings.config.use_reward_gradient else grpo
         reward = build_reward(settings.config, accelerator.device)
         evaluators: list[Evaluator] = []
         if case == EVALUATED:
             evaluators += sample_evaluators(reward, settings, accelerator.device)
             evaluators += build_diversity_evaluators(settings, run, accelerator.device)
-        fit(policy, method.train_epoch, prompts, prompts, reward, evaluators, settings, run, due)
+        fit(
+            policy,
+            places.load(method_of(settings.config).loop),
+            prompts,
+            prompts,
+            reward,
+            evaluators,
+            settings,
+            run,
+            due,
+        )
     run.finish()
 
 

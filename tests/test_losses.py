@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, reward_losses, velocity_kl
+from flow_grpo.losses import (
+    finite_difference_log_ratio,
+    finite_difference_loss,
+    gaussian_kl,
+    normalized_log_ratio,
+    policy_loss,
+    reward_losses,
+    velocity_kl,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 MEAN, MEAN_OLD, Z = (torch.randn(3, 4, 8, 8, generator=GENERATOR, dtype=torch.float64) for _ in range(3))
@@ -94,3 +102,51 @@ def test_the_hinge_stops_at_its_reward():
     losses.sum().backward()
     assert losses.tolist() == pytest.approx([0.5, 0.1, 0.0])
     assert rewards.grad.tolist() == [-1.0, -1.0, 0.0]
+
+
+# --- FDFO ------------------------------------------------------------------------------------------------
+
+
+def fdfo_reference(velocity, gain, epsilon, side=-1.0):
+    """With v* and both squared distances written out: v* = MEAN_OLD - Z / mean(Z^2)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for v, old, delta, d_reward in zip(velocity, MEAN_OLD, Z, gain, strict=True):
+        goal = old + side * delta / delta.square().mean()
+        r = (-(v - goal).square().mean() + (old - goal).square().mean()).exp()
+        total = total - d_reward * r + abs(d_reward) / (2 * epsilon) * (r - 1) ** 2
+    return total
+
+
+def with_gradient(function, velocity):
+    v = velocity.clone().requires_grad_()
+    value = function(v)
+    return value.detach(), torch.autograd.grad(value, v)[0]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_the_finite_difference_loss_equals_its_formula(scale):
+    gain, velocity = numbers(0.3, -0.2, 0.1), MEAN_OLD + scale * MEAN
+    found = with_gradient(
+        lambda v: finite_difference_loss(finite_difference_log_ratio(v, MEAN_OLD, Z), gain, 0.03).sum(), velocity
+    )
+    for a, b in zip(found, with_gradient(lambda v: fdfo_reference(v, gain, 0.03), velocity), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    _, broken = with_gradient(lambda v: fdfo_reference(v, gain, 0.03, side=1.0), velocity)
+    assert (broken - found[1]).abs().max() > 1e-3 * found[1].abs().max()
+
+
+def test_at_the_old_velocity_the_ratio_is_exactly_one_and_the_gradient_is_the_finite_difference():
+    """dR Delta / mean(Delta^2) per dimension, doubled by the square: raising the reward lowers v along Delta."""
+    gain = numbers(0.3, -0.2, 0.1)
+    assert (finite_difference_log_ratio(MEAN_OLD, MEAN_OLD, Z) == 0).all()
+    _, found = with_gradient(
+        lambda v: finite_difference_loss(finite_difference_log_ratio(v, MEAN_OLD, Z), gain, 0.03).sum(), MEAN_OLD
+    )
+    estimate = gain[:, None, None, None] * Z / Z.square().flatten(1).mean(1)[:, None, None, None]
+    torch.testing.assert_close(found, 2 * estimate / Z[0].numel(), rtol=1e-9, atol=1e-15)
+
+
+def test_the_finite_difference_loss_is_at_rest_at_one_plus_or_minus_epsilon():
+    log_ratio = numbers(1.03, 0.97).log().requires_grad_()
+    finite_difference_loss(log_ratio, numbers(0.5, -0.5), 0.03).sum().backward()
+    assert log_ratio.grad.abs().max() < 1e-12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -150,3 +152,76 @@ def test_a_folder_that_is_no_sd3_pipeline_is_one_sentence(config, build, random_
     config.pretrained.model = str(random_models / "clip")
     with pytest.raises(ConfigError, match=r"pretrained\.model"):
         build(config)
+
+
+# --- a share of the tuned velocity ------------------------------------------------------------------------
+
+
+def latents_at(config, build, share, tuned=True):
+    """x_0 by the ODE with a share of the tuned velocity, and the network evaluations that it took."""
+    config.eval.tuned_share, config.run_name = share, f"{config.use_lora}-{share}-{tuned}"
+    policy = build(config).policy
+    if tuned:
+        with torch.no_grad():
+            for number, parameter in enumerate(policy.trainable):
+                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    with torch.no_grad():
+        return policy.sample_ode(["a bag", "a boot"], draw(2)).final_latents, policy.network_evaluations
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_images_with_no_share_of_the_tuned_velocity_are_the_bases(config, build, lora):
+    config.use_lora = lora
+    base, spent = latents_at(config, build, (1.0, 1.0), tuned=False)
+    trained, same = latents_at(config, build, (1.0, 1.0))
+    untuned, also = latents_at(config, build, (0.0, 0.0))
+    assert torch.equal(untuned, base)
+    assert not torch.allclose(trained, base, atol=1e-3)
+    assert spent == same == also  # neither pays for the other
+
+
+def test_images_with_half_a_share_are_those_of_the_mean_of_both_velocities(config, build):
+    found, spent = latents_at(config, build, (0.5, 0.5))
+    config.run_name = "reference"
+    policy = build(config).policy
+    with torch.no_grad():
+        for number, parameter in enumerate(policy.trainable):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        embeds, x = policy.encode(["a bag", "a boot"]), policy.noise(draw(2))
+        both = policy.velocity(embeds, 1.0), policy.reference_velocity(embeds, 1.0)
+        sigmas = policy.sigmas(4).tolist()
+        for now, after in pairwise(sigmas):
+            x = x + (after - now) * (both[0](x, now) + both[1](x, now)) / 2
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+    assert spent == 2 * 2 * 4
+
+
+def test_old_weights_are_those_that_were_kept_and_the_current_ones_come_back(policy):
+    embeds, x = policy.encode(["a bag"]), policy.noise(draw(1))
+    policy.keep_old()
+    before = policy.velocity(embeds, 1.0)(x, 0.5).detach()
+    with torch.no_grad():
+        for parameter in policy.trainable:
+            parameter += 0.05
+    moved = policy.velocity(embeds, 1.0)(x, 0.5)
+    assert torch.equal(policy.old_velocity(embeds, 1.0)(x, 0.5), before)
+    assert not policy.old_velocity(embeds, 1.0)(x, 0.5).requires_grad
+    assert torch.equal(policy.velocity(embeds, 1.0)(x, 0.5), moved)
+    moved.sum().backward()  # a graph of before the exchange is whole
+    assert all(p.grad is not None for p in policy.trainable)
+    policy.keep_old()  # there are older ones
+    assert torch.equal(policy.old_velocity(embeds, 1.0)(x, 0.5), before)
+
+
+def test_old_weights_come_back_after_an_error_too(policy):
+    policy.keep_old()
+    current = [p.data_ptr() for p in policy.trainable]
+
+    def breaks_off():
+        with policy.old_weights():
+            assert current != [p.data_ptr() for p in policy.trainable]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        breaks_off()
+    assert current == [p.data_ptr() for p in policy.trainable]

@@ -1,4 +1,4 @@
-"""One process and two give the same samples and the same gradient."""
+"""By every method, one process and two give the same samples and the same gradient."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.worker import NAMES
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -25,13 +27,27 @@ def run_worker(processes: int, *arguments: str | Path) -> Path:
     return Path(arguments[-1])
 
 
-@pytest.mark.parametrize("method", ["grpo", "drtune"])
-def test_one_and_two_processes_give_the_same_gradient_and_samples(random_models, tmp_path, method):
-    """3 groups of 4, of which two processes share one; 7 evaluation images, which two do not divide."""
-    one = torch.load(run_worker(1, WORKER, method, random_models, tmp_path / "one.pt"), weights_only=True)
-    two = torch.load(run_worker(2, WORKER, method, random_models, tmp_path / "two.pt"), weights_only=True)
+@pytest.fixture(scope="module")
+def one_and_two(random_models, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What one process found by every method, and what two did."""
+    folder = tmp_path_factory.mktemp("processes")
+    files = [run_worker(number, WORKER, random_models, folder / f"{number}.pt") for number in (1, 2)]
+    one, two = (torch.load(file, weights_only=True) for file in files)
+    return one, two
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_and_two_processes_give_the_same_gradient_by_every_method(one_and_two, name):
+    """3 groups of 4, of which two processes share one."""
+    one, two = (found[name] for found in one_and_two)
     assert one["gradient"].norm() > 0
     assert ((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()).item() < 1e-5
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3, abs=1e-6)
+
+
+def test_one_and_two_processes_draw_the_same_samples(one_and_two):
+    """7 evaluation images, which two processes do not divide."""
+    one, two = (found["grpo"] for found in one_and_two)
     assert len(one["images"]) == len(two["images"]) == 7
     torch.testing.assert_close(two["images"], one["images"], rtol=0, atol=1e-5)
     torch.testing.assert_close(two["latents"], one["latents"], rtol=1e-5, atol=1e-5)

@@ -238,6 +238,12 @@ COMBINATIONS = [
     ({"sample.sde_window_range": (0, 5)}, ["sde_window_range = (0, 5)", "sde_window_size", "(0, 0)"]),
     ({"sample.sde_window_size": 3, "sample.sde_window_range": (4, 6)}, ["(4, 6)", "window of 3", "(0, 10)"]),
     ({"sample.sde_window_size": 3, "sample.sde_window_range": (8, 11)}, ["(8, 11)", "step 10"]),
+    (
+        {"sample.sde_window_placement": "sliding"},
+        ['sde_window_placement = "sliding"', "sde_window_size = 0", "at least 1"],
+    ),
+    ({"sample.sde_window_epochs": 5}, ["sde_window_epochs = 5", 'sde_window_placement = "random"', "takes 25"]),
+    ({"sample.sde_window_stride": 2}, ["sde_window_stride = 2", 'sde_window_placement = "random"', "takes 1"]),
     ({"sample.sde_window_size": 1, "sample.sde_type": "cps"}, ["sde_window_size = 1", "cps", "at least 2"]),
     ({"train.ratio_normalization": True, "sample.sde_type": "cps"}, ["ratio_normalization", "cps", '"dance"']),
     *[({"train.ratio": form, "train.beta": 0.1}, ["train.beta = 0.1", f'"{form}"', "takes 0"]) for form in ODE_FORMS],
@@ -263,6 +269,7 @@ COMBINATIONS = [
         {"use_reward_gradient": True, "reward_fn.jpeg_compressibility": 1.0},
         ["jpeg_compressibility", "no gradient", "pickscore"],
     ),
+    ({"train.kl_min_sigma": 0.5}, ["kl_min_sigma = 0.5", "train.beta = 0.0", "above 0"]),
     ({"reward_fn.pickscore": 0.0}, ["reward_fn", "pickscore"]),
     ({"eval.rewards": ("clipscor",)}, ["eval.rewards", "clipscore"]),
     ({"resolution": 36}, ["resolution = 36", "multiple of 8", "at most 128"]),
@@ -275,6 +282,54 @@ COMBINATIONS = [
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
+    (
+        {"shaping.kind": "distance", "use_reward_gradient": True},
+        ['shaping.kind = "distance"', "use_reward_gradient = True"],
+    ),
+    (
+        {"eval.tuned_share": (0.5, 1.0), "eval_ode_log_prob": True},
+        ["eval.tuned_share = (0.5, 1.0)", "config.eval_ode_log_prob = True", "(1.0, 1.0)"],
+    ),
+    (
+        {"shaping.kind": "log_vendi", "shaping.weight": 0.1},
+        ['shaping.kind = "log_vendi"', "use_reward_gradient = False", "'vendi'"],
+    ),
+    (
+        {"shaping.kind": "log_rke", "shaping.weight": 0.1, "use_reward_gradient": True, "train.batch_size": 3},
+        ['shaping.kind = "log_rke"', "train.batch_size = 3", "train.batch_size = 4, or a multiple"],
+    ),
+    ({"shaping.kind": "vendi"}, ["shaping.weight = 0.0", 'shaping.kind = "vendi"', "above 0"]),
+    (
+        {"shaping.kind": "distance", "shaping.weight": 0.1},
+        ["shaping.weight = 0.1", 'shaping.kind = "distance"', "it takes 0."],
+    ),
+    ({"shaping.weight": 0.1}, ["shaping.weight = 0.1", 'shaping.kind = ""']),
+    (
+        {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
+        ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.model": "assets/tiny_features"},
+        ["shaping.model = 'assets/tiny_features'", 'shaping.extractor = "pixels"', "no model"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.extractor": "clip", "shaping.model": "assets/tiny_features"},
+        ["shaping.model = 'assets/tiny_features'", "config.diversity.model", "pixels"],
+    ),
+    ({"guard.patience": 2, "eval_freq": 0}, ["guard.patience = 2", "config.eval_freq = 0", "at least 1"]),
+    (
+        {"guard.patience": 2, "eval.judge": "", "eval.modes": "", "eval.rewards": ("pickscore",)},
+        ["guard.patience = 2", "eval.judge = ''", "eval.rewards = ('pickscore',)", "it takes 0"],
+    ),
+    ({"guard.max_drop": 0.1}, ["guard.max_drop = 0.1", "eval.judge = ", "none that is trained on"]),  # judge is reward
+    (
+        {"guard.diversity_floor": 0.5, "eval_diversity": False},
+        ["guard.diversity_floor = 0.5", "config.eval_diversity = False", "it takes 0", "config.eval_diversity = True"],
+    ),
+    (
+        {"guard.diversity_floor": 0.5, "eval_freq": 0},
+        ["guard.diversity_floor = 0.5", "config.eval_freq = 0", "at least 1"],
+    ),
 ]
 
 

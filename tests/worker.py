@@ -1,45 +1,66 @@
-"""Run by test_processes.py on one or two processes: one epoch's gradient and one evaluation's samples, saved."""
+"""Run by test_processes.py on one or two processes: an epoch's gradient by every method, and samples, saved."""
 
 import sys
 
 import torch
+from ml_collections import ConfigDict
 
+from flow_grpo import places
 from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.launch import launch
-from flow_grpo.loops import drtune
-from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.recipes.base import get_config
+from flow_grpo.recipes.sd3 import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
+from flow_grpo.settings import resolve
+
+NAMES = (*METHODS, "nsr", "shaped")  # of the recipes tiny_<name>; `nsr` leaves images out, not as many on every process
 
 
-def main(method: str, models: str, out: str) -> None:
-    config = get_config()
-    config.logdir, config.run_name, config.trackers = f"{out}-logs", "run", ()
-    config.use_reward_gradient = method == "drtune"
-    config.pretrained.model, config.reward_fn.pickscore = f"{models}/sd3", 1.0
+def configuration(name: str, models: str, logdir: str) -> ConfigDict:
+    """3 groups of 4, of which two processes share one; FDFO's pairs of 2 likewise."""
+    config = get_config("tiny_grpo" if name == "shaped" else f"tiny_{name}")
+    if name == "shaped":  # GRPO, by what an image adds to a group that two processes share
+        config.shaping.kind, config.shaping.weight = "vendi", 0.1
+    config.logdir, config.run_name, config.trackers = logdir, name, ()
+    config.pretrained.model, config.reward_model.pickscore = f"{models}/sd3", f"{models}/clip"
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
-    config.reward_model.pickscore, config.eval.judge, config.eval.modes = f"{models}/clip", f"{models}/judge", ""
+    config.eval.judge, config.eval.modes, config.eval_diversity = f"{models}/judge", "", False
     config.eval.num_prompts, config.eval.num_image_per_prompt, config.eval.batch_size = 1, 7, 3
-    config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 4
+    config.sample.groups_per_epoch, config.sample.num_image_per_prompt = 3, 2 if name == "fdfo" else 4
     config.sample.batch_size = config.train.batch_size = 3
-    config.sample.num_steps, config.train.updates_per_epoch, config.train.beta = 5, 1, 0.1
-    settings, accelerator = launch(config)
-    policy = Policy.load(settings, accelerator)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in policy.trainable:  # the gradient of LoRA's A is zero until B is not
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    policy.optimizer.step = policy.optimizer.zero_grad = lambda: None  # keep the gradient
-    prompts = PromptDataset.load(config.prompts.train)
-    run = Run(settings, accelerator)
-    train_epoch = (grpo if method == "grpo" else drtune).train_epoch
-    train_epoch(policy, prompts, build_reward(settings.config, accelerator.device), settings, run)
-    samples = draw_samples(policy, prompts, settings, run)
-    if run.is_main:
+    config.sample.num_steps, config.train.updates_per_epoch = 5, 1
+    config.anchored.base_images, config.anchored.base_prompts = (4, 3) if name == "anchored" else (64, 16)
+    if name != "nsr" and not method_of(config).needs_base:
+        config.train.beta = 0.1
+    return config
+
+
+def main(models: str, out: str) -> None:
+    found, accelerator = {}, None
+    for name in NAMES:
+        config = configuration(name, models, f"{out}-logs")
+        if accelerator is None:
+            settings, accelerator = launch(config)
+        else:
+            settings = resolve(config, accelerator.num_processes, cuda=False)
+        policy = Policy.load(settings, accelerator)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in policy.trainable:  # the gradient of LoRA's A is zero until B is not
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        policy.optimizer.step = policy.optimizer.zero_grad = lambda: None  # keep the gradient
+        prompts = PromptDataset.load(config.prompts.train)
+        run, reward = Run(settings, accelerator), build_reward(settings.config, accelerator.device)
+        metrics = places.load(method_of(settings.config).loop)(policy, prompts, reward, settings, run)
+        samples = draw_samples(policy, prompts, settings, run) if name == "grpo" else None
         gradient = torch.cat([p.grad.flatten() for p in policy.trainable])
-        torch.save({"gradient": gradient, "images": samples.images, "latents": samples.latents}, out)
+        found[name] = {"gradient": gradient, "metrics": metrics}
+        if samples is not None:
+            found[name] |= {"images": samples.images, "latents": samples.latents}
+    if run.is_main:
+        torch.save(found, out)
     run.finish()
 
 

@@ -71,6 +71,15 @@ def not_negative(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it takes a number of at least 0")
 
 
+def shares(text: str) -> tuple[float, float]:
+    """A parser of one or two numbers from 0 to 1; one counts twice."""
+    with suppress(ValueError):
+        found = [float(part) for part in text.split(",")]
+        if len(found) in (1, 2) and all(0 <= share <= 1 for share in found):
+            return found[0], found[-1]
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it takes one or two numbers from 0 to 1, as in 1,0.5")
+
+
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     """How images are drawn; the default is what the run, or else the pipeline, has."""
     parser.add_argument(
@@ -81,6 +90,12 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=whole(1), help="sampler steps")
     parser.add_argument("--guidance", type=not_negative, help="guidance scale; 1: none")
+    parser.add_argument(
+        "--tuned-share",
+        type=shares,
+        metavar="G[,G0]",
+        help="g v_tuned + (1 - g) v_base: g, or g of the noisiest and the last step (default: 1)",
+    )
     parser.add_argument("--size", type=whole(1), help="pixels, height and width")
     parser.add_argument("--seed", type=whole(0), help="keys the noise")
     parser.add_argument("--batch-size", type=whole(1), help="images at once")
@@ -146,6 +161,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         loras=tuple(arguments.lora),
         steps=arguments.steps,
         guidance=arguments.guidance,
+        tuned_share=arguments.tuned_share,
         size=arguments.size,
         seed=arguments.seed,
         batch_size=arguments.batch_size,

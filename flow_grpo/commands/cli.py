@@ -29,7 +29,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
 from flow_grpo.recipes import sd3 as grpo
-from flow_grpo.recipes.base import decides_what_is_seen, leaves
+from flow_grpo.recipes.base import RENAMED, decides_what_is_seen, leaves
 from flow_grpo.runs.config import config_from, read_config
 from flow_grpo.runs.folder import check_name, flatten, run_folder_of
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkpoint
@@ -311,6 +311,10 @@ def _check_key(argument: str, declared: dict[str, Any]) -> None:
     if match is None or match[1] in declared:
         return
     key = match[1]
+    if key in RENAMED:
+        now, meanings = RENAMED[key]
+        values = " or ".join(f"{new!r} for what was {old!r}" for old, new in meanings.items())
+        raise ConfigError(f"config.{key} has become config.{now}, which takes {values}.")
     members = [f"config.{name}" for name in declared if name.startswith(f"{key}.")]
     if members:
         raise ConfigError(f"config.{key} is a group of keys, which are set one by one: {', '.join(members)}.")

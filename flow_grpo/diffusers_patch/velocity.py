@@ -1,4 +1,4 @@
-"""The velocity under classifier-free guidance: the only such forward of the code base."""
+"""The velocity under classifier-free guidance, the only such forward of the code base; and two velocities blended."""
 
 from __future__ import annotations
 
@@ -52,3 +52,20 @@ def guided_velocity(
     both = PromptEmbeds.cat([negative_embeds, embeds])
     v_uncond, v_cond = network(torch.cat([latents, latents]), sigma, both).chunk(2)
     return v_uncond + guidance_scale * (v_cond - v_uncond)
+
+
+def blended_velocity(tuned: VelocityFn, base: VelocityFn, noisy: float, clean: float) -> VelocityFn:
+    """v = gamma v_tuned + (1 - gamma) v_base, gamma = noisy at sigma = 1, clean at sigma = 0, and linear between.
+
+    Where gamma is 1 or 0, the other of the two is not evaluated; always 1: what is returned is `tuned` itself.
+    """
+    if noisy == clean == 1:
+        return tuned
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        gamma = sigma * noisy + (1 - sigma) * clean
+        if gamma in (0, 1):
+            return (tuned if gamma else base)(latents, sigma)
+        return gamma * tuned(latents, sigma) + (1 - gamma) * base(latents, sigma)
+
+    return velocity

@@ -82,11 +82,16 @@ class FeatureExtractor:
         return features
 
     def _unit_features(self, images: Tensor) -> Tensor:
-        import torch
+        return self.differentiable(images.to(self.device)).cpu()
+
+    def differentiable(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) on the device -> (B, d) float32 of unit length, in one batch, with their graph.
+
+        Of an extractor that was loaded with `eight_bit`, the graph ends at the rounding.
+        """
         import torch.nn.functional as F
 
-        features = self._encode(images.to(self.device, torch.float32))
-        return F.normalize(features.float(), dim=-1).cpu()
+        return F.normalize(self._encode(images.float()).float(), dim=-1)
 
 
 def load_extractor(
@@ -95,6 +100,7 @@ def load_extractor(
     pretrained: str = "",
     device: torch.device | str = "cpu",
     batch_size: int = 64,
+    eight_bit: bool = True,
 ) -> FeatureExtractor:
     """The features that `kind` (one of EXTRACTORS) computes with `model`.
 
@@ -104,30 +110,50 @@ def load_extractor(
     - a .json file, that of a model or an open_clip_config.json, with `pretrained` a file of weights;
     - "hf-hub:org/name" or "local-dir:folder", which bring their weights: no `pretrained`.
 
+    With `eight_bit` pixels are rounded as the libraries do; without it features have a gradient.
+
     Raises:
         ConfigError: one sentence on what is unknown, missing, damaged, out of reach, or of another architecture.
     """
     if kind not in EXTRACTORS:
         raise ConfigError(f"the features {kind!r} are unknown; there are {', '.join(EXTRACTORS)}.")
-    encode = _LOADERS[kind](model, pretrained, device)
+    encode = _LOADERS[kind](model, pretrained, device, eight_bit)
     name = ":".join(part for part in (kind, model, pretrained) if part)
     return FeatureExtractor(name, encode, device, batch_size)
+
+
+def pixel_extractor(
+    device: torch.device | str = "cpu", batch_size: int = 64, side: int = 8, eight_bit: bool = True
+) -> FeatureExtractor:
+    """Features without a network: the image at side x side pixels, minus grey; 3 side^2 of them, of unit length.
+
+    They see colours and where they lie, nothing of what is shown: a red bag and a red coat in one place are alike. They
+    are nobody's reward, and nobody's judge.
+    """
+
+    def encode(images: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        pixels = (255 * images).round() / 255 if eight_bit else images
+        return (F.adaptive_avg_pool2d(pixels, side) - 0.5).flatten(1)
+
+    return FeatureExtractor(f"pixels:{side}x{side}", encode, device, batch_size)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------
 
 
-def _load_clip(model: str, pretrained: str, device: torch.device | str) -> Encode:
+def _load_clip(model: str, pretrained: str, device: torch.device | str, eight_bit: bool) -> Encode:
     _check_transformers("clip", model, pretrained)
     from flow_grpo.rewards.clip import ClipScorer
 
     with _one_sentence(f"{model!r} cannot be loaded as a CLIP"):
         scorer = ClipScorer(model, device)
-    scorer.image_path = replace(scorer.image_path, eight_bit=True)
+    scorer.image_path = replace(scorer.image_path, eight_bit=eight_bit)
     return scorer.image_features
 
 
-def _load_dinov2(model: str, pretrained: str, device: torch.device | str) -> Encode:
+def _load_dinov2(model: str, pretrained: str, device: torch.device | str, eight_bit: bool) -> Encode:
     _check_transformers("dinov2", model, pretrained)
     from transformers import AutoConfig, AutoModel
 
@@ -138,7 +164,7 @@ def _load_dinov2(model: str, pretrained: str, device: torch.device | str) -> Enc
         found = AutoConfig.from_pretrained(source).model_type
         if found not in DINOV2_TYPES:
             raise ConfigError(f"{model!r} is no DINOv2 but a {found!r}; it takes {' or '.join(DINOV2_TYPES)}.")
-        image_path = replace(ImagePath.load(source), eight_bit=True)
+        image_path = replace(ImagePath.load(source), eight_bit=eight_bit)
         loaded: Any = AutoModel.from_pretrained(source, output_loading_info=True)
     network, info = loaded
     if info["missing_keys"]:  # the library has filled them with random numbers
@@ -160,7 +186,7 @@ def _frozen(network: torch.nn.Module, device: torch.device | str) -> Any:
 # --- open_clip ------------------------------------------------------------------------------------------------
 
 
-def _load_open_clip(model: str, pretrained: str, device: torch.device | str) -> Encode:
+def _load_open_clip(model: str, pretrained: str, device: torch.device | str, eight_bit: bool) -> Encode:
     import open_clip
 
     from flow_grpo.rewards.image_path import ImagePath
@@ -176,7 +202,7 @@ def _load_open_clip(model: str, pretrained: str, device: torch.device | str) -> 
             )
     network = _frozen(network, device)
     image_path = ImagePath.from_open_clip(open_clip.get_model_preprocess_cfg(network), model)
-    image_path = replace(image_path, eight_bit=True)
+    image_path = replace(image_path, eight_bit=eight_bit)
     return lambda images: network.encode_image(image_path(images))
 
 
@@ -262,7 +288,7 @@ def _one_sentence(subject: str) -> Iterator[None]:
         raise ConfigError(f"{subject}: {shown}") from error
 
 
-_LOADERS: dict[str, Callable[[str, str, Any], Encode]] = {
+_LOADERS: dict[str, Callable[[str, str, Any, bool], Encode]] = {
     "clip": _load_clip,
     "dinov2": _load_dinov2,
     "open_clip": _load_open_clip,

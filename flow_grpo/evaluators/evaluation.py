@@ -40,7 +40,7 @@ from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.types import Samples
 
-EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/")  # metrics that a record keeps besides
+EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/", "forward_kl/")  # metrics that a record keeps besides
 
 
 @dataclass(frozen=True)

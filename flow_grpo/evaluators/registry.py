@@ -22,6 +22,7 @@ BUILDERS = [  # "module:attribute", in the order in which they are asked
     "flow_grpo.evaluators.entropy:build",
     "flow_grpo.evaluators.film_strip:build",
     "flow_grpo.evaluators.diversity:build",
+    "flow_grpo.evaluators.forward_kl:build",
 ]
 
 

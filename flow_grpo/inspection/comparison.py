@@ -122,8 +122,7 @@ def _replace_transformer(image_model: ImageModel, folder: Path) -> None:
         raise ConfigError(f"{folder} cannot be loaded as its transformer: {first_line(error)}") from error
     if missing:
         raise ConfigError(f"{folder} is not whole: {missing[0]} is the first weight it lacks.")
-    image_model.transformer = transformer.to(image_model.device).requires_grad_(False).eval()
-    image_model.pipeline.transformer = image_model.transformer
+    image_model.replace_transformer(transformer)
 
 
 def draw_prompt(look: Look, prompt: str, number: int) -> tuple[tuple[Loaded, ...], list[Image.Image]]:

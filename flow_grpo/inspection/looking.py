@@ -55,6 +55,7 @@ FLAGS = {  # key -> the option that sets it, and its name in Options
     "eval.judge": ("--judge", "judge"),
     "eval.num_steps": ("--steps", "steps"),
     "eval.guidance_scale": ("--guidance", "guidance"),
+    "eval.tuned_share": ("--tuned-share", "tuned_share"),
     "resolution": ("--size", "size"),
     "eval.seed": ("--seed", "seed"),
     "eval.batch_size": ("--batch-size", "batch_size"),
@@ -74,6 +75,7 @@ class Options:
     judge: str = ""
     steps: int | None = None
     guidance: float | None = None
+    tuned_share: tuple[float, float] | None = None
     size: int | None = None
     seed: int | None = None
     batch_size: int | None = None
@@ -239,6 +241,7 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     chosen = {
         "eval.num_steps": options.steps,
         "eval.guidance_scale": options.guidance,
+        "eval.tuned_share": options.tuned_share,
         "resolution": options.size,
         "eval.seed": options.seed,
         "eval.batch_size": options.batch_size,

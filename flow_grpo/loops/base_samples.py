@@ -123,11 +123,12 @@ def draw_base_samples(
     """
     config, accelerator = settings.config, policy.accelerator
     chosen = list(range(min(config.anchored.base_prompts, len(prompts))))
-    mine = chosen[accelerator.process_index :: accelerator.num_processes]
     encode = _encoder(config, policy) if config.anchored.target_diversity > 0 else None
     found = []
-    for prompt in run.progress(mine, "base samples"):
-        found.append((prompt, *_of_prompt(policy, prompts, reward, settings, run, prompt, encode)))
+    for first in run.progress(range(0, len(chosen), accelerator.num_processes), "base samples"):
+        run.check_stop()  # collective: as often on every process
+        for prompt in chosen[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
+            found.append((prompt, *_of_prompt(policy, prompts, reward, settings, prompt, encode)))
     rows = sorted(gather_object(found), key=lambda row: row[0])
     return BaseSamples(
         rewards=np.stack([rewards for _, rewards, _, _ in rows]),
@@ -141,7 +142,6 @@ def _of_prompt(
     prompts: PromptDataset,
     reward: WeightedReward,
     settings: Settings,
-    run: Run,
     prompt: int,
     encode: Callable[[torch.Tensor], np.ndarray] | None,
 ) -> tuple[np.ndarray, float, np.ndarray | None]:
@@ -149,7 +149,6 @@ def _of_prompt(
     config, text = settings.config, prompts.prompts[prompt]
     rewards, latents, features = [], [], []
     for chunk in torch.arange(config.anchored.base_images).split(config.train.batch_size):
-        run.check_stop()
         generators = [keyed_generator(config.seed, "base", prompt, n) for n in chunk.tolist()]
         velocity = policy.reference_velocity(policy.encode([text] * len(chunk)), config.sample.guidance_scale)
         with torch.no_grad():

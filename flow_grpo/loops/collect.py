@@ -1,4 +1,4 @@
-"""Which prompts an epoch trains on.
+"""An epoch's images: which prompts they are of, how they are sampled and scored, and what their rewards are worth.
 
 The order of the prompts is an infinite stream: one keyed permutation of the dataset after another. An epoch takes the
 next `groups` entries, from a position that checkpoints keep, whatever the number of processes; every prompt is used
@@ -7,12 +7,26 @@ once before any is used again, also where the number of groups changes on the wa
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
 from flow_grpo.batching import BatchPlan
+from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
+from flow_grpo.loops.shaped import extractor_of, features_of, shaped_advantages, shaped_rewards
+from flow_grpo.metrics import MeanMetrics
+from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.randomness import keyed_generator
-from flow_grpo.types import PromptBatch
+from flow_grpo.randomness import keyed_generator, sample_generators
+from flow_grpo.rewards import WeightedReward
+from flow_grpo.runs.run import Run
+from flow_grpo.settings import Settings
+from flow_grpo.types import PromptBatch, Trajectory
+
+# --- prompts --------------------------------------------------------------------------------------------
 
 
 def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int, rank: int) -> PromptBatch:
@@ -41,3 +55,172 @@ def _stream(size: int, seed: int, start: int, count: int) -> list[int]:
     passes = [torch.randperm(size, generator=keyed_generator(seed, "prompts", i)) for i in range(first, last + 1)]
     offset = start - first * size
     return torch.cat(passes)[offset : offset + count].tolist()
+
+
+# --- images and their rewards ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Images:
+    """What one process keeps of an epoch's rollouts: N images, in the order of their sample ids."""
+
+    batch: PromptBatch  # of the N
+    epoch: int
+    trajectory: Trajectory  # of the N
+    rewards: Tensor  # (N,) float32
+    features: Tensor | None = None  # (N, d) float32, of `config.shaping`; None: it asks for none
+
+
+def sample_images(
+    policy: Policy,
+    batch: PromptBatch,
+    reward: WeightedReward,
+    settings: Settings,
+    run: Run,
+    metrics: MeanMetrics,
+    chunks: Sequence[Tensor] | None = None,
+    starts: Tensor | None = None,
+) -> Images:
+    """Sample this process's images by `config.sample` and the present weights, and score them.
+
+    Args:
+        chunks: positions in the batch that are sampled together, each once; None: `sample.batch_size` consecutive ones.
+        starts: (N,) int64: images of the same number begin at the same noise; None: each at its own.
+    """
+    config, epoch = settings.config, run.counters.epoch
+    if chunks is None:
+        chunks = torch.arange(len(batch)).split(config.sample.batch_size)
+    extractor = extractor_of(config, policy.device)
+    trajectories, totals, features = [], [], []
+    for chunk in run.progress(chunks, "sampling"):
+        run.check_stop()
+        prompts = [batch.prompts[i] for i in chunk.tolist()]
+        begins = None if starts is None else starts[chunk]
+        trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins)
+        with torch.no_grad():
+            images = policy.decode(trajectory.final_latents)
+            scores = reward(images, prompts, [batch.metadata[i] for i in chunk.tolist()])
+        trajectories.append(trajectory)
+        totals.append(scores.total)
+        if extractor is not None:
+            features.append(features_of(extractor, images))
+        metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
+    rewards, trajectory = torch.cat(totals), Trajectory.cat(trajectories)
+    seen = torch.cat(features) if features else None
+    order = torch.cat(list(chunks)).argsort().to(policy.device)  # back to that of the sample ids
+    if (order.diff() != 1).any():
+        rewards, trajectory = rewards[order], trajectory[order]
+        seen = None if seen is None else seen[order]
+    return Images(batch, epoch, trajectory, rewards, seen)
+
+
+def _sample(
+    policy: Policy, prompts: Sequence[str], sample_ids: Tensor, settings: Settings, epoch: int, starts: Tensor | None
+) -> Trajectory:
+    """The rollout of some images; their first noise is keyed by `starts` where there are any, all else by image."""
+    config = settings.config
+    generators = sample_generators(config.seed, "noise", epoch, sample_ids)
+    if starts is None:
+        noise = policy.noise(generators)
+    else:
+        noise = policy.noise(sample_generators(config.seed, "start", epoch, starts))
+    return pipeline_with_logprob(
+        policy.velocity(policy.encode(prompts), config.sample.guidance_scale),
+        noise,
+        policy.sigmas(config.sample.num_steps),
+        sde_type=config.sample.sde_type,
+        noise_level=config.sample.noise_level,
+        window=sde_window(settings, epoch),
+        generators=generators,
+    )
+
+
+def sde_window(settings: Settings, epoch: int) -> range:
+    """The steps that are stochastic in this epoch: all, or a window (Flow-GRPO-Fast; MixGRPO, arXiv 2507.21802).
+
+    A random window is drawn anew each epoch. A sliding one begins with the first, noisiest steps, moves on by
+    `sde_window_stride` every `sde_window_epochs` epochs, ends with the last steps, and then begins again.
+    """
+    sample = settings.config.sample
+    if sample.sde_window_size == 0:
+        return range(sample.num_steps)
+    first, end = sample.sde_window_range if any(sample.sde_window_range) else (0, sample.num_steps)
+    room = end - first - sample.sde_window_size  # steps by which it can move
+    if sample.sde_window_placement == "sliding":
+        places = [*range(0, room, sample.sde_window_stride), room]
+        start = first + places[epoch // sample.sde_window_epochs % len(places)]
+    else:
+        generator = keyed_generator(settings.config.seed, "window", epoch)
+        start = first + int(torch.randint(room + 1, (), generator=generator))
+    return range(start, start + sample.sde_window_size)
+
+
+# --- what the rewards are worth -------------------------------------------------------------------------
+
+
+def advantages_of(policy: Policy, images: Images, settings: Settings, metrics: MeanMetrics) -> Tensor:
+    """Advantages of this process's images, (N,) float32, clamped, from the rewards of all processes."""
+    train = settings.config.train
+    rewards, groups = gathered_rewards(policy, images, metrics)
+    advantages = group_advantages(rewards, groups, train.advantage_std)
+    if images.features is not None:
+        features = policy.accelerator.gather(images.features)
+        advantages = shaped_advantages(advantages, groups, features, settings.config)
+    advantages = apply_advantage_mode(advantages, train.advantage_mode).clamp(-train.adv_clip_max, train.adv_clip_max)
+    return advantages[settings.plan.process_slice(policy.accelerator.process_index)].to(images.rewards.dtype)
+
+
+def gathered_rewards(policy: Policy, images: Images, metrics: MeanMetrics) -> tuple[Tensor, Tensor]:
+    """Collective: the rewards, with the bonus of `config.shaping`, and the group ids, of all processes' images, in the
+    order of their sample ids. What is logged as "reward" is without the bonus.
+    """
+    rewards = policy.accelerator.gather(images.rewards)
+    groups = policy.accelerator.gather(images.batch.group_ids.to(policy.device))
+    metrics.add(
+        {
+            "reward": rewards.mean(),
+            "reward_std": rewards.std(correction=0),
+            "zero_std_fraction": zero_std_fraction(rewards, groups),
+        }
+    )
+    if images.features is None:
+        return rewards, groups
+    shaped = shaped_rewards(rewards, groups, policy.accelerator.gather(images.features), policy.settings.config)
+    metrics.add({"bonus": (shaped - rewards).mean(), "bonus_std": (shaped - rewards).std(correction=0)})
+    return shaped, groups
+
+
+# --- minibatches ----------------------------------------------------------------------------------------
+
+
+def sampling_minibatches(settings: Settings, count: int, recorded: bool) -> list[Tensor]:
+    """Which of a process's `count` images are sampled together: each once, int64.
+
+    Below float32 an image's velocity depends a little on how many are computed with it. Where training compares with
+    what the rollout has `recorded`, a ratio that should be 1 would not be: there the very minibatches of training are
+    sampled. Else they are `sample.batch_size` consecutive images.
+    """
+    config, plan = settings.config, settings.plan
+    exact = config.mixed_precision == "no" or not recorded
+    if exact or count != plan.images_per_process:
+        return list(torch.arange(count).split(config.sample.batch_size))
+    return [chunk for u in range(plan.updates) for chunk in plan.update_indices(u).split(config.train.batch_size)]
+
+
+def training_minibatches(settings: Settings, update: int, teaches: Tensor, recorded: bool) -> list[Tensor]:
+    """The images of one update that have something to teach, in minibatches: as many on every process, some empty.
+
+    Below float32, where the rollout's records are compared with, a minibatch stays as it was sampled (see
+    `sampling_minibatches`): only one that has nothing to teach is left out.
+
+    Args:
+        teaches: (N,) bool: of this process's images.
+    """
+    config, plan = settings.config, settings.plan
+    indices, teaches = plan.update_indices(update), teaches.cpu()
+    whole = indices.split(config.train.batch_size)
+    if config.mixed_precision == "no" or not recorded:
+        chunks = list(indices[teaches[indices]].split(config.train.batch_size))
+    else:
+        chunks = [chunk if teaches[chunk].any() else chunk[:0] for chunk in whole]
+    return chunks + [indices[:0]] * (len(whole) - len(chunks))

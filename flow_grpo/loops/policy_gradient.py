@@ -15,24 +15,29 @@ import torch
 from ml_collections import FrozenConfigDict
 from torch import Tensor
 
-from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
-from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.sd3_sde_with_logprob import step_mean
 from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
-from flow_grpo.errors import TrainingStopped
 from flow_grpo.likelihood_ratio import Action, Likelihood, RatioKeys, Score, likelihood_of
-from flow_grpo.loops.collect import epoch_prompts
-from flow_grpo.loops.update import apply_update
-from flow_grpo.losses import gaussian_kl, normalized_log_ratio, policy_loss, velocity_kl
+from flow_grpo.loops.collect import (
+    advantages_of,
+    epoch_prompts,
+    sample_images,
+    sampling_minibatches,
+    training_minibatches,
+)
+from flow_grpo.loops.update import apply_update, check_ratio
+from flow_grpo.losses import gaussian_kl, kl_weight, normalized_log_ratio, policy_loss, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.randomness import keyed_generator, sample_generators
+from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.types import PromptBatch, Trajectory
+
+LOGGED = ("ratio_mean", "clip_fraction", "approx_kl", "log_ratio_mean")  # of each slot that is trained
 
 
 @dataclass(frozen=True)
@@ -73,87 +78,25 @@ def collect(
 
     The images' likelihoods under these weights, the old side of the ratio, are kept with them.
     """
-    config, epoch = settings.config, run.counters.epoch
-    window = sde_window(settings, epoch)
-    trajectories, totals = [], []
-    chunks = sampling_minibatches(settings, len(batch))
-    for chunk in run.progress(chunks, "sampling"):
-        run.check_stop()
-        prompts = [batch.prompts[i] for i in chunk.tolist()]
-        generators = sample_generators(config.seed, "noise", epoch, batch.sample_ids[chunk])
-        trajectory = pipeline_with_logprob(
-            policy.velocity(policy.encode(prompts), config.sample.guidance_scale),
-            policy.noise(generators),
-            policy.sigmas(config.sample.num_steps),
-            sde_type=config.sample.sde_type,
-            noise_level=config.sample.noise_level,
-            window=window,
-            generators=generators,
-        )
-        with torch.no_grad():
-            images = policy.decode(trajectory.final_latents)
-            scores = reward(images, prompts, [batch.metadata[i] for i in chunk.tolist()])
-        trajectories.append(trajectory)
-        totals.append(scores.total)
-        metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
-    rewards, trajectory = torch.cat(totals), Trajectory.cat(trajectories)
-    order = torch.cat(chunks).argsort().to(policy.device)  # back to that of the sample ids
-    if (order.diff() != 1).any():
-        rewards, trajectory = rewards[order], trajectory[order]
-    advantages = _advantages(policy, batch, rewards, settings, metrics)
+    recorded = likelihood_of(settings.config).recorded
+    chunks = sampling_minibatches(settings, len(batch), recorded)
+    images = sample_images(policy, batch, reward, settings, run, metrics, chunks)
     experience = Experience(
-        batch.prompts, batch.sample_ids, epoch, trajectory, rewards, advantages, old_log_probs=trajectory.log_probs
+        batch.prompts,
+        batch.sample_ids,
+        images.epoch,
+        images.trajectory,
+        images.rewards,
+        advantages_of(policy, images, settings, metrics),
+        old_log_probs=images.trajectory.log_probs,
     )
-    return experience if likelihood_of(config).recorded else _with_old_log_probs(policy, experience, settings, run)
-
-
-def sampling_minibatches(settings: Settings, count: int) -> list[Tensor]:
-    """Which of a process's `count` images are sampled together: each once, int64.
-
-    In float32 `sample.batch_size` consecutive ones. Below it an image's velocity depends a little on how many are
-    computed with it, and a ratio that should be 1 is not: the very minibatches of training are then sampled.
-    """
-    config, plan = settings.config, settings.plan
-    exact = config.mixed_precision == "no" or not likelihood_of(config).recorded
-    if exact or count != plan.images_per_process:
-        return list(torch.arange(count).split(config.sample.batch_size))
-    return [chunk for u in range(plan.updates) for chunk in plan.update_indices(u).split(config.train.batch_size)]
-
-
-def sde_window(settings: Settings, epoch: int) -> range:
-    """The steps that are stochastic in this epoch: all, or a window placed at random (Flow-GRPO-Fast, MixGRPO)."""
-    sample = settings.config.sample
-    if sample.sde_window_size == 0:
-        return range(sample.num_steps)
-    first, end = sample.sde_window_range if any(sample.sde_window_range) else (0, sample.num_steps)
-    generator = keyed_generator(settings.config.seed, "window", epoch)
-    start = first + int(torch.randint(end - first - sample.sde_window_size + 1, (), generator=generator))
-    return range(start, start + sample.sde_window_size)
-
-
-def _advantages(
-    policy: Policy, batch: PromptBatch, rewards: Tensor, settings: Settings, metrics: MeanMetrics
-) -> Tensor:
-    """Advantages of this process's images, (N,), from the rewards of all processes."""
-    train = settings.config.train
-    all_rewards = policy.accelerator.gather(rewards)
-    all_groups = policy.accelerator.gather(batch.group_ids.to(policy.device))
-    advantages = group_advantages(all_rewards, all_groups, train.global_std)
-    advantages = apply_advantage_mode(advantages, train.advantage_mode).clamp(-train.adv_clip_max, train.adv_clip_max)
-    metrics.add(
-        {
-            "reward": all_rewards.mean(),
-            "reward_std": all_rewards.std(correction=0),
-            "zero_std_fraction": zero_std_fraction(all_rewards, all_groups),
-        }
-    )
-    return advantages[settings.plan.process_slice(policy.accelerator.process_index)].to(rewards.dtype)
+    return experience if recorded else _with_old_log_probs(policy, experience, settings, run)
 
 
 def _with_old_log_probs(policy: Policy, experience: Experience, settings: Settings, run: Run) -> Experience:
     """The likelihoods that the rollout does not give, in the very minibatches of training: the ratio is then exactly 1.
 
-    Only of the slots that some pass of the epoch trains.
+    Only of the slots, and of the images, that some pass of the epoch trains.
     """
     config, plan = settings.config, settings.plan
     slots = likelihood_of(config).slots(experience.trajectory)
@@ -162,8 +105,10 @@ def _with_old_log_probs(policy: Policy, experience: Experience, settings: Settin
     for update in run.progress(range(plan.updates), "likelihoods"):
         passes = (_trained_slots(experience, settings, inner, update) for inner in range(config.train.num_inner_epochs))
         asked_for = sorted(set().union(*passes))
-        for chunk in plan.update_indices(update).split(config.train.batch_size):
+        for chunk in _taught(experience, settings, update):
             run.check_stop()
+            if len(chunk) == 0:
+                continue
             minibatch = _minibatch(policy, experience, chunk, config)
             for slot in asked_for:
                 with torch.no_grad():
@@ -204,9 +149,15 @@ def _train_update(
     config, plan = settings.config, settings.plan
     slots = _trained_slots(experience, settings, inner, update)
     loss, ratio_error = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
-    chunks = plan.update_indices(update).split(config.train.batch_size)
+    chunks = _taught(experience, settings, update)
+    metrics.add({"trained_fraction": sum(map(len, chunks)) / plan.images_per_update})
+    metrics.add(dict.fromkeys(LOGGED, 0.0), weight=0)  # other processes may train where this one does not
+    if not any(map(len, chunks)):
+        policy.accelerator.backward(0 * policy.trainable[0].sum())  # fp16's loss scaler must have seen a loss
     for chunk in run.progress(chunks, "training"):
         run.check_stop()
+        if len(chunk) == 0:
+            continue
         minibatch = _minibatch(policy, experience, chunk, config)
         weight = len(chunk) / plan.images_per_update / len(slots)
         for slot in slots:
@@ -220,6 +171,16 @@ def _train_update(
             {"ratio_error": check_ratio(policy, ratio_error, config.train.max_ratio_error * config.train.clip_range)}
         )
     metrics.add(apply_update(policy, loss, run))
+
+
+def _taught(experience: Experience, settings: Settings, update: int) -> list[Tensor]:
+    """The minibatches of one update: of all images where there is a KL, else of those with an advantage.
+
+    An image without one (NSR, PSR, a group of equal rewards) has no gradient, and pays for no forward.
+    """
+    config = settings.config
+    teaches = (experience.advantages != 0) | (config.train.beta > 0)  # nan teaches, and is skipped as an update
+    return training_minibatches(settings, update, teaches, likelihood_of(config).recorded)
 
 
 def _trained_slots(experience: Experience, settings: Settings, inner: int, update: int) -> list[int]:
@@ -266,8 +227,10 @@ def step_loss(minibatch: Minibatch, slot: int, config: FrozenConfigDict) -> dict
         "log_ratio_mean": clipped.log_ratio_mean,
     }
     if minibatch.reference is not None:
-        kl = _reference_kl(minibatch.reference, score.action, config)
-        terms |= {"loss": terms["loss"] + train.beta * kl, "kl": kl.detach()}
+        assert score.action is not None, "settings.resolve refuses a KL for every other likelihood"
+        beta = kl_weight(train.beta, score.action.levels[0], train.kl_min_sigma)
+        kl = _reference_kl(minibatch.reference, score.action, config) if beta > 0 else log_ratio.new_zeros(())
+        terms |= {"loss": terms["loss"] + beta * kl, "kl": kl.detach()}
     return terms
 
 
@@ -278,9 +241,8 @@ def _normalized(log_ratio: Tensor, mean_old: Tensor, action: Action | None) -> t
     return normalized_log_ratio(log_ratio, action.step.mean, mean_old, action.step.std), 1 / (sigma - sigma_next)
 
 
-def _reference_kl(reference: VelocityFn, action: Action | None, config: FrozenConfigDict) -> Tensor:
+def _reference_kl(reference: VelocityFn, action: Action, config: FrozenConfigDict) -> Tensor:
     """KL of a step to the reference model's, in the space that `train.kl_space` names: scalar, per dimension."""
-    assert action is not None, "settings.resolve refuses this option for every other likelihood"
     velocity_ref = reference(action.latents, action.levels[0])
     if config.train.kl_space == "velocity":
         return velocity_kl(action.velocity, velocity_ref)
@@ -289,22 +251,8 @@ def _reference_kl(reference: VelocityFn, action: Action | None, config: FrozenCo
 
 
 def _with_ratio_std(metrics: dict[str, float]) -> dict[str, float]:
-    """Add `ratio_std`, the standard deviation of log r over the epoch's images and slots, from its moments."""
+    """Add `ratio_std`, the standard deviation of log r over what the epoch has trained, from its moments."""
+    if "approx_kl" not in metrics:  # nothing was trained
+        return metrics
     variance = 2 * metrics["approx_kl"] - metrics["log_ratio_mean"] ** 2
     return metrics | {"ratio_std": math.sqrt(variance) if variance > 0 else 0.0}
-
-
-def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
-    """Largest |ratio - 1| over all processes before an epoch's first update, where the weights are the sampling ones.
-
-    Raises:
-        TrainingStopped: it exceeds `bound`. A non-finite error is left to the update, which skips and counts it.
-    """
-    error = policy.accelerator.gather(ratio_error.reshape(1)).max().item()
-    if error > bound:
-        raise TrainingStopped(
-            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
-            f"sampling and training compute different velocities, as they do when their guidance, precision or "
-            f"sampler differ; what was saved is intact"
-        )
-    return error

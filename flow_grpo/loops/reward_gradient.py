@@ -7,15 +7,16 @@ process; each microbatch accumulates that gradient. The methods differ in nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.loops.collect import epoch_prompts
+from flow_grpo.loops.shaped import group_diversity
 from flow_grpo.loops.update import apply_update
-from flow_grpo.losses import reward_losses, velocity_kl
+from flow_grpo.losses import kl_weight, reward_losses, velocity_kl
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
@@ -38,6 +39,7 @@ class Objective:
     reference: VelocityFn | None = None  # of the base model, without gradient
     reference_product: VelocityProduct | None = None
     beta: float = 0.0  # weight of the squared difference from the reference
+    kl_min_sigma: float = 0.0  # noise level from which on that counts
     backward: Callable[[Tensor], None] = torch.Tensor.backward
 
     def image_gradient(self, x0: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,9 +52,10 @@ class Objective:
 
     def penalty(self, x: Tensor, sigma: float, v: Tensor) -> Tensor:
         """beta mean((v - v_ref)^2) at one trained step: scalar. 0 without a penalty."""
-        if self.beta == 0 or self.reference is None:
+        beta = kl_weight(self.beta, sigma, self.kl_min_sigma)
+        if beta == 0 or self.reference is None:
             return v.new_zeros(())
-        return self.beta * velocity_kl(v, self.reference(x.detach(), sigma))
+        return beta * velocity_kl(v, self.reference(x.detach(), sigma))
 
 
 @dataclass(frozen=True)
@@ -113,11 +116,16 @@ def _train_microbatch(
     metadata = [batch.metadata[i] for i in chunk.tolist()]
     generators = sample_generators(config.seed, "noise", epoch, batch.sample_ids[chunk])
     embeds = policy.encode(prompts)
-    scores: list[RewardBatch] = []
+    groups, scores, diversity = batch.group_ids[chunk], [], []
 
     def losses(x0: Tensor) -> Tensor:
-        scores.append(reward(policy.decode(x0), prompts, metadata))
-        return reward_losses(scores[-1].total, config.drtune.hinge)
+        images = policy.decode(x0)
+        scores.append(reward(images, prompts, metadata))
+        found = reward_losses(scores[-1].total, config.drtune.hinge)
+        if config.shaping.kind:
+            diversity.append(group_diversity(images, groups, config))
+            found = found - config.shaping.weight * diversity[-1]
+        return found
 
     objective = Objective(
         velocity=policy.velocity(embeds, guidance, config.drtune.detach_unconditional),
@@ -125,8 +133,11 @@ def _train_microbatch(
         reference=policy.reference_velocity(embeds, guidance),
         reference_product=policy.reference_product(embeds, guidance),
         beta=config.train.beta,
+        kl_min_sigma=config.train.kl_min_sigma,
         backward=lambda value: policy.accelerator.backward(weight * value),
     )
     value = gradient(objective, policy.noise(generators), generators)
+    if diversity:
+        value = replace(value, shares={**value.shares, "log_diversity": diversity[0].detach().mean()})
     terms = {name: score.detach() for name, score in scores[0].terms.items()}
     return value, RewardBatch(scores[0].total.detach(), terms)

@@ -1,4 +1,4 @@
-"""One optimizer step: average over processes, check, clip, step, average the weights."""
+"""One optimizer step: average over processes, check, clip, step, average the weights. Before it: is the ratio 1?"""
 
 from __future__ import annotations
 
@@ -78,3 +78,19 @@ def _count_nonfinite(policy: Policy, run: Run, loss: float, grad_norm: float) ->
             f"{loss}, gradient norm {grad_norm}); stopped after {run.counters.epoch} epochs, what is in "
             f"{run.folder} is intact"
         )
+
+
+def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
+    """Largest |ratio - 1| over all processes before an epoch's first update, where the weights are the sampling ones.
+
+    Raises:
+        TrainingStopped: it exceeds `bound`. A non-finite error is left to the update, which skips and counts it.
+    """
+    error = policy.accelerator.gather(ratio_error.reshape(1)).max().item()
+    if error > bound:
+        raise TrainingStopped(
+            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
+            f"sampling and training compute different velocities, as they do when their guidance, precision or "
+            f"sampler differ; what was saved is intact"
+        )
+    return error

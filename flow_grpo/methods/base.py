@@ -28,10 +28,10 @@ class Method:
     reward_gradient: bool  # whether it needs the gradient of the reward: config.use_reward_gradient
     check: Callable[[ConfigDict], None]
     loop: str
-    needs_base: bool = False  # whether it asks for the base model's velocity, whatever train.beta
     keys: tuple[Key, ...] = ()  # settings that only it reads, or it and others of its file
     tiny: Recipe | None = None  # the recipe tiny_sd3_<name>
     sd35: Recipe | None = None  # the recipe pickscore_sd3_<name>
+    needs_base: bool = False  # whether it asks for the base model's velocity, whatever train.beta
 
 
 def takes_only(config: ConfigDict | FrozenConfigDict, key: str, allowed: Any, because: str) -> None:

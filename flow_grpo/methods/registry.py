@@ -8,13 +8,26 @@ from __future__ import annotations
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods import adjoint_matching, anchored, draft, drtune, flowbp, grpo, leapalign, refl
+from flow_grpo.methods import (
+    adjoint_matching,
+    anchored,
+    draft,
+    drtune,
+    fdfo,
+    flowbp,
+    forward_process,
+    grpo,
+    leapalign,
+    refl,
+)
 from flow_grpo.methods.base import Method
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         grpo.METHOD,
+        *forward_process.METHODS,
+        fdfo.METHOD,
         drtune.METHOD,
         flowbp.SPARSE,
         flowbp.LAGRANGE,

@@ -62,6 +62,7 @@ class Contents:
     comparison: Sequence[Mapping[str, Any]]  # a row for each group of runs; [] for one run
     incomparable: Sequence[str]  # settings of what is measured in which the runs differ
     left_out: Sequence[Mapping[str, Any]]  # of runs that are not shown whole: run, shown, of, pictures
+    stopped: Sequence[PageRun]  # by a guard
     measured: Mapping[str, Any]  # how: judge, features, ...
     strips: Sequence[Mapping[str, str]]  # film strips: name, data
 
@@ -100,6 +101,7 @@ def contents_of(runs: Sequence[PageRun], live: bool, label: str) -> Contents:
             for run, chosen, pictures in zip(runs, shown, affordable, strict=True)
             if len(chosen) < len(run.evaluations) or not pictures
         ],
+        stopped=[run for run in runs if run.stop is not None],
         measured=_measured(runs),
         strips=[strip for run in runs[:MOST_STRIP_RUNS] for strip in _strips(run, label, len(runs) > 1)],
     )

@@ -22,11 +22,18 @@ from flow_grpo.messages import say
 from flow_grpo.page.words import model_name
 from flow_grpo.runs.evaluations import read_record, record_path, records_of
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER, run_config
+from flow_grpo.runs.guards import Stop, early_stop
 from flow_grpo.runs.history import deciding_metric, salvage_history
 from flow_grpo.runs.record import Record
 
 METRICS = {"reward": "reward/total", "vendi": "diversity/vendi", "judge": "judge/accuracy"}  # figure -> in the history
-EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/")  # beginnings of other metrics worth a chart
+EXTRA = (
+    "entropy/",
+    "ode_log_prob/",
+    "diversity/",
+    "modes/",
+    "forward_kl/",
+)  # beginnings of other metrics worth a chart
 MOST_CHECKPOINTS = 12  # of a run whose images are shown
 
 
@@ -61,6 +68,7 @@ class PageRun:
     epoch: int  # trained so far
     evaluations: tuple[Evaluation, ...]  # by epoch, at least one
     best: int | None  # index of the best evaluation
+    stop: Stop | None = None  # why a guard ended it
 
     @property
     def compares(self) -> bool:
@@ -150,7 +158,8 @@ def read_run(folder: Path, name: str, label: str = "eval") -> PageRun:
     evaluations = _with_reached_base(found)
     epoch = max([line["step"] for line in history] + [evaluations[-1].epoch])
     best = best_evaluation(evaluations, config, history)
-    return PageRun(name, folder, config, environment, epoch, evaluations, best)
+    stop = early_stop(folder, config, epoch) if config else None
+    return PageRun(name, folder, config, environment, epoch, evaluations, best, stop)
 
 
 def _without_distances(path: Path) -> Record:
@@ -239,19 +248,22 @@ def best_evaluation(
     evaluations: Sequence[Evaluation], config: Mapping[str, Any], history: Sequence[Mapping[str, Any]] = ()
 ) -> int | None:
     """Index of the best after the base, by what `trainer.score_of` chooses checkpoints by: judge, else a held-out
-    reward, else the reward trained on; of the averaged weights where the history has them; the last of equals. None
-    where nothing of it was measured.
+    reward; of the averaged weights where the history has them; the last of equals. None where nothing of it was
+    measured. Of what was not trained here, and has no settings, by the judge.
     """
-    averaged = {line["step"]: _finite(line.get(deciding_metric(config, "eval_ema"))) for line in history}
-    held_out = [name for name in config.get("eval.rewards") or () if not config.get(f"reward_fn.{name}")]
+    metric = deciding_metric(config, "eval_ema") if config else "eval_ema/judge/accuracy"
+    if metric is None:
+        return None
+    averaged = {line["step"]: _finite(line.get(metric)) for line in history}
+    name = metric.removeprefix("eval_ema/")
 
     def score(evaluation: Evaluation) -> float | None:
         if any(value is not None for value in averaged.values()):
             return averaged.get(evaluation.epoch)
-        rewards = evaluation.record.rewards if evaluation.record is not None else {}
-        if any("judge" in other.figures for other in evaluations):
+        if name == METRICS["judge"]:
             return evaluation.figures.get("judge")
-        return _mean(rewards[held_out[0]]) if held_out and held_out[0] in rewards else evaluation.figures.get("reward")
+        rewards = evaluation.record.rewards if evaluation.record is not None else {}
+        return _mean(rewards.get(name.removeprefix("reward/"), ()))
 
     scores = [(value, i) for i, e in enumerate(evaluations) if e.epoch and (value := score(e)) is not None]
     return max(scores)[1] if scores else None

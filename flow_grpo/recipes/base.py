@@ -6,7 +6,7 @@ The defaults are the embedded tiny SD3 on two CPU cores; `flow_grpo.settings.res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -71,6 +71,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("eval_freq", 10, whole(0), "evaluate before the first epoch, every so many, and after the last"),
         Key("eval_ode_log_prob", False, YES_OR_NO, "measure log-densities and the differential entropy of the samples"),
         Key("eval_ode_log_prob_freq", 0, whole(0), "measure them every so many epochs; 0: as eval_freq"),
+        Key(
+            "eval_forward_kl",
+            False,
+            YES_OR_NO,
+            "measure how much worse the weights fit the base model's images, an alarm of hacking",
+        ),
         Key("eval_diversity", True, YES_OR_NO, "measure Vendi, RKE and their company on the samples"),
         Key("eval_diversity_freq", 0, whole(0), "measure them every so many epochs; 0: as eval_freq"),
         Key(
@@ -87,7 +93,28 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("visualize_steps_freq", 0, whole(0), "draw them every so many epochs; 0: as eval_freq"),
         Key("save_freq", 10, whole(0), "write a checkpoint every so many epochs, and after the last"),
-        Key("num_checkpoint_limit", 5, whole(0), "keep so many latest checkpoints, plus the best; 0: keep all"),
+        Key(
+            "num_checkpoint_limit",
+            5,
+            whole(0),
+            "keep so many latest checkpoints, plus the best by judge or held-out reward; 0: keep all",
+        ),
+    ),
+    "guards: end a run early, by an evaluation of the weights that the best checkpoint is chosen by": (
+        Key(
+            "guard.patience",
+            0,
+            whole(0),
+            "end when judge or held-out reward has not risen in so many evaluations; 0: never",
+        ),
+        Key("guard.max_drop", 0.0, NOT_NEGATIVE, "end when it is more than this below its highest; 0: never"),
+        Key(
+            "guard.diversity_floor",
+            0.0,
+            BELOW_ONE,
+            "end when the diversity within prompts is below this share of the base model's; 0: never",
+        ),
+        Key("guard.diversity", "vendi", choice("vendi", "rke"), '"vendi" or "rke": which diversity has the floor'),
     ),
     "the model": (
         Key(
@@ -178,6 +205,14 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             each(whole(0), "two whole numbers, (first, one past the last)", low=2, high=2),
             "GRPO: first and one-past-last step the window may cover; (0, 0): all",
         ),
+        Key(
+            "sample.sde_window_placement",
+            "random",
+            choice("random", "sliding"),
+            'of the window: "random", drawn each epoch, or "sliding" from the noisiest steps to the last, and again',
+        ),
+        Key("sample.sde_window_epochs", 25, whole(1), "sliding: epochs before the window moves on"),
+        Key("sample.sde_window_stride", 1, whole(1), "sliding: by how many steps it moves on"),
         Key("sample.groups_per_epoch", 10, whole(1), "prompts drawn per epoch, over all processes"),
         Key("sample.num_image_per_prompt", 8, whole(1), "group size: images per drawn prompt"),
         Key(
@@ -197,6 +232,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("train.adam_epsilon", 1e-8, POSITIVE, "AdamW: added to the root of the average square"),
         Key("train.max_grad_norm", 1.0, POSITIVE, "gradients are clipped to this norm"),
         Key("train.beta", 0.0, NOT_NEGATIVE, "weight of the KL divergence to the reference model"),
+        Key(
+            "train.kl_min_sigma",
+            0.0,
+            BELOW_ONE,
+            "the KL divergence counts at noise levels of at least this, the early steps; 0: at all",
+        ),
         Key("train.ema", True, YES_OR_NO, "keep an exponential moving average of the trained weights"),
         Key("train.ema_decay", 0.9, BELOW_ONE, "reached from below: update t decays by min((1 + t) / (10 + t), this)"),
         Key("train.max_nonfinite_updates", 5, whole(1), "so many skipped updates in a row stop the run"),
@@ -216,7 +257,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             choice("all", "positive", "negative", "weighted"),
             '"all", "positive", "negative" or "weighted"',
         ),
-        Key("train.global_std", False, YES_OR_NO, "normalise by the std of the whole epoch instead of the group's"),
+        Key(
+            "train.advantage_std",
+            "group",
+            choice("group", "batch", "none"),
+            'what rewards are divided by: the std of their "group", of the whole "batch" (the epoch), or "none"',
+        ),
         Key(
             "train.timestep_fraction",
             1.0,
@@ -249,6 +295,30 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "|ratio - 1| allowed before an epoch's first update, in units of clip_range",
         ),
     ),
+    "diversity in the objective: what an image's difference from its group adds": (
+        Key(
+            "shaping.kind",
+            "",
+            choice("", "distance", "cluster", "entropy", "vendi", "log_vendi", "log_rke"),
+            'black box: "distance", "cluster", "entropy", "vendi"; by gradient: "log_vendi", "log_rke"',
+        ),
+        Key("shaping.weight", 0.0, NOT_NEGATIVE, "beta of a bonus, in units of the reward"),
+        Key("shaping.bandwidth", 0.3, POSITIVE, '"entropy", "log_rke": of the kernel of unit features, 0 to 2 apart'),
+        Key(
+            "shaping.cluster_distance",
+            0.1,
+            number("a number above 0 and at most 2", lambda x: 0 < x <= 2),
+            '"cluster": images are one cluster up to this average of 1 - cos',
+        ),
+        Key(
+            "shaping.extractor",
+            "pixels",
+            choice("pixels", "clip", "dinov2", "open_clip"),
+            '"pixels": colours at 8 x 8 pixels, no network; or as diversity.extractor',
+        ),
+        Key("shaping.model", "", TEXT, "as diversity.model: neither a reward's, nor the judge's, nor diversity's"),
+        Key("shaping.pretrained", "", TEXT, "as diversity.pretrained"),
+    ),
     "reward gradients: DRTune and its kin": (
         Key("drtune.num_train_steps", 5, whole(1), "K: sampler steps that carry gradient; DRaFT-K: the last K"),
         Key(
@@ -271,6 +341,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("eval.seed", 0, whole(0), "keys the noise: the same images are asked of every run, whatever its seed"),
         Key("eval.num_steps", 10, whole(1, 10_000), "steps of the ODE sampler"),
         Key("eval.guidance_scale", 1.0, NOT_NEGATIVE, "as sample.guidance_scale"),
+        Key(
+            "eval.tuned_share",
+            (1.0, 1.0),
+            each(number("a number from 0 to 1", lambda x: 0 <= x <= 1), "two numbers from 0 to 1", low=2, high=2),
+            "g v_tuned + (1 - g) v_base: g at sigma = 1 and at sigma = 0, linear between",
+        ),
         Key("eval.num_prompts", 0, whole(0), "the first so many test prompts; 0: all"),
         Key("eval.num_image_per_prompt", 16, whole(1, 1_000_000), "images of each test prompt"),
         Key("eval.batch_size", 80, whole(1), "images per forward, per process"),
@@ -283,6 +359,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("eval.judge", "assets/tiny_features", TEXT, "a CLIP not used as reward, for prompt accuracy; empty: none"),
         Key("eval.modes", "assets/prompts/tiny/modes.json", TEXT, "known modes of each prompt, counted; empty: none"),
+        Key("forward_kl.draws", 4, whole(1, 10_000), "eval_forward_kl: times and noises of each image"),
         Key("eval.num_grid_prompts", 10, whole(1), "rows of the image grid"),
         Key("eval.num_grid_images", 8, whole(1), "columns of the image grid"),
     ),
@@ -339,6 +416,11 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
     ),
 }
 
+# Keys that had another name: it, the present one, and what each former value is now. Runs of before are read by it.
+RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
+    "train.global_std": ("train.advantage_std", {False: "group", True: "batch"}),
+}
+
 KEYS: dict[str, Key] = {key.name: key for keys in SECTIONS.values() for key in keys}
 
 
@@ -356,6 +438,16 @@ def get_config() -> ConfigDict:
     return config.lock()
 
 
+def by_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their full names, those of a run of before under their present names and values."""
+    found = {key: value for key, value in values.items() if key not in RENAMED}
+    for former in values.keys() & RENAMED.keys():
+        key, meanings = RENAMED[former]
+        value = values[former]
+        found[key] = next((now for then, now in meanings.items() if then == value), value)
+    return found
+
+
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key by its full name, and its value: ("train.beta", 0.0), ..."""
     for name, value in config.items():
@@ -368,9 +460,9 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # On resuming a run, a change of these would change what is drawn or measured from there on.
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
-    "prompts.", "reward_fn.", "reward_model.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
+    "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
     "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
-    "eval_diversity", "eval_ode_log_prob",
+    "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.paths import find_from
-from flow_grpo.recipes.base import get_config, leaves
+from flow_grpo.recipes.base import by_present_names, get_config, leaves
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, flatten, run_config
 
 # Keys, and groups of them, whose values may be paths.
@@ -71,7 +71,7 @@ def config_from(values: Mapping[str, Any], path: Path, overrides: Mapping[str, A
     Raises:
         ConfigError: naming `path`, where they are from, if they are no configuration of this project.
     """
-    config = get_config()
+    config, values = get_config(), by_present_names(values)
     unknown = sorted(values.keys() - dict(leaves(config)).keys())
     missing = sorted(dict(leaves(config)).keys() - values.keys())
     if unknown or "pretrained.model" in missing:

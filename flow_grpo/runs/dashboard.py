@@ -38,6 +38,7 @@ SECTIONS = {
     "modes": "c_diversity/modes",
     "entropy": "d_entropy",
     "ode_log_prob": "d_entropy/ode_log_prob",
+    "forward_kl": "d_entropy/forward_kl",
 }
 TRAINING, SAMPLES = "e_training", "samples"
 BEST = ("reward/total", "judge/accuracy", "diversity/vendi")  # shown of the evaluation that decides

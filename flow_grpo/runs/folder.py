@@ -116,8 +116,7 @@ def _checkpoint_of(config: Any, resumed: bool) -> Path:
 def _choose(config: Any) -> tuple[Path, bool]:
     """The run's folder, created, and whether it is an earlier run's that goes on."""
     logdir, name = Path(config.logdir), config.run_name
-    resumed = run_folder_of(config.resume_from)
-    if resumed is not None and (not name or resumed.resolve() == (logdir / name).resolve()):
+    if (resumed := resumed_folder(config)) is not None:
         return resumed, True
     if name and (Path(name).is_absolute() or ".." in Path(name).parts):
         raise ConfigError(f"config.run_name = {name!r} must name a folder under logdir={config.logdir!r}.")
@@ -211,6 +210,13 @@ def run_folder_of(resume_from: str) -> Path | None:
         if folder.name == CHECKPOINTS:
             candidates.append(folder.parent)
     return next((folder for folder in candidates if _is_run(folder)), None)
+
+
+def resumed_folder(config: Any) -> Path | None:
+    """The folder of the run that goes on in it; None: a run begins in a folder of its own."""
+    folder, name = run_folder_of(config.resume_from), config.run_name
+    goes_on = folder is not None and (not name or folder.resolve() == Path(config.logdir, name).resolve())
+    return folder if goes_on else None
 
 
 def _is_run(folder: Path) -> bool:

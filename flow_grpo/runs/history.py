@@ -12,6 +12,8 @@ from typing import Any
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, open_regular, parse_json, strict_json, write_atomically
+from flow_grpo.paths import identity
+from flow_grpo.rewards.registry import REWARDS
 
 
 def append_line(path: Path, record: Mapping[str, Any], create: bool = True) -> None:
@@ -88,16 +90,23 @@ def starts_with(path: Path, expected: Mapping[str, Any]) -> bool:
     return digest.hexdigest() == expected.get("sha256")
 
 
-def deciding_metric(config: Mapping[str, Any], label: str) -> str:
-    """The metric that says how good a checkpoint is, of settings by their full names.
+def deciding_metric(config: Mapping[str, Any], label: str) -> str | None:
+    """The metric that says how good a checkpoint is, of settings by their full names; never what is trained on.
 
-    The judge's accuracy where there is a judge; else the first reward of `eval.rewards` that is not trained on; else
-    the training reward on the evaluation's noise, whose highest value may be the most exploited one.
+    The judge's accuracy where there is a judge; else the first reward of `eval.rewards` that is held out; None where
+    there is neither. Whatever has the model of a reward that is trained on is that reward by another name, and no
+    measure of it.
     """
-    if config.get("eval.judge"):
+    trained = [name for name in REWARDS if config.get(f"reward_fn.{name}")]
+    models = {identity(model) for name in trained if (model := config.get(f"reward_model.{name}"))}
+    judge = config.get("eval.judge")
+    if judge and identity(judge) not in models:
         return f"{label}/judge/accuracy"
-    held_out = [name for name in config.get("eval.rewards") or () if not config.get(f"reward_fn.{name}")]
-    return f"{label}/reward/{held_out[0] if held_out else 'total'}"
+    for name in config.get("eval.rewards") or ():
+        model = config.get(f"reward_model.{name}")
+        if name not in trained and not (model and identity(model) in models):
+            return f"{label}/reward/{name}"
+    return None
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:

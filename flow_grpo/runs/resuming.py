@@ -9,7 +9,8 @@ from typing import Any
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.runs.folder import run_folder_of
+from flow_grpo.runs.folder import flatten, resumed_folder, run_folder_of
+from flow_grpo.runs.guards import early_stop
 from flow_grpo.runs.lock import in_use, is_locked
 from flow_grpo.runs.saved import checkpoint_state, find_checkpoint
 
@@ -52,7 +53,7 @@ def checkpoint_to_resume(resume_from: str) -> Path:
 
 
 def check_resume(config: ConfigDict, checkpoint: Path) -> None:
-    """The checkpoint is whole, of the same weights, and not yet at the configured end."""
+    """The checkpoint is whole, of the same weights, and neither at the configured end nor stopped by a guard."""
     state = checkpoint_state(checkpoint, "config.resume_from: ")
     if mismatch := weights_mismatch(config, state):
         key, value, made_with = mismatch
@@ -67,4 +68,10 @@ def check_resume(config: ConfigDict, checkpoint: Path) -> None:
         raise ConfigError(
             f"config.resume_from: {checkpoint} has {epochs} epochs and {seconds:.0f} s of training behind it; to go "
             f"on, raise config.{limit} = {config[limit]} above {epochs if limit == 'num_epochs' else round(seconds)}."
+        )
+    folder = resumed_folder(config)
+    stop = None if folder is None else early_stop(folder, flatten(config.to_dict()), epochs)
+    if stop is not None and state.get("evaluated", True):
+        raise ConfigError(
+            f"config.resume_from: {checkpoint} was ended early: {stop.why}; to go on, change config.{stop.guard}."
         )

@@ -80,10 +80,11 @@ class WandB(WandBTracker):
     def _note_best(self, values: Mapping[str, float], step: int | None) -> None:
         """Keep, in the summary, the evaluation whose deciding metric is the highest so far."""
         deciding = {label: deciding_metric(self.description.config, label) for label in ("eval_ema", "eval")}
-        label = next((label for label, metric in deciding.items() if metric in values), None)
-        if label is None or values[deciding[label]] <= self._best:
+        found_by = ((label, metric) for label, metric in deciding.items() if metric is not None and metric in values)
+        label, metric = next(found_by, ("", None))
+        if metric is None or values[metric] <= self._best:
             return
-        self._best = values[deciding[label]]
+        self._best = values[metric]
         self.run.summary.update({"best/epoch": step, "best/score": self._best})
         found = {name.replace("/", "_"): values.get(f"{label}/{name}") for name in BEST}
         self.run.summary.update({f"best/{name}": value for name, value in found.items() if value is not None})

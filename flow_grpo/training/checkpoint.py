@@ -49,10 +49,12 @@ from flow_grpo.settings import Settings
 from flow_grpo.training.state import TrainingState, collect, named_as, not_finite, read, restore, trained_tensors
 from flow_grpo.training.words import go_on
 
+TRAINED_ON = "/reward/total"  # end of the metric's name
+
 
 @dataclass(frozen=True)
 class Score:
-    """What decides which checkpoint is the best: a metric of the evaluation, higher is better."""
+    """What decides which checkpoint is the best: a metric of the evaluation, higher is better, not trained on."""
 
     metric: str
     value: float
@@ -246,16 +248,25 @@ def checkpoint_folder(run: Run) -> Path:
     return run.folder / CHECKPOINTS / f"checkpoint-{run.counters.epoch:06d}"
 
 
+def best_checkpoint(run: Run) -> Path | None:
+    """The best so far of the run's whole checkpoints; None: none is called so."""
+    return best_of(scores_of(list(finished_checkpoints(run.folder / CHECKPOINTS).values())))
+
+
 def scores_of(checkpoints: Sequence[Path]) -> dict[Path, Score]:
-    """The scores of those that were evaluated, oldest first; a damaged one has none."""
+    """The scores of those that were evaluated, oldest first; a damaged one has none.
+
+    That of the reward trained on, by which runs of before chose, is none either.
+    """
     scores = {}
     for folder in checkpoints:
         try:
             state = checkpoint_state(folder)
         except ConfigError:
             continue
-        if isinstance(state.get("score"), float | int):
-            scores[folder] = Score(str(state.get("score_of")), float(state["score"]))
+        metric = str(state.get("score_of"))
+        if isinstance(state.get("score"), float | int) and not metric.endswith(TRAINED_ON):
+            scores[folder] = Score(metric, float(state["score"]))
     return scores
 
 

@@ -1,6 +1,7 @@
-"""All that training changes, in memory and in a checkpoint: weights, their average, the optimizer's moments, counters.
+"""All that training changes, in memory and in a checkpoint: weights, averages, the optimizer's moments, counters.
 
-Tensors have the names of the model's weights: "weights.NAME", "average.NAME", "optimizer.exp_avg.NAME", ...
+Tensors have the names of the model's weights: "weights.NAME", "average.NAME", "optimizer.exp_avg.NAME", ...; "old.NAME"
+are the old weights of methods that keep some from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from flow_grpo.policy import Policy
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.saved import CHECKPOINT_STATE, OLD_TENSORS, TENSORS, checkpoint_state
 
-WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "optimizer"
+WEIGHTS, AVERAGE, OLD, MOMENTS = "weights", "average", "old", "optimizer"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class TrainingState:
 def collect(policy: Policy, run: Run, evaluated: bool) -> TrainingState:
     """The state as it is now; its tensors are those that training goes on to change."""
     tensors = trained_tensors(policy)
+    if policy.old is not None:
+        tensors |= {f"{OLD}.{name}": value for name, value in zip(policy.named_trainable, policy.old, strict=True)}
     for number, moments in policy.optimizer.state_dict()["state"].items():
         name = list(policy.named_trainable)[number]
         tensors |= {f"{MOMENTS}.{moment}.{name}": torch.as_tensor(value) for moment, value in moments.items()}
@@ -69,10 +72,13 @@ def restore(policy: Policy, run: Run, state: TrainingState, source: str) -> None
         raise ConfigError(f"{source}: {broken} holds values that are not finite numbers.")
     weights = matching_weights(policy, state.tensors, WEIGHTS, source)
     average = None if policy.ema is None else matching_weights(policy, state.tensors, AVERAGE, source)
+    old = any(name.startswith(f"{OLD}.") for name in state.tensors)  # of methods that keep them
+    old_weights = matching_weights(policy, state.tensors, OLD, source) if old else None
     moments = _moments(policy, state.tensors, source)
     with torch.no_grad():
         for parameter, value in zip(policy.trainable, weights, strict=True):
             parameter.copy_(value)
+    policy.old = None if old_weights is None else [value.to(policy.device, copy=True) for value in old_weights]
     policy.optimizer.load_state_dict(policy.optimizer.state_dict() | {"state": moments})
     if policy.ema is not None and average is not None:
         kept = {"decay": policy.ema.decay, "shadow_params": [value.clone() for value in average]}

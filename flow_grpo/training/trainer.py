@@ -14,12 +14,13 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.evaluations import copy_base
 from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
+from flow_grpo.runs.guards import FLOOR, Stop, base_diversity, early_stop
 from flow_grpo.runs.history import deciding_metric
 from flow_grpo.runs.resuming import is_over
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.training import words as training_words
-from flow_grpo.training.checkpoint import Saver, Score
+from flow_grpo.training.checkpoint import Saver, Score, best_checkpoint
 
 ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
 
@@ -37,7 +38,7 @@ def fit(
     run: Run,
     evaluation_due: bool = True,
 ) -> None:
-    """Train until `num_epochs` or `max_seconds`, from wherever `run.counters` stand.
+    """Train until `num_epochs`, `max_seconds` or a guard, from wherever `run.counters` stand.
 
     Args:
         evaluation_due: whether the present weights are evaluated first; `checkpoint.resume` knows.
@@ -49,12 +50,13 @@ def fit(
     config, counters = settings.config, run.counters
     saver = Saver(policy, run, settings)
     run.tell(training_words.begins(run.folder, settings.plan.images, any(e.freq for e in evaluators)))
+    if any(e.freq for e in evaluators) and deciding_metric(flatten(config.to_dict()), "eval") is None:
+        run.tell(training_words.UNDECIDED)
     _take_over_base(run)
     try:
         run.arm()
         saver.remember(evaluated=not evaluation_due)  # what a stop goes back to
-        if evaluation_due:
-            _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+        stop = _evaluate(policy, test_prompts, evaluators, settings, run, saver) if evaluation_due else None
         bar = run.progress(range(counters.epoch, config.num_epochs), "epochs", leave=True)
         limit = ""
         if config.max_seconds > 0:
@@ -62,12 +64,12 @@ def fit(
         if config.max_seconds > 0 and config.num_epochs >= ENDLESS:  # the clock alone says how far the run is
             bar.total = None
         with bar:
-            while not is_over(config, counters.epoch, counters.seconds):
+            while stop is None and not is_over(config, counters.epoch, counters.seconds):
                 metrics = _one_epoch(policy, train_epoch, prompts, reward, settings, run)
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward']:.4f}", seconds=f"{counters.seconds:.0f}{limit}")
                 saver.remember(evaluated=False)
-                _evaluate(policy, test_prompts, evaluators, settings, run, saver)
+                stop = _evaluate(policy, test_prompts, evaluators, settings, run, saver)
     except Interrupted as stop:
         saved = saver.save_remembered()
         raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
@@ -105,24 +107,37 @@ def _evaluate(
     settings: Settings,
     run: Run,
     saver: Saver,
-) -> None:
-    """What is due after an epoch, or before the first: evaluation, then a checkpoint."""
+) -> Stop | None:
+    """What is due after an epoch, or before the first: evaluation, then a checkpoint; why a guard ends the run."""
     config, counters = settings.config, run.counters
     run.check_stop()
     first, last = counters.epoch == 0, is_over(config, counters.epoch, counters.seconds)
     due = [e for e in evaluators if (e.freq > 0 if first else _due(e.freq, counters.epoch, last))]
     score = evaluate_weights(policy, prompts, due, settings, run)
     saver.remember(evaluated=True, score=score)  # before a stop: what was logged is not logged again
+    stop = _ask_guards(run) if due else None
+    last = last or stop is not None
     if due and not last:
         _show(run, live=True)
     run.check_stop(ended=last)
     if first and not last:
-        return
+        return None
     new = last or saver.owed or counters.updates > saver.updates  # skipped updates leave the weights as they were
     if saver.owed or (new and _due(config.save_freq, counters.epoch, last)):
         saver.save(score)
     if last and saver.owed:
         raise TrainingStopped(f"the last checkpoint could not be written; what was saved in {run.folder} is intact")
+    if stop is not None and run.is_main:
+        run.tell(training_words.stopped(counters.epoch, stop.why, best_checkpoint(run)))
+    return stop
+
+
+def _ask_guards(run: Run) -> Stop | None:
+    """Collective: why the run ends by the evaluation that it has just logged, the same on every process."""
+    settings, epoch = flatten(run.settings.config.to_dict()), run.counters.epoch
+    if settings[FLOOR] > 0 and epoch > 0 and run.is_main and base_diversity(run.folder, settings) is None:
+        run.tell(training_words.UNKNOWN_BASE.format(diversity=settings["guard.diversity"]))
+    return run.from_main(lambda: early_stop(run.folder, settings, epoch))
 
 
 def _one_epoch(
@@ -173,10 +188,10 @@ def evaluate_weights(
 
 
 def score_of(metrics: Mapping[str, float], settings: Settings, label: str) -> Score | None:
-    """How good a checkpoint is, by `deciding_metric`; None if it was not measured or is not finite."""
+    """How good a checkpoint is, by `deciding_metric`; None if there is none, it was not measured or is not finite."""
     metric = deciding_metric(flatten(settings.config.to_dict()), label)
-    value = metrics.get(metric)
-    return Score(metric, value) if value is not None and math.isfinite(value) else None
+    value = None if metric is None else metrics.get(metric)
+    return Score(str(metric), value) if value is not None and math.isfinite(value) else None
 
 
 def _due(every: int, epoch: int, last: bool) -> bool:

@@ -12,8 +12,14 @@ from flow_grpo.runs.record import Record
 
 BEGINS = "{folder}: {images} images an epoch; watch {page}"
 BEGINS_UNSEEN = "{folder}: {images} images an epoch; eval_freq is 0, so nothing is evaluated"
+UNDECIDED = (
+    "no judge and no held-out reward (eval.judge, eval.rewards): no best checkpoint is chosen, the latest are kept"
+)
 ENDS = "done: epoch {epochs}; the page is {page}"
 ENDS_UNSEEN = "done: epoch {epochs}, in {folder}"  # nothing was evaluated
+STOPPED = "ended early, after epoch {epoch}: {why}; {best}"
+BEST, NO_BEST = "the best checkpoint is {path}", "no checkpoint is called the best"
+UNKNOWN_BASE = "the base model's {diversity} is not known: guard.diversity_floor watches nothing"
 GO_ON = "go on with `fme train --resume {folder}`"
 BASE, EPOCH = "base model", "epoch {epoch}, {seconds:.0f} s"
 REWARD, REWARD_CHANGE = "reward {reward:.4f}", " ({difference:+.4f} ± {half:.4f})"
@@ -31,6 +37,11 @@ def ends(folder: Path, epochs: int) -> str:
     """The last line."""
     words = ENDS if (folder / PAGE_FILE).is_file() else ENDS_UNSEEN
     return words.format(epochs=epochs, page=folder / PAGE_FILE, folder=folder)
+
+
+def stopped(epoch: int, why: str, best: Path | None) -> str:
+    """What a guard says that ends a run."""
+    return STOPPED.format(epoch=epoch, why=why, best=NO_BEST if best is None else BEST.format(path=best))
 
 
 def go_on(folder: Path) -> str:

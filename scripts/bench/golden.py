@@ -33,7 +33,8 @@ from flow_grpo.runs.saved import CHECKPOINTS, finished_checkpoints
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "scripts/train/train_sd3.py"
 GRPO, DRTUNE = "tiny_sd3", "tiny_sd3_use_gradient"
-KEYS: Mapping[str, str] = {}  # a key here -> its name in the older tree
+# A key here -> its name in the older tree, and what its values are there.
+KEYS: Mapping[str, tuple[str, Mapping[Any, Any]]] = {"train.advantage_std": ("train.global_std", {"batch": True})}
 METRICS: Mapping[str, str] = {}  # a metric of the older tree -> its name here
 SMALL: Mapping[str, Any] = {
     "trackers": (), "num_threads": 1, "num_epochs": 2, "save_freq": 1, "eval_freq": 2, "num_seeds": 4,
@@ -67,7 +68,7 @@ CASES = (
     Case("grpo_guided_kl", GRPO, GUIDED | {"train.beta": 0.1}),
     Case("grpo_guided_kl_velocity", GRPO, GUIDED | {"train.beta": 0.1, "train.kl_space": "velocity"}),
     Case("grpo_negative", GRPO, {"train.advantage_mode": "negative"}),
-    Case("grpo_weighted", GRPO, {"train.advantage_mode": "weighted", "train.global_std": True}),
+    Case("grpo_weighted", GRPO, {"train.advantage_mode": "weighted", "train.advantage_std": "batch"}),
     Case("grpo_guard", GRPO, {"train.ratio_normalization": True}),
     Case("grpo_two_inner_epochs", GRPO, {"train.num_inner_epochs": 2, "train.timestep_fraction": 0.5}),
     Case("grpo_jpeg", GRPO, {"reward_fn.pickscore": 0.0, "reward_fn.jpeg_compressibility": 1.0}),
@@ -110,7 +111,10 @@ def train(case: Case, tree: Path, run: Path, older: bool) -> None:
 def changes_of(case: Case, run: Path, older: bool) -> list[str]:
     """The command line's KEY=VALUE, by the names of the tree."""
     values = {**SMALL, **case.changes, "logdir": run.parent, "run_name": run.name}
-    return [f"--config.{KEYS.get(key, key) if older else key}={value}" for key, value in values.items()]
+    if older:
+        former = {key: (*KEYS.get(key, (key, {})), value) for key, value in values.items()}
+        values = {name: meanings.get(value, value) for name, meanings, value in former.values()}
+    return [f"--config.{key}={value}" for key, value in values.items()]
 
 
 def _start(case: Case, tree: Path, run: Path, arguments: Sequence[str]) -> None:

@@ -48,6 +48,8 @@ def state_of(run: StudyRun, out: Path) -> State:
     """
     from flow_grpo.recipes.sd3 import get_config
     from flow_grpo.runs.config import read_config
+    from flow_grpo.runs.folder import flatten
+    from flow_grpo.runs.guards import early_stop
     from flow_grpo.runs.resuming import is_over
     from flow_grpo.runs.saved import CHECKPOINTS, checkpoint_state, find_checkpoint, finished_checkpoints
 
@@ -62,8 +64,9 @@ def state_of(run: StudyRun, out: Path) -> State:
     expected.update_from_flattened_dict(run.settings)
     if _trained(config) != _trained(expected):
         return State.NEW
-    over = is_over(config, state["counters"]["epoch"], state["counters"]["seconds"]) and state.get("evaluated", True)
-    return State.DONE if over else State.BEGUN
+    epoch, seconds = state["counters"]["epoch"], state["counters"]["seconds"]
+    over = is_over(config, epoch, seconds) or early_stop(folder, flatten(config.to_dict()), epoch)
+    return State.DONE if over and state.get("evaluated", True) else State.BEGUN
 
 
 def _trained(config: ConfigDict) -> dict[str, Any]:

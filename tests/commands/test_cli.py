@@ -237,6 +237,10 @@ MISTAKES = [
     ((TINY, "--config.train.lerning_rate=1"), ["config.train.lerning_rate is not a key", "config.train.learning_rate"]),
     ((TINY, "--config.beta=1"), ["config.beta is not a key", "config.train.beta"]),
     ((TINY, "--config.eval.num_stesp=1"), ["config.eval.num_stesp is not a key", "config.eval.num_steps"]),
+    (
+        (TINY, "--config.train.global_std=true"),
+        ["config.train.global_std has become config.train.advantage_std", "'batch' for what was True"],
+    ),
     ((TINY, "--config.zzz=1"), ["config.zzz is not a key", "fme ls keys"]),
     ((TINY, "--config.train.beta.x=1"), ["config.train.beta.x is not a key"]),
     ((TINY, "--noconfig.use_lroa"), ["config.use_lroa is not a key", "config.use_lora"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
 
@@ -51,6 +52,46 @@ def test_a_lora_changes_the_pipelines_images(random_models, tmp_path, capsys) ->
     (same,) = sample(model, "a bag", "-n", "1", "--steps", "2", "--lora", lora, capsys=capsys)
     assert not np.array_equal(plain, changed)
     assert np.array_equal(changed, same)
+
+
+def test_a_loras_velocity_is_blended_with_the_pipelines(random_models, tmp_path, capsys) -> None:
+    transformer = SD3Transformer2DModel.from_pretrained(random_models / "sd3" / "transformer")
+    lora, model = kohya(tmp_path, random_lora(transformer)), random_models / "sd3"
+    few = ("a bag", "-n", "1", "--steps", "2")
+    (plain,) = sample(model, *few, capsys=capsys)
+    shares = {
+        share: sample(lora, *few, "--base", model, "--tuned-share", share, capsys=capsys)[0]
+        for share in ("0", "0.5", "1", "1,0")
+    }
+    (whole,) = sample(lora, *few, "--base", model, capsys=capsys)
+    assert np.array_equal(shares["0"], plain)
+    assert np.array_equal(shares["1"], whole)
+    assert len({image.tobytes() for image in shares.values()}) == 4
+
+
+def test_a_fully_tuned_run_is_blended_with_its_base(config, build, random_models, capsys) -> None:
+    config.use_lora = False
+    parts = build(config)
+    with torch.no_grad():
+        for parameter in parts.policy.trainable:
+            parameter += 0.05
+    Saver(parts.policy, parts.run, parts.settings).save(None)
+    few = ("a bag", "-n", "1")
+    none, half, whole = (
+        sample(parts.run.folder, *few, "--tuned-share", share, capsys=capsys)[0] for share in ("0", "0.5", "1")
+    )
+    (plain,) = sample(random_models / "sd3", *few, "--steps", "4", capsys=capsys)
+    assert np.array_equal(none, plain)
+    assert not np.array_equal(half, none)
+    assert not np.array_equal(half, whole)
+
+
+@pytest.mark.parametrize("share", ["2", "x", "1,2,3", "nan"])
+def test_a_share_that_is_none_is_one_sentence(random_models, capsys, share) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", str(random_models / "sd3"), "a bag", "--tuned-share", share])
+    assert stopped.value.code == 2
+    assert "takes one or two numbers from 0 to 1" in capsys.readouterr().err
 
 
 def test_a_seed_is_other_noise_and_nothing_is_overwritten(random_models, capsys) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from flow_grpo.diffusers_patch.velocity import guided_velocity
+from flow_grpo.diffusers_patch.velocity import blended_velocity, guided_velocity
 from flow_grpo.models.sd3 import SD3
 from flow_grpo.types import PromptEmbeds
 
@@ -88,3 +88,46 @@ def test_a_detached_unconditional_half_leaves_the_value_and_its_own_gradient_out
     torch.testing.assert_close(values[1], values[0], rtol=1e-12, atol=1e-12)
     assert gradients[1] == pytest.approx(4.5 * gradients[0], rel=1e-12)
     assert [batch for batch, _ in model.calls] == [2, 2]
+
+
+# --- two velocities, blended -----------------------------------------------------------------------------
+
+
+def tuned(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    return torch.sin(x) + sigma
+
+
+def base(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    return x.square() - sigma
+
+
+POINT = torch.randn(3, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("share", "of"), [(1.0, tuned), (0.0, base)])
+def test_a_share_of_one_is_the_tuned_velocity_and_of_zero_the_base(share, of):
+    assert torch.equal(blended_velocity(tuned, base, share, share)(POINT, 0.3), of(POINT, 0.3))
+
+
+def test_half_is_the_mean():
+    found = blended_velocity(tuned, base, 0.5, 0.5)(POINT, 0.3)
+    torch.testing.assert_close(found, (tuned(POINT, 0.3) + base(POINT, 0.3)) / 2, rtol=1e-15, atol=0)
+
+
+def test_the_share_is_linear_in_sigma_from_its_noisy_to_its_clean_end():
+    blended = blended_velocity(tuned, base, 1.0, 0.2)
+    assert torch.equal(blended(POINT, 1.0), tuned(POINT, 1.0))
+    for sigma, share in ((0.0, 0.2), (0.25, 0.4), (0.5, 0.6)):
+        expected = share * tuned(POINT, sigma) + (1 - share) * base(POINT, sigma)
+        torch.testing.assert_close(blended(POINT, sigma), expected, rtol=1e-12, atol=1e-14)
+    swapped = blended_velocity(tuned, base, 0.2, 1.0)
+    assert not torch.allclose(swapped(POINT, 0.25), blended(POINT, 0.25))
+
+
+def test_what_is_not_wanted_is_not_evaluated():
+    def never(x, sigma):
+        raise AssertionError
+
+    assert blended_velocity(tuned, never, 1.0, 1.0) is tuned
+    blended_velocity(never, base, 0.0, 0.0)(POINT, 0.5)
+    blended_velocity(tuned, never, 1.0, 0.0)(POINT, 1.0)

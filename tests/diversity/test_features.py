@@ -18,7 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from transformers import BitImageProcessor, CLIPProcessor, Dinov2Model
 
-from flow_grpo.diversity.features import EXTRACTORS, FeatureExtractor, load_extractor
+from flow_grpo.diversity.features import EXTRACTORS, FeatureExtractor, load_extractor, pixel_extractor
 from flow_grpo.diversity.images import read_images
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.clip import ClipScorer
@@ -251,3 +251,18 @@ def test_the_module_loads_no_heavy_library() -> None:
         "sys.exit(bool({'torch', 'transformers', 'open_clip', 'PIL'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_pixel_features_are_the_mean_colours_of_a_grid_minus_grey_and_of_unit_length():
+    image = torch.zeros(1, 3, 16, 16)
+    image[:, 0, :2, :2] = 1.0  # the first field is red, all others black
+    found = pixel_extractor()(image)
+    expected = np.full((3, 8, 8), -0.5)
+    expected[0, 0, 0] = 0.5
+    np.testing.assert_allclose(found[0], expected.ravel() / np.linalg.norm(expected), atol=1e-7)
+
+
+def test_pixel_features_are_those_of_the_saved_image():
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    extract = pixel_extractor()
+    np.testing.assert_array_equal(extract(image), extract((255 * image).round() / 255))

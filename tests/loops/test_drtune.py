@@ -25,7 +25,18 @@ from flow_grpo.loops.drtune import (
     run_chain,
     sparse,
 )
-from tests.loops.tiny_net import BASE, SIGMAS, TinyNet, generators, gradient_by, losses, noise, relative, step_noise
+from tests.loops.tiny_net import (
+    BASE,
+    SIGMAS,
+    TinyNet,
+    generators,
+    gradient_by,
+    losses,
+    noise,
+    objective_of,
+    relative,
+    step_noise,
+)
 
 KINDS = ("ode", "sde", "dance", "cps", "memoryless")
 
@@ -87,6 +98,17 @@ def test_both_passes_report_the_same_loss_and_penalty(beta):
     (_, one), (_, two) = gradient(False, chain, beta), gradient(True, chain, beta)
     torch.testing.assert_close(one.loss, two.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(one.terms["kl_penalty"], two.terms["kl_penalty"], rtol=1e-12, atol=1e-15)
+
+
+def test_the_penalty_can_be_of_the_early_steps_alone():
+    """Levels 1, 2/3 and 1/3 are trained: at 0.6 and above, two of the three count."""
+    chain = next(c for c in (chain_of("ode", 3, seed=s) for s in range(9)) if c.train_steps == (0, 2, 4))
+    net, whole = TinyNet(), gradient(True, chain)[0]
+    objective = replace(objective_of(net, 0.3), kl_min_sigma=0.6)
+    chain_gradient(objective, noise(), generators(), chain=chain, two_pass=True)
+    early = replace(chain, train_steps=(0, 2))
+    penalty = (autograd_gradient(early, beta=0.3) - autograd_gradient(early)) * 2 / 3
+    assert relative(net.gradient(), whole + penalty) < 1e-9
 
 
 def test_without_detaching_the_input_the_gradient_differs():

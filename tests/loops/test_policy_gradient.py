@@ -12,6 +12,7 @@ from flow_grpo.errors import TrainingStopped
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.metrics import MeanMetrics
+from flow_grpo.types import RewardBatch
 
 
 def collect(parts):
@@ -186,12 +187,6 @@ def test_full_fine_tuning_trains_the_transformer_with_a_frozen_reference(config,
 def test_only_the_steps_of_the_window_are_trained(config, build):
     config.sample.sde_window_size, config.sample.sde_window_range = 1, (1, 3)
     parts = build(config)
-    seen = set()
-    for epoch in range(12):
-        window = grpo.sde_window(parts.settings, epoch)
-        assert len(window) == 1
-        seen.add(window[0])
-    assert seen == {1, 2}
     _, experience = collect(parts)
     assert experience.trajectory.log_probs.shape == (8, 1)
     assert parts.train(grpo)["ratio_error"] == 0.0
@@ -267,11 +262,71 @@ def test_in_bf16_minibatches_of_other_sizes_in_training_still_give_a_ratio_of_ex
 
 def test_sampled_in_other_minibatches_bf16_would_not(config, build, monkeypatch):
     """The broken twin: 5 + 5 + 2."""
-    monkeypatch.setattr(grpo, "sampling_minibatches", lambda settings, count: list(torch.arange(count).split(5)))
+    monkeypatch.setattr(
+        grpo, "sampling_minibatches", lambda settings, count, recorded: list(torch.arange(count).split(5))
+    )
     assert bf16_ratio_error(config, build) > 1e-6
 
 
-def test_in_float32_images_are_sampled_in_the_given_batches(config, build):
-    config.sample.batch_size = 5
-    settings = build(config).settings
-    assert [chunk.tolist() for chunk in grpo.sampling_minibatches(settings, 8)] == [[0, 1, 2, 3, 4], [5, 6, 7]]
+# --- images without an advantage ---------------------------------------------------------------------------
+
+
+def everything(experience, settings, update):
+    """Every image of an update, as if each had an advantage."""
+    return list(settings.plan.update_indices(update).split(settings.config.train.batch_size))
+
+
+def one_epoch(config, build, name):
+    """The gradient, the metrics and the network evaluations of one epoch's only update."""
+    config.run_name = name
+    parts = build(config)
+    perturb(parts.policy)
+    parts.policy.optimizer.step = lambda: None
+    parts.policy.optimizer.zero_grad = lambda: None
+    metrics = parts.train(grpo)
+    return accumulated(parts.policy), metrics, parts.policy.network_evaluations
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [("negative", "sde"), ("positive", "sde"), ("negative", "cfm")])
+def test_images_without_an_advantage_cost_nothing_and_change_nothing(config, build, monkeypatch, mode, ratio):
+    """Groups of two: one of each has an advantage, and 4 steps (or draws) of 4 images are saved, old side included."""
+    config.train.advantage_mode, config.train.ratio, config.train.ratio_probes = mode, ratio, 4
+    config.train.batch_size = 3
+    gradient, metrics, evaluations = one_epoch(config, build, "spared")
+    monkeypatch.setattr(grpo, "_taught", everything)
+    whole, whole_metrics, whole_evaluations = one_epoch(config, build, "whole")
+    assert ((gradient - whole).norm() / whole.norm()).item() < 1e-5
+    assert metrics["loss"] == pytest.approx(whole_metrics["loss"], rel=1e-5)
+    sides = 1 if ratio == "sde" else 2
+    assert (evaluations, whole_evaluations) == (8 * 4 + sides * 4 * 4, 8 * 4 + sides * 8 * 4)
+    assert (metrics["trained_fraction"], whole_metrics["trained_fraction"]) == (0.5, 1.0)
+
+
+def test_leaving_out_images_that_have_an_advantage_would_change_the_gradient(config, build, monkeypatch):
+    """The broken twin."""
+    whole, *_ = one_epoch(config, build, "whole")
+    monkeypatch.setattr(grpo, "_taught", lambda experience, settings, update: [torch.arange(4)])
+    broken, *_ = one_epoch(config, build, "broken")
+    assert ((broken - whole).norm() / whole.norm()).item() > 0.1
+
+
+def test_with_a_kl_every_image_is_trained(config, build):
+    config.train.advantage_mode, config.train.beta = "negative", 0.1
+    _, metrics, evaluations = one_epoch(config, build, "run")
+    assert metrics["trained_fraction"] == 1.0
+    assert evaluations == 8 * 4 * 3
+
+
+def test_an_epoch_of_equal_rewards_trains_nothing_and_says_so(config, build):
+    parts = build(config)
+    parts.reward = lambda images, prompts, metadata: RewardBatch(torch.full((len(images),), 0.3))
+    metrics = parts.train(grpo)
+    assert (metrics["trained_fraction"], metrics["zero_std_fraction"], metrics["ratio_error"]) == (0.0, 1.0, 0.0)
+    assert "ratio_mean" not in metrics
+    assert parts.policy.network_evaluations == 8 * 4
+
+
+def test_in_bf16_the_ratio_of_negative_samples_is_exactly_one(config, build):
+    config.mixed_precision, config.train.advantage_mode, config.train.batch_size = "bf16", "negative", 3
+    _, metrics, _ = one_epoch(config, build, "run")
+    assert metrics["ratio_error"] == 0.0

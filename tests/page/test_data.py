@@ -14,7 +14,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.page import data
 from flow_grpo.page.build import build_page
 from flow_grpo.page.data import read_run, read_runs, run_names
-from flow_grpo.runs.evaluations import write_record
+from flow_grpo.runs.evaluations import read_record, write_record
 from tests.page.small_runs import EPOCHS, SMALL
 from tests.synthetic_records import write_records
 from tests.synthetic_runs import write_run
@@ -107,12 +107,19 @@ def test_runs_of_one_name_are_told_apart_by_their_parents() -> None:
     assert run_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
 
 
-def test_the_best_is_the_judges_then_a_held_out_rewards_then_the_rewards(tmp_path: Path) -> None:
+def test_the_best_is_the_judges_then_a_held_out_rewards_and_never_the_trained_ones(tmp_path: Path) -> None:
     run = read_run(write_records(tmp_path / "judge", epochs=(0, 20, 120), prompts=("a", "b", "c")), "run")
     judged = [e.figures["judge"] for e in run.evaluations[1:]]
     assert run.best == 1 + int(np.argmax(judged))
-    alone = read_run(write_records(tmp_path / "reward", **SMALL, parts=("reward",)), "run")
-    assert alone.best == 1 + int(np.argmax([e.figures["reward"] for e in alone.evaluations[1:]]))
+    held_out = {"eval.judge": "", "eval.rewards": ("clipscore",), "reward_model.clipscore": "another"}
+    records = write_records(tmp_path / "held_out", **SMALL, parts=("reward",), overrides=held_out)
+    for epoch, value in ((10, 0.7), (20, 0.6)):  # the trained reward rises
+        record = read_record(records / f"evaluations/eval_{epoch:06d}.json")
+        rewards = {**record.rewards, "clipscore": [value] * len(record.prompt)}
+        write_record(records, replace(record, rewards=rewards), None)
+    assert read_run(records, "run").best == 1
+    alone = write_records(tmp_path / "reward", **SMALL, parts=("reward",), overrides={"eval.judge": ""})
+    assert read_run(alone, "run").best is None
     neither = read_run(write_records(tmp_path / "neither", **SMALL, parts=("diversity",)), "run")
     assert neither.best is None
 

@@ -18,6 +18,7 @@ from flow_grpo.settings import resolve
 ROOT = Path(__file__).parents[2]
 TINY = [name for name in RECIPES if name.startswith("tiny")]
 LARGE = [name for name in RECIPES if name not in TINY]
+FIRST = ("grpo", "drtune")  # whose recipes have names of their own
 ASKED_FOR = {
     "tiny_sd3",
     "tiny_sd3_use_gradient",
@@ -36,20 +37,7 @@ ASKED_FOR = {
     "pickscore_sd3_fast_4gpu",
     "pickscore_sd3_fast_nocfg",
     "clipscore_sd3",
-} | {
-    f"{start}_sd3_{method}"
-    for start in ("tiny", "pickscore")
-    for method in (
-        "flowbp",
-        "flowbp_lagrange",
-        "refl",
-        "draft_k",
-        "draft_lv",
-        "alignprop",
-        "leapalign",
-        "anchored",
-        "adjoint_matching",
-    )
+    *(f"{model}_sd3_{method}" for model in ("tiny", "pickscore") for method in METHODS if method not in FIRST),
 }
 
 
@@ -113,7 +101,7 @@ def cost(config: ConfigDict, processes: int) -> str:
         sampled = sample.num_steps
     anchored = method_of(config).needs_base
     reference = compared if config.train.beta > 0 or anchored else 0
-    old = f", {trained * per_step:,} old" if config.train.ratio != "sde" else ""
+    old = f", {trained * per_step:,} old" if config.train.ratio != "sde" or at_noised_images(config) else ""
     return (
         f"Cost of an epoch, on {processes} process{'es' if processes > 1 else ''}: {images:,} images; "
         f"{sampled * per_step:,.0f} sampling, {trained * per_step:,.0f} training, "
@@ -136,8 +124,15 @@ def gradient_evaluations(config: ConfigDict) -> tuple[float, float, float]:
     return every - (0 if drtune.two_pass else trained), trained, trained
 
 
+def at_noised_images(config: ConfigDict) -> bool:
+    """Whether the method compares two velocities at noised images."""
+    return config.train.method in ("nft", "awm", "pepg", "par")
+
+
 def trained_evaluations(config: ConfigDict) -> int:
-    """Of GRPO, for one image: the ODE's path takes every step, whatever the window, and cfm takes none."""
+    """Of black-box methods, for one image: the ODE's path takes every step, whatever the window, and cfm takes none."""
+    if at_noised_images(config):
+        return config.forward.draws
     every, window = config.sample.num_steps, config.sample.sde_window_size
     return {"cfm": config.train.ratio_probes, "ode_path": every}.get(config.train.ratio, window or every)
 

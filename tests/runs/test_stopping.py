@@ -14,7 +14,7 @@ import torch
 from flow_grpo.errors import ConfigError, Interrupted
 from flow_grpo.evaluators.evaluation import sample_evaluators
 from flow_grpo.launch import is_lost_process
-from flow_grpo.loops import drtune
+from flow_grpo.loops import drtune, fdfo, forward_process
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.runs import stopping
 from flow_grpo.runs.history import read_history
@@ -23,7 +23,11 @@ from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 from tests.saved_runs import read_state
 
-METHODS = {"grpo": grpo, "drtune": drtune}
+METHODS = {"grpo": grpo, "nft": forward_process, "fdfo": fdfo, "drtune": drtune}
+OF_METHODS = {
+    "nft": {"forward.old": "ema", "forward.draws": 1},  # whose old weights are a state of their own
+    "fdfo": {"sample.sde_type": "cps"},
+}
 
 
 class StopAfter(StopWatch):
@@ -45,7 +49,7 @@ def train(config, build, stop_after=None):
     parts.run._stop.run = parts.run
     due = checkpoint.resume(parts.policy, parts.run, parts.settings)
     evaluators = sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))
-    method = METHODS["drtune" if config.use_reward_gradient else "grpo"]
+    method = METHODS[config.train.method or "grpo"]
     arguments = (parts.prompts, parts.prompts, parts.reward, evaluators, parts.settings, parts.run, due)
     fit(parts.policy, method.train_epoch, *arguments)
     return parts
@@ -101,7 +105,8 @@ def check_resumed(config, build, unbroken, number):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_stopped_anywhere_it_goes_on_as_if_it_had_not_been(evaluated, build, monkeypatch, method):
     """Before the first epoch, in sampling, between updates, in evaluation; each method at other questions."""
-    evaluated.use_reward_gradient = method == "drtune"
+    evaluated.use_reward_gradient, evaluated.train.method = method == "drtune", method
+    evaluated.update_from_flattened_dict(OF_METHODS.get(method, {}))
     unbroken, notes = questions(evaluated, build, monkeypatch)
     assert len(notes) > 15
     for number in range(list(METHODS).index(method), len(notes), len(notes) // 4):

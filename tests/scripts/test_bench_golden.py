@@ -45,11 +45,12 @@ def test_one_bit_more_or_less_is_not(tmp_path, other, said):
 
 
 def test_renamed_keys_and_metrics_have_their_old_names_in_the_older_tree(tmp_path, monkeypatch):
-    monkeypatch.setattr(golden, "KEYS", {"train.beta": "train.kl"})
+    monkeypatch.setattr(golden, "KEYS", {"train.beta": ("train.kl", {0.25: "quarter"})})
     monkeypatch.setattr(golden, "METRICS", {"train/loss": "train/objective"})
     case = Case("x", "tiny_sd3", {"train.beta": 0.5})
     assert "--config.train.kl=0.5" in changes_of(case, tmp_path / "run", older=True)
     assert "--config.train.beta=0.5" in changes_of(case, tmp_path / "run", older=False)
+    assert "--config.train.kl=quarter" in changes_of(Case("y", "tiny_sd3", {"train.beta": 0.25}), tmp_path, older=True)
     new = {"train/objective" if key == "train/loss" else key: value for key, value in LINE.items()}
     assert difference(run_of(tmp_path / "a"), run_of(tmp_path / "b", new)) == ""
 

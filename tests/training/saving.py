@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from flow_grpo import places
+from flow_grpo.methods.registry import method_of
 from flow_grpo.runs.history import read_history
 from flow_grpo.training import checkpoint
 from flow_grpo.training.checkpoint import Score
 from flow_grpo.training.trainer import fit
 
 
-def train(config, build, method):
-    """scripts/train/train_sd3.py without evaluators: fit, and give the parts back."""
+def train(config, build, method=None):
+    """scripts/train/train_sd3.py without evaluators: fit, by a module's loop or the configuration's method."""
     parts = build(config)
     due = checkpoint.resume(parts.policy, parts.run, parts.settings)
-    fit(
-        parts.policy, method.train_epoch, parts.prompts, parts.prompts, parts.reward, (), parts.settings, parts.run, due
-    )  # fmt: skip
+    loop = places.load(method_of(parts.settings.config).loop) if method is None else method.train_epoch
+    fit(parts.policy, loop, parts.prompts, parts.prompts, parts.reward, (), parts.settings, parts.run, due)
     return parts
 
 

@@ -14,29 +14,33 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
+from flow_grpo.methods.registry import METHODS
 from flow_grpo.runs.saved import find_checkpoint
 from flow_grpo.training import checkpoint
 from flow_grpo.training import state as training_state
+from tests.conftest import by_method
 from tests.saved_runs import edit_state, read_state
 from tests.training.saving import checkpoints, deterministic, names, save, train, weights
-
-METHODS = {"grpo": grpo, "drtune": drtune}
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_resumed_equals_unbroken_bit_for_bit(config, build, method):
-    config.use_reward_gradient = method == "drtune"
-    config.train.updates_per_epoch, config.train.beta, config.save_freq = 2, 0.05, 1
+    by_method(config, method)
+    config.train.updates_per_epoch, config.save_freq = 2, 1
+    config.train.beta = 0.0 if METHODS[method].needs_base else 0.05
     config.run_name, config.num_epochs = "unbroken", 4
-    unbroken = train(config, build, METHODS[method])
+    unbroken = train(config, build)
     config.run_name, config.num_epochs = "broken", 2
-    broken = train(config, build, METHODS[method])
+    broken = train(config, build)
     config.resume_from, config.num_epochs = str(broken.run.folder), 4
-    resumed = train(config, build, METHODS[method])
+    resumed = train(config, build)
     assert resumed.run.folder == broken.run.folder
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(unbroken), strict=True))
     pairs = zip(resumed.policy.ema.shadow_params, unbroken.policy.ema.shadow_params, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+    old = (resumed.policy.old or [], unbroken.policy.old or [])
+    assert (len(old[0]) > 0) == (method == "nft")
+    assert all(torch.equal(a, b) for a, b in zip(*old, strict=True))
     assert deterministic(resumed.run.folder) == deterministic(unbroken.run.folder)
 
 
@@ -167,10 +171,19 @@ def test_scores_of_another_metric_are_not_compared(config, build):
     config.num_checkpoint_limit = 1
     parts = build(config)
     save(parts, 1, 0.9)
-    edit_state(checkpoints(parts) / "checkpoint-000001", score_of="eval/reward/total")
+    edit_state(checkpoints(parts) / "checkpoint-000001", score_of="eval/reward/clipscore")
     for epoch, score in ((2, 0.3), (3, 0.2)):
         save(parts, epoch, score)
     assert names(parts) == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def test_a_checkpoint_that_an_earlier_version_chose_by_its_training_reward_is_no_longer_kept(config, build):
+    config.num_checkpoint_limit = 1
+    parts = build(config)
+    save(parts, 1, 0.9)
+    edit_state(checkpoints(parts) / "checkpoint-000001", score_of="eval/reward/total")
+    save(parts, 2)
+    assert names(parts) == ["checkpoint-000002"]
 
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint_whole_and_no_litter(config, build, monkeypatch, capsys):

@@ -13,11 +13,14 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.evaluators.diversity import build_diversity_evaluators
 from flow_grpo.evaluators.evaluation import sample_evaluators
 from flow_grpo.runs.evaluations import read_record, records_of
+from flow_grpo.runs.history import read_history
 from flow_grpo.runs.record import Record
 from flow_grpo.runs.stopping import Reason
 from flow_grpo.training import checkpoint, trainer
 from flow_grpo.training.trainer import fit, score_of
 from flow_grpo.training.words import ends, evaluation
+from tests.guard_worker import Scripted
+from tests.test_processes import run_worker
 
 
 def train(parts, updates, evaluators=(), due=True):
@@ -107,17 +110,31 @@ METRICS = {
     [
         (True, ("clipscore",), ("eval/judge/accuracy", 0.5)),
         (False, ("pickscore", "clipscore"), ("eval/reward/clipscore", 3.0)),
-        (False, ("pickscore",), ("eval/reward/total", 9.0)),
     ],
 )
-def test_the_best_is_chosen_by_judge_then_held_out_reward_then_what_is_trained_on(
-    config, build, judge, measured, expected
-):
-    config.eval.rewards = measured
+def test_the_best_is_chosen_by_judge_then_held_out_reward(config, build, judge, measured, expected):
+    config.eval.rewards, config.reward_model.clipscore = measured, config.eval.judge
     if not judge:
         config.eval.judge = config.eval.modes = ""
     found = score_of(METRICS, build(config).settings, "eval")
     assert (found.metric, found.value) == expected
+
+
+@pytest.mark.parametrize("measured", [(), ("pickscore",), ("clipscore",)])
+def test_what_is_trained_on_decides_nothing_under_any_name(config, build, measured):
+    """In this configuration CLIPScore has the model of PickScore, which is trained on; so is the judge made to."""
+    config.eval.rewards = measured
+    for judge in ("", config.reward_model.pickscore):
+        config.eval.judge, config.eval.modes = judge, ""
+        assert score_of(METRICS, build(config).settings, "eval") is None
+
+
+def test_without_a_held_out_metric_no_checkpoint_is_the_best_and_the_run_says_so(evaluated, build, capsys):
+    evaluated.eval.judge = evaluated.eval.modes = ""
+    folder = train_evaluated(evaluated, build, [1, 1]).run.folder
+    assert capsys.readouterr().err.count("no best checkpoint is chosen, the latest are kept") == 1
+    states = [json.loads(path.read_text()) for path in folder.glob("checkpoints/*/state.json")]
+    assert [(state["best"], state["score"], state["score_of"]) for state in states] == [(None, None, None)] * 2
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
@@ -307,3 +324,86 @@ def test_lost_base_features_are_told_and_the_run_goes_on_without(evaluated, buil
     assert said.count("base_features.safetensors is damaged") == 1
     assert path.with_name("base_features.safetensors.damaged").is_file()
     assert set(records_of(folder)[-1].changes) == {"reward", "judge", "vendi"}
+
+
+# --- guards ---------------------------------------------------------------------------------------------
+
+
+def train_scripted(config, build, values, metric="judge/accuracy"):
+    """Trained up to the epoch of the last value of the metric; goes on where config.resume_from says so."""
+    config.num_epochs = len(values) - 1
+    parts = build(config)
+    due = checkpoint.resume(parts.policy, parts.run, parts.settings)
+    train(parts, [1] * config.num_epochs, [Scripted(parts.run, metric, values)], due)
+    return parts
+
+
+@pytest.fixture
+def guarded(evaluated):
+    evaluated.eval_diversity, evaluated.save_freq = False, 10
+    evaluated.guard.patience = 2
+    return evaluated
+
+
+def test_a_guard_ends_a_run_as_its_last_epoch_does(guarded, build, capsys):
+    run = train_scripted(guarded, build, [0.5, 0.8, 0.7, 0.8, 0.9]).run
+    assert run.counters.epoch == 3
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == [name(3)]  # save_freq is 10
+    assert read_history(run.folder / "metrics.jsonl")[-1]["eval/judge/accuracy"] == 0.8
+    why = "eval/judge/accuracy 0.8000 is no better than 0.8000 of epoch 1, 2 evaluations before (guard.patience = 2)"
+    best = run.folder / "checkpoints" / name(3)
+    assert capsys.readouterr().err.count(f"ended early, after epoch 3: {why}; the best checkpoint is {best}") == 1
+    page = (run.folder / "page.html").read_text()
+    assert f"run was ended early, after epoch 3: {why}." in page
+    assert '"refresh":0' in page.replace(" ", "")  # no longer live
+
+
+def test_without_a_guard_the_same_run_goes_on(guarded, build):
+    guarded.guard.patience = 0
+    assert train_scripted(guarded, build, [0.5, 0.8, 0.7, 0.8, 0.9]).run.counters.epoch == 4
+
+
+def test_a_run_that_a_guard_ended_goes_on_only_when_the_guard_is_changed(guarded, build):
+    accuracies = [0.5, 0.8, 0.7, 0.8, 0.9, 0.8]
+    folder = train_scripted(guarded, build, accuracies).run.folder
+    guarded.resume_from = str(folder)
+    with pytest.raises(ConfigError, match=r"was ended early: eval/judge/accuracy .* change config.guard.patience"):
+        build(guarded)
+    guarded.guard.patience = 3
+    assert train_scripted(guarded, build, accuracies).run.counters.epoch == 5
+
+
+def test_a_run_that_goes_on_is_ended_where_an_unbroken_one_is(guarded, build):
+    accuracies = [0.5, 0.8, 0.7, 0.8, 0.9, 0.8]
+    guarded.save_freq = 1
+    folder = train_scripted(guarded, build, accuracies[:3]).run.folder
+    guarded.resume_from = str(folder)
+    assert train_scripted(guarded, build, accuracies).run.counters.epoch == 3
+
+
+def test_a_run_that_branches_off_begins_its_guards_anew(guarded, build):
+    accuracies = [0.5, 0.8, 0.7, 0.8, 0.7, 0.7, 0.7]
+    guarded.resume_from = str(train_scripted(guarded, build, accuracies).run.folder)
+    guarded.run_name = "branch"
+    assert train_scripted(guarded, build, accuracies).run.counters.epoch == 6  # 4 is its first evaluation
+
+
+def test_a_diversity_floor_is_a_share_of_what_the_base_of_the_run_has(evaluated, build, capsys):
+    evaluated.guard.diversity_floor = 0.75
+    run = train_scripted(evaluated, build, [4.0, 3.1, 2.9, 2.8], "diversity/vendi").run
+    assert run.counters.epoch == 2
+    assert "eval/diversity/vendi 2.9000 is below 3.0000, the base's 4.0000 times" in capsys.readouterr().err
+
+
+def test_two_processes_end_together(random_models, tmp_path):
+    """The second process has measured nothing: it is told."""
+    out = run_worker(2, "tests/guard_worker.py", random_models, tmp_path / "out")
+    assert sorted(path.read_text() for path in tmp_path.glob("out-process*")) == ["3", "3"]
+    assert "ended early, after epoch 3" in out.read_text()
+
+
+def test_a_floor_of_a_base_that_is_not_known_is_told_once(evaluated, build, monkeypatch, capsys):
+    evaluated.guard.diversity_floor = 0.9
+    monkeypatch.setattr(trainer, "base_diversity", lambda *_: None)
+    train_evaluated(evaluated, build, [0, 0])
+    assert capsys.readouterr().err.count("the base model's vendi is not known") == 1

@@ -1,0 +1,71 @@
+"""`config.shaping`: features of images, and what they do to rewards, to advantages, or to the gradient.
+
+The functions of MATH 10 themselves are in flow_grpo/shaping.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from ml_collections import FrozenConfigDict
+from torch import Tensor
+
+from flow_grpo.diversity.features import FeatureExtractor, load_extractor, pixel_extractor
+from flow_grpo.shaping import cluster_bonus, distance_weighted, entropy_bonus, log_diversities, vendi_bonus
+
+
+def extractor_of(config: FrozenConfigDict, device: torch.device) -> FeatureExtractor | None:
+    """The encoder that `config.shaping` names; None: rewards are left as they are.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    shaping = config.shaping
+    if not shaping.kind:
+        return None
+    black_box = not config.use_reward_gradient  # else the features need a gradient
+    return _load(shaping.extractor, shaping.model, shaping.pretrained, device, config.sample.batch_size, black_box)
+
+
+@lru_cache(maxsize=1)  # once a run, not once an epoch
+def _load(
+    kind: str, model: str, pretrained: str, device: torch.device, batch_size: int, eight_bit: bool
+) -> FeatureExtractor:
+    if kind == "pixels":
+        return pixel_extractor(device, batch_size, eight_bit=eight_bit)
+    return load_extractor(kind, model, pretrained, device, batch_size, eight_bit)
+
+
+def features_of(extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> (B, d) on their device. What is not finite is black: its reward is not finite either."""
+    return torch.from_numpy(extractor(images.nan_to_num(0.0))).to(images.device)
+
+
+def shaped_rewards(rewards: Tensor, group_ids: Tensor, features: Tensor, config: FrozenConfigDict) -> Tensor:
+    """Rewards (N,) of all processes with the bonus of their groups; float64 where there is one."""
+    shaping = config.shaping
+    if shaping.kind == "cluster":
+        return cluster_bonus(rewards, group_ids, features, shaping.weight, shaping.cluster_distance)
+    if shaping.kind == "entropy":
+        return entropy_bonus(rewards, group_ids, features, shaping.weight, shaping.bandwidth)
+    if shaping.kind == "vendi":
+        return vendi_bonus(rewards, group_ids, features, shaping.weight)
+    return rewards
+
+
+def shaped_advantages(advantages: Tensor, group_ids: Tensor, features: Tensor, config: FrozenConfigDict) -> Tensor:
+    """Advantages (N,) of all processes, weighted where `config.shaping` weighs them."""
+    return distance_weighted(advantages, group_ids, features) if config.shaping.kind == "distance" else advantages
+
+
+def group_diversity(images: Tensor, group_ids: Tensor, config: FrozenConfigDict) -> Tensor:
+    """The log of its group's Vendi score or RKE, of each image, differentiable: (B, 3, H, W) -> (B,) float32.
+
+    Its mean over the images of whole groups is the set objective's, and so is that mean's gradient.
+    """
+    shaping, extractor = config.shaping, extractor_of(config, images.device)
+    assert extractor is not None, "the configuration asks for it"
+    features = extractor.differentiable(images)
+    bandwidth = shaping.bandwidth if shaping.kind == "log_rke" else None
+    return log_diversities(features, group_ids.to(images.device), bandwidth).float()

@@ -1,0 +1,222 @@
+"""MATH 9: NFT, AWM, PEPG and PAR on a random tiny SD3."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.forward_process import noised
+from flow_grpo.loops import forward_process
+from flow_grpo.loops.collect import epoch_prompts, sample_images
+from flow_grpo.loops.forward_process import old_decay, point_loss
+from flow_grpo.metrics import MeanMetrics
+from flow_grpo.settings import resolve
+from flow_grpo.types import RewardBatch
+
+METHODS = pytest.mark.parametrize("method", ["nft", "awm", "pepg", "par"])
+
+
+def forward(config, method, old="snapshot"):
+    """`config` for a method: the ODE's images, two points of each."""
+    config.train.method, config.sample.sde_type = method, "ode"
+    config.forward.draws, config.forward.old, config.forward.weight = 2, old, "adaptive"
+    return config
+
+
+def perturb(policy, scale=0.02):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in policy.trainable:
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def weights(parts):
+    return torch.cat([p.detach().flatten() for p in parts.policy.trainable])
+
+
+def gradient(parts):
+    """Of one epoch's only update."""
+    parts.policy.optimizer.step = parts.policy.optimizer.zero_grad = lambda: None
+    parts.train(forward_process)
+    return torch.cat([p.grad.flatten() for p in parts.policy.trainable])
+
+
+@METHODS
+@pytest.mark.parametrize("sampler", ["ode", "sde"])
+def test_an_epoch_changes_every_lora_parameter_and_no_frozen_one(config, build, method, sampler):
+    forward(config, method).sample.sde_type = sampler
+    parts = build(config)
+    modules = (parts.policy.transformer, parts.policy.vae, parts.policy.pipeline.text_encoder_3)
+    frozen = {n: p.detach().clone() for m in modules for n, p in m.named_parameters() if not p.requires_grad}
+    before = [p.detach().clone() for p in parts.policy.trainable]
+    metrics = [parts.train(forward_process) for _ in range(2)]  # LoRA's A moves from the second update on
+    after = {n: p for m in modules for n, p in m.named_parameters() if not p.requires_grad}
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+    assert all(not torch.equal(a, b) for a, b in zip(parts.policy.trainable, before, strict=True))
+    assert all(epoch["skipped_updates"] == 0 for epoch in metrics)
+    assert parts.policy.network_evaluations == 2 * 8 * (4 + 2 * 2)  # sampler's steps; two draws, both sides
+
+
+@METHODS
+def test_the_microbatch_size_does_not_change_the_update(config, build, method):
+    forward(config, method)
+    config.train.beta, config.forward.eta = 0.1, 0.1
+    found = []
+    for size in (8, 3):
+        config.train.batch_size, config.run_name = size, f"run-{size}"
+        parts = build(config)
+        perturb(parts.policy)
+        found.append(gradient(parts))
+    assert ((found[1] - found[0]).norm() / found[0].norm()).item() < 1e-4
+
+
+@METHODS
+def test_the_old_velocity_is_that_of_the_epochs_start_and_the_ratio_there_is_one(config, build, method):
+    parts = build(forward(config, method))
+    perturb(parts.policy)
+    parts.policy.keep_old()
+    embeds, x = parts.policy.encode(["a bag"]), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    point = noised(x, x.flip(0), 0.4)
+    minibatch = forward_process.Minibatch(
+        parts.policy.velocity(embeds, 1.0), parts.policy.old_velocity(embeds, 1.0), None, torch.tensor([0.5])
+    )
+    terms = point_loss(minibatch, point, parts.settings.config)
+    assert terms["old_kl"].item() == 0.0
+    assert terms.get("ratio_mean", torch.tensor(1.0)).item() == 1.0
+    before = minibatch.old(x, 0.4)
+    perturb(parts.policy)
+    assert torch.equal(minibatch.old(x, 0.4), before)
+    terms = point_loss(minibatch, point, parts.settings.config)
+    assert terms["old_kl"].item() > 0.0
+    assert terms.get("ratio_mean", torch.tensor(2.0)).item() != 1.0
+
+
+@METHODS
+def test_an_image_of_a_better_reward_is_drawn_nearer(config, build, method):
+    """A small step down the loss lowers the error of the images with an advantage, and raises that of the others."""
+    parts = build(forward(config, method))
+    perturb(parts.policy)
+    parts.policy.keep_old()
+    generator = torch.Generator().manual_seed(0)
+    x_0, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(2))
+    point, embeds = noised(x_0, noise, 0.6), parts.policy.encode(["a bag", "a boot"])
+    velocity, old = parts.policy.velocity(embeds, 1.0), parts.policy.old_velocity(embeds, 1.0)
+    scale = 1e-3 if method in ("pepg", "par") else 1.0
+    minibatch = forward_process.Minibatch(velocity, old, None, scale * torch.tensor([1.0, -1.0]))
+    point_loss(minibatch, point, parts.settings.config)["loss"].backward()
+    norm = torch.cat([p.grad.flatten() for p in parts.policy.trainable]).norm()
+    with torch.no_grad():
+        for parameter in parts.policy.trainable:
+            parameter -= 1e-3 * parameter.grad / norm
+    error = [(v(point.latents, point.t) - point.target).square().flatten(1).mean(1) for v in (velocity, old)]
+    assert (error[0] - error[1])[0] < 0 < (error[0] - error[1])[1]
+
+
+def test_each_pass_draws_points_of_its_own(config, build, monkeypatch):
+    forward(config, "nft").train.num_inner_epochs = 2
+    seen = []
+
+    def spy(minibatch, point, settings):
+        seen.append(point)
+        return point_loss(minibatch, point, settings)
+
+    monkeypatch.setattr(forward_process, "point_loss", spy)
+    build(config).train(forward_process)
+    assert len(seen) == 4
+    assert len({point.t for point in seen}) == 4
+    assert [int(point.t * 2) for point in seen] == [0, 1, 0, 1]
+    noises = [point.latents + (1 - point.t) * point.target for point in seen]
+    assert all(not torch.allclose(a, b, atol=0.1) for i, a in enumerate(noises) for b in noises[:i])
+
+
+@METHODS
+def test_a_non_finite_reward_skips_the_update(config, build, method):
+    parts = build(forward(config, method))
+    reward = parts.reward
+    parts.reward = lambda *arguments: RewardBatch(reward(*arguments).total + torch.tensor([torch.nan] + [0.0] * 7))
+    before = weights(parts)
+    assert parts.train(forward_process)["skipped_updates"] == 1.0
+    assert torch.equal(weights(parts), before)
+
+
+# --- old weights -----------------------------------------------------------------------------------------
+
+
+def test_an_average_that_follows_at_once_is_a_snapshot_bit_for_bit(config, build):
+    found = {}
+    for old, decay in (("snapshot", 0.5), ("ema", 0.0), ("ema", 0.9)):
+        forward(config, "nft", old)
+        config.run_name, config.forward.old_decay = f"{old}-{decay}", decay
+        parts = build(config)
+        for _ in range(3):
+            parts.train(forward_process)
+        found[old, decay] = weights(parts)
+    assert torch.equal(found["snapshot", 0.5], found["ema", 0.0])
+    assert not torch.equal(found["snapshot", 0.5], found["ema", 0.9])
+
+
+def test_the_average_moves_after_every_epoch_by_its_decay_and_a_snapshot_is_dropped(config, build):
+    forward(config, "nft", "ema").forward.old_decay = 0.75
+    parts = build(config)
+    start = weights(parts)
+    parts.train(forward_process)
+    old = torch.cat([value.flatten() for value in parts.policy.old])
+    torch.testing.assert_close(old, 0.75 * start + 0.25 * weights(parts), rtol=1e-6, atol=1e-9)
+    config.forward.old, config.forward.old_decay, config.run_name = "snapshot", 0.5, "snapshot"
+    parts = build(config)
+    parts.train(forward_process)
+    assert parts.policy.old is None
+
+
+def test_the_averaged_old_weights_sample_the_images(config, build):
+    """Two epochs' second: trained weights moved away, with an average that stands still the images are the base's."""
+    forward(config, "nft", "ema").forward.old_decay = 0.999999
+    parts = build(config)
+    parts.policy.keep_old()
+    batch = epoch_prompts(parts.prompts, parts.settings.plan, parts.settings.config.seed, 0, 0)
+    seen = []
+
+    def spy(*arguments):
+        images = sample_images(*arguments)
+        seen.append(images.trajectory.final_latents)
+        return images
+
+    base = sample_images(parts.policy, batch, parts.reward, parts.settings, parts.run, MeanMetrics())
+    perturb(parts.policy)
+    moved = sample_images(parts.policy, batch, parts.reward, parts.settings, parts.run, MeanMetrics())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forward_process, "sample_images", spy)
+        parts.train(forward_process)
+    assert torch.equal(seen[0], base.trajectory.final_latents)
+    assert not torch.equal(seen[0], moved.trajectory.final_latents)
+
+
+def test_the_decay_rises_to_its_end_or_is_constant(config):
+    forward(config, "nft", "ema")
+    assert [old_decay(config.forward, epoch) for epoch in (0, 100)] == [0.5, 0.5]
+    config.forward.old_decay_ramp = 0.125
+    assert [old_decay(config.forward, epoch) for epoch in (0, 1, 3, 4, 100)] == [0.0, 0.125, 0.375, 0.5, 0.5]
+
+
+# --- settings --------------------------------------------------------------------------------------------
+
+CONTRADICTIONS = [
+    ("nft", {"train.ratio": "cfm"}, ['train.ratio = "cfm"', "'grpo'", '"sde"']),
+    ("awm", {"train.timestep_fraction": 0.5}, ["train.timestep_fraction = 0.5", "takes 1.0"]),
+    ("par", {"sample.num_image_per_prompt": 1}, ["num_image_per_prompt = 1", "at least 2"]),
+    ("nft", {"sample.sde_window_size": 2}, ["sde_window_size = 2", 'sde_type = "ode"', "takes 0"]),
+    ("nft", {"forward.old_decay": 0.9}, ["forward.old_decay = 0.9", 'forward.old = "snapshot"', "takes 0.5"]),
+    ("awm", {"forward.beta": 0.5}, ["forward.beta = 0.5", "'nft'", "takes 1.0"]),
+    ("pepg", {"forward.beta": 0.5}, ["forward.beta = 0.5", "'nft'", "takes 1.0"]),
+    ("nft", {"forward.strength": 2.0}, ["forward.strength = 2.0", "PEPG and PAR", "takes 1.0"]),
+    ("grpo", {"sample.sde_type": "sde"}, ["forward.draws = 2", "'nft' or 'awm' or 'pepg' or 'par'", "takes 4"]),
+]
+
+
+@pytest.mark.parametrize(("method", "changes", "parts"), CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_one_sentence(config, method, changes, parts):
+    forward(config, method).update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError) as error:
+        resolve(config, num_processes=1, cuda=False)
+    assert [part for part in parts if part not in str(error.value)] == []

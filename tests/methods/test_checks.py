@@ -1,0 +1,56 @@
+"""What a method cannot be combined with is one sentence that names both keys, and what would work."""
+
+from __future__ import annotations
+
+import pytest
+
+from flow_grpo.errors import ConfigError
+from flow_grpo.methods.registry import METHODS, check_method
+from flow_grpo.recipes.sd3 import get_config
+
+CONTRADICTIONS = [
+    ("tiny_drtune", {"flowbp.bias": 2.0}, ["flowbp.bias = 2.0", "'flowbp' or 'flowbp_lagrange'", "it takes 1.0"]),
+    ("tiny_grpo", {"anchored.strength": 5.0}, ["anchored.strength = 5.0", "'anchored'", "'grpo' it takes 100.0"]),
+    ("tiny_drtune", {"drtune.detach_unconditional": True}, ["detach_unconditional = True", "guidance_scale = 1"]),
+    ("tiny_refl", {"drtune.early_stop": 0}, ["early_stop = 0", '"refl"', "1 to config.sample.num_steps = 10"]),
+    ("tiny_draft_k", {"drtune.early_stop": 2}, ["early_stop = 2", '"draft_k"', "takes 0"]),
+    ("tiny_draft_k", {"drtune.num_train_steps": 11}, ["num_train_steps = 11", "num_steps = 10", "1 to 10"]),
+    ("tiny_draft_lv", {"drtune.two_pass": True}, ["two_pass = True", '"draft_lv"', "takes False"]),
+    ("tiny_alignprop", {"drtune.two_pass": True}, ["two_pass = True", '"alignprop"', "takes False"]),
+    ("tiny_leapalign", {"sample.sde_type": "sde"}, ['sde_type = "sde"', '"leapalign"', 'takes "ode"']),
+    ("tiny_leapalign", {"sample.num_steps": 1}, ["num_steps = 1", '"leapalign"', "at least 2"]),
+    ("tiny_flowbp_lagrange", {"flowbp.num_supports": 11}, ["num_supports = 11", "num_steps = 10", "1 to 10"]),
+    ("tiny_flowbp_lagrange", {"drtune.num_train_steps": 4}, ["num_train_steps = 4", "num_supports = 3", "1 to 3"]),
+    ("tiny_flowbp_lagrange", {"sample.sde_type": "sde"}, ['sde_type = "sde"', '"flowbp_lagrange"', 'takes "ode"']),
+    ("tiny_anchored", {"train.beta": 0.1}, ["train.beta = 0.1", '"anchored"', "takes 0.0"]),
+    (
+        "tiny_anchored",
+        {"anchored.target_kl": 0.5, "anchored.target_diversity": 0.9},
+        ["target_kl = 0.5", "target_diversity = 0.9", "one of them takes 0"],
+    ),
+    ("tiny_anchored", {"anchored.target_kl": 4.0}, ["target_kl = 4.0", "base_images = 64", "2.55 nats", "273 images"]),
+    ("tiny_adjoint_matching", {"sample.sde_type": "ode"}, ['sde_type = "ode"', '"adjoint_matching"', '"memoryless"']),
+    ("tiny_adjoint_matching", {"sample.guidance_scale": 4.5}, ["guidance_scale = 4.5", '"adjoint_matching"', "1.0"]),
+    ("tiny_adjoint_matching", {"train.beta": 0.1}, ["train.beta = 0.1", '"adjoint_matching"', "takes 0.0"]),
+    ("tiny_adjoint_matching", {"drtune.early_stop": 1}, ["early_stop = 1", '"adjoint_matching"', "takes 0"]),
+    ("tiny_drtune", {"train.ratio": "cfm"}, ['ratio = "cfm"', "use_reward_gradient = True", '"sde"']),
+    ("tiny_drtune", {"sample.sde_window_size": 2}, ["sde_window_size = 2", "use_reward_gradient = True", "takes 0"]),
+    ("tiny_grpo", {"train.method": "refl"}, ["'refl' is of the other family", "use_reward_gradient = False", "'grpo'"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "changes", "parts"), CONTRADICTIONS)
+def test_a_contradiction_names_both_keys_and_what_would_work(recipe, changes, parts):
+    config = get_config(recipe)
+    check_method(config)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError) as error:
+        check_method(config)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_methods_own_keys_are_documented_and_allow_their_defaults(name):
+    for key in METHODS[name].keys:
+        assert key.meaning
+        assert key.rule.accepts(key.default)
