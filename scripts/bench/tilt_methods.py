@@ -48,6 +48,8 @@ class Entry:
 
 
 GRPO = {"train.learning_rate": 3e-4, "train.clip_range": 0.01}
+FORWARD = {"sample.sde_type": "ode", "train.learning_rate": 3e-4}
+TILTED = {**FORWARD, "train.advantage_std": "none", "forward.weight": "adaptive"}  # anew in every epoch, not the base
 GRADIENT = {"sample.sde_type": "ode", "train.learning_rate": 3e-4}
 TARGET = {  # of methods with a lambda: every step is trained, and averaged weights are measured
     "train.learning_rate": 3e-3, "train.ema": True, "train.ema_decay": 0.99, "drtune.num_train_steps": 20,
@@ -63,6 +65,15 @@ ENTRIES: Mapping[str, Entry] = {
     "GRPO, KL": Entry("grpo", 200, {**GRPO, "train.beta": 0.1}),
     "GRPO, positive": Entry("grpo", 200, {**GRPO, "train.advantage_mode": "positive"}),
     "GRPO, negative": Entry("grpo", 200, {**GRPO, "train.advantage_mode": "negative"}),
+    "DiffusionNFT": Entry(
+        "nft",
+        300,
+        {**FORWARD, "train.advantage_std": "batch", "forward.old": "ema", "forward.weight": "adaptive"},
+    ),
+    "AWM": Entry("awm", 300, FORWARD),
+    "PEPG": Entry("pepg", 300, TILTED),
+    "PAR": Entry("par", 300, TILTED),
+    "FDFO": Entry("fdfo", 300, {"sample.sde_type": "cps", "sample.noise_level": 0.5, "train.learning_rate": 3e-4}),
     "DRTune": Entry("drtune", 200, GRADIENT),
     "DRTune, KL": Entry("drtune", 200, {**GRADIENT, "train.beta": 0.1}),
     "FlowBP-Sparse": Entry("flowbp", 200, GRADIENT),
