@@ -66,6 +66,14 @@ class GaussianFlow:
         """The law of x_0."""
         return torch.distributions.MultivariateNormal(self.mean, self.covariance)
 
+    def log_density(self, x: Tensor) -> Tensor:
+        """log p of x_0: (B, D) -> (B,)."""
+        return self.distribution.log_prob(x)
+
+    def tilted(self, slope: Tensor) -> GaussianFlow:
+        """The law p exp(b . x), normalised: N(m + S b, S). `slope`: b, (D,)."""
+        return GaussianFlow(self.mean + self.covariance @ slope, self.covariance)
+
     @property
     def entropy(self) -> float:
         """D/2 log(2 pi e) + 1/2 log det S."""
@@ -153,9 +161,31 @@ class MixtureFlow:
         log_scale = 0.5 * x.shape[1] * (2 * math.pi * variance).log()
         return self.weights.log() - log_scale - 0.5 * distance / variance
 
+    @property
+    def mean(self) -> Tensor:
+        """E x_0, (D,)."""
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Tensor:
+        """Of x_0, (D, D): within the components, and between them."""
+        apart = self.means - self.mean  # (K, D)
+        within = (self.weights @ self.stds**2) * torch.eye(len(self.mean), dtype=self.means.dtype)
+        return within + apart.T * self.weights @ apart
+
+    def tilted(self, slope: Tensor) -> MixtureFlow:
+        """The law p exp(b . x), normalised: m_k + t_k^2 b, and w_k exp(b . m_k + t_k^2 b . b / 2). `slope`: b, (D,)."""
+        variance = self.stds**2
+        log_weights = self.weights.log() + self.means @ slope + variance * slope.square().sum() / 2
+        return MixtureFlow(log_weights.softmax(0), self.means + variance[:, None] * slope, self.stds)
+
+    def responsibilities(self, x: Tensor, sigma: float = 0.0) -> Tensor:
+        """r_k, the probability that x_s came from component k: (B, D) -> (B, K). Their mean over the law is w_k."""
+        return self._log_joint(x, sigma).softmax(1)
+
     def velocity(self, x: Tensor, sigma: float) -> Tensor:
         """v, (B, D)."""
-        responsibility = self._log_joint(x, sigma).softmax(1)  # (B, K)
+        responsibility = self.responsibilities(x, sigma)  # (B, K)
         variance = (1 - sigma) ** 2 * self.stds**2 + sigma**2
         gain = (sigma - (1 - sigma) * self.stds**2) / variance  # v_k = gain_k (x - (1 - s) m_k) - m_k
         constant = (1 + (1 - sigma) * gain)[:, None] * self.means  # (K, D)
