@@ -61,7 +61,7 @@ ENTRIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 WARM_UP, ROUNDS = 1, 5  # epochs of each method, in turn
 IMAGES, SET, REPEATS = 1000, 16, 50  # base images a prompt; images of a set whose diversity is measured, and sets
-STRENGTHS = (0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500)
+STRENGTHS = (0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200)  # beyond, fewer than 20 images carry the weight
 
 
 # --- what an epoch costs ----------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ MISTAKES = [
     (("sd35_gpro",), ["'sd35_gpro' is not a recipe", "did you mean sd35_grpo"]),
     (("zzz",), ["'zzz' is not a recipe", "fme ls recipes"]),
     (("tiny_grpo", "train.lerning_rate=1"), ["error: train.lerning_rate is not a key", "mean train.learning_rate"]),
-    (("tiny_grpo", "beta=1"), ["error: beta is not a key; did you mean train.beta?"]),
+    (("tiny_grpo", "beta=1"), ["error: beta is not a key; did you mean ", "train.beta"]),
     (("tiny_grpo", "num_epochs=1.5"), ["error: num_epochs = '1.5' is not allowed; it takes a whole number."]),
     (("tiny_grpo", "reward_fn=1"), ["error: reward_fn is a group of keys", " reward_fn.pickscore"]),
     (("tiny_grpo", "extra"), ["extra", "KEY=VALUE"]),
