@@ -27,6 +27,7 @@ from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import WeightedReward
+from flow_grpo.rules import POSITIVE
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 
@@ -59,13 +60,14 @@ def tilt_of(policy: Policy, prompts: PromptDataset, reward: WeightedReward, sett
     """
     config = settings.config
     if not needs_base_samples(config):
-        return Tilt(config.anchored.strength)
+        return Tilt(config.anchored.strength, config.anchored.variance or math.nan)
     asked_for = _question(config, prompts)
     kept = run.from_main(lambda: _kept(run.folder / TILT_FILE, asked_for))
     if kept is not None:
         return kept
     samples = draw_base_samples(policy, prompts, reward, settings, run)
-    tilt = Tilt(run.from_main(lambda: _strength(samples, config)), samples.variance)
+    variance = config.anchored.variance or samples.variance
+    tilt = Tilt(run.from_main(lambda: _strength(samples, config)), variance)
     if run.is_main and run.holds_folder():
         with run.writing(TILT_FILE):
             answer = strict_json({"asked_for": asked_for, **asdict(tilt)}, indent=1)
@@ -86,7 +88,10 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     rewards = {name: value for name, value in sorted(config.reward_fn.items()) if value}
     chosen = list(prompts.prompts[: config.anchored.base_prompts])
     sampler = {"steps": config.sample.num_steps, "guidance_scale": config.sample.guidance_scale}
-    return {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
+    models = {name: config.reward_model.get(name, "") for name in rewards} | {"base": config.pretrained.model}
+    features = dict(config.diversity.items()) if config.anchored.target_diversity > 0 else {}
+    question = {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
+    return question | {"models": models, "features": features, "resolution": config.resolution}
 
 
 def _kept(path: Path, asked_for: dict[str, Any]) -> Tilt | None:
@@ -95,14 +100,23 @@ def _kept(path: Path, asked_for: dict[str, Any]) -> Tilt | None:
         kept = read_object(path)
     except ConfigError:
         return None
-    strength, variance = kept.get("strength"), kept.get("variance")
-    if kept.get("asked_for") != asked_for or not isinstance(strength, float | int):
+    values: list[Any] = [kept.get(name) for name in ("strength", "variance")]
+    if kept.get("asked_for") != asked_for or not all(map(POSITIVE.accepts, values)):
         return None
-    return Tilt(float(strength), math.nan if variance is None else float(variance))
+    return Tilt(float(values[0]), float(values[1]))
 
 
 def _strength(samples: BaseSamples, config: FrozenConfigDict) -> float:
     """lambda, as it is configured or as the exact law has it."""
+    anchored = config.anchored
+    try:
+        return _strength_of_law(samples, config)
+    except ConfigError as error:
+        key = "target_kl" if anchored.target_kl > 0 else "target_diversity"
+        raise ConfigError(f"config.anchored.{key} = {anchored[key]}: {error}") from error
+
+
+def _strength_of_law(samples: BaseSamples, config: FrozenConfigDict) -> float:
     anchored = config.anchored
     if anchored.target_kl > 0:
         return frontier.strength_for_kl(samples.rewards, anchored.target_kl)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from flow_grpo.errors import ConfigError
 from flow_grpo.methods.base import Method, takes_only
 from flow_grpo.methods.drtune import check_reward_gradient, check_runs_to_the_end, check_trained_steps
 from flow_grpo.rules import NOT_NEGATIVE, POSITIVE, Key
@@ -19,6 +20,13 @@ def check(config: ConfigDict) -> None:
     check_reward_gradient(config)
     check_runs_to_the_end(config, "adjoint_matching")
     check_trained_steps(config)
+    because = 'is not read by config.train.method = "adjoint_matching", which always holds one step at a time'
+    takes_only(config, "drtune.two_pass", False, because)
+    if config.sample.num_steps < 2:
+        raise ConfigError(
+            f"config.sample.num_steps = {config.sample.num_steps} draws no noise at all, which "
+            'config.train.method = "adjoint_matching" needs; it takes at least 2.'
+        )
     because = 'is not the sampler for which config.train.method = "adjoint_matching" holds'
     takes_only(config, "sample.sde_type", "memoryless", because)
     because = 'is not for config.train.method = "adjoint_matching", whose adjoint is that of the velocity itself'
@@ -47,7 +55,8 @@ def sd35(config: ConfigDict) -> None:
     backward pass.
     """
     config.sample.sde_type = "memoryless"
-    config.sample.guidance_scale = 1.0
+    config.sample.guidance_scale = config.eval.guidance_scale = 1.0
+    config.drtune.two_pass = False
     config.sample.num_steps = 20
     config.drtune.num_train_steps = 10
     config.train.beta = 0.0

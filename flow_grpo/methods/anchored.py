@@ -44,6 +44,9 @@ def check(config: ConfigDict) -> None:
     anchored = config.anchored
     because = 'would be a second anchor beside that of config.train.method = "anchored"'
     takes_only(config, "train.beta", 0.0, because)
+    if anchored.weight != "kappa":
+        because = f'is of config.anchored.weight = "kappa", not "{anchored.weight}"'
+        takes_only(config, "anchored.variance", 0.0, because)
     if anchored.target_kl and anchored.target_diversity:
         raise ConfigError(
             f"config.anchored.target_kl = {anchored.target_kl} and config.anchored.target_diversity = "

@@ -7,10 +7,15 @@ from ml_collections import ConfigDict
 from flow_grpo.errors import ConfigError
 from flow_grpo.methods.base import Method, takes_only
 from flow_grpo.methods.drtune import check, check_reward_gradient, check_runs_to_the_end
-from flow_grpo.rules import NOT_NEGATIVE, Key, number, whole
+from flow_grpo.rules import Key, number, whole
 
 KEYS = (
-    Key("flowbp.bias", 1.0, NOT_NEGATIVE, "step i is drawn with a weight of (i + 1)^bias; 0: all alike"),
+    Key(
+        "flowbp.bias",
+        1.0,
+        number("a number from 0 to 50", lambda x: 0 <= x <= 50),
+        "step i is drawn with a weight of (i + 1)^bias; 0: all alike",
+    ),
     Key(
         "flowbp.gain",
         0.5,

@@ -59,9 +59,18 @@ def test_a_damaged_file_or_one_of_another_question_is_measured_anew(anchored_con
     parts = build(anchored_config)
     first = tilt(parts)
     path = parts.run.folder / TILT_FILE
-    for content in ("{", json.dumps({"asked_for": {}, "strength": 3.0, "variance": 1.0})):
+    kept = json.loads(path.read_text())
+    broken = [json.dumps(kept | change) for change in ({"variance": "x"}, {"variance": None}, {"strength": -5.0})]
+    for content in ("{", json.dumps({"asked_for": {}, "strength": 3.0, "variance": 1.0}), *broken):
         path.write_text(content)
         assert tilt(parts) == first
+
+
+def test_a_variance_that_is_given_is_taken_whether_base_images_are_drawn_or_not(anchored_config, build):
+    anchored_config.anchored.variance = 3.0
+    assert tilt(build(anchored_config)).variance == 3.0
+    anchored_config.anchored.target_kl, anchored_config.run_name = 0.3, "other"
+    assert tilt(build(anchored_config)).variance == 3.0
 
 
 def test_without_a_measured_kappa_or_a_target_nothing_is_sampled(anchored_config, build):
@@ -89,7 +98,10 @@ def test_the_strength_for_a_share_of_diversity_leaves_that_share(anchored_config
 def test_a_target_that_the_base_samples_cannot_reach_is_told(anchored_config, build):
     anchored_config.anchored.target_diversity = 1e-6
     parts = build(anchored_config)
-    with pytest.raises(ConfigError, match="share of 1e-06 of the base's diversity is out of reach"):
+    with pytest.raises(
+        ConfigError,
+        match=r"target_diversity = 1e-06: a share of 1e-06 .* is out of reach",
+    ):
         tilt(parts)
 
 

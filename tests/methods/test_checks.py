@@ -22,6 +22,13 @@ CONTRADICTIONS = [
     ("tiny_flowbp_lagrange", {"flowbp.num_supports": 11}, ["num_supports = 11", "num_steps = 10", "1 to 10"]),
     ("tiny_flowbp_lagrange", {"drtune.num_train_steps": 4}, ["num_train_steps = 4", "num_supports = 3", "1 to 3"]),
     ("tiny_flowbp_lagrange", {"sample.sde_type": "sde"}, ['sde_type = "sde"', '"flowbp_lagrange"', 'takes "ode"']),
+    ("tiny_anchored", {"anchored.variance": 0.5, "anchored.weight": "1"}, ["variance = 0.5", '"kappa"', "0.0"]),
+    ("tiny_adjoint_matching", {"drtune.two_pass": True}, ["two_pass = True", '"adjoint_matching"', "takes False"]),
+    (
+        "tiny_adjoint_matching",
+        {"sample.num_steps": 1, "drtune.num_train_steps": 1},
+        ["num_steps = 1", '"adjoint_matching"', "at least 2"],
+    ),
     ("tiny_anchored", {"train.beta": 0.1}, ["train.beta = 0.1", '"anchored"', "takes 0.0"]),
     (
         "tiny_anchored",
