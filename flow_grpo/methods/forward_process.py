@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.methods.base import Method, takes_only
@@ -57,6 +57,11 @@ def check(config: ConfigDict) -> None:
         for key in ("old_decay", "old_decay_ramp"):
             because = 'is of averaged old weights, not of config.forward.old = "snapshot"'
             takes_only(config, f"forward.{key}", default(f"forward.{key}"), because)
+
+
+def keeps_old(config: ConfigDict | FrozenConfigDict) -> bool:
+    """Whether old weights go on from one epoch to the next, and into checkpoints: as an average of these methods."""
+    return config.train.method in [method.name for method in METHODS] and config.forward.old == "ema"
 
 
 def default(key: str) -> object:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.methods.forward_process import keeps_old
 from flow_grpo.models.files import first_line
 from flow_grpo.policy import Policy
 from flow_grpo.runs.run import Run
@@ -72,7 +73,7 @@ def restore(policy: Policy, run: Run, state: TrainingState, source: str) -> None
         raise ConfigError(f"{source}: {broken} holds values that are not finite numbers.")
     weights = matching_weights(policy, state.tensors, WEIGHTS, source)
     average = None if policy.ema is None else matching_weights(policy, state.tensors, AVERAGE, source)
-    old = any(name.startswith(f"{OLD}.") for name in state.tensors)  # of methods that keep them
+    old = keeps_old(policy.settings.config) and any(name.startswith(f"{OLD}.") for name in state.tensors)
     old_weights = matching_weights(policy, state.tensors, OLD, source) if old else None
     moments = _moments(policy, state.tensors, source)
     with torch.no_grad():

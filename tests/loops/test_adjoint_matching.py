@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from flow_grpo.loops.adjoint_matching import adjoint_gradient, trained_steps
+from flow_grpo.loops.adjoint_matching import _adjoint_matching, adjoint_gradient, trained_steps
 from flow_grpo.loops.reward_gradient import Objective
+from tests.conftest import by_method
 from tests.loops.test_anchored import Shifted
 from tests.loops.test_drtune import executed
 from tests.loops.tiny_net import BASE, TinyNet, generators, gradient_by, losses, noise, relative, step_noise
@@ -106,3 +107,11 @@ def test_all_late_steps_and_some_early_ones_are_trained():
         assert list(steps) == sorted(steps)
         seen |= set(steps)
     assert seen == set(range(10))
+
+
+def test_the_settings_reach_the_gradient(config, build):
+    by_method(config, "adjoint_matching")
+    config.adjoint.strength, config.adjoint.largest_term, config.drtune.num_train_steps = 7.0, 0.9, 2
+    parts = build(config)
+    found = _adjoint_matching(parts.policy, parts.settings, torch.Generator().manual_seed(0)).keywords
+    assert (found["strength"], found["largest"], len(found["chain"].train_steps)) == (7.0, 0.9, 2)

@@ -113,3 +113,13 @@ def test_the_ramp_raises_the_strength_over_its_epochs(anchored_config, build):
         found = anchored._anchored(tilt(parts), epoch, parts.policy, parts.settings, torch.Generator().manual_seed(0))
         strengths.append(found.keywords["strength"])
     assert strengths == [25.0, 50.0, 75.0, 100.0, 100.0, 100.0]
+
+
+def test_each_trained_step_has_the_weight_of_its_own_level(anchored_config, build):
+    parts = build(anchored_config)
+    target = tilt(parts)
+    found = anchored._anchored(target, 0, parts.policy, parts.settings, torch.Generator().manual_seed(0)).keywords
+    assert len(found["weights"]) == 2
+    for i, w in found["weights"].items():
+        sigma, s2 = found["chain"].sigmas[i], target.variance
+        assert w == pytest.approx(s2 * sigma / ((1 - sigma) ** 2 * s2 + sigma**2))

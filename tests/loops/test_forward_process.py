@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.forward_process import noised
+from flow_grpo.forward_process import Point, Velocities, nft_loss, noised, stratified_times
 from flow_grpo.loops import forward_process
-from flow_grpo.loops.collect import epoch_prompts, sample_images
+from flow_grpo.loops.collect import advantages_of, epoch_prompts, sample_images
 from flow_grpo.loops.forward_process import old_decay, point_loss
 from flow_grpo.metrics import MeanMetrics
+from flow_grpo.randomness import keyed_generator
 from flow_grpo.settings import resolve
+from flow_grpo.training import checkpoint
 from flow_grpo.types import RewardBatch
+from tests.training.saving import train
 
 METHODS = pytest.mark.parametrize("method", ["nft", "awm", "pepg", "par"])
 
@@ -69,6 +72,77 @@ def test_the_microbatch_size_does_not_change_the_update(config, build, method):
         perturb(parts.policy)
         found.append(gradient(parts))
     assert ((found[1] - found[0]).norm() / found[0].norm()).item() < 1e-4
+
+
+@METHODS
+def test_an_epochs_gradient_is_the_mean_over_images_and_draws_of_the_points_losses(config, build, method):
+    """Images, times and noises by their keys; all by autograd, on a second policy of the same weights."""
+    forward(config, method)
+    config.forward.eta, config.train.learning_rate = 0.3, 1e-4
+    parts = build(config)
+    perturb(parts.policy)
+    found = gradient(parts)
+    config.run_name = "again"
+    parts = build(config)
+    perturb(parts.policy)
+    plan, policy, seed = parts.settings.plan, parts.policy, config.seed
+    batch = epoch_prompts(parts.prompts, plan, seed, 0, 0)
+    images = sample_images(policy, batch, parts.reward, parts.settings, parts.run, MeanMetrics())
+    advantages = advantages_of(policy, images, parts.settings, MeanMetrics())
+    policy.keep_old()
+    minibatch = forward_process._minibatch(policy, images, advantages, None, torch.arange(8), parts.settings.config)
+    generators = [keyed_generator(seed, "forward noise", 0, i, 0) for i in range(8)]
+    times = stratified_times(2, keyed_generator(seed, "forward time", 0, 0, 0))
+    for t in times:
+        point = noised(images.trajectory.final_latents, policy.noise(generators), t)
+        (point_loss(minibatch, point, parts.settings.config)["loss"] / 2).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.trainable])
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-4
+
+
+def velocities(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    v, old, target = (torch.randn(3, 4, 2, 2, generator=generator, dtype=torch.float64) for _ in range(3))
+    return Velocities(v, old, target, 0.4)
+
+
+@pytest.mark.parametrize(("sign", "rho"), [(1.0, 1.0), (-1.0, 0.0), (0.0, 0.5)])
+def test_nfts_optimality_is_1_at_the_largest_advantage_and_0_at_the_smallest(config, sign, rho):
+    config.train.method, config.train.adv_clip_max = "nft", 5.0
+    advantages = torch.full((3,), sign * 5.0, dtype=torch.float64)
+    found = forward_process.LOSSES["nft"](velocities(), advantages, config)["loss"]
+    expected = nft_loss(velocities(), torch.full((3,), rho, dtype=torch.float64), config.forward.beta, "1")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_eta_weighs_the_distance_from_the_old_velocity(config):
+    config.train.method, at = "nft", velocities()
+    minibatch = forward_process.Minibatch(
+        lambda x, t: at.velocity, lambda x, t: at.old, None, torch.ones(3, dtype=torch.float64)
+    )
+    point = Point(latents=at.target, t=at.t, target=at.target)
+    losses = []
+    for eta in (0.0, 0.7):
+        config.forward.eta = eta
+        losses.append(point_loss(minibatch, point, config)["loss"])
+    expected = 0.7 * (at.velocity - at.old).square().mean()
+    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-12, atol=0)
+
+
+def test_old_weights_are_not_those_of_a_setting_that_is_gone(config, build):
+    """An average over epochs is kept by checkpoints; a snapshot, or another method, does not go on from it."""
+    forward(config, "nft", old="ema").save_freq = 1
+    first = train(config, build)
+    config.resume_from, config.num_epochs = str(first.run.folder), 3
+    kept = build(config)
+    checkpoint.resume(kept.policy, kept.run, kept.settings)
+    assert kept.policy.old is not None
+    grpo = {"train.method": "grpo", "sample.sde_type": "sde", "forward.draws": 4, "forward.weight": "1"}
+    for change in ({"forward.old": "snapshot"}, grpo):
+        config.update_from_flattened_dict(change)
+        parts = build(config)
+        checkpoint.resume(parts.policy, parts.run, parts.settings)
+        assert parts.policy.old is None
 
 
 @METHODS

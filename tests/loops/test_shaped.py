@@ -296,3 +296,30 @@ def test_an_image_that_is_neither_rewarded_nor_penalised_pays_for_no_forward(con
     parts = build(config)
     parts.reward = TwoTastes()
     assert parts.train()["trained_fraction"] == pytest.approx(2 / 3)  # the worst, and the one that is penalised
+
+
+def test_an_update_raises_the_diversity_that_it_is_asked_for(config, build):
+    """A step down the part of the gradient that the bonus makes, on the same noises; up it, diversity falls."""
+    config.shaping.kind = "log_vendi"
+    by_method(config, "drtune")
+    config.sample.num_image_per_prompt, config.drtune.num_train_steps = 4, 4
+    config.train.batch_size = 16
+    gradients = []
+    for name, weight in (("with", 1.0), ("without", 1e-9)):
+        config.shaping.weight, config.run_name = weight, name
+        parts = build(config)
+        parts.policy.optimizer.step = parts.policy.optimizer.zero_grad = lambda: None
+        before = parts.train()["log_diversity"]
+        gradients.append([p.grad.clone() for p in parts.policy.trainable])
+    bonus = [a - b for a, b in zip(*gradients, strict=True)]
+    size = torch.cat([part.flatten() for part in bonus]).norm()
+    found = []
+    for step in (-1.0, 1.0):
+        config.run_name = f"step {step}"
+        parts = build(config)
+        parts.policy.optimizer.step = parts.policy.optimizer.zero_grad = lambda: None
+        with torch.no_grad():
+            for p, part in zip(parts.policy.trainable, bonus, strict=True):
+                p += step * part / size
+        found.append(parts.train()["log_diversity"])
+    assert found[0] > before > found[1]
