@@ -18,7 +18,7 @@ from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
-from flow_grpo.methods.registry import check_method
+from flow_grpo.methods.registry import check_method, method_of
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
@@ -83,6 +83,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 # --- one value at a time --------------------------------------------------------------------------------
 
 BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
+PAIRS_ARE_ALIKE = ("distance", "cluster", "entropy", "vendi")  # of two images, either is as far from the other
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -129,7 +130,8 @@ def _check_sampler(config: ConfigDict) -> None:
     if train.kl_min_sigma > 0 and train.beta == 0:
         raise ConfigError(
             f"config.train.kl_min_sigma = {train.kl_min_sigma} chooses the steps of a KL divergence, which "
-            "config.train.beta = 0.0 leaves out; it takes 0.0, or config.train.beta a number above 0."
+            "config.train.beta = 0.0 leaves out; it takes 0.0"
+            f"{'' if method_of(config).needs_base else ', or config.train.beta a number above 0'}."
         )
     if sample.sde_type == "cps" and sample.noise_level > 1:
         raise ConfigError(
@@ -231,6 +233,11 @@ def _check_shaping(config: ConfigDict) -> None:
     if bool(shaping.weight) != (shaping.kind in BONUSES + DIFFERENTIABLE):
         takes = "a number above 0" if shaping.kind in BONUSES + DIFFERENTIABLE else "0"
         raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
+    if shaping.kind in PAIRS_ARE_ALIKE and config.sample.num_image_per_prompt < 3:
+        raise ConfigError(
+            f"config.sample.num_image_per_prompt = {config.sample.num_image_per_prompt} gives the images of a group "
+            f"the same bonus, by which {kind} changes nothing; it takes at least 3."
+        )
     if shaping.kind == "density":
         for key, default in {"shaping.extractor": "pixels", "shaping.model": ""}.items():
             takes_only(config, key, default, f"is for features of images, which {kind} takes none of")
@@ -272,6 +279,12 @@ def _check_whole_groups(config: ConfigDict, plan: BatchPlan) -> None:
     whole = size % plan.updates == 0 and share > 1 and plan.images_per_process % size == 0
     if whole and config.train.batch_size % share == 0:
         return
+    if size < 2 * plan.updates:
+        raise ConfigError(
+            f'config.shaping.kind = "{config.shaping.kind}" needs two images of a group in every update, but '
+            f"config.sample.num_image_per_prompt = {size} in {plan.updates} updates an epoch are fewer; it takes at "
+            f"least {2 * plan.updates}."
+        )
     takes = (
         f"config.train.batch_size = {share}, or a multiple"
         if whole

@@ -298,6 +298,19 @@ COMBINATIONS = [
         {"shaping.kind": "log_rke", "shaping.weight": 0.1, "use_reward_gradient": True, "train.batch_size": 3},
         ['shaping.kind = "log_rke"', "train.batch_size = 3", "train.batch_size = 4, or a multiple"],
     ),
+    (
+        {"shaping.kind": "vendi", "shaping.weight": 0.1, "sample.num_image_per_prompt": 2},
+        ["num_image_per_prompt = 2", 'shaping.kind = "vendi"', "at least 3"],
+    ),
+    (
+        {
+            "shaping.kind": "log_rke",
+            "shaping.weight": 0.1,
+            "use_reward_gradient": True,
+            "sample.num_image_per_prompt": 2,
+        },
+        ['shaping.kind = "log_rke"', "num_image_per_prompt = 2", "at least 4"],
+    ),
     ({"shaping.kind": "vendi"}, ["shaping.weight = 0.0", 'shaping.kind = "vendi"', "above 0"]),
     (
         {"shaping.kind": "distance", "shaping.weight": 0.1},

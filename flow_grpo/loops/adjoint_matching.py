@@ -49,7 +49,7 @@ def adjoint_gradient(
     every = replace(chain, train_steps=tuple(range(len(chain.steps))))
     with torch.no_grad():
         state = run_chain(objective.velocity, latents, every, generators)
-    losses, gradient = objective.image_gradient(state.x0)
+    _, gradient = objective.image_gradient(state.x0)
     adjoint = strength * gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     most = largest * strength**2 if largest > 0 else math.inf
     errors, cut = [], []
@@ -65,8 +65,8 @@ def adjoint_gradient(
             errors.append(term.detach().clamp(max=most).mean())
             cut.append((term.detach() > most).to(term.dtype).mean())
         adjoint = before
-    terms = {"adjoint_error": torch.stack(errors).mean()}
-    return Value(losses.mean(), terms, {"adjoint_cut": torch.stack(cut).mean()})
+    error = torch.stack(errors).mean()
+    return Value(error, shares={"adjoint_error": error, "adjoint_cut": torch.stack(cut).mean()})
 
 
 def _pull(objective: Objective, x: Tensor, sigma: float, adjoint: Tensor) -> tuple[Tensor, Tensor]:

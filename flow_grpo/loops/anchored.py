@@ -69,8 +69,9 @@ def anchored_gradient(
         errors.append(error.detach())
         return error
 
-    losses = detached_gradient(objective, latents, generators, chain=chain, step_loss=step_loss, two_pass=two_pass)
-    return Value(losses.mean(), {"anchor_error": torch.stack(errors).sum()})
+    detached_gradient(objective, latents, generators, chain=chain, step_loss=step_loss, two_pass=two_pass)
+    error = torch.stack(errors).sum()
+    return Value(error, shares={"anchor_error": error})
 
 
 def _at_most(shift: Tensor, largest: float) -> Tensor:

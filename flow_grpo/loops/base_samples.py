@@ -7,7 +7,7 @@ or that at which the exact law, on the base model's own samples, spends the want
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,12 @@ def draw_base_samples(
     encode = _encoder(config, policy) if config.anchored.target_diversity > 0 else None
     found = []
     for first in run.progress(range(0, len(chosen), accelerator.num_processes), "base samples"):
-        run.check_stop()  # collective: as often on every process
-        for prompt in chosen[first : first + accelerator.num_processes][accelerator.process_index :][:1]:
-            found.append((prompt, *_of_prompt(policy, prompts, reward, settings, prompt, encode)))
+        mine = chosen[first : first + accelerator.num_processes][accelerator.process_index :][:1]  # none, at the end
+        parts = []
+        for numbers in torch.arange(config.anchored.base_images).split(config.train.batch_size):
+            run.check_stop()  # collective: as often on every process
+            parts += [_some_of_prompt(policy, prompts, reward, settings, prompt, numbers, encode) for prompt in mine]
+        found += [(prompt, *_joined(parts)) for prompt in mine]
     rows = sorted(gather_object(found), key=lambda row: row[0])
     return BaseSamples(
         rewards=np.stack([rewards for _, rewards, _, _ in rows]),
@@ -152,31 +155,37 @@ def draw_base_samples(
     )
 
 
-def _of_prompt(
+# Rewards (n,), latents (n, C, h, w) and features (n, d) of some images of one prompt.
+Part = tuple[np.ndarray, torch.Tensor, np.ndarray | None]
+
+
+def _some_of_prompt(
     policy: Policy,
     prompts: PromptDataset,
     reward: WeightedReward,
     settings: Settings,
     prompt: int,
+    numbers: torch.Tensor,
     encode: Callable[[torch.Tensor], np.ndarray] | None,
-) -> tuple[np.ndarray, float, np.ndarray | None]:
-    """Rewards (N,), the variance of the latents, features (N, d) of one prompt's images."""
-    config, text = settings.config, prompts.prompts[prompt]
-    rewards, latents, features = [], [], []
-    for chunk in torch.arange(config.anchored.base_images).split(config.train.batch_size):
-        generators = [keyed_generator(config.seed, "base", prompt, n) for n in chunk.tolist()]
-        velocity = policy.reference_velocity(policy.encode([text] * len(chunk)), config.sample.guidance_scale)
-        with torch.no_grad():
-            sigmas = policy.sigmas(config.sample.num_steps)
-            x0 = pipeline_with_logprob(velocity, policy.noise(generators), sigmas).final_latents
-            images = policy.decode(x0)
-            scores = reward(images, [text] * len(chunk), [prompts.metadata[prompt]] * len(chunk))
-        rewards.append(scores.total.double().cpu().numpy())
-        latents.append(x0.double().cpu())
-        if encode is not None:
-            features.append(encode(images.cpu()))
+) -> Part:
+    """The images of these numbers, sampled together by the base model's weights."""
+    config, texts = settings.config, [prompts.prompts[prompt]] * len(numbers)
+    generators = [keyed_generator(config.seed, "base", prompt, n) for n in numbers.tolist()]
+    velocity = policy.reference_velocity(policy.encode(texts), config.sample.guidance_scale)
+    with torch.no_grad():
+        sigmas = policy.sigmas(config.sample.num_steps)
+        x0 = pipeline_with_logprob(velocity, policy.noise(generators), sigmas).final_latents
+        images = policy.decode(x0)
+        scores = reward(images, texts, [prompts.metadata[prompt]] * len(numbers))
+    features = None if encode is None else encode(images.cpu())
+    return scores.total.double().cpu().numpy(), x0.double().cpu(), features
+
+
+def _joined(parts: Sequence[Part]) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """Rewards (N,), the variance of the latents, features (N, d) of all images of one prompt."""
+    rewards, latents, features = zip(*parts, strict=True)
     variance = torch.cat(latents).var(0, correction=1).mean().item()
-    return np.concatenate(rewards), variance, np.concatenate(features) if features else None
+    return np.concatenate(rewards), variance, None if features[0] is None else np.concatenate(features)
 
 
 def _encoder(config: FrozenConfigDict, policy: Policy) -> Callable[[torch.Tensor], np.ndarray]:

@@ -62,7 +62,7 @@ class Objective:
 class Value:
     """What one microbatch was worth: detached scalars."""
 
-    loss: Tensor  # mean over images of `Objective.losses`
+    loss: Tensor  # mean over images of `Objective.losses`, or the error of a regression
     terms: Mapping[str, Tensor] = field(default_factory=dict)  # what is minimised besides, by the name that is logged
     shares: Mapping[str, Tensor] = field(default_factory=dict)  # what is logged and not minimised
 

@@ -39,7 +39,7 @@ def check_trained_steps(config: ConfigDict) -> None:
 
 def check_runs_to_the_end(config: ConfigDict, method: str) -> None:
     """ConfigError for a stop before the image."""
-    takes_only(config, "drtune.early_stop", 0, f'is for DRTune, ReFL and "anchored", not for "{method}"')
+    takes_only(config, "drtune.early_stop", 0, f'is for DRTune, FlowBP-Sparse, ReFL and "anchored", not for "{method}"')
 
 
 def check_attached(config: ConfigDict, method: str) -> None:

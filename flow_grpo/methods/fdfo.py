@@ -39,6 +39,11 @@ def check(config: ConfigDict) -> None:
             f"config.sample.noise_level = {sample.noise_level} makes the two images of a pair the same, which leaves "
             "train.method = 'fdfo' nothing to compare; it takes a number above 0, at most 1."
         )
+    if sample.num_steps < 2:
+        raise ConfigError(
+            f"config.sample.num_steps = {sample.num_steps} makes the two images of a pair the same, as the last step "
+            'of cps draws no noise, which leaves train.method = "fdfo" nothing to compare; it takes at least 2.'
+        )
     if sample.num_image_per_prompt % 2:
         raise ConfigError(
             f"config.sample.num_image_per_prompt = {sample.num_image_per_prompt} does not divide into pairs, which "

@@ -40,6 +40,7 @@ CONTRADICTIONS = [
     ("tiny_adjoint_matching", {"sample.guidance_scale": 4.5}, ["guidance_scale = 4.5", '"adjoint_matching"', "1.0"]),
     ("tiny_adjoint_matching", {"train.beta": 0.1}, ["train.beta = 0.1", '"adjoint_matching"', "takes 0.0"]),
     ("tiny_adjoint_matching", {"drtune.early_stop": 1}, ["early_stop = 1", '"adjoint_matching"', "takes 0"]),
+    ("tiny_fdfo", {"sample.num_steps": 1}, ["num_steps = 1", '"fdfo"', "at least 2"]),
     ("tiny_drtune", {"train.ratio": "cfm"}, ['ratio = "cfm"', "use_reward_gradient = True", '"sde"']),
     ("tiny_drtune", {"sample.sde_window_size": 2}, ["sde_window_size = 2", "use_reward_gradient = True", "takes 0"]),
     ("tiny_grpo", {"train.method": "refl"}, ["'refl' is of the other family", "use_reward_gradient = False", "'grpo'"]),
