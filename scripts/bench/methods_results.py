@@ -38,7 +38,7 @@ class Outcome:
     vendi: list[float]
     judge: list[float]
     epochs: list[int]
-    final: Mapping[str, float]  # reward, judge, vendi, rke, colours, nats, exact: the law's Vendi at this reward
+    final: Mapping[str, float]  # reward, judge, vendi, rke, colours, nats, exact: the law's Vendi at this gain
     seconds_to: Mapping[str, float]  # gain -> seconds; nan: never
     excess_at: Mapping[str, float]  # gain -> Vendi there minus the exact law's; nan: never
 
@@ -70,15 +70,14 @@ def outcome(record: RunRecord, run: StudyRun, seconds: float, law: Sequence[Mapp
         "rke": last.occasional.get(RKE, math.nan),
         "colours": math.exp(last.metrics[ENTROPY]),
         "nats": last.occasional.get(NATS, math.nan),
-        "exact": exact_vendi(last.reward, law),
+        "exact": vendi[0] * exact_share(last.reward - reward[0], law),
     }
     seconds_to, excess_at = {}, {}
     for gain in GAINS:
-        level = reward[0] + gain
-        reached = first_crossing(epochs, rising(reward), level)
+        reached = first_crossing(epochs, rising(reward), reward[0] + gain)
         seconds_to[f"{gain:g}"] = math.nan if reached is None else reached * seconds
         there = math.nan if reached is None else float(np.interp(reached, epochs, vendi))
-        excess_at[f"{gain:g}"] = there - exact_vendi(level, law)
+        excess_at[f"{gain:g}"] = there - vendi[0] * exact_share(gain, law)
     curves = reward.tolist(), vendi.tolist(), judge.tolist(), epochs.astype(int).tolist()
     return Outcome(run.label, run.seed, *curves, final, seconds_to, excess_at)
 
@@ -87,10 +86,14 @@ def _occasional(record: RunRecord, name: str) -> np.ndarray:
     return np.array([evaluation.occasional.get(name, math.nan) for evaluation in record.evaluations])
 
 
-def exact_vendi(reward: float, law: Sequence[Mapping[str, float]]) -> float:
-    """The exact law's Vendi score at a mean reward; below the base's reward the base's; nan beyond the curve."""
-    rewards, scores = ([row[name] for row in law] for name in ("reward", "vendi"))
-    return float(np.interp(reward, rewards, scores)) if reward <= rewards[-1] else math.nan
+def exact_share(gain: float, law: Sequence[Mapping[str, float]]) -> float:
+    """The share of the base's Vendi score that the exact law keeps at a gain in reward; 1 below 0, nan beyond the curve.
+
+    Both are taken over the base: the 16 images of a run's evaluation are not the 1,000 of the curve.
+    """
+    gains = [row["reward"] - law[0]["reward"] for row in law]
+    shares = [row["vendi"] / law[0]["vendi"] for row in law]
+    return float(np.interp(gain, gains, shares)) if gain <= gains[-1] else math.nan
 
 
 def summarise(outcomes: Sequence[Outcome], cost: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -152,14 +155,16 @@ def draw(outcomes: Sequence[Outcome], law: Sequence[Mapping[str, float]], path: 
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([r["reward"] for r in law], [r["vendi"] for r in law], "k-", lw=2.5, label="exact law")
+    gains = np.array([row["reward"] - law[0]["reward"] for row in law])
+    axes.plot(gains, [100 * exact_share(gain, law) for gain in gains], "k-", lw=2.5, label="exact law")
     names, markers = list(dict.fromkeys(o.method for o in outcomes)), "osDv^<>PX*hpd8sH"
     for number, name in enumerate(names):
         mine = [o for o in outcomes if o.method == name]
-        x, y = (np.mean([getattr(o, part) for o in mine], axis=0) for part in ("reward", "vendi"))
+        x = np.mean([np.array(o.reward) - o.reward[0] for o in mine], axis=0)
+        y = np.mean([100 * np.array(o.vendi) / o.vendi[0] for o in mine], axis=0)
         colour = colormaps["tab20"](number / 20)
         axes.plot(x, y, marker=markers[number % len(markers)], ms=4, lw=1, color=colour, label=title_of(name))
-    axes.set_xlabel("reward, 160 images on held-out noise")
-    axes.set_ylabel("Vendi score of 16 images of a prompt")
+    axes.set_xlabel("gain in reward over the base model, 160 images on held-out noise")
+    axes.set_ylabel("Vendi score of 16 images of a prompt, % of the base model's")
     axes.legend(fontsize="small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=130, metadata={"Software": None})

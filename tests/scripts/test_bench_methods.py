@@ -13,7 +13,7 @@ from flow_grpo.methods.registry import METHODS
 from flow_grpo.recipes.sd3 import get_config
 from flow_grpo.settings import resolve
 from scripts.bench.methods import ENTRIES, SEEDS, plan
-from scripts.bench.methods_results import exact_vendi, outcome, summarise, table, title_of
+from scripts.bench.methods_results import exact_share, outcome, summarise, table, title_of
 
 LAW = [
     {"strength": 0, "reward": 0.50, "judge": 0.8, "vendi": 3.2, "rke": 4.0, "kl": 0.0, "effective": 1000.0},
@@ -57,13 +57,13 @@ def test_every_run_of_the_plan_is_a_configuration_that_can_be_trained(runs):
         assert resolve(config, 1, cuda=False).config.train.method in ("", ENTRIES[run.label][0])
 
 
-@pytest.mark.parametrize(("reward", "expected"), [(0.49, 3.2), (0.51, 3.0), (0.52, 2.8)])
-def test_the_exact_laws_diversity_is_read_off_its_curve(reward, expected):
-    assert exact_vendi(reward, LAW) == pytest.approx(expected)
+@pytest.mark.parametrize(("gain", "expected"), [(-0.01, 1.0), (0.01, 3.0 / 3.2), (0.02, 2.8 / 3.2)])
+def test_the_share_that_the_exact_law_keeps_is_read_off_its_curve(gain, expected):
+    assert exact_share(gain, LAW) == pytest.approx(expected)
 
 
 def test_beyond_the_curve_there_is_no_exact_law():
-    assert math.isnan(exact_vendi(0.53, LAW))
+    assert math.isnan(exact_share(0.03, LAW))
 
 
 def test_the_seconds_to_a_gain_are_epochs_times_the_methods_cost_and_diversity_is_compared_there(runs):
@@ -71,6 +71,8 @@ def test_the_seconds_to_a_gain_are_epochs_times_the_methods_cost_and_diversity_i
     assert found.seconds_to["0.005"] == pytest.approx(5 * 2.0)
     assert found.seconds_to["0.01"] == pytest.approx(10 * 2.0)
     assert found.excess_at["0.01"] == pytest.approx(2.9 - 3.0)
+    higher = outcome(record([0.53, 0.54, 0.55], [1.6, 1.4, 1.2]), runs[0], 2.0, LAW)  # another base: half as diverse
+    assert higher.excess_at["0.01"] == pytest.approx(1.4 - 1.5)
     assert found.final["colours"] == pytest.approx(4)
     never = outcome(record([0.50, 0.501, 0.502], [3.2, 3.1, 3.1]), runs[0], 2.0, LAW)
     assert math.isnan(never.seconds_to["0.01"])
