@@ -87,7 +87,7 @@ def _occasional(record: RunRecord, name: str) -> np.ndarray:
 
 
 def exact_share(gain: float, law: Sequence[Mapping[str, float]]) -> float:
-    """The share of the base's Vendi score that the exact law keeps at a gain in reward; 1 below 0, nan beyond the curve.
+    """The share of the base's Vendi score that the exact law keeps at a gain; 1 below 0, nan beyond the curve.
 
     Both are taken over the base: the 16 images of a run's evaluation are not the 1,000 of the curve.
     """
