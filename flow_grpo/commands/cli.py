@@ -28,6 +28,7 @@ from flow_grpo.commands.overrides import read_overrides
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
+from flow_grpo.methods.registry import check_read
 from flow_grpo.recipes import sd3 as grpo
 from flow_grpo.recipes.base import RENAMED, decides_what_is_seen, leaves
 from flow_grpo.runs.config import config_from, read_config
@@ -137,6 +138,7 @@ def configure(
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
     if check:
         resolve(config, read_launcher().num_processes, cuda=True)
+        check_read(config, changes)
         if os.environ.get("RANK", "0") == "0":  # others may find the folder that this one has just made
             check_name(config)
     if changes and before is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method, takes_only
+from flow_grpo.methods.base import BLACK_BOX_ONLY, Method, takes_only
 from flow_grpo.methods.drtune import check_reward_gradient, check_runs_to_the_end, check_trained_steps
 from flow_grpo.rules import NOT_NEGATIVE, POSITIVE, Key
 
@@ -65,5 +65,5 @@ def sd35(config: ConfigDict) -> None:
 
 METHOD = Method(
     "adjoint_matching", "Adjoint Matching", True, check, "flow_grpo.loops.adjoint_matching:train_epoch",
-    needs_base=True, keys=KEYS, tiny=tiny, sd35=sd35,
+    needs_base=True, keys=KEYS, tiny=tiny, sd35=sd35, unread=BLACK_BOX_ONLY,
 )  # fmt: skip

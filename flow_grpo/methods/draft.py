@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from flow_grpo.methods.base import Method
+from flow_grpo.methods.base import BLACK_BOX_ONLY, Method
 from flow_grpo.methods.drtune import check_attached, check_trained_steps
 from flow_grpo.rules import Key, whole
 
@@ -88,13 +88,15 @@ def sd35_alignprop(config: ConfigDict) -> None:
 
 DRAFT_K = Method(
     "draft_k", "DRaFT-K", True, check_draft_k, "flow_grpo.loops.draft:train_epoch_draft_k",
-    tiny=tiny_draft_k, sd35=sd35_draft_k,
+    tiny=tiny_draft_k, sd35=sd35_draft_k, unread=BLACK_BOX_ONLY,
 )  # fmt: skip
 DRAFT_LV = Method(
     "draft_lv", "DRaFT-LV", True, check_draft_lv, "flow_grpo.loops.draft:train_epoch_draft_lv",
     keys=KEYS, tiny=tiny_draft_lv, sd35=sd35_draft_lv,
+    unread=(*BLACK_BOX_ONLY, "drtune.num_train_steps"),
 )  # fmt: skip
 ALIGNPROP = Method(
     "alignprop", "AlignProp", True, check_alignprop, "flow_grpo.loops.draft:train_epoch_alignprop",
     tiny=tiny_alignprop, sd35=sd35_alignprop,
+    unread=(*BLACK_BOX_ONLY, "drtune.num_train_steps"),
 )  # fmt: skip

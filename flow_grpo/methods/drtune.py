@@ -8,7 +8,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method, takes_only
+from flow_grpo.methods.base import BLACK_BOX_ONLY, Method, takes_only
 
 
 def check_reward_gradient(config: ConfigDict) -> None:
@@ -56,4 +56,4 @@ def check(config: ConfigDict) -> None:
     check_trained_steps(config)
 
 
-METHOD = Method("drtune", "DRTune", True, check, "flow_grpo.loops.drtune:train_epoch")
+METHOD = Method("drtune", "DRTune", True, check, "flow_grpo.loops.drtune:train_epoch", unread=BLACK_BOX_ONLY)

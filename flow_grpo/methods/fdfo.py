@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method, takes_only
+from flow_grpo.methods.base import REWARD_GRADIENT_ONLY, Method, takes_only
 from flow_grpo.rules import NOT_NEGATIVE, POSITIVE, Key
 
 KEYS = (
@@ -75,4 +75,5 @@ def sd35(config: ConfigDict) -> None:
     config.train.beta = 0.0
 
 
-METHOD = Method("fdfo", "FDFO", False, check, "flow_grpo.loops.fdfo:train_epoch", KEYS, tiny, sd35)
+UNREAD = (*REWARD_GRADIENT_ONLY, "train.ratio_probes", "train.clip_range", "train.adv_clip_max")
+METHOD = Method("fdfo", "FDFO", False, check, "flow_grpo.loops.fdfo:train_epoch", KEYS, tiny, sd35, UNREAD)

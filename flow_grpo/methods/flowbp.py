@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method, takes_only
+from flow_grpo.methods.base import BLACK_BOX_ONLY, Method, takes_only
 from flow_grpo.methods.drtune import check, check_reward_gradient, check_runs_to_the_end
 from flow_grpo.rules import Key, number, whole
 
@@ -83,9 +83,9 @@ def sd35_lagrange(config: ConfigDict) -> None:
 
 SPARSE = Method(
     "flowbp", "FlowBP-Sparse", True, check, "flow_grpo.loops.drtune:train_epoch_flowbp",
-    keys=KEYS, tiny=tiny, sd35=sd35,
+    keys=KEYS, tiny=tiny, sd35=sd35, unread=(*BLACK_BOX_ONLY, "flowbp.num_supports"),
 )  # fmt: skip
 LAGRANGE = Method(
     "flowbp_lagrange", "FlowBP-Lagrange", True, check_lagrange, "flow_grpo.loops.drtune:train_epoch_flowbp_lagrange",
-    keys=KEYS, tiny=tiny_lagrange, sd35=sd35_lagrange,
+    keys=KEYS, tiny=tiny_lagrange, sd35=sd35_lagrange, unread=(*BLACK_BOX_ONLY, "flowbp.gain"),
 )  # fmt: skip

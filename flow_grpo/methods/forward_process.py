@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method, takes_only
+from flow_grpo.methods.base import REWARD_GRADIENT_ONLY, Method, takes_only
 from flow_grpo.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE, Key, choice, whole
 
 LOOP = "flow_grpo.loops.forward_process:train_epoch"
@@ -195,8 +195,10 @@ def _tilted(config: ConfigDict) -> None:
     config.forward.strength = 10.0
 
 
-NFT = Method("nft", "DiffusionNFT", False, check_nft, LOOP, KEYS, tiny_nft, sd35_nft)
-AWM = Method("awm", "AWM", False, check_awm, LOOP, KEYS, tiny_awm, sd35_awm)
-PEPG = Method("pepg", "PEPG", False, check_tilt, LOOP, KEYS, tiny_pepg, sd35_pepg)
-PAR = Method("par", "PAR", False, check_tilt, LOOP, KEYS, tiny_par, sd35_par)
+UNREAD = (*REWARD_GRADIENT_ONLY, "train.ratio_probes", "train.max_ratio_error")
+NO_RATIO = (*UNREAD, "train.clip_range")  # AWM's is clipped
+NFT = Method("nft", "DiffusionNFT", False, check_nft, LOOP, KEYS, tiny_nft, sd35_nft, NO_RATIO)
+AWM = Method("awm", "AWM", False, check_awm, LOOP, KEYS, tiny_awm, sd35_awm, UNREAD)
+PEPG = Method("pepg", "PEPG", False, check_tilt, LOOP, KEYS, tiny_pepg, sd35_pepg, NO_RATIO)
+PAR = Method("par", "PAR", False, check_tilt, LOOP, KEYS, tiny_par, sd35_par, NO_RATIO)
 METHODS = (NFT, AWM, PEPG, PAR)

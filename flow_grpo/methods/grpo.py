@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method
+from flow_grpo.methods.base import REWARD_GRADIENT_ONLY, Method
 
 
 def check(config: ConfigDict) -> None:
@@ -80,4 +80,6 @@ def _check_cps_window(config: ConfigDict) -> None:
         )
 
 
-METHOD = Method("grpo", "GRPO", False, check, "flow_grpo.loops.policy_gradient:train_epoch")
+METHOD = Method(
+    "grpo", "GRPO", False, check, "flow_grpo.loops.policy_gradient:train_epoch", unread=REWARD_GRADIENT_ONLY
+)

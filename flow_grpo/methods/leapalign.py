@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method, takes_only
+from flow_grpo.methods.base import BLACK_BOX_ONLY, Method, takes_only
 from flow_grpo.methods.drtune import check_attached
 from flow_grpo.rules import POSITIVE, Key, number
 
@@ -51,5 +51,13 @@ def sd35(config: ConfigDict) -> None:
 
 
 METHOD = Method(
-    "leapalign", "LeapAlign", True, check, "flow_grpo.loops.leapalign:train_epoch", keys=KEYS, tiny=tiny, sd35=sd35
+    "leapalign",
+    "LeapAlign",
+    True,
+    check,
+    "flow_grpo.loops.leapalign:train_epoch",
+    keys=KEYS,
+    tiny=tiny,
+    sd35=sd35,
+    unread=(*BLACK_BOX_ONLY, "drtune.num_train_steps"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.base import Method
+from flow_grpo.methods.base import BLACK_BOX_ONLY, Method
 from flow_grpo.methods.drtune import check_reward_gradient
 
 
@@ -39,4 +39,13 @@ def sd35(config: ConfigDict) -> None:
     config.drtune.early_stop = 4
 
 
-METHOD = Method("refl", "ReFL", True, check, "flow_grpo.loops.drtune:train_epoch_refl", tiny=tiny, sd35=sd35)
+METHOD = Method(
+    "refl",
+    "ReFL",
+    True,
+    check,
+    "flow_grpo.loops.drtune:train_epoch_refl",
+    tiny=tiny,
+    sd35=sd35,
+    unread=(*BLACK_BOX_ONLY, "drtune.num_train_steps"),
+)

@@ -5,6 +5,8 @@ To add one: a file that declares a `Method`, and its name in `METHODS`. The firs
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
@@ -81,6 +83,17 @@ def check_method(config: ConfigDict | FrozenConfigDict) -> None:
                 f"{' or '.join(map(repr, readers))}; with {method.name!r} it takes {key.default!r}."
             )
     method.check(config)
+
+
+def check_read(config: ConfigDict | FrozenConfigDict, changed: Iterable[str]) -> None:
+    """ConfigError for the first of the changed keys that the method does not look at: the change would do nothing."""
+    method = method_of(config)
+    for key in changed:
+        if key.startswith(tuple(name for name in method.unread if name.endswith("."))) or key in method.unread:
+            raise ConfigError(
+                f"config.{key} = {_value(config, key)!r} is not read by config.train.method = {method.name!r}; leave "
+                "it out, or choose a method that does (docs/methods.md)."
+            )
 
 
 def _value(config: ConfigDict | FrozenConfigDict, key: str) -> object:

@@ -40,7 +40,7 @@ SMALL: Mapping[str, Any] = {
     "trackers": (), "num_threads": 1, "num_epochs": 2, "save_freq": 1, "eval_freq": 2, "num_seeds": 4,
     "diversity.num_prompts": 2, "eval_diversity": False, "lora.rank": 4, "eval.num_prompts": 2,
     "eval.num_image_per_prompt": 2, "eval.num_steps": 4, "sample.num_steps": 4, "sample.groups_per_epoch": 4,
-    "sample.num_image_per_prompt": 4, "sample.batch_size": 8, "train.batch_size": 4, "drtune.num_train_steps": 2,
+    "sample.num_image_per_prompt": 4, "sample.batch_size": 8, "train.batch_size": 4,
 }  # fmt: skip
 GUIDED = {"sample.guidance_scale": 2.0, "eval.guidance_scale": 2.0}
 EVERYTHING = {
@@ -110,7 +110,8 @@ def train(case: Case, tree: Path, run: Path, older: bool) -> None:
 
 def changes_of(case: Case, run: Path, older: bool) -> list[str]:
     """The command line's KEY=VALUE, by the names of the tree."""
-    values = {**SMALL, **case.changes, "logdir": run.parent, "run_name": run.name}
+    fewer = {"drtune.num_train_steps": 2} if case.recipe == DRTUNE else {}
+    values = {**SMALL, **fewer, **case.changes, "logdir": run.parent, "run_name": run.name}
     if older:
         former = {key: (*KEYS.get(key, (key, {})), value) for key, value in values.items()}
         values = {name: meanings.get(value, value) for name, meanings, value in former.values()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.registry import METHODS, check_method
+from flow_grpo.methods.registry import METHODS, check_method, check_read
+from flow_grpo.recipes.base import KEYS
 from flow_grpo.recipes.sd3 import get_config
 
 CONTRADICTIONS = [
@@ -62,3 +63,27 @@ def test_a_methods_own_keys_are_documented_and_allow_their_defaults(name):
     for key in METHODS[name].keys:
         assert key.meaning
         assert key.rule.accepts(key.default)
+
+
+UNREAD = [
+    ("tiny_grpo", "drtune.hinge"),
+    ("tiny_nft", "train.clip_range"),
+    ("tiny_fdfo", "train.adv_clip_max"),
+    ("tiny_drtune", "train.num_inner_epochs"),
+    ("tiny_refl", "drtune.num_train_steps"),
+    ("tiny_flowbp", "flowbp.num_supports"),
+    ("tiny_flowbp_lagrange", "flowbp.gain"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "key"), UNREAD)
+def test_a_change_that_the_method_does_not_look_at_is_refused(recipe, key):
+    with pytest.raises(ConfigError, match=f"config.{key} = .* is not read by config.train.method"):
+        check_read(get_config(recipe), ["train.learning_rate", key])
+    check_read(get_config(recipe), ["train.learning_rate"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_does_not_look_at_are_keys_that_there_are(name):
+    for unread in METHODS[name].unread:
+        assert unread in KEYS or any(key.startswith(unread) for key in KEYS if unread.endswith("."))
