@@ -22,6 +22,7 @@ from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.loading import load_model
 from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.schedule import learning_rates
 from flow_grpo.settings import Settings
 from flow_grpo.types import BaseImages, PromptEmbeds, Trajectory
 
@@ -192,6 +193,7 @@ class Policy(ImageModel):
     Attributes:
         trainable, named_trainable: the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
+        learning_rate: that of the update which so many were applied before.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
         base_images: what the forward KL holds the weights to; None: not drawn, or not asked for.
         old: older values of the trained parameters, kept by methods that compare with them; None: none are.
@@ -216,6 +218,7 @@ class Policy(ImageModel):
         self.named_trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         self.trainable = list(self.named_trainable.values())
         self.optimizer = accelerator.prepare(self._adamw())
+        self.learning_rate = learning_rates(settings)
         self.ema = EMAModel(self.trainable, decay=config.train.ema_decay) if config.train.ema else None
 
     @classmethod

@@ -24,13 +24,16 @@ from flow_grpo.models.lora_places import check_lora_targets, modules_of, transfo
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.recipes.base import KEYS, leaves
+from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, reward_weights, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
+
+
+POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' "polynomial" ends
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Settings:
     config: FrozenConfigDict
     plan: BatchPlan
     num_processes: int
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer updates to the end of the learning rate's schedule."""
+        return _total_updates(self.config, self.plan)
 
 
 def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
@@ -65,6 +73,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
         updates=config.train.updates_per_epoch,
         num_processes=num_processes,
     )
+    _check_schedule(config, plan)
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
     _check_model(config)
@@ -186,6 +195,40 @@ def _check_tuned_share(config: ConfigDict) -> None:
                 f"config.eval.tuned_share = {tuple(config.eval.tuned_share)} draws images that the log-density of "
                 f"config.{key} = True is not of; it takes (1.0, 1.0), or config.{key} = False."
             )
+
+
+def _total_updates(config: ConfigDict | FrozenConfigDict, plan: BatchPlan) -> int:
+    """`train.lr_total_steps`, or, where that is 0, the updates of all epochs, none of them skipped."""
+    passes = 1 if config.use_reward_gradient else config.train.num_inner_epochs
+    return config.train.lr_total_steps or config.num_epochs * passes * plan.updates
+
+
+def _check_schedule(config: ConfigDict, plan: BatchPlan) -> None:
+    """The learning rate's schedule has an end if it needs one, and a warm-up before that; nothing is set in vain."""
+    train, name = config.train, f'config.train.lr_scheduler = "{config.train.lr_scheduler}"'
+    if train.lr_scheduler == "constant":
+        takes_only(config, "train.lr_warmup_steps", 0, f'is not read with {name}, but is with "constant_with_warmup"')
+    if train.lr_scheduler not in DECAYING:
+        takes_only(config, "train.lr_total_steps", 0, f"is the end of a schedule, and {name} has none")
+    elif config.num_epochs >= ENDLESS and train.lr_total_steps == 0:
+        raise ConfigError(
+            f"{name} falls until the last update, which config.num_epochs = {config.num_epochs} does not tell of a run "
+            "that the clock ends; it takes config.train.lr_total_steps, or fewer epochs."
+        )
+    elif train.lr_warmup_steps >= (total := _total_updates(config, plan)):
+        raise ConfigError(
+            f"config.train.lr_warmup_steps = {train.lr_warmup_steps} does not end before the schedule's {total} "
+            "updates (config.train.lr_total_steps, or those of config.num_epochs); it takes fewer."
+        )
+    if train.lr_scheduler != "cosine_with_restarts":
+        takes_only(config, "train.lr_num_cycles", 1, f'is of "cosine_with_restarts", not of {name}')
+    if train.lr_scheduler != "polynomial":
+        takes_only(config, "train.lr_power", 1.0, f'is of "polynomial", not of {name}')
+    elif train.learning_rate <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"config.train.learning_rate = {train.learning_rate} is not above {POLYNOMIAL_END}, at which {name} ends; "
+            "it takes more."
+        )
 
 
 # --- files ----------------------------------------------------------------------------------------------

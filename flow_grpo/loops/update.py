@@ -20,26 +20,31 @@ def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
     With `train.forward_kl` the gradient of that loss is added first.
 
     The gradients of N processes, each the mean over its share of the update's images, are averaged, so that the update
-    is that of one process with all the images. A non-finite loss or gradient skips the update.
+    is that of one process with all the images. A non-finite loss or gradient skips the update. The learning rate is
+    that of the number of updates applied before: a skipped one does not move its schedule.
 
     Args:
         loss: scalar, this process's loss; decides with the gradients whether the update is finite.
 
     Returns:
-        `loss`, `grad_norm` (before clipping), means over processes; `skipped_updates`, 0 or 1; `forward_kl`, without
-        its weight, of this process.
+        `loss`, `grad_norm` (before clipping), means over processes; `learning_rate`; `skipped_updates`, 0 or 1;
+        `forward_kl`, without its weight, of this process.
 
     Raises:
         TrainingStopped: `train.max_nonfinite_updates` updates in a row were skipped.
     """
-    train, terms = policy.settings.config.train, {}
+    train = policy.settings.config.train
+    terms: dict[str, float] = {}
     if train.forward_kl > 0:
         anchor = accumulate_forward_kl(policy, run, train.forward_kl)
-        loss, terms = loss + train.forward_kl * anchor, {"forward_kl": anchor.item()}
+        loss, terms["forward_kl"] = loss + train.forward_kl * anchor, anchor.item()
     mean_loss = _average_over_processes(policy, loss.detach())
     grad_norm = policy.accelerator.clip_grad_norm_(policy.trainable, train.max_grad_norm)
     finite = bool(torch.isfinite(mean_loss) and torch.isfinite(grad_norm))
+    terms["learning_rate"] = policy.learning_rate(run.counters.updates)
     if finite:
+        for group in policy.optimizer.param_groups:
+            group["lr"] = terms["learning_rate"]
         policy.optimizer.step()
         _count_finite(policy, run)
     policy.optimizer.zero_grad()

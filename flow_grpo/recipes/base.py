@@ -29,6 +29,10 @@ from flow_grpo.rules import (
     whole,
 )
 
+ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
+DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")  # schedules that need to know their end
+SCHEDULES = ("constant", "constant_with_warmup", *DECAYING)
+
 
 def _of_methods() -> dict[str, tuple[Key, ...]]:
     """The settings that only some methods read, by a title that names them."""
@@ -225,7 +229,27 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
     "training, both loops": (
         Key("train.batch_size", 40, whole(1), "images per forward and backward, per process"),
         Key("train.updates_per_epoch", 2, whole(1), "optimizer steps into which an epoch's images are divided"),
-        Key("train.learning_rate", 1e-3, POSITIVE, "AdamW's"),
+        Key("train.learning_rate", 1e-3, POSITIVE, "AdamW's; with a schedule, its highest"),
+        Key(
+            "train.lr_scheduler",
+            "constant",
+            choice(*SCHEDULES),
+            f"diffusers' schedule of the learning rate: {', '.join(SCHEDULES)}",
+        ),
+        Key(
+            "train.lr_warmup_steps",
+            0,
+            whole(0),
+            'optimizer updates in which the rate rises from 0, the first one\'s; not for "constant"',
+        ),
+        Key(
+            "train.lr_total_steps",
+            0,
+            whole(0),
+            "updates after which the schedule ends, and its last rate stays; 0: those of num_epochs",
+        ),
+        Key("train.lr_num_cycles", 1, whole(1), '"cosine_with_restarts": falls from the full rate to 0'),
+        Key("train.lr_power", 1.0, POSITIVE, '"polynomial": of the fall'),
         Key("train.adam_beta1", 0.9, BELOW_ONE, "AdamW: decay of the gradient's average"),
         Key("train.adam_beta2", 0.999, BELOW_ONE, "AdamW: decay of the average of its square"),
         Key("train.adam_weight_decay", 1e-4, NOT_NEGATIVE, "AdamW: decoupled"),
