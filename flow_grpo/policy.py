@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -21,6 +22,7 @@ from flow_grpo.methods.registry import method_of
 from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.loading import load_model
 from flow_grpo.models.lora_places import check_lora_targets
+from flow_grpo.prompts import own_negatives
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.schedule import learning_rates
 from flow_grpo.settings import Settings
@@ -56,6 +58,7 @@ class ImageModel:
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
         self._freeze()
+        self._negatives = own_negatives(settings.config)
         self._encode_one = lru_cache(maxsize=settings.config.prompt_cache_size)(self._encode_uncached)
 
     def _freeze(self) -> None:
@@ -67,9 +70,12 @@ class ImageModel:
     # --- prompts, velocity, images -----------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P)."""
-        parts = [self._encode_one(prompt) for prompt in prompts]
-        return PromptEmbeds.cat(parts)
+        """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P), and their negative prompts' texts."""
+        embeds = PromptEmbeds.cat([self._encode_one(prompt) for prompt in prompts])
+        return replace(embeds, negatives=tuple(map(self._negative_of, prompts)))
+
+    def _negative_of(self, prompt: str) -> str:
+        return self._negatives.get(prompt, self.settings.config.negative_prompt)
 
     @torch.no_grad()
     def _encode_uncached(self, prompt: str) -> PromptEmbeds:
@@ -87,7 +93,7 @@ class ImageModel:
         detach_unconditional: bool = False,
     ) -> VelocityFn:
         guided = guidance_scale != 1.0
-        negative = self.encode([""] * len(embeds)) if guided else None
+        negative = self.encode(embeds.negatives) if guided else None
         network = partial(self.family.velocity, transformer)
 
         def velocity(latents: Tensor, sigma: float) -> Tensor:

@@ -8,10 +8,12 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, overload
+
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, parse_json, read_bytes
@@ -24,6 +26,7 @@ FETCH_COMMAND = f"fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --co
 
 LINE = re.compile(rb"[^\r\n]+")  # lines end in "\n", "\r\n" or "\r"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NEGATIVE = "negative_prompt"  # of a line of JSON
 MAX_NESTING = 64  # of what a line of JSON says besides the prompt; Python's own bound depends on who asks
 
 Entry = tuple[str, dict[str, Any]]  # a prompt, and what else its line says
@@ -37,6 +40,7 @@ class PromptDataset:
 
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, Any]]  # what else the line of a .jsonl file says; {} for .txt
+    negatives: Mapping[str, str] = field(default_factory=dict)  # prompt -> its own negative one, of those that have one
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -64,18 +68,43 @@ def _load(path: str, file: str, parse: Parser, version: tuple[int, ...]) -> Prom
     content = read_bytes(Path(file), "prompts", "the prompt file ")
     longest = LIMITS["prompt"].value
     spans = array("q")  # the first byte, and one past the last, of every line that is not blank
+    negatives: dict[str, str] = {}
     for line in LINE.finditer(content, len(BYTE_ORDER_MARK) if content.startswith(BYTE_ORDER_MARK) else 0):
         try:
             text = _decoded(line[0], longest)
             if text.strip():
-                parse(text)
+                _add_negative(negatives, *parse(text))
                 spans.extend(line.span())
         except ConfigError as error:
             raise ConfigError(f"line {_number(content, line.start())} of the prompt file {path}{error}") from None
     if not spans:
         raise ConfigError(f"the prompt file {path} is empty: it needs at least one prompt{_how_to_fetch(path)}.")
     lines = _Lines(content, spans, parse)
-    return PromptDataset(_Column(lines, 0), _Column(lines, 1))
+    return PromptDataset(_Column(lines, 0), _Column(lines, 1), negatives)
+
+
+def _add_negative(negatives: dict[str, str], prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Take the negative prompt of a line, if it has one: images are known by their prompt, so each has one at most."""
+    found = metadata.get(NEGATIVE)
+    if found is not None and negatives.setdefault(prompt, found) != found:
+        raise ConfigError(f" has another {NEGATIVE!r} than an earlier line of the same prompt.")
+
+
+def own_negatives(config: ConfigDict | FrozenConfigDict) -> dict[str, str]:
+    """Prompt -> its own negative one, of all prompts that a configuration trains on or evaluates.
+
+    Raises:
+        ConfigError: a prompt has two in different files.
+    """
+    found: dict[str, str] = {}
+    for name in ("train", "test", *(["eval_diversity"] if config.eval_diversity else [])):
+        for prompt, negative in PromptDataset.load(config.prompts[name]).negatives.items():
+            if found.setdefault(prompt, negative) != negative:
+                raise ConfigError(
+                    f"config.prompts.{name} = {config.prompts[name]!r} has another {NEGATIVE!r} of {prompt!r:.80} than "
+                    "the prompt files before it; a prompt takes one."
+                )
+    return found
 
 
 @dataclass(frozen=True)
@@ -164,6 +193,8 @@ def _parse_json(line: str) -> Entry:
         raise ConfigError(f" is JSON nested more than {MAX_NESTING} deep.")
     if "\\u" in line and (fault := text_fault(json.dumps(entry, ensure_ascii=False))):  # what else is no text?
         raise ConfigError(f" {fault}.")
+    if not isinstance(entry.get(NEGATIVE, ""), str | None):
+        raise ConfigError(f" has a {NEGATIVE!r} that is no text.")
     return _checked(prompt), entry
 
 

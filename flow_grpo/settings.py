@@ -23,7 +23,7 @@ from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
 from flow_grpo.paths import find, identity
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, reward_weights, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
@@ -401,6 +401,12 @@ def _check_prompts(config: ConfigDict) -> None:
         )
     if config.eval_diversity:
         _check_diversity(config, len(_prompts(config, "eval_diversity")))
+    own_negatives(config)
+    if config.negative_prompt and config.sample.guidance_scale == config.eval.guidance_scale == 1:
+        raise ConfigError(
+            f"config.negative_prompt = {config.negative_prompt!r} is what guidance leads away from, and there is none; "
+            'it takes "", or config.sample.guidance_scale or config.eval.guidance_scale another number than 1.'
+        )
 
 
 def _prompts(config: ConfigDict, name: str) -> PromptDataset:

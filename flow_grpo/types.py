@@ -20,13 +20,16 @@ class PromptEmbeds:
 
     prompt_embeds: Tensor  # (B, L, E)
     pooled_prompt_embeds: Tensor  # (B, P)
+    negatives: tuple[str, ...] = ()  # the negative prompt of each, which guidance leads away from; (): not said
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: Any) -> PromptEmbeds:
         """Select prompts by slice, list or index tensor."""
-        return PromptEmbeds(self.prompt_embeds[index], self.pooled_prompt_embeds[index])
+        rows = torch.arange(len(self))[index].tolist() if self.negatives else ()
+        negatives = tuple(self.negatives[row] for row in rows)
+        return PromptEmbeds(self.prompt_embeds[index], self.pooled_prompt_embeds[index], negatives)
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
@@ -34,6 +37,7 @@ class PromptEmbeds:
         return PromptEmbeds(
             torch.cat([part.prompt_embeds for part in parts]),
             torch.cat([part.pooled_prompt_embeds for part in parts]),
+            tuple(negative for part in parts for negative in part.negatives),
         )
 
 

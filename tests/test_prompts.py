@@ -11,7 +11,7 @@ from flow_grpo import prompts as prompts_module
 from flow_grpo.batching import plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.loops.collect import epoch_prompts
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.types import PromptBatch
 
@@ -188,6 +188,23 @@ def test_a_path_that_cannot_be_is_a_missing_file(path):
         PromptDataset.load(path)
 
 
+def test_a_prompts_own_negative_is_that_of_every_file_which_is_read(config, tmp_path):
+    config.eval_diversity = True
+    config.prompts.train = write(
+        tmp_path, "train.jsonl", '{"prompt": " a ", "negative_prompt": "x"}\n{"prompt": "b"}\n'
+    )
+    config.prompts.test = write(tmp_path, "test.txt", "a\n")
+    config.prompts.eval_diversity = write(
+        tmp_path, "div.jsonl", '{"prompt": "c", "negative_prompt": ""}\n{"prompt": "b", "negative_prompt": null}\n'
+    )
+    assert own_negatives(config) == {"a": "x", "c": ""}
+    config.eval_diversity = False
+    assert own_negatives(config) == {"a": "x"}
+    config.prompts.test = write(tmp_path, "test.jsonl", '{"prompt": "a", "negative_prompt": "y"}\n')
+    with pytest.raises(ConfigError, match=r"prompts\.test = .* has another 'negative_prompt' of 'a'"):
+        own_negatives(config)
+
+
 BAD_FILES = [
     ("p.txt", "", "p.txt is empty"),
     ("p.txt", "\n  \n", "p.txt is empty"),
@@ -206,6 +223,12 @@ BAD_FILES = [
     ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 30_000 + "]" * 30_000 + "}\n", "line 1 of .* nested too deep"),
     ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 70 + "]" * 70 + "}\n", "line 1 of .* nested more than 64 deep"),
     ("p.jsonl", '{"prompt": "a", "x": ' + "1" * 10_000 + "}\n", "line 1 of .* number of too many digits"),
+    ("p.jsonl", '{"prompt": "a", "negative_prompt": 3}\n', "line 1 of .* has a 'negative_prompt' that is no text"),
+    (
+        "p.jsonl",
+        '{"prompt": "a", "negative_prompt": "x"}\n{"prompt": "a"}\n{"prompt": "a", "negative_prompt": "y"}\n',
+        "line 3 of .* another 'negative_prompt' than an earlier line of the same prompt",
+    ),
     ("p.txt", "a\rb\r\n\rc\n" + "d" * 70_000, r"line 5 of .* longer than 64 KiB \(FLOW_GRPO_MAX_PROMPT_KIB\)"),
 ]
 

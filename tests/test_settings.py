@@ -295,6 +295,10 @@ COMBINATIONS = [
     ({"eval.modes": "nowhere.json"}, ["eval.modes", "nowhere.json"]),
     ({"pretrained.model": "assets/nowhere"}, ["pretrained.model", "assets/nowhere", "directory"]),
     ({"pretrained.model": "./nowhere"}, ["pretrained.model", "./nowhere", "directory"]),
+    (
+        {"negative_prompt": "blurry"},
+        ["negative_prompt = 'blurry'", 'takes ""', "sample.guidance_scale", "eval.guidance_scale"],
+    ),
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
@@ -399,6 +403,8 @@ def test_values_that_contradict_each_other_or_the_disk_are_refused(config, chang
 POSSIBLE = [
     {"run_name": "tiny/" + "n" * 255, "logdir": "/tmp/ü b", "recipe": "n" * 200},
     {"lora.alpha": 24.5},
+    {"negative_prompt": "blurry", "sample.guidance_scale": 4.5},
+    {"negative_prompt": "blurry", "eval.guidance_scale": 0.0},
     {"mixed_precision": "bf16"},
     {"sample.sde_type": "cps"},
     {"sample.sde_type": "dance", "sample.noise_level": 1.5},

@@ -37,7 +37,7 @@ from flow_grpo.settings import resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "max_sequence_length", "mixed_precision", "allow_tf32", "use_lora", "lora.",
-         "prompts.test", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
+         "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
 SD3_STEPS, SD3_GUIDANCE, SD3_LENGTH, SD3_SIDE = 28, 7.0, 256, 1024  # as diffusers' pipeline has them
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
@@ -55,6 +55,7 @@ FLAGS = {  # key -> the option that sets it, and its name in Options
     "eval.judge": ("--judge", "judge"),
     "eval.num_steps": ("--steps", "steps"),
     "eval.guidance_scale": ("--guidance", "guidance"),
+    "negative_prompt": ("--negative", "negative"),
     "eval.tuned_share": ("--tuned-share", "tuned_share"),
     "resolution": ("--size", "size"),
     "eval.seed": ("--seed", "seed"),
@@ -75,6 +76,7 @@ class Options:
     judge: str = ""
     steps: int | None = None
     guidance: float | None = None
+    negative: str | None = None
     tuned_share: tuple[float, float] | None = None
     size: int | None = None
     seed: int | None = None
@@ -113,6 +115,7 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     values = _values_of(thing)
     config = _config(thing, values, options)
     _set_options(config, options)
+    _drop_unread_negative(config, options)
     rewarded = _set_reward(config, values, options)
     resolve(config, 1, cuda=True)
     model = _model_of(thing, config, options)
@@ -152,6 +155,7 @@ def _base_of(
     theirs = _config(against, values, options)
     with theirs.unlocked():
         theirs.resolution = config.resolution
+    _drop_unread_negative(theirs, options)
     _set_reward(theirs, values, options)
     resolve(theirs, 1, cuda=True)
     base = _model_of(against, theirs, Options(ema=options.ema))
@@ -241,6 +245,7 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     chosen = {
         "eval.num_steps": options.steps,
         "eval.guidance_scale": options.guidance,
+        "negative_prompt": options.negative,
         "eval.tuned_share": options.tuned_share,
         "resolution": options.size,
         "eval.seed": options.seed,
@@ -259,6 +264,12 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     if options.features:
         set_features(config, options.features)
     check_features(config, config.resolution)
+
+
+def _drop_unread_negative(config: ConfigDict, options: Options) -> None:
+    """A run that is guided in training alone has a negative prompt that its evaluation does not read."""
+    if config.eval.guidance_scale == 1 and not options.negative:
+        config.negative_prompt = ""
 
 
 def set_features(config: ConfigDict, text: str) -> None:

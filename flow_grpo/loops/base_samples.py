@@ -24,7 +24,7 @@ from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.policy import Policy
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rules import POSITIVE
@@ -91,6 +91,9 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     models = {name: config.reward_model.get(name, "") for name in rewards} | {"base": config.pretrained.model}
     features = dict(config.diversity.items()) if config.anchored.target_diversity > 0 else {}
     question = {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
+    negatives = {"": config.negative_prompt, **own_negatives(config)}
+    if config.sample.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
+        question["negatives"] = negatives
     return question | {"models": models, "features": features, "resolution": config.resolution}
 
 

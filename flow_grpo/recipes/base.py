@@ -169,6 +169,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             FILLED,
             "prompts whose images' diversity is measured",
         ),
+        Key(
+            "negative_prompt",
+            "",
+            TEXT,
+            'what guidance leads away from; a .jsonl may say "negative_prompt" of each prompt instead',
+        ),
     ),
     "rewards: the training reward is the sum of weight * reward over the non-zero weights": (
         *(Key(f"reward_fn.{reward.name}", 0.0, FINITE, reward.meaning) for reward in REWARDS.values()),
@@ -505,9 +511,9 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # On resuming a run, a change of these would change what is drawn or measured from there on.
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
-    "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
-    "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
-    "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
+    "prompts.", "negative_prompt", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.",
+    "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.",
+    "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names

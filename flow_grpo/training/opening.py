@@ -64,6 +64,8 @@ def open_training(config: ConfigDict) -> Iterator[Training]:
         config = settings.config
         prompts, test_prompts = PromptDataset.load(config.prompts.train), PromptDataset.load(config.prompts.test)
         with Run(settings, accelerator, stop) as run:
+            if said := words.unread_negatives(config):
+                run.tell(said)
             reward = build_reward(config, accelerator.device)
             policy = Policy.load(settings, accelerator)
             evaluators = build_evaluators(policy, reward, settings, run)
