@@ -8,7 +8,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, parse_json, read_bytes
 from flow_grpo.paths import find
-from flow_grpo.rules import text_fault
+from flow_grpo.rules import NOT_NEGATIVE, text_fault
 
 FETCHED_FOLDER = "assets/prompts/pickscore"
 FETCH_COMMAND = f"fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --column caption --out {FETCHED_FOLDER}"
@@ -41,6 +41,8 @@ class PromptDataset:
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, Any]]  # what else the line of a .jsonl file says; {} for .txt
     negatives: Mapping[str, str] = field(default_factory=dict)  # prompt -> its own negative one, of those that have one
+    weights: Sequence[float] | None = None  # how often each is drawn, relative to the others; None: equally
+    categories: Sequence[Sequence[int]] | None = None  # places of each category's; None: there are none
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -60,6 +62,54 @@ class PromptDataset:
             raise ConfigError(f"the prompt file {path} does not exist{_how_to_fetch(path)}.")
         parse, found = _parser(path), os.stat(file)
         return _load(path, file, parse, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+def training_prompts(config: ConfigDict | FrozenConfigDict) -> PromptDataset:
+    """`config.prompts.train`, to be drawn as `config.sample.prompt_sampling` says.
+
+    Raises:
+        ConfigError: as `PromptDataset.load`; or a line lacks the category, has a weight that is none, or none has one.
+    """
+    path, sample = config.prompts.train, config.sample
+    dataset = PromptDataset.load(path)
+    if sample.prompt_sampling == "weighted":
+        return replace(dataset, weights=_weights(dataset, path))
+    if sample.prompt_sampling == "balanced":
+        return replace(dataset, categories=_categories(dataset, path, sample.prompt_category))
+    return dataset
+
+
+def _weights(dataset: PromptDataset, path: str) -> array[float]:
+    """Of each prompt; 1 where a line has none."""
+    weights, said = array("d"), False
+    for number, metadata in enumerate(dataset.metadata, 1):
+        weight, said = metadata.get("weight", 1.0), said or "weight" in metadata
+        if not NOT_NEGATIVE.accepts(weight):
+            raise ConfigError(
+                f'prompt {number} of {path} has the "weight" {weight!r:.60}; it takes {NOT_NEGATIVE.allowed}.'
+            )
+        weights.append(weight)
+    if not said or not any(weights):
+        raise ConfigError(
+            f'config.sample.prompt_sampling = "weighted", but {path} has {"no" if said else "nowhere a"} "weight" above '
+            '0; it takes "uniform", or a .jsonl whose lines have weights.'
+        )
+    return weights
+
+
+def _categories(dataset: PromptDataset, path: str, key: str) -> list[list[int]]:
+    """The places of the prompts of each category."""
+    found: dict[str | int, list[int]] = {}
+    for place, metadata in enumerate(dataset.metadata):
+        category = metadata.get(key)
+        if not isinstance(category, str | int):
+            raise ConfigError(
+                f"prompt {place + 1} of {path} has no {key!r} that is text or a whole number, which config.sample."
+                'prompt_sampling = "balanced" goes by; it takes one in every line, or another config.sample.'
+                "prompt_category."
+            )
+        found.setdefault(category, []).append(place)
+    return list(found.values())
 
 
 @lru_cache(maxsize=4)  # training, test and diversity prompts: the check of a configuration reads them first

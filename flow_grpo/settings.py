@@ -23,7 +23,7 @@ from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
 from flow_grpo.paths import find, identity
-from flow_grpo.prompts import PromptDataset, own_negatives
+from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, reward_weights, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
@@ -392,7 +392,13 @@ def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:
 
 
 def _check_prompts(config: ConfigDict) -> None:
-    _prompts(config, "train")
+    try:
+        training_prompts(config)
+    except ConfigError as error:
+        raise ConfigError(f"config.prompts.train: {error}") from None
+    if config.sample.prompt_sampling != "balanced":
+        because = f'is of config.sample.prompt_sampling = "balanced", not "{config.sample.prompt_sampling}"'
+        takes_only(config, "sample.prompt_category", KEYS["sample.prompt_category"].default, because)
     found = len(_prompts(config, "test"))
     if config.eval.num_prompts > found:
         raise ConfigError(

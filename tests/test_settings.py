@@ -299,6 +299,8 @@ COMBINATIONS = [
         {"negative_prompt": "blurry"},
         ["negative_prompt = 'blurry'", 'takes ""', "sample.guidance_scale", "eval.guidance_scale"],
     ),
+    ({"sample.prompt_category": "tag"}, ['prompt_category = "tag"', "balanced", "uniform", 'takes "category"']),
+    ({"sample.prompt_sampling": "weighted"}, ["config.prompts.train: ", 'prompt_sampling = "weighted"', "uniform"]),
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),

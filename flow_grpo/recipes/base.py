@@ -224,6 +224,13 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("sample.sde_window_epochs", 25, whole(1), "sliding: epochs before the window moves on"),
         Key("sample.sde_window_stride", 1, whole(1), "sliding: by how many steps it moves on"),
         Key("sample.groups_per_epoch", 10, whole(1), "prompts drawn per epoch, over all processes"),
+        Key(
+            "sample.prompt_sampling",
+            "uniform",
+            choice("uniform", "weighted", "balanced"),
+            '"uniform"; "weighted": by the "weight" of each line of a .jsonl; "balanced": every category as often',
+        ),
+        Key("sample.prompt_category", "category", FILLED, "balanced: what a line calls the category of its prompt"),
         Key("sample.num_image_per_prompt", 8, whole(1), "group size: images per drawn prompt"),
         Key(
             "sample.batch_size",
