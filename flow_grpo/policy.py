@@ -18,10 +18,13 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, blended_velocity, guided_velocity
 from flow_grpo.errors import ConfigError
+from flow_grpo.messages import say
 from flow_grpo.methods.registry import method_of
 from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.loading import load_model
 from flow_grpo.models.lora_places import check_lora_targets
+from flow_grpo.models.loras import merge_lora
+from flow_grpo.paths import find
 from flow_grpo.prompts import own_negatives
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.schedule import learning_rates
@@ -32,9 +35,13 @@ UNGUIDED = 1.0  # a guidance scale
 
 
 def load_pretrained(settings: Settings) -> ModelFamily:
-    """`config.pretrained.model`, in the precision of the run; ConfigError as `load_model`."""
-    config = settings.config
-    return load_model(config.pretrained.model, config.pretrained.revision, config.mixed_precision)
+    """`config.pretrained`, in the precision of the run; ConfigError as `load_model` and `load_lora`."""
+    pretrained = settings.config.pretrained
+    family = load_model(pretrained.model, pretrained.revision, settings.config.mixed_precision, pretrained.skip)
+    if pretrained.lora:
+        loaded = merge_lora(family.transformer, find(pretrained.lora))
+        say(f"pretrained.lora, {loaded.name}: {loaded}")
+    return family
 
 
 class ImageModel:

@@ -91,7 +91,7 @@ def _weights(dataset: PromptDataset, path: str) -> array[float]:
         weights.append(weight)
     if not said or not any(weights):
         raise ConfigError(
-            f'config.sample.prompt_sampling = "weighted", but {path} has {"no" if said else "nowhere a"} "weight" above '
+            f'config.sample.prompt_sampling = "weighted" goes by the "weight" of each line, and {path} has none above '
             '0; it takes "uniform", or a .jsonl whose lines have weights.'
         )
     return weights

@@ -52,7 +52,7 @@ def weighted_stream(weights: Sequence[float], seed: int, purpose: str, start: in
 
 
 def balanced_stream(groups: Sequence[Sequence[int]], seed: int, purpose: str, start: int, count: int) -> list[int]:
-    """Members of groups: in every pass one of each group, in keyed order; pass i has the i-th of the group's own stream.
+    """Members of groups: in every pass one of each group, in keyed order, and in pass i the i-th of its own stream.
 
     So the groups are drawn equally often, and every member of one before any of it again.
     """

@@ -20,8 +20,9 @@ from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method, method_of
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
-from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
-from flow_grpo.models.pipeline_files import check_pipeline, image_sides
+from flow_grpo.models.lora_files import read_lora
+from flow_grpo.models.lora_places import check_lora_targets, match, modules_of, transformer_shapes
+from flow_grpo.models.pipeline_files import check_pipeline, check_skip, image_sides
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
@@ -77,6 +78,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
     _check_model(config)
+    _check_start(config)
     _check_scorers(config)
     _check_shaping(config)
     _check_gate(config)
@@ -238,8 +240,9 @@ def _check_model(config: ConfigDict) -> None:
     """The model is a hub id, or a folder with a pipeline of a known family that can make images of this size."""
     check_checkpoint("config.pretrained.model", config.pretrained.model)
     model = Path(find(config.pretrained.model))
+    check_skip(model, config.pretrained.skip)
     if model.is_dir():
-        check_pipeline(model)
+        check_pipeline(model, config.pretrained.skip)
         if config.use_lora and (shapes := transformer_shapes(model)):
             check_lora_targets(modules_of(shapes), config.lora.target_modules)
     pixels, largest = image_sides(model)
@@ -250,6 +253,24 @@ def _check_model(config: ConfigDict) -> None:
             f"{config.pretrained.model}; it takes a multiple of "
             f"{pixels}{limit}."
         )
+
+
+def _check_start(config: ConfigDict) -> None:
+    """The LoRA that is merged into the model can be read, and is of this transformer, where that is a folder."""
+    if not config.pretrained.lora:
+        return
+    path = Path(find(config.pretrained.lora))
+    if not path.exists():
+        raise ConfigError(
+            f"config.pretrained.lora = {config.pretrained.lora!r} does not exist; it takes a .safetensors file, or the "
+            "folder of a LoRA."
+        )
+    try:
+        file, shapes = read_lora(path), transformer_shapes(Path(find(config.pretrained.model)))
+        if shapes:
+            match(file, shapes)
+    except ConfigError as error:
+        raise ConfigError(f"config.pretrained.lora: {error}") from None
 
 
 def _check_scorers(config: ConfigDict) -> None:

@@ -239,8 +239,8 @@ def test_training_prompts_have_the_weights_or_categories_of_their_lines(config, 
 @pytest.mark.parametrize(
     ("sampling", "lines", "message"),
     [
-        ("weighted", '{"prompt": "a"}\n', 'nowhere a "weight" above 0; it takes "uniform"'),
-        ("weighted", '{"prompt": "a", "weight": 0}\n', 'has no "weight" above 0'),
+        ("weighted", '{"prompt": "a"}\n', 'has none above 0; it takes "uniform"'),
+        ("weighted", '{"prompt": "a", "weight": 0}\n', "has none above 0"),
         (
             "weighted",
             '{"prompt": "a"}\n\n{"prompt": "b", "weight": -1}\n',

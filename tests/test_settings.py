@@ -301,6 +301,13 @@ COMBINATIONS = [
     ),
     ({"sample.prompt_category": "tag"}, ['prompt_category = "tag"', "balanced", "uniform", 'takes "category"']),
     ({"sample.prompt_sampling": "weighted"}, ["config.prompts.train: ", 'prompt_sampling = "weighted"', "uniform"]),
+    ({"pretrained.lora": "nowhere"}, ["pretrained.lora = 'nowhere'", "does not exist", ".safetensors"]),
+    ({"pretrained.lora": "docs"}, ["config.pretrained.lora: docs is no LoRA", "adapter_config.json"]),
+    ({"pretrained.skip": ("vae",)}, ["pretrained.skip = ('vae',)", "an SD3 pipeline", "takes 'text_encoder_3'"]),
+    (
+        {"pretrained.skip": ("vae",), "pretrained.model": "org/name", "resolution": 512},
+        ["pretrained.skip = ('vae',)", "takes 'text_encoder_3'"],
+    ),
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),

@@ -227,6 +227,8 @@ def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
     values: list[Any] = [part[name] for part, chosen in parts for name in chosen]
     values.append(Path(config.pretrained.model).name)  # the folder may have moved
     values.append(list(tested))  # their places key the noise
+    if config.pretrained.lora or config.pretrained.skip:  # else as in runs of before
+        values.append([Path(config.pretrained.lora).name, list(config.pretrained.skip)])
     negatives = {"": config.negative_prompt, **own_negatives(config)}
     if config.eval.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
         values.append(sorted(negatives.items()))

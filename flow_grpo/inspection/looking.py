@@ -94,6 +94,14 @@ class Model:
     revision: str = ""
     loras: tuple[Path, ...] = ()
     transformer: Path | None = None  # of a checkpoint of full fine-tuning
+    merged: str = ""  # config.pretrained.lora
+    skip: tuple[str, ...] = ()  # config.pretrained.skip
+
+    @property
+    def base(self) -> Model:
+        """What it draws with, and nothing added."""
+        name = f"base model {Path(self.pipeline).name}"
+        return replace(self, name=name, loras=(), transformer=None)
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def _base_of(
 ) -> tuple[Model, ...]:
     """What a model is compared with; nothing for a pipeline alone."""
     if against is None and (thing.kind != "pipeline" or model.loras):
-        return (Model(f"base model {Path(model.pipeline).name}", model.pipeline, model.revision),)
+        return (model.base,)
     if against is None and not options.base:
         return ()
     if against is None:
@@ -379,22 +387,23 @@ def _trained_on(thing: Thing) -> str:
 
 
 def _model_of(thing: Thing, config: ConfigDict, options: Options) -> Model:
-    pipeline, revision = config.pretrained.model, config.pretrained.revision
+    start = config.pretrained
     more = tuple(Path(find_lora(text)) for text in options.loras)
+    model = Model("", start.model, start.revision, more, merged=start.lora, skip=tuple(start.skip))
     if thing.kind == "pipeline":
-        return Model(_with_loras(thing.name, more), pipeline, revision, more)
+        return replace(model, name=_with_loras(thing.name, more))
     if thing.kind == "lora" and thing.path is not None:
-        return Model(_with_loras(thing.name, more), pipeline, revision, (thing.path, *more))
+        return replace(model, name=_with_loras(thing.name, more), loras=(thing.path, *more))
     folder = choose_checkpoint(thing.place, deep=True, subject=thing.text).folder
-    if problem := base_mismatch(folder, base_digest(pipeline, revision)):
-        raise ConfigError(f"the base model {pipeline} {problem}")
+    if problem := base_mismatch(folder, base_digest(start)):
+        raise ConfigError(f"the base model {start.model} {problem}")
     weights = folder / (("lora" if config.use_lora else "transformer") + ("_ema" if options.ema else ""))
     if not weights.is_dir():
         raise ConfigError(f"{'--ema: ' if options.ema else ''}{folder} has no {weights.name}/.")
     name = _with_loras(f"{thing.name}-{folder.name}" if thing.kind == "run" else thing.name, more)
     if config.use_lora:
-        return Model(name, pipeline, revision, (weights, *more))
-    return Model(name, pipeline, revision, more, weights)
+        return replace(model, name=name, loras=(weights, *more))
+    return replace(model, name=name, transformer=weights)
 
 
 def find_lora(text: str) -> str:

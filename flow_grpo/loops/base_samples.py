@@ -91,6 +91,8 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     models = {name: config.reward_model.get(name, "") for name in rewards} | {"base": config.pretrained.model}
     features = dict(config.diversity.items()) if config.anchored.target_diversity > 0 else {}
     question = {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
+    if config.pretrained.lora or config.pretrained.skip:
+        question |= {"lora": config.pretrained.lora, "skip": list(config.pretrained.skip)}
     negatives = {"": config.negative_prompt, **own_negatives(config)}
     if config.sample.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
         question["negatives"] = negatives

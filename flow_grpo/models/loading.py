@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ def class_of(family: Family) -> type[ModelFamily]:
     return places.load(family.place)
 
 
-def load_model(model: str, revision: str, precision: str) -> ModelFamily:
+def load_model(model: str, revision: str, precision: str, skip: Sequence[str] = ()) -> ModelFamily:
     """Load a folder or hub id: weights in the dtype of `precision` ("no", "bf16", "fp16"), the VAE in float32.
+
+    Text encoders in `skip` are None then, as stock pipelines take them, and their files are neither fetched nor read.
 
     Raises:
         ConfigError: it is no pipeline of a known family, or is damaged, or lacks a part of its weights, which the
@@ -41,10 +44,11 @@ def load_model(model: str, revision: str, precision: str) -> ModelFamily:
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             folder = find(model)
             if not os.path.isdir(folder):
-                folder = diffusers.DiffusionPipeline.download(folder, revision=revision or None)
+                nothing: dict[str, Any] = dict.fromkeys(skip)
+                folder = diffusers.DiffusionPipeline.download(folder, revision=revision or None, **nothing)
             family = family_of(Path(folder))
             words = family.words
-            pipeline, missing = _load_parts(folder, family, DTYPES[precision])
+            pipeline, missing = _load_parts(folder, family, DTYPES[precision], skip)
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
@@ -58,12 +62,12 @@ def load_model(model: str, revision: str, precision: str) -> ModelFamily:
     return class_of(family)(pipeline)
 
 
-def _load_parts(folder: str, family: Family, dtype: torch.dtype) -> tuple[Any, list[str]]:
+def _load_parts(folder: str, family: Family, dtype: torch.dtype, skip: Sequence[str]) -> tuple[Any, list[str]]:
     """The pipeline in a folder, and the names of the weights that its files lack. The VAE is float32."""
     kind: Any = getattr(diffusers, family.pipeline)
     index = kind.load_config(folder)
-    optional = (*family.optional, *family.optional.values())
-    parts: dict[str, Any] = {name: None for name in optional if not index.get(name, [None])[0]}
+    optional, left_out = (*family.optional, *family.optional.values()), family.without(skip)
+    parts: dict[str, Any] = {name: None for name in optional if name in left_out or not index.get(name, [None])[0]}
     missing = []
     for name in [name for name in NETWORKS if name in index and name not in parts]:
         library, part = index[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,17 @@ DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shiftin
 }
 
 
-def check_pipeline(model: Path) -> None:
+def check_pipeline(model: Path, skip: Sequence[str] = ()) -> None:
     """The folder is a pipeline's of a known family, with all the parts it names, whole, and a scheduler that is ours.
+
+    Args:
+        skip: text encoders that are done without, as `check_skip` allows.
 
     Raises:
         ConfigError: for the first thing that is not so.
     """
-    index, family = pipeline_index(model), family_of(model)
+    family = family_of(model)
+    index = {name: part for name, part in pipeline_index(model).items() if name not in family.without(skip)}
     for name, part in index.items():
         if (needs := PART_NEEDS.get(name.split("_")[0])) is not None:
             _check_part(model, name, part, needs, family)
@@ -77,6 +81,18 @@ def family_of(model: Path) -> Family:
             f"config.pretrained.model = {str(model)!r} is a {kind!s:.80}; it takes a {' or '.join(FAMILIES)}."
         )
     return FAMILIES[kind]
+
+
+def check_skip(model: Path, skip: Sequence[str]) -> None:
+    """ConfigError for a name that is none of the text encoders which a family can do without."""
+    family = family_of(model) if model.is_dir() else default_family()
+    for name in skip:
+        if name not in family.optional:
+            others = " or ".join(map(repr, family.optional)) or "none"
+            raise ConfigError(
+                f"config.pretrained.skip = {tuple(skip)}: {name!r} is no text encoder that {family.words} can do "
+                f"without; it takes {others}."
+            )
 
 
 def image_sides(model: Path) -> tuple[int, float]:

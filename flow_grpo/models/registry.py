@@ -5,7 +5,7 @@ To add one: a file with its class (see `flow_grpo.models.base.ModelFamily`), and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -22,6 +22,10 @@ class Family:
     optional_words: str = ""  # the same in words
     packing: int = 1  # the transformer's channels are the latents' times this squared
     side_key: str = ""  # of the transformer: the most tokens along a side; empty: no limit
+
+    def without(self, skip: Sequence[str]) -> set[str]:
+        """The parts that are not read without these text encoders: they and their tokenizers."""
+        return {*skip, *(self.optional[encoder] for encoder in skip)}
 
 
 SD3 = Family(

@@ -125,6 +125,18 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "pretrained.model", "assets/tiny_sd3", FILLED, "a diffusers pipeline of a known family: directory or hub id"
         ),
         Key("pretrained.revision", "", TEXT, "hub revision; empty: the default branch"),
+        Key(
+            "pretrained.lora",
+            "",
+            TEXT,
+            "a LoRA of any trainer, .safetensors file or folder, merged into the model before it is trained",
+        ),
+        Key(
+            "pretrained.skip",
+            (),
+            each(FILLED, "a tuple of names of text encoders, or ()"),
+            'text encoders to do without, whose files are not read; of SD3 ("text_encoder_3",), its T5',
+        ),
         Key("resolution", 32, whole(1), "height and width of the images, in pixels"),
         Key("max_sequence_length", 8, whole(1, 512), "tokens given to the T5 encoder"),
         Key(

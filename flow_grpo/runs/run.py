@@ -28,7 +28,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import write_atomically
 from flow_grpo.messages import say
 from flow_grpo.runs.dashboard import Description, pixels_of
-from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.digest import base_digest, base_mismatch, base_words
 from flow_grpo.runs.environment import write_records
 from flow_grpo.runs.evaluations import LABELS, read_record
 from flow_grpo.runs.folder import (
@@ -116,8 +116,7 @@ class Run:
     @cached_property
     def base_sha256(self) -> str | None:
         """Digest of the base model's files; None where they cannot be found."""
-        pretrained = self.settings.config.pretrained
-        return base_digest(pretrained.model, pretrained.revision)
+        return base_digest(self.settings.config.pretrained)
 
     # --- metrics and images ---------------------------------------------------------------------------
 
@@ -337,7 +336,7 @@ class Run:
     def _check_base(self, checkpoint: Path) -> None:
         """ConfigError if the checkpoint is of other base weights than those in the configuration's folder."""
         if problem := base_mismatch(checkpoint, self.base_sha256):
-            raise ConfigError(f"config.pretrained.model = {self.settings.config.pretrained.model!r} {problem}")
+            raise ConfigError(f"{base_words(self.settings.config.pretrained)} {problem}")
 
     def _begin(self) -> str:
         """Write the records and choose the trackers; the run's id."""
