@@ -55,7 +55,6 @@ FLAGS = {  # key -> the option that sets it, and its name in Options
     "eval.judge": ("--judge", "judge"),
     "eval.num_steps": ("--steps", "steps"),
     "eval.guidance_scale": ("--guidance", "guidance"),
-    "negative_prompt": ("--negative", "negative"),
     "eval.tuned_share": ("--tuned-share", "tuned_share"),
     "resolution": ("--size", "size"),
     "eval.seed": ("--seed", "seed"),
@@ -123,7 +122,7 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     values = _values_of(thing)
     config = _config(thing, values, options)
     _set_options(config, options)
-    _drop_unread_negative(config, options)
+    _settle_negative(config, options)
     rewarded = _set_reward(config, values, options)
     resolve(config, 1, cuda=True)
     model = _model_of(thing, config, options)
@@ -163,7 +162,7 @@ def _base_of(
     theirs = _config(against, values, options)
     with theirs.unlocked():
         theirs.resolution = config.resolution
-    _drop_unread_negative(theirs, options)
+    _settle_negative(theirs, options)
     _set_reward(theirs, values, options)
     resolve(theirs, 1, cuda=True)
     base = _model_of(against, theirs, Options(ema=options.ema))
@@ -274,10 +273,16 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     check_features(config, config.resolution)
 
 
-def _drop_unread_negative(config: ConfigDict, options: Options) -> None:
-    """A run that is guided in training alone has a negative prompt that its evaluation does not read."""
-    if config.eval.guidance_scale == 1 and not options.negative:
-        config.negative_prompt = ""
+def _settle_negative(config: ConfigDict, options: Options) -> None:
+    """A run that is guided in training alone has a negative prompt that is not read here; one that is given must be."""
+    if config.eval.guidance_scale != 1:
+        return
+    if options.negative:
+        raise ConfigError(
+            f"--negative {options.negative!r} is what guidance leads away from, and there is none; --guidance takes "
+            "another number than 1."
+        )
+    config.negative_prompt = ""
 
 
 def set_features(config: ConfigDict, text: str) -> None:

@@ -62,7 +62,7 @@ def test_a_negative_prompt_without_guidance_is_one_sentence(random_models, capsy
     with pytest.raises(SystemExit):
         main(["sample", str(random_models / "sd3"), "a bag", "--negative", "a boot"])
     said = capsys.readouterr().err
-    assert said.startswith("error: --negative 'a boot' is what guidance leads away from, and there is none")
+    assert said.startswith("error: --negative 'a boot' is what guidance leads away from, and there is none; --guidance")
 
 
 def test_a_lora_changes_the_pipelines_images(random_models, tmp_path, capsys) -> None:
