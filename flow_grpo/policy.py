@@ -31,7 +31,7 @@ UNGUIDED = 1.0  # a guidance scale
 def load_pretrained(settings: Settings) -> ModelFamily:
     """`config.pretrained.model`, in the precision of the run; ConfigError as `load_model`."""
     config = settings.config
-    return load_model(config.pretrained.model, config.pretrained.revision, config.mixed_precision)
+    return load_model(config.pretrained, config.mixed_precision)
 
 
 class ImageModel:
@@ -92,18 +92,20 @@ class ImageModel:
         def velocity(latents: Tensor, sigma: float) -> Tensor:
             self.network_evaluations += len(latents) * (2 if guided else 1)
             with self.accelerator.autocast():
-                return guided_velocity(network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional)
+                return guided_velocity(
+                    network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional, self.family.guide
+                )
 
         return velocity
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
-        return self.family.sigmas(num_steps, self.settings.config.resolution)
+        return self.family.sigmas(num_steps, *self.settings.image_size)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one image's latents."""
-        return self.family.latent_shape(self.settings.config.resolution)
+        return self.family.latent_shape(*self.settings.image_size)
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""
