@@ -23,7 +23,7 @@ class ModelFamily(Protocol):
     vae: Any
 
     def __init__(self, pipeline: Any, distilled_guidance: float) -> None:
-        """`distilled_guidance`: the scale that a model takes whose guidance is an input of its network; others ignore it."""
+        """`distilled_guidance`: the scale of a model whose guidance is an input of its network; others ignore it."""
 
     # --- the prompt's side
     def encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:

@@ -488,8 +488,8 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision",
     "use_lora", "lora.", "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.",
-    "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
-    "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
+    "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.",
+    "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names
