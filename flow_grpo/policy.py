@@ -42,6 +42,7 @@ class ImageModel:
         pipeline, transformer, vae: diffusers' pipeline, and the modules themselves.
         network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
             forward count.
+        trained_evaluations: those of them that kept a graph for a backward pass.
     """
 
     def __init__(self, family: ModelFamily, settings: Settings, accelerator: Accelerator) -> None:
@@ -50,7 +51,7 @@ class ImageModel:
         self.pipeline = family.pipeline.to(self.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = family.transformer, family.vae
-        self.network_evaluations = 0
+        self.network_evaluations = self.trained_evaluations = 0
         self._reference: torch.nn.Module | None = (
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
@@ -90,7 +91,9 @@ class ImageModel:
         network = partial(self.family.velocity, transformer)
 
         def velocity(latents: Tensor, sigma: float) -> Tensor:
-            self.network_evaluations += len(latents) * (2 if guided else 1)
+            count = len(latents) * (2 if guided else 1)
+            self.network_evaluations += count
+            self.trained_evaluations += count if torch.is_grad_enabled() else 0
             with self.accelerator.autocast():
                 return guided_velocity(
                     network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional, self.family.guide
