@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     _check_scorers(config)
     _check_shaping(config)
     _check_gate(config)
+    _check_forward_kl(config)
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
@@ -95,6 +96,13 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 
 BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
 PAIRS_ARE_ALIKE = ("distance", "cluster", "entropy", "vendi")  # of two images, either is as far from the other
+
+FEATURES = ("distance", "cluster", "entropy", "vendi", *DIFFERENTIABLE)  # compare features of images
+READ_BY_KINDS = {
+    "shaping.bandwidth": ("entropy", "log_rke"), "shaping.cluster_distance": ("cluster",),
+    "shaping.probes": ("density",), "shaping.extractor": FEATURES, "shaping.model": FEATURES,
+    "shaping.pretrained": FEATURES,
+}  # fmt: skip
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -257,11 +265,27 @@ def _check_shaping(config: ConfigDict) -> None:
             f"config.sample.num_image_per_prompt = {config.sample.num_image_per_prompt} gives the images of a group "
             f"the same bonus, by which {kind} changes nothing; it takes at least 3."
         )
-    if shaping.kind == "density":
-        for key, default in {"shaping.extractor": "pixels", "shaping.model": ""}.items():
-            takes_only(config, key, default, f"is for features of images, which {kind} takes none of")
-    elif shaping.kind:
+    for key, readers in READ_BY_KINDS.items():
+        if shaping.kind not in readers:
+            takes_only(config, key, KEYS[key].default, f"is for {_either(readers)}, not for {kind}")
+    if shaping.kind in FEATURES:
         _check_encoder(config)
+
+
+def _check_forward_kl(config: ConfigDict) -> None:
+    """What only the forward KL reads, in training or in evaluation, is left alone where there is none."""
+    if config.train.forward_kl > 0:
+        return
+    because = "is read where config.train.forward_kl is above 0, which is 0.0"
+    takes_only(config, "forward_kl.images", KEYS["forward_kl.images"].default, because)
+    if not config.eval_forward_kl:
+        because = "is read with config.eval_forward_kl = True, which is False, or config.train.forward_kl above 0"
+        takes_only(config, "forward_kl.draws", KEYS["forward_kl.draws"].default, because)
+
+
+def _either(names: Iterable[str]) -> str:
+    """Such as "entropy" or "log_rke"."""
+    return " or ".join(f'"{name}"' for name in names)
 
 
 def _check_gate(config: ConfigDict) -> None:
@@ -327,6 +351,9 @@ def _check_encoder(config: ConfigDict) -> None:
             f'config.shaping.model = {model!r} is not for config.shaping.extractor = "{extractor}"; it takes '
             f"{'a directory or hub id' if extractor != 'pixels' else 'no model'}."
         )
+    if extractor != "open_clip":
+        because = f'is for "open_clip", not for config.shaping.extractor = "{extractor}"'
+        takes_only(config, "shaping.pretrained", "", because)
     if extractor == "pixels":
         return
     if extractor != "open_clip":

@@ -205,6 +205,15 @@ BAD_VALUES = [
     ("train.clip_range", 0.0),
     ("train.clip_range", 1.0),
     ("train.adv_clip_max", 0.0),
+    ("train.adv_clip_max", 1e-300),
+    ("train.adam_epsilon", 1e-300),
+    ("train.adam_weight_decay", 1e12),
+    ("train.beta", 1e300),
+    ("train.learning_rate", 2.0),
+    ("fdfo.epsilon", 1e-300),
+    ("forward.beta", 1e300),
+    ("anchored.strength", 1e300),
+    ("adjoint.strength", 1e300),
     ("train.advantage_mode", "both"),
     ("train.timestep_fraction", 0.0),
     ("train.timestep_fraction", 1.01),
@@ -345,6 +354,26 @@ COMBINATIONS = [
         {"shaping.kind": "density", "shaping.weight": 0.1, "shaping.extractor": "clip"},
         ['shaping.extractor = "clip"', 'shaping.kind = "density"', 'it takes "pixels"'],
     ),
+    ({"shaping.bandwidth": 0.5}, ["shaping.bandwidth = 0.5", '"entropy" or "log_rke"', 'kind = ""', "it takes 0.3"]),
+    (
+        {"shaping.kind": "vendi", "shaping.weight": 0.1, "shaping.cluster_distance": 0.2},
+        ["shaping.cluster_distance = 0.2", '"cluster"', 'shaping.kind = "vendi"', "it takes 0.1"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.probes": 4},
+        ["shaping.probes = 4", '"density"', 'shaping.kind = "distance"', "it takes 1"],
+    ),
+    ({"shaping.model": "org/name"}, ['shaping.model = "org/name"', '"distance"', 'shaping.kind = ""', 'takes ""']),
+    (
+        {"shaping.kind": "distance", "shaping.pretrained": "tag"},
+        ['shaping.pretrained = "tag"', '"open_clip"', 'shaping.extractor = "pixels"', 'takes ""'],
+    ),
+    ({"forward_kl.images": 8}, ["forward_kl.images = 8", "train.forward_kl is above 0", "it takes 256"]),
+    (
+        {"forward_kl.images": 8, "eval_forward_kl": True},
+        ["forward_kl.images = 8", "train.forward_kl is above 0", "it takes 256"],
+    ),
+    ({"forward_kl.draws": 8}, ["forward_kl.draws = 8", "eval_forward_kl = True", "train.forward_kl", "it takes 4"]),
     (
         {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
         ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],
@@ -383,6 +412,9 @@ def test_values_that_contradict_each_other_or_the_disk_are_refused(config, chang
 
 
 POSSIBLE = [
+    {"train.forward_kl": 0.1, "forward_kl.images": 8, "forward_kl.draws": 8},
+    {"eval_forward_kl": True, "forward_kl.draws": 8},
+    {"shaping.kind": "entropy", "shaping.weight": 0.1, "shaping.bandwidth": 0.5},
     {"run_name": "tiny/" + "n" * 255, "logdir": "/tmp/ü b", "recipe": "n" * 200},
     {"lora.alpha": 24.5},
     {"mixed_precision": "bf16"},

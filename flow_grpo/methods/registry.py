@@ -67,7 +67,7 @@ def _member(config: ConfigDict | FrozenConfigDict, reward_gradient: bool) -> Met
     known = "is of the other family" if name in METHODS else "is not a method"
     raise ConfigError(
         f"config.train.method = {name!r} {known}; with config.use_reward_gradient = {reward_gradient} it takes "
-        f"{' or '.join(map(repr, family))}."
+        f"{_either(family)}."
     )
 
 
@@ -75,24 +75,39 @@ def check_method(config: ConfigDict | FrozenConfigDict) -> None:
     """ConfigError for a method of the other family, for settings that only others read, and for what cannot be."""
     method = method_of(config)
     own = {key.name for key in method.keys}
-    for key in (key for other in METHODS.values() for key in other.keys if key.name not in own):
-        if _value(config, key.name) != key.default:
-            readers = [other.name for other in METHODS.values() if key in other.keys]
+    others = {key.name: key.default for other in METHODS.values() for key in other.keys if key.name not in own}
+    for key, allowed in {**others, **method.only}.items():
+        if _value(config, key) != allowed:
             raise ConfigError(
-                f"config.{key.name} = {_value(config, key.name)!r} is for config.train.method = "
-                f"{' or '.join(map(repr, readers))}; with {method.name!r} it takes {key.default!r}."
+                f"config.{key} = {_value(config, key)!r} is for config.train.method = {_either(readers(key))}; "
+                f"with {method.name!r} it takes {allowed!r}."
             )
     method.check(config)
+
+
+def readers(key: str) -> list[str]:
+    """Names of the methods that look at a setting."""
+    owners = [method for method in METHODS.values() if key in [own.name for own in method.keys]]
+    return [method.name for method in owners or METHODS.values() if not (_is_unread(method, key) or key in method.only)]
+
+
+def _is_unread(method: Method, key: str) -> bool:
+    groups = tuple(name for name in method.unread if name.endswith("."))
+    return key in method.unread or key.startswith(groups)
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 def check_read(config: ConfigDict | FrozenConfigDict, changed: Iterable[str]) -> None:
     """ConfigError for the first of the changed keys that the method does not look at: the change would do nothing."""
     method = method_of(config)
     for key in changed:
-        if key.startswith(tuple(name for name in method.unread if name.endswith("."))) or key in method.unread:
+        if _is_unread(method, key):
             raise ConfigError(
                 f"config.{key} = {_value(config, key)!r} is not read by config.train.method = {method.name!r}; leave "
-                "it out, or choose a method that does (docs/methods.md)."
+                f"it out, or choose {_either(readers(key))}."
             )
 
 
