@@ -100,8 +100,33 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(map(repr, names))
 
 
+# Keys that nothing looks at while another has one of these values: (key, the other, the values).
+MOOT: tuple[tuple[str, str, tuple[object, ...]], ...] = (
+    ("train.ratio_probes", "train.ratio", ("sde",)),
+    ("guard.diversity", "guard.diversity_floor", (0.0,)),
+    ("eval_forward_kl", "eval_freq", (0,)),
+    ("sample.noise_level", "sample.sde_type", ("ode",)),
+)
+FOUND = (("anchored.strength", "anchored.target_kl"), ("anchored.strength", "anchored.target_diversity"))  # by a target
+
+
 def check_read(config: ConfigDict | FrozenConfigDict, changed: Iterable[str]) -> None:
-    """ConfigError for the first of the changed keys that the method does not look at: the change would do nothing."""
+    """ConfigError for the first of the changed keys that the run would not look at: the change would do nothing."""
+    changed = list(changed)
+    _check_methods_keys(config, changed)
+    for key, other, values in MOOT:
+        if key in changed and _value(config, other) in values:
+            _refuse(config, key, f"is not read with config.{other} = {_value(config, other)!r}; change that, too")
+    for key, target in FOUND:
+        if key in changed and _value(config, target):
+            _refuse(config, key, f"is found by the run with config.{target} = {_value(config, target)!r}")
+
+
+def _refuse(config: ConfigDict | FrozenConfigDict, key: str, because: str) -> None:
+    raise ConfigError(f"config.{key} = {_value(config, key)!r} {because}, or leave config.{key} out.")
+
+
+def _check_methods_keys(config: ConfigDict | FrozenConfigDict, changed: Iterable[str]) -> None:
     method = method_of(config)
     for key in changed:
         if _is_unread(method, key):

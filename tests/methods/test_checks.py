@@ -91,6 +91,25 @@ def test_a_change_that_the_method_does_not_look_at_is_refused(recipe, key):
     check_read(get_config(recipe), ["train.learning_rate"])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "other"),
+    [
+        ("tiny_grpo", {"train.ratio_probes": 4}, "train.ratio = 'sde'"),
+        ("tiny_grpo", {"guard.diversity": "rke"}, "guard.diversity_floor = 0.0"),
+        ("tiny_grpo", {"eval_forward_kl": True, "eval_freq": 0}, "eval_freq = 0"),
+        ("tiny_drtune", {"sample.noise_level": 0.3}, "sample.sde_type = 'ode'"),
+        ("tiny_anchored", {"anchored.strength": 50.0, "anchored.target_kl": 0.3}, "anchored.target_kl = 0.3"),
+    ],
+)
+def test_a_change_that_another_setting_makes_moot_names_both(recipe, changes, other):
+    config = get_config(recipe)
+    config.update_from_flattened_dict(changes)
+    key = next(iter(changes))
+    with pytest.raises(ConfigError, match=f"config.{key} = .*config.{other}.* or leave config.{key} out"):
+        check_read(config, changes)
+    check_read(config, ["train.learning_rate"])
+
+
 BY_REWARDS = next(keys for title, keys in SECTIONS.items() if title.startswith("by rewards alone"))
 
 
