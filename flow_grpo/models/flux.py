@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
@@ -57,7 +58,8 @@ class Flux:
         """Latents (B, C, h, w) -> (B, C, h, w); the input takes the embeddings' dtype, the output at least float32."""
         (_, _, height, width), device = latents.shape, latents.device
         levels = torch.full((len(latents),), sigma * 1000, device=device) / 1000  # rounded as the stock pipeline does
-        guidance = torch.full_like(levels, self.distilled_guidance) if transformer.config.guidance_embeds else None
+        distilled = self.transformer.config.guidance_embeds
+        guidance = torch.full_like(levels, self.distilled_guidance) if distilled else None
         text = embeds.prompt_embeds
         velocity = transformer(
             hidden_states=pack(latents.to(text.dtype)),
@@ -76,8 +78,8 @@ class Flux:
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """Even levels, shifted by the number of tokens."""
         pixels = self.pipeline.vae_scale_factor * SIDE
-        tokens = (height // pixels) * (width // pixels)
-        return noise_levels(self.pipeline.scheduler, num_steps, tokens, evenly=True)
+        tokens, even = (height // pixels) * (width // pixels), np.linspace(1, 1 / num_steps, num_steps).tolist()
+        return noise_levels(self.pipeline.scheduler, num_steps, tokens, even)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(C, h, w)."""

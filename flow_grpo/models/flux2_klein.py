@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -66,16 +67,15 @@ class Flux2Klein:
         """
         if self.pipeline.config.is_distilled:
             raise ConfigError(
-                f"config.*.guidance_scale = {scale} has no effect on a distilled FLUX.2-klein; it takes 1.0."
+                f"config.*.guidance_scale = {scale} has no effect on a FLUX.2-klein that is distilled; it takes 1.0."
             )
         return linear_guidance(v_uncond, v_cond, scale)
 
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """Even levels, shifted by the number of tokens and of steps."""
         _, rows, columns = self.latent_shape(height, width)
-        tokens = rows * columns
-        mu = compute_empirical_mu(tokens, num_steps)
-        return noise_levels(self.pipeline.scheduler, num_steps, tokens, mu=mu, evenly=True)
+        tokens, even = rows * columns, np.linspace(1, 1 / num_steps, num_steps).tolist()
+        return noise_levels(self.pipeline.scheduler, num_steps, tokens, even, compute_empirical_mu(tokens, num_steps))
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(C, h, w), C four times the VAE's."""

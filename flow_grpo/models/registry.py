@@ -47,6 +47,9 @@ class Family:
     scale_keys: tuple[str, ...] = ("scaling_factor", "shift_factor")  # of the VAE: numbers
     out_packing: int = 0  # as packing, of the channels that the transformer puts out; 0: as packing
     side_key: str = ""  # of the transformer: the most tokens along a side; empty: no limit
+    num_steps: int = 28  # with the next two: of the stock pipeline's own call
+    guidance_scale: float = 7.0
+    max_sequence_length: int = 256
     unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
 
 
@@ -73,6 +76,8 @@ FLUX = Family(
     clips={"tokenizer": "text_encoder"},
     packing=2,
     token_side=2,
+    guidance_scale=1.0,
+    max_sequence_length=512,
 )
 
 FLUX2_KLEIN = Family(
@@ -85,6 +90,9 @@ FLUX2_KLEIN = Family(
     packing=2,
     token_side=2,
     scale_keys=(),
+    num_steps=50,
+    guidance_scale=4.0,
+    max_sequence_length=512,
     unguided_key="is_distilled",
 )
 
