@@ -7,6 +7,8 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.inspection.looking import Options, look_at
+from flow_grpo.inspection.things import find_out
 from flow_grpo.models.flux2_klein import Flux2Klein
 from flow_grpo.models.pipeline_files import takes_guidance
 from flow_grpo.settings import resolve
@@ -49,6 +51,13 @@ def test_a_distilled_pipeline_draws_as_the_stock_one_whose_guidance_is_ignored(c
         max_sequence_length=8, output_type="pt",
     ).images  # fmt: skip
     assert (our_images(build(config).policy) - theirs).abs().max() < EXACTLY_AS_STOCK
+
+
+def test_it_is_looked_at_as_the_stock_pipeline_draws_and_without_guidance_where_that_has_no_effect(distilled, tmp_path):
+    build_flux2_klein().save_pretrained(tmp_path / "base")
+    for folder, guidance in ((tmp_path / "base", 4.0), (distilled, 1.0)):
+        config = look_at(find_out(str(folder)), None, Options(measured=False)).config
+        assert (config.eval.num_steps, config.eval.guidance_scale, config.max_sequence_length) == (50, guidance, 512)
 
 
 def test_each_channel_of_encoded_images_is_normalised_by_the_autoencoders_statistics():
