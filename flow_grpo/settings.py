@@ -21,7 +21,7 @@ from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method, method_of
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
-from flow_grpo.models.pipeline_files import check_pipeline, expected_family, image_sides
+from flow_grpo.models.pipeline_files import check_pipeline, expected_family, image_sides, takes_guidance
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
@@ -79,6 +79,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
     _check_model(config)
+    _check_guidance(config)
     _check_scorers(config)
     _check_shaping(config)
     _check_gate(config)
@@ -233,6 +234,17 @@ def _check_model(config: ConfigDict) -> None:
             raise ConfigError(
                 f"config.{side if config[side] else 'resolution'} = {pixels_along} does not fit the model "
                 f"{config.pretrained.model}; it takes a multiple of {pixels}{limit}."
+            )
+
+
+def _check_guidance(config: ConfigDict) -> None:
+    """A distilled pipeline draws without classifier-free guidance."""
+    if takes_guidance(find(config.pretrained.model)):
+        return
+    for key, value in leaves(config):
+        if key.endswith(".guidance_scale") and value != 1:
+            raise ConfigError(
+                f"config.{key} = {value} has no effect on {config.pretrained.model}, which is distilled; it takes 1.0."
             )
 
 

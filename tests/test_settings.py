@@ -490,8 +490,8 @@ def test_a_folder_without_a_pipeline_or_with_another_one_is_refused(config, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"has no model_index\.json"):
         resolved(config, {"pretrained.model": str(tmp_path / "empty")})
-    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigError, match="is a FluxPipeline"):
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(ConfigError, match="is a PixArtAlphaPipeline"):
         resolved(config, {"pretrained.model": str(tmp_path / "model")})
 
 

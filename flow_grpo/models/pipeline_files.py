@@ -29,7 +29,7 @@ INDEX = "model_index.json"
 PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effect, or are the scheduler's to check
-    "num_train_timesteps": only(1000, "1000, the unit of SD3's noise levels"),
+    "num_train_timesteps": only(1000, "1000, in which the pipelines count time"),
     "invert_sigmas": only(False, "false, as the noise must go down"),
     "stochastic_sampling": only(False, "false, as config.sample.sde_type is what draws noise"),
     "shift": POSITIVE,
@@ -85,15 +85,30 @@ def expected_family(model: str) -> Family:
     Raises:
         ConfigError: the folder's, or the index's, class is of none.
     """
+    folder = _known_folder(model)
+    return published_family(model) if folder is None else family_of(folder)
+
+
+def takes_guidance(model: str) -> bool:
+    """Whether classifier-free guidance has an effect; True of a hub id whose index is not in the cache."""
+    folder = _known_folder(model)
+    if folder is None:
+        return True
+    key = family_of(folder).unguided_key
+    return not (key and pipeline_index(folder).get(key))
+
+
+def _known_folder(model: str) -> Path | None:
+    """The folder of a pipeline, or the one in the cache with the index of a hub id."""
     from huggingface_hub import try_to_load_from_cache  # models are mostly folders
 
     if os.path.isdir(model):
-        return family_of(Path(model))
+        return Path(model)
     try:
         index = try_to_load_from_cache(model, INDEX)
     except (OSError, ValueError):  # no name that the hub or the disk could have
-        index = None
-    return family_of(Path(index).parent) if isinstance(index, str) else published_family(model)
+        return None
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def image_sides(model: Path) -> tuple[int, float]:

@@ -137,7 +137,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("resolution", 32, whole(1), "height and width of the images, in pixels"),
         Key("height", 0, whole(0), "height of the images, in pixels; 0: that of resolution"),
         Key("width", 0, whole(0), "width of the images, in pixels; 0: that of resolution"),
-        Key("max_sequence_length", 8, whole(1, 512), "tokens given to the T5 encoder"),
+        Key(
+            "max_sequence_length",
+            8,
+            whole(1, 512),
+            "tokens of a prompt: of the T5, or of the language model, whose chat template counts",
+        ),
         Key(
             "mixed_precision",
             "no",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from scripts.tiny import models as tiny_models
+from tests.models.tiny_flux import build_flux
+from tests.models.tiny_flux2_klein import build_flux2_klein
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,24 @@ def build_sd3() -> Any:
     return pipeline
 
 
+def shaken(build: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with a transformer whose every input matters."""
+
+    def build_shaken() -> Any:
+        pipeline = build()
+        shake(pipeline.transformer)
+        return pipeline
+
+    return build_shaken
+
+
+def true_guidance(scale: float) -> Mapping[str, Any]:
+    """FLUX.1's classifier-free guidance; its `guidance_scale` is the distilled one, ours by default."""
+    return {"true_cfg_scale": scale, "negative_prompt": ["", ""]}
+
+
 CASES = (
     Case("sd3", build_sd3, lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
+    Case("flux", shaken(build_flux), true_guidance),
+    Case("flux2_klein", shaken(build_flux2_klein), lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
 )  # fmt: skip

@@ -55,7 +55,7 @@ def stock_images(pipeline, case: Case, policy, scale: float):
     config, (height, width) = policy.settings.config, policy.settings.image_size
     arguments = case.unguided if scale == 1 else case.guided(scale)
     return pipeline(
-        PROMPTS, generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
+        prompt=PROMPTS, generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
         max_sequence_length=config.max_sequence_length, output_type="pt", **arguments,
     ).images  # fmt: skip
 
