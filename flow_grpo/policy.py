@@ -37,7 +37,7 @@ UNGUIDED = 1.0  # a guidance scale
 def load_pretrained(settings: Settings) -> ModelFamily:
     """`config.pretrained`, in the precision of the run; ConfigError as `load_model` and `load_lora`."""
     pretrained = settings.config.pretrained
-    family = load_model(pretrained.model, pretrained.revision, settings.config.mixed_precision, pretrained.skip)
+    family = load_model(pretrained, settings.config.mixed_precision)
     if pretrained.lora:
         loaded = merge_lora(family.transformer, find(pretrained.lora))
         say(f"pretrained.lora, {loaded.name}: {loaded}")
@@ -52,6 +52,7 @@ class ImageModel:
         pipeline, transformer, vae: diffusers' pipeline, and the modules themselves.
         network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
             forward count.
+        trained_evaluations: those of them that kept a graph for a backward pass.
     """
 
     def __init__(self, family: ModelFamily, settings: Settings, accelerator: Accelerator) -> None:
@@ -60,7 +61,7 @@ class ImageModel:
         self.pipeline = family.pipeline.to(self.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = family.transformer, family.vae
-        self.network_evaluations = 0
+        self.network_evaluations = self.trained_evaluations = 0
         self._reference: torch.nn.Module | None = (
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
@@ -104,20 +105,24 @@ class ImageModel:
         network = partial(self.family.velocity, transformer)
 
         def velocity(latents: Tensor, sigma: float) -> Tensor:
-            self.network_evaluations += len(latents) * (2 if guided else 1)
+            count = len(latents) * (2 if guided else 1)
+            self.network_evaluations += count
+            self.trained_evaluations += count if torch.is_grad_enabled() else 0
             with self.accelerator.autocast():
-                return guided_velocity(network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional)
+                return guided_velocity(
+                    network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional, self.family.guide
+                )
 
         return velocity
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
-        return self.family.sigmas(num_steps, self.settings.config.resolution)
+        return self.family.sigmas(num_steps, *self.settings.image_size)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one image's latents."""
-        return self.family.latent_shape(self.settings.config.resolution)
+        return self.family.latent_shape(*self.settings.image_size)
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""

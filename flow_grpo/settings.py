@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,13 @@ from flow_grpo.methods.registry import check_method, method_of
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_files import read_lora
 from flow_grpo.models.lora_places import check_lora_targets, match, modules_of, transformer_shapes
-from flow_grpo.models.pipeline_files import check_pipeline, check_skip, image_sides
+from flow_grpo.models.pipeline_files import (
+    check_pipeline,
+    check_skip,
+    expected_family,
+    image_sides,
+    takes_guidance,
+)
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
@@ -50,6 +56,16 @@ class Settings:
         """Optimizer updates to the end of the learning rate's schedule."""
         return _total_updates(self.config, self.plan)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return image_size(self.config)
+
+
+def image_size(config: ConfigDict | FrozenConfigDict) -> tuple[int, int]:
+    """Height and width of the images, in pixels: `resolution`, but where they are given apart."""
+    return config.height or config.resolution, config.width or config.resolution
+
 
 def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     """Check everything that can be checked before a model loads, and derive the batch arithmetic.
@@ -64,6 +80,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     """
     config = _with_home_expanded(config)
     _check_values(config)
+    _choose_lora_targets(config)
     _check_launch(config, num_processes, cuda)
     validate_rewards(config)
     _check_sampler(config)
@@ -78,10 +95,12 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
     _check_model(config)
+    _check_guidance(config)
     _check_start(config)
     _check_scorers(config)
     _check_shaping(config)
     _check_gate(config)
+    _check_forward_kl(config)
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
@@ -95,6 +114,13 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 
 BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
 PAIRS_ARE_ALIKE = ("distance", "cluster", "entropy", "vendi")  # of two images, either is as far from the other
+
+FEATURES = ("distance", "cluster", "entropy", "vendi", *DIFFERENTIABLE)  # compare features of images
+READ_BY_KINDS = {
+    "shaping.bandwidth": ("entropy", "log_rke"), "shaping.cluster_distance": ("cluster",),
+    "shaping.probes": ("density",), "shaping.extractor": FEATURES, "shaping.model": FEATURES,
+    "shaping.pretrained": FEATURES,
+}  # fmt: skip
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -121,6 +147,14 @@ def _with_home_expanded(config: ConfigDict) -> ConfigDict:
         if isinstance(value, str) and value.startswith("~/"):
             copied.update_from_flattened_dict({key: os.path.expanduser(value)})
     return copied
+
+
+def _choose_lora_targets(config: ConfigDict) -> None:
+    """Where none are named, those of the model's family."""
+    if not config.lora.target_modules:
+        family = expected_family(find(config.pretrained.model))
+        with config.unlocked():
+            config.lora.target_modules = family.lora_targets
 
 
 # --- values that must agree -----------------------------------------------------------------------------
@@ -246,13 +280,24 @@ def _check_model(config: ConfigDict) -> None:
         if config.use_lora and (shapes := transformer_shapes(model)):
             check_lora_targets(modules_of(shapes), config.lora.target_modules)
     pixels, largest = image_sides(model)
-    if config.resolution % pixels or config.resolution > largest:
-        limit = "" if largest == math.inf else f", at most {largest}"
-        raise ConfigError(
-            f"config.resolution = {config.resolution} does not fit the model "
-            f"{config.pretrained.model}; it takes a multiple of "
-            f"{pixels}{limit}."
-        )
+    for side, pixels_along in zip(("height", "width"), image_size(config), strict=True):
+        if pixels_along % pixels or pixels_along > largest:
+            limit = "" if largest == math.inf else f", at most {largest}"
+            raise ConfigError(
+                f"config.{side if config[side] else 'resolution'} = {pixels_along} does not fit the model "
+                f"{config.pretrained.model}; it takes a multiple of {pixels}{limit}."
+            )
+
+
+def _check_guidance(config: ConfigDict) -> None:
+    """A distilled pipeline draws without classifier-free guidance."""
+    if takes_guidance(find(config.pretrained.model)):
+        return
+    for key, value in leaves(config):
+        if key.endswith(".guidance_scale") and value != 1:
+            raise ConfigError(
+                f"config.{key} = {value} has no effect on {config.pretrained.model}, which is distilled; it takes 1.0."
+            )
 
 
 def _check_start(config: ConfigDict) -> None:
@@ -302,11 +347,27 @@ def _check_shaping(config: ConfigDict) -> None:
             f"config.sample.num_image_per_prompt = {config.sample.num_image_per_prompt} gives the images of a group "
             f"the same bonus, by which {kind} changes nothing; it takes at least 3."
         )
-    if shaping.kind == "density":
-        for key, default in {"shaping.extractor": "pixels", "shaping.model": ""}.items():
-            takes_only(config, key, default, f"is for features of images, which {kind} takes none of")
-    elif shaping.kind:
+    for key, readers in READ_BY_KINDS.items():
+        if shaping.kind not in readers:
+            takes_only(config, key, KEYS[key].default, f"is for {_either(readers)}, not for {kind}")
+    if shaping.kind in FEATURES:
         _check_encoder(config)
+
+
+def _check_forward_kl(config: ConfigDict) -> None:
+    """What only the forward KL reads, in training or in evaluation, is left alone where there is none."""
+    if config.train.forward_kl > 0:
+        return
+    because = "is read where config.train.forward_kl is above 0, which is 0.0"
+    takes_only(config, "forward_kl.images", KEYS["forward_kl.images"].default, because)
+    if not config.eval_forward_kl:
+        because = "is read with config.eval_forward_kl = True, which is False, or config.train.forward_kl above 0"
+        takes_only(config, "forward_kl.draws", KEYS["forward_kl.draws"].default, because)
+
+
+def _either(names: Iterable[str]) -> str:
+    """Such as "entropy" or "log_rke"."""
+    return " or ".join(f'"{name}"' for name in names)
 
 
 def _check_gate(config: ConfigDict) -> None:
@@ -372,6 +433,9 @@ def _check_encoder(config: ConfigDict) -> None:
             f'config.shaping.model = {model!r} is not for config.shaping.extractor = "{extractor}"; it takes '
             f"{'a directory or hub id' if extractor != 'pixels' else 'no model'}."
         )
+    if extractor != "open_clip":
+        because = f'is for "open_clip", not for config.shaping.extractor = "{extractor}"'
+        takes_only(config, "shaping.pretrained", "", because)
     if extractor == "pixels":
         return
     if extractor != "open_clip":

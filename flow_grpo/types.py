@@ -16,10 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """The text conditioning of an SD3 transformer for a batch of prompts."""
+    """The text conditioning of a transformer for a batch of prompts."""
 
     prompt_embeds: Tensor  # (B, L, E)
-    pooled_prompt_embeds: Tensor  # (B, P)
+    pooled_prompt_embeds: Tensor | None = None  # (B, P), of families that take one
+    mask: Tensor | None = None  # (B, L) bool, of families whose prompts differ in length: which tokens are a prompt's
     negatives: tuple[str, ...] = ()  # the negative prompt of each, which guidance leads away from; (): not said
 
     def __len__(self) -> int:
@@ -29,15 +30,30 @@ class PromptEmbeds:
         """Select prompts by slice, list or index tensor."""
         rows = torch.arange(len(self))[index].tolist() if self.negatives else ()
         negatives = tuple(self.negatives[row] for row in rows)
-        return PromptEmbeds(self.prompt_embeds[index], self.pooled_prompt_embeds[index], negatives)
+        embeds, pooled, mask = (None if value is None else value[index] for value in self._values())
+        return PromptEmbeds(embeds, pooled, mask, negatives)  # type: ignore[arg-type]
+
+    def _values(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.prompt_embeds, self.pooled_prompt_embeds, self.mask
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """Concatenate along the batch."""
-        return PromptEmbeds(
-            torch.cat([part.prompt_embeds for part in parts]),
-            torch.cat([part.pooled_prompt_embeds for part in parts]),
-            tuple(negative for part in parts for negative in part.negatives),
+        """Concatenate along the batch; what has a mask is padded to the longest."""
+        if parts[0].mask is not None:
+            length = max(part.prompt_embeds.shape[1] for part in parts)
+            parts = [part._padded(length) for part in parts]
+        columns = zip(*(part._values() for part in parts), strict=True)
+        negatives = tuple(negative for part in parts for negative in part.negatives)
+        embeds, pooled, mask = (None if column[0] is None else torch.cat(column) for column in columns)
+        return PromptEmbeds(embeds, pooled, mask, negatives)  # type: ignore[arg-type]
+
+    def _padded(self, length: int) -> PromptEmbeds:
+        missing = length - self.prompt_embeds.shape[1]
+        if not missing or self.mask is None:
+            return self
+        pad = torch.nn.functional.pad
+        return replace(
+            self, prompt_embeds=pad(self.prompt_embeds, (0, 0, 0, missing)), mask=pad(self.mask, (0, missing))
         )
 
 

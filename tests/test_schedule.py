@@ -74,7 +74,7 @@ def update(parts, loss: float = 0.0) -> dict[str, float]:
 def test_an_update_takes_the_rate_of_its_number_and_a_skipped_one_does_not_count(config, build):
     """Adam with equal gradients moves every weight by the learning rate."""
     config.train.update({"learning_rate": RATE, "lr_scheduler": "linear", "lr_total_steps": 4})
-    config.train.adam_weight_decay, config.train.adam_epsilon = 0.0, 1e-30
+    config.train.adam_weight_decay, config.train.adam_epsilon = 0.0, 1e-15
     parts = build(config)
     for loss, rate in ((0.0, 1.0), (0.0, 0.75), (float("nan"), 0.5), (0.0, 0.5), (0.0, 0.25), (0.0, 0.0)):
         before = parts.policy.trainable[0].detach().clone()

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from config.base import get_config as base_config
 from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
+from flow_grpo.models.registry import SD3
 from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.runs.saved import find_checkpoint
 from flow_grpo.settings import Settings, resolve
@@ -143,6 +144,7 @@ def test_a_correct_configuration_resolves_to_its_plan_and_cannot_be_changed(conf
     assert settings.plan == BatchPlan(
         groups=10, group_size=8, images=80, images_per_process=40, images_per_update=20, updates=2
     )
+    config.lora.target_modules = SD3.lora_targets
     assert settings.config.to_dict() == config.to_dict()
     with pytest.raises(AttributeError):
         settings.config.seed = 1
@@ -183,7 +185,7 @@ BAD_VALUES = [
     ("max_sequence_length", 513),
     ("mixed_precision", "fp8"),
     ("lora.rank", 0),
-    ("lora.target_modules", ()),
+    ("lora.target_modules", ("",)),
     ("sample.num_steps", 0),
     ("sample.guidance_scale", -1.0),
     ("sample.sde_type", "sdf"),
@@ -203,6 +205,15 @@ BAD_VALUES = [
     ("train.clip_range", 0.0),
     ("train.clip_range", 1.0),
     ("train.adv_clip_max", 0.0),
+    ("train.adv_clip_max", 1e-300),
+    ("train.adam_epsilon", 1e-300),
+    ("train.adam_weight_decay", 1e12),
+    ("train.beta", 1e300),
+    ("train.learning_rate", 2.0),
+    ("fdfo.epsilon", 1e-300),
+    ("forward.beta", 1e300),
+    ("anchored.strength", 1e300),
+    ("adjoint.strength", 1e300),
     ("train.advantage_mode", "both"),
     ("train.timestep_fraction", 0.0),
     ("train.timestep_fraction", 1.01),
@@ -372,6 +383,26 @@ COMBINATIONS = [
         {"shaping.kind": "density", "shaping.weight": 0.1, "shaping.extractor": "clip"},
         ['shaping.extractor = "clip"', 'shaping.kind = "density"', 'it takes "pixels"'],
     ),
+    ({"shaping.bandwidth": 0.5}, ["shaping.bandwidth = 0.5", '"entropy" or "log_rke"', 'kind = ""', "it takes 0.3"]),
+    (
+        {"shaping.kind": "vendi", "shaping.weight": 0.1, "shaping.cluster_distance": 0.2},
+        ["shaping.cluster_distance = 0.2", '"cluster"', 'shaping.kind = "vendi"', "it takes 0.1"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.probes": 4},
+        ["shaping.probes = 4", '"density"', 'shaping.kind = "distance"', "it takes 1"],
+    ),
+    ({"shaping.model": "org/name"}, ['shaping.model = "org/name"', '"distance"', 'shaping.kind = ""', 'takes ""']),
+    (
+        {"shaping.kind": "distance", "shaping.pretrained": "tag"},
+        ['shaping.pretrained = "tag"', '"open_clip"', 'shaping.extractor = "pixels"', 'takes ""'],
+    ),
+    ({"forward_kl.images": 8}, ["forward_kl.images = 8", "train.forward_kl is above 0", "it takes 256"]),
+    (
+        {"forward_kl.images": 8, "eval_forward_kl": True},
+        ["forward_kl.images = 8", "train.forward_kl is above 0", "it takes 256"],
+    ),
+    ({"forward_kl.draws": 8}, ["forward_kl.draws = 8", "eval_forward_kl = True", "train.forward_kl", "it takes 4"]),
     (
         {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
         ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],
@@ -410,6 +441,9 @@ def test_values_that_contradict_each_other_or_the_disk_are_refused(config, chang
 
 
 POSSIBLE = [
+    {"train.forward_kl": 0.1, "forward_kl.images": 8, "forward_kl.draws": 8},
+    {"eval_forward_kl": True, "forward_kl.draws": 8},
+    {"shaping.kind": "entropy", "shaping.weight": 0.1, "shaping.bandwidth": 0.5},
     {"run_name": "tiny/" + "n" * 255, "logdir": "/tmp/ü b", "recipe": "n" * 200},
     {"lora.alpha": 24.5},
     {"negative_prompt": "blurry", "sample.guidance_scale": 4.5},
@@ -489,8 +523,8 @@ def test_a_folder_without_a_pipeline_or_with_another_one_is_refused(config, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"has no model_index\.json"):
         resolved(config, {"pretrained.model": str(tmp_path / "empty")})
-    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigError, match="is a FluxPipeline"):
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(ConfigError, match="is a PixArtAlphaPipeline"):
         resolved(config, {"pretrained.model": str(tmp_path / "model")})
 
 

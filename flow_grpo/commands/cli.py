@@ -163,6 +163,8 @@ def _settings_of_run(resume_from: str, recipe: str) -> ConfigDict | None:
         config = read_config(folder, {}, num_processes=None)
         config.update({"logdir": str(folder.resolve().parent), "run_name": folder.resolve().name})
     if config is None:
+        if not recipe and not os.path.exists(os.path.expanduser(resume_from)):
+            raise ConfigError(f"config.resume_from = {resume_from!r} does not exist; it takes a run folder.")
         if not recipe:
             raise ConfigError(
                 f"config.resume_from = {resume_from!r} holds no checkpoint that knows its settings; it takes a run "

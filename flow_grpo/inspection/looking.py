@@ -1,7 +1,7 @@
 """How a thing is looked at: which models draw, with which settings. Settled from files alone, before torch is imported.
 
-What belongs to a run is drawn, rewarded and judged as its own configuration says; other models as their pipeline does:
-SD3's 28 steps and guidance 7, or, up to SMALL pixels, as the embedded tiny SD3 is.
+What belongs to a run is drawn, rewarded and judged as its own configuration says; other models as their pipeline draws
+by itself (SD3 with 28 steps and guidance 7), or, up to SMALL pixels, as the embedded tiny SD3 is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flow_grpo.messages import say
 from flow_grpo.models.files import check_on_hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
-from flow_grpo.models.pipeline_files import pixels_per_token
+from flow_grpo.models.pipeline_files import expected_family, takes_guidance, vae_factor
 from flow_grpo.paths import find
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import get_config, leaves
@@ -33,12 +33,13 @@ from flow_grpo.runs.digest import base_digest, base_mismatch
 from flow_grpo.runs.folder import flatten
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, choose_checkpoint
 from flow_grpo.runs.sprite import SMALL
-from flow_grpo.settings import resolve
+from flow_grpo.settings import image_size, resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.
-TAKEN = ("pretrained.", "resolution", "max_sequence_length", "mixed_precision", "allow_tf32", "use_lora", "lora.",
-         "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
-SD3_STEPS, SD3_GUIDANCE, SD3_LENGTH, SD3_SIDE = 28, 7.0, 256, 1024  # as diffusers' pipeline has them
+TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
+         "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "eval.",
+         "diversity.")  # fmt: skip
+HUB_SIDE = 1024  # pixels, as diffusers' pipelines draw
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
@@ -161,7 +162,7 @@ def _base_of(
     values = _values_of(against)
     theirs = _config(against, values, options)
     with theirs.unlocked():
-        theirs.resolution = config.resolution
+        theirs.resolution, theirs.height, theirs.width = config.resolution, config.height, config.width
     _settle_negative(theirs, options)
     _set_reward(theirs, values, options)
     resolve(theirs, 1, cuda=True)
@@ -232,20 +233,21 @@ def _foreign(pipeline: str) -> ConfigDict:
     config.eval.modes = ""
     config.resolution = _side_of(find(pipeline))
     if config.resolution > SMALL:
-        config.eval.num_steps, config.eval.guidance_scale = SD3_STEPS, SD3_GUIDANCE
-        config.max_sequence_length, config.eval.batch_size = SD3_LENGTH, LARGE_BATCH
+        family, guided = expected_family(find(pipeline)), takes_guidance(find(pipeline))
+        config.eval.num_steps, config.eval.guidance_scale = family.num_steps, family.guidance_scale if guided else 1.0
+        config.max_sequence_length, config.eval.batch_size = family.max_sequence_length, LARGE_BATCH
     return config
 
 
 def _side_of(folder: str) -> int:
-    """The images' side in pixels; that of a pipeline of the hub is SD3's."""
+    """The images' side in pixels."""
     if not os.path.isdir(folder):
-        return SD3_SIDE
+        return HUB_SIDE
     transformer = read_object(Path(folder, "transformer/config.json"), "config.pretrained.model: ")
     side = transformer.get("sample_size", 128)
     if type(side) is not int or side < 1:
         raise ConfigError(f"{folder}/transformer/config.json says sample_size: {side!r:.60}, not a whole number.")
-    return pixels_per_token(Path(folder)) // transformer.get("patch_size", 2) * side
+    return vae_factor(Path(folder)) * side
 
 
 def _set_options(config: ConfigDict, options: Options) -> None:
@@ -261,6 +263,8 @@ def _set_options(config: ConfigDict, options: Options) -> None:
         "eval.num_prompts": 0 if options.prompts else None,
         "eval.judge": options.judge or None,
     }
+    if options.size is not None:
+        config.height = config.width = 0
     config.update_from_flattened_dict({key: value for key, value in chosen.items() if value is not None})
     if not options.measured:
         config.eval.judge = config.eval.modes = ""
@@ -270,7 +274,7 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     config.eval_diversity, config.prompts.eval_diversity, config.diversity.num_prompts = True, config.prompts.test, 0
     if options.features:
         set_features(config, options.features)
-    check_features(config, config.resolution)
+    check_features(config, max(image_size(config)))
 
 
 def _settle_negative(config: ConfigDict, options: Options) -> None:
@@ -321,7 +325,7 @@ def _set_reward(config: ConfigDict, values: Mapping[str, Any] | None, options: O
         return True
     names = dict.fromkeys(config.reward_fn, 0.0)
     if options.reward:
-        name, model = reward_of(options.reward, side or config.resolution)
+        name, model = reward_of(options.reward, side or max(image_size(config)))
         config.reward_fn.update(names | {name: 1.0})
         config.eval.rewards = ()
         if model:

@@ -96,8 +96,11 @@ def _count_nonfinite(policy: Policy, run: Run, loss: float, grad_norm: float) ->
         )
 
 
-def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
+def check_ratio(policy: Policy, ratio_error: Tensor, bound: float, why: str) -> float:
     """Largest |ratio - 1| over all processes before an epoch's first update, where the weights are the sampling ones.
+
+    Args:
+        why: what the method's ratio is off by where it is, and what would work.
 
     Raises:
         TrainingStopped: it exceeds `bound`. A non-finite error is left to the update, which skips and counts it.
@@ -105,8 +108,7 @@ def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
     error = policy.accelerator.gather(ratio_error.reshape(1)).max().item()
     if error > bound:
         raise TrainingStopped(
-            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
-            f"sampling and training compute different velocities, as they do when their guidance, precision or "
-            f"sampler differ; what was saved is intact"
+            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (config.train."
+            f"max_ratio_error = {policy.settings.config.train.max_ratio_error}): {why}; what was saved is intact"
         )
     return error

@@ -8,6 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from flow_grpo.rules import Rule, each, whole
+
+CHANNELS = each(whole(1), "a list of one or more whole numbers", low=1)
+
+
+BOTH_STREAMS = (  # the attention of blocks with a stream of the image and one of the prompt
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -16,12 +32,25 @@ class Family:
     words: str  # what its pipelines are called in a sentence
     pipeline: str  # diffusers' class, as model_index.json names it
     place: str  # "module:attribute" of the ModelFamily, imported when a model loads
-    pixels_per_token: int  # of a hub id: the VAE's factor times the transformer's patch
+    pixels_per_token: int  # of a hub id: the VAE's factor times the side of a token in latents
+    lora_targets: tuple[str, ...]  # ends of names of modules, where the configuration names none
+    published: tuple[str, ...] = ()  # beginnings of the hub ids of its models
     clips: Mapping[str, str] = field(default_factory=dict)  # tokenizer -> its CLIP text encoder
     optional: Mapping[str, str] = field(default_factory=dict)  # text encoder that may be missing -> its tokenizer
     optional_words: str = ""  # the same in words
     packing: int = 1  # the transformer's channels are the latents' times this squared
+    token_side: int = 0  # in latents; 0: the transformer's patch_size
+    stages_key: str = "block_out_channels"  # of the VAE: a list
+    stages: Rule = CHANNELS  # what that list is
+    halvings: int = -1  # of the image's side by the VAE, beyond the length of that list
+    channels_key: str = "latent_channels"  # of the VAE
+    scale_keys: tuple[str, ...] = ("scaling_factor", "shift_factor")  # of the VAE: numbers
+    out_packing: int = 0  # as packing, of the channels that the transformer puts out; 0: as packing
     side_key: str = ""  # of the transformer: the most tokens along a side; empty: no limit
+    num_steps: int = 28  # with the next two: of the stock pipeline's own call
+    guidance_scale: float = 7.0
+    max_sequence_length: int = 256
+    unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
 
     def without(self, skip: Sequence[str]) -> set[str]:
         """The parts that are not read without these text encoders: they and their tokenizers."""
@@ -30,18 +59,50 @@ class Family:
 
 SD3 = Family(
     words="an SD3 pipeline",
+    published=("stabilityai/stable-diffusion-3",),
     pipeline="StableDiffusion3Pipeline",
     place="flow_grpo.models.sd3:SD3",
     pixels_per_token=16,
+    lora_targets=BOTH_STREAMS,
     clips={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     optional={"text_encoder_3": "tokenizer_3"},
     optional_words="the T5, text_encoder_3,",
     side_key="pos_embed_max_size",
 )
 
-FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3,)}
+FLUX = Family(
+    words="a FLUX.1 pipeline",
+    published=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.1-Krea"),
+    pipeline="FluxPipeline",
+    place="flow_grpo.models.flux:Flux",
+    pixels_per_token=16,
+    lora_targets=BOTH_STREAMS,  # the single blocks' queries, keys and values among them
+    clips={"tokenizer": "text_encoder"},
+    packing=2,
+    token_side=2,
+    guidance_scale=1.0,
+    max_sequence_length=512,
+)
+
+FLUX2_KLEIN = Family(
+    words="a FLUX.2-klein pipeline",
+    published=("black-forest-labs/FLUX.2-klein",),
+    pipeline="Flux2KleinPipeline",
+    place="flow_grpo.models.flux2_klein:Flux2Klein",
+    pixels_per_token=16,
+    lora_targets=(*BOTH_STREAMS, "attn.to_qkv_mlp_proj"),  # the last, of the single blocks
+    packing=2,
+    token_side=2,
+    scale_keys=(),
+    num_steps=50,
+    guidance_scale=4.0,
+    max_sequence_length=512,
+    unguided_key="is_distilled",
+)
+
+FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, FLUX2_KLEIN)}
 
 
-def default_family() -> Family:
-    """That of a hub id, until its index is here."""
-    return SD3
+def published_family(model: str) -> Family:
+    """That of a hub id whose index is not here: by its name, or SD3."""
+    return next((family for family in FAMILIES.values() if model.startswith(family.published)), SD3)

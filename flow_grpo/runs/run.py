@@ -42,6 +42,7 @@ from flow_grpo.runs.folder import (
     open_folder,
 )
 from flow_grpo.runs.history import append_line, is_evaluation, salvage_history, starts_with, write_history
+from flow_grpo.runs.phases import Phases
 from flow_grpo.runs.progress import Counters, bar
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.stopping import Reason, StopWatch
@@ -79,10 +80,12 @@ class Run:
         self.accelerator = accelerator
         self.is_main: bool = accelerator.is_main_process
         self.counters = Counters()
+        self.phase = Phases(accelerator.device)
         self._stop = stop or StopWatch({})
         self._opened: OpenFolder | None = None  # of the main process
         self._failure = ""  # why the main process can no longer write metrics
         self._told: set[str] = set()
+        self._uncounted = 0.0  # seconds
         self._logged = False  # whether there is a history, which must not vanish
         self._start_trackers: Callable[[], list[Board]] | None = None  # of the main process, until it has been called
         self.folder, self.resumed, self.checkpoint = self.from_main(self._open)
@@ -280,11 +283,22 @@ class Run:
         Collective: every process must enter it, and all are given the main process's time, so that they take the
         same decision on `config.max_seconds`. A block that raises is not counted.
         """
-        start = time.perf_counter()
+        start, self._uncounted = self._now(), 0.0
         yield
+        self.counters.seconds += self._broadcast(self._now() - start - self._uncounted)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within `timer`: the wall time of a block that only does again what the run has paid for."""
+        start = self._now()
+        yield
+        self._uncounted += self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, once the GPU's queue is empty."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
-        self.counters.seconds += self._broadcast(time.perf_counter() - start)
+        return time.perf_counter()
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the trackers, leave the process group, and unlock the folder. Nothing can be logged afterwards.

@@ -21,6 +21,7 @@ ENDS = "done: epoch {epochs}; the page is {page}"
 ENDS_UNSEEN = "done: epoch {epochs}, in {folder}"  # nothing was evaluated
 STOPPED = "ended early, after epoch {epoch}: {why}; {best}"
 BEST, NO_BEST = "the best checkpoint is {path}", "no checkpoint is called the best"
+NOT_BETTER = "no checkpoint is better than the base model, {value:.4f}"
 UNKNOWN_BASE = "the base model's {diversity} is not known: guard.diversity_floor watches nothing"
 UNREAD_NEGATIVES = (
     "the negative prompts in {path} are not read: without guidance ({key} = 1) there is nothing to lead away from"
@@ -44,9 +45,10 @@ def ends(folder: Path, epochs: int) -> str:
     return words.format(epochs=epochs, page=folder / PAGE_FILE, folder=folder)
 
 
-def stopped(epoch: int, why: str, best: Path | None) -> str:
-    """What a guard says that ends a run."""
-    return STOPPED.format(epoch=epoch, why=why, best=NO_BEST if best is None else BEST.format(path=best))
+def stopped(epoch: int, why: str, best: Path | None, unbeaten: float | None) -> str:
+    """What a guard says that ends a run; `unbeaten`: the base model's value, where no checkpoint has a higher one."""
+    words = NO_BEST if best is None else BEST.format(path=best)
+    return STOPPED.format(epoch=epoch, why=why, best=words if unbeaten is None else NOT_BETTER.format(value=unbeaten))
 
 
 def unread_negatives(config: FrozenConfigDict) -> str:
