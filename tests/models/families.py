@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from scripts.tiny import models as tiny_models
+from tests.models import tiny_qwen_image, tiny_z_image
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Case:
     build: Callable[[], Any]  # its pipeline, with random weights, the same at every call
     guided: Callable[[float], Mapping[str, Any]]  # our guidance scale, not 1 -> the stock pipeline's arguments
     unguided: Mapping[str, Any] = field(default_factory=dict)  # the same at scale 1
+    max_sequence_length: int = 8  # tokens of a prompt, in which the longest of the tests has room
 
 
 def shake(transformer: torch.nn.Module) -> None:
@@ -40,6 +42,34 @@ def build_sd3() -> Any:
     return pipeline
 
 
+def build_qwen_image() -> Any:
+    """That of `tiny_qwen_image`."""
+    pipeline = tiny_qwen_image.build_pipeline()
+    shake(pipeline.transformer)
+    return pipeline
+
+
+def build_z_image() -> Any:
+    """That of `tiny_z_image`."""
+    pipeline = tiny_z_image.build_pipeline()
+    shake(pipeline.transformer)
+    return pipeline
+
+
 CASES = (
     Case("sd3", build_sd3, lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
-)  # fmt: skip
+    Case(
+        "qwen_image",
+        build_qwen_image,
+        lambda scale: {"true_cfg_scale": scale, "negative_prompt": ["", ""]},
+        {"true_cfg_scale": 1.0},
+        max_sequence_length=32,
+    ),
+    Case(
+        "z_image",
+        build_z_image,
+        lambda scale: {"guidance_scale": scale - 1},  # how much of the difference is added to the conditional velocity
+        {"guidance_scale": 0.0},
+        max_sequence_length=64,
+    ),
+)

@@ -35,7 +35,8 @@ def saved(request, tmp_path_factory) -> tuple[Case, Path]:
 @pytest.fixture
 def small(config, saved):
     """`config` for the family's pipeline: images of 32 x 32, a batch of 4, 4 steps."""
-    config.pretrained.model = str(saved[1])
+    case, folder = saved
+    config.pretrained.model, config.max_sequence_length = str(folder), case.max_sequence_length
     config.sample.groups_per_epoch, config.eval.num_prompts = 2, 2
     return config
 
