@@ -20,7 +20,12 @@ from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.types import PromptEmbeds
 
 SIDE = 2  # of a token, in latents
-LAST_BLOCK = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")  # what its text stream ends in
+LAST_BLOCK = (
+    "attn.add_q_proj",
+    "attn.to_add_out",
+    "txt_mlp.net.0.proj",
+    "txt_mlp.net.2",
+)  # what its text stream ends in
 
 
 class QwenImage:
@@ -64,7 +69,7 @@ class QwenImage:
     def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """1, ..., 1 / num_steps in even steps, shifted by the scheduler."""
         pixels = self.pipeline.vae_scale_factor * SIDE
-        even = np.linspace(1.0, 1 / num_steps, num_steps)
+        even = np.linspace(1.0, 1 / num_steps, num_steps).tolist()
         return noise_levels(self.pipeline.scheduler, num_steps, (height // pixels) * (width // pixels), even)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:

@@ -55,8 +55,8 @@ def stock_images(pipeline, case: Case, policy, scale: float):
     """Of PROMPTS, from the noise of `draw`, packed as the pipeline itself packs noise."""
     config, (height, width) = policy.settings.config, policy.settings.image_size
     arguments = case.unguided if scale == 1 else case.guided(scale)
-    return pipeline(
-        PROMPTS, generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
+    return pipeline(  # Z-Image's writes its template into the list
+        list(PROMPTS), generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
         max_sequence_length=config.max_sequence_length, output_type="pt", **arguments,
     ).images  # fmt: skip
 
