@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from scripts.tiny import models as tiny_models
-from tests.models import tiny_qwen_image, tiny_z_image
+from tests.models.tiny_qwen_image import build_qwen_image
+from tests.models.tiny_z_image import build_z_image
 
 
 @dataclass(frozen=True)
@@ -42,34 +43,29 @@ def build_sd3() -> Any:
     return pipeline
 
 
-def build_qwen_image() -> Any:
-    """That of `tiny_qwen_image`."""
-    pipeline = tiny_qwen_image.build_pipeline()
-    shake(pipeline.transformer)
-    return pipeline
+def shaken(build: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with a transformer whose every input matters."""
+
+    def build_shaken() -> Any:
+        pipeline = build()
+        shake(pipeline.transformer)
+        return pipeline
+
+    return build_shaken
 
 
-def build_z_image() -> Any:
-    """That of `tiny_z_image`."""
-    pipeline = tiny_z_image.build_pipeline()
-    shake(pipeline.transformer)
-    return pipeline
+def true_guidance(scale: float) -> Mapping[str, Any]:
+    """Classifier-free guidance of pipelines whose `guidance_scale` is another, or none."""
+    return {"true_cfg_scale": scale, "negative_prompt": ["", ""]}
+
+
+def added_guidance(scale: float) -> Mapping[str, Any]:
+    """Z-Image's: how much of the difference is added to the conditional velocity."""
+    return {"guidance_scale": scale - 1}
 
 
 CASES = (
     Case("sd3", build_sd3, lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
-    Case(
-        "qwen_image",
-        build_qwen_image,
-        lambda scale: {"true_cfg_scale": scale, "negative_prompt": ["", ""]},
-        {"true_cfg_scale": 1.0},
-        max_sequence_length=32,
-    ),
-    Case(
-        "z_image",
-        build_z_image,
-        lambda scale: {"guidance_scale": scale - 1},  # how much of the difference is added to the conditional velocity
-        {"guidance_scale": 0.0},
-        max_sequence_length=64,
-    ),
-)
+    Case("qwen_image", shaken(build_qwen_image), true_guidance, max_sequence_length=32),
+    Case("z_image", shaken(build_z_image), added_guidance, {"guidance_scale": 0.0}, max_sequence_length=64),
+)  # fmt: skip

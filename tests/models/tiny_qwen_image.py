@@ -21,7 +21,7 @@ TEMPLATE = (  # the pipeline's own words, of which it drops the first 34 tokens:
 )
 
 
-def build_pipeline() -> Any:
+def build_qwen_image() -> Any:
     """With the scheduler and the kinds of parts of Qwen/Qwen-Image."""
     tokenizer = build_tokenizer(TEMPLATE)
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ from scripts.tiny.models import build_vae
 from tests.models.tiny_qwen_tokenizer import build_tokenizer
 
 
-def build_pipeline() -> Any:
+def build_z_image() -> Any:
     """With the scheduler and the kinds of parts of Tongyi-MAI/Z-Image."""
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
