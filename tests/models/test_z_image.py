@@ -78,9 +78,14 @@ def test_noise_levels_are_even_steps_shifted_and_not_the_schedulers_own(family):
 # --- files ---------------------------------------------------------------------------------------------
 
 
+def check(model: Path) -> int:
+    """Of what images' sides are multiples."""
+    check_pipeline(model)
+    return image_sides(model)[0]
+
+
 def test_its_sides_are_multiples_of_a_token(folder):
-    check_pipeline(folder)
-    assert image_sides(folder)[0] == 8
+    assert check(folder) == 8
 
 
 BAD = [
@@ -97,6 +102,6 @@ def test_settings_that_its_pipeline_cannot_use_are_refused_in_a_sentence(folder,
     path = model / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ConfigError) as error:
-        check_pipeline(model)
+        check(model)
     assert f'says "{key}"' in str(error.value)
     assert words in str(error.value)

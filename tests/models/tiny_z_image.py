@@ -13,7 +13,7 @@ from tests.models.tiny_qwen_tokenizer import build_tokenizer
 
 
 def build_z_image() -> Any:
-    """With the scheduler and the kinds of parts of Tongyi-MAI/Z-Image."""
+    """With the kinds of parts of Tongyi-MAI/Z-Image."""
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
