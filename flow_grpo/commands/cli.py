@@ -29,7 +29,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
 from flow_grpo.methods.registry import check_read
-from flow_grpo.recipes import sd3 as grpo
+from flow_grpo.recipes import registry as grpo
 from flow_grpo.recipes.base import RENAMED, decides_what_is_seen, leaves
 from flow_grpo.runs.config import config_from, read_config
 from flow_grpo.runs.folder import check_name, flatten, run_folder_of

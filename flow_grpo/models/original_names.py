@@ -169,4 +169,21 @@ FLUX2 = Names(
     },
 )
 
-FAMILIES = (SD3, FLUX, FLUX2)
+Z_LISTS = ("layers", "noise_refiner", "context_refiner")
+Z_ATTENTION = {
+    **_thirds("attention.qkv", "attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.to_out.0": Part("attention.out"),
+}
+
+Z_IMAGE = Names(
+    known_by="all_x_embedder.2-1",
+    blocks={name: name for name in Z_LISTS},
+    inside=dict.fromkeys(Z_LISTS, Z_ATTENTION),
+    outside={
+        "all_x_embedder.2-1": Part("x_embedder"),
+        "all_final_layer.2-1.linear": Part("final_layer.linear"),
+        "all_final_layer.2-1.adaLN_modulation.1": Part("final_layer.adaLN_modulation.1"),
+    },
+)
+
+FAMILIES = (SD3, FLUX, FLUX2, Z_IMAGE)

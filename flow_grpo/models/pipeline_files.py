@@ -18,6 +18,7 @@ from flow_grpo.rules import (
     YES_OR_NO,
     Rule,
     choice,
+    each,
     is_text,
     number,
     only,
@@ -146,9 +147,14 @@ def _check_latents(model: Path, family: Family) -> None:
     for key in family.scale_keys:
         _setting(vae, key, FINITE, default=0.0)
     latents = _setting(vae, family.channels_key, whole(1), default=16)
+    for key, rule in family.per_channel.items():
+        _setting(vae, key, each(rule, f"a list of {latents}, each {rule.allowed}", latents, latents), default=None)
     taken, given = latents * family.packing**2, latents * (family.out_packing or family.packing) ** 2
     _setting(transformer, "in_channels", only(taken, f"{taken}, as the VAE's latents have"), default=taken)
-    _setting(transformer, "out_channels", or_null(only(given, f"{given}, or null")), default=None)
+    rule = only(given, f"{given}")
+    _setting(transformer, "out_channels", or_null(rule) if given == taken else rule, default=given)
+    for key in family.fixed.keys() & read_object(transformer, PIPELINE).keys():
+        _setting(transformer, key, family.fixed[key], default=None)
 
 
 def pixels_per_token(model: Path) -> int:
@@ -159,7 +165,7 @@ def pixels_per_token(model: Path) -> int:
 def vae_factor(model: Path) -> int:
     """The side of the square of pixels that is one latent of a pipeline's VAE."""
     family = family_of(model)
-    stages = _setting(Path(model, "vae/config.json"), family.stages_key, family.stages, default=(64,))
+    stages = _setting(Path(model, "vae/config.json"), family.stages_key, family.stages, family.default_stages)
     return 2 ** (len(stages) + family.halvings)
 
 

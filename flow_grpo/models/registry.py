@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from flow_grpo.rules import Rule, each, whole
+from flow_grpo.rules import FINITE, POSITIVE, YES_OR_NO, Rule, each, only, whole
 
 CHANNELS = each(whole(1), "a list of one or more whole numbers", low=1)
 
@@ -42,15 +43,18 @@ class Family:
     token_side: int = 0  # in latents; 0: the transformer's patch_size
     stages_key: str = "block_out_channels"  # of the VAE: a list
     stages: Rule = CHANNELS  # what that list is
+    default_stages: tuple[Any, ...] = (64,)  # the library's
     halvings: int = -1  # of the image's side by the VAE, beyond the length of that list
     channels_key: str = "latent_channels"  # of the VAE
     scale_keys: tuple[str, ...] = ("scaling_factor", "shift_factor")  # of the VAE: numbers
+    per_channel: Mapping[str, Rule] = field(default_factory=dict)  # of the VAE: a number for each channel of latents
     out_packing: int = 0  # as packing, of the channels that the transformer puts out; 0: as packing
     side_key: str = ""  # of the transformer: the most tokens along a side; empty: no limit
     num_steps: int = 28  # with the next two: of the stock pipeline's own call
     guidance_scale: float = 7.0
     max_sequence_length: int = 256
     unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
+    fixed: Mapping[str, Rule] = field(default_factory=dict)  # settings of the transformer that its pipeline needs so
 
     def without(self, skip: Sequence[str]) -> set[str]:
         """The parts that are not read without these text encoders: they and their tokenizers."""
@@ -100,7 +104,58 @@ FLUX2_KLEIN = Family(
     unguided_key="is_distilled",
 )
 
-FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, FLUX2_KLEIN)}
+QWEN_IMAGE = Family(
+    words="a Qwen-Image pipeline",
+    published=("Qwen/Qwen-Image",),
+    pipeline="QwenImagePipeline",
+    place="flow_grpo.models.qwen_image:QwenImage",
+    pixels_per_token=16,
+    lora_targets=(  # Flow-GRPO's
+        *BOTH_STREAMS,
+        "img_mlp.net.0.proj",
+        "img_mlp.net.2",
+        "txt_mlp.net.0.proj",
+        "txt_mlp.net.2",
+    ),
+    packing=2,
+    out_packing=1,
+    token_side=2,
+    stages_key="temperal_downsample",
+    stages=each(YES_OR_NO, "a list of one or more of true and false", low=1),
+    default_stages=(False, True, True),
+    halvings=0,
+    channels_key="z_dim",
+    scale_keys=(),
+    per_channel={"latents_mean": FINITE, "latents_std": POSITIVE},
+    num_steps=50,
+    guidance_scale=4.0,
+    max_sequence_length=512,
+    fixed={
+        "patch_size": only(2, "2, the side of its tokens"),
+        "guidance_embeds": only(False, "false, as the transformer of diffusers 0.42 cannot run with it"),
+        "use_additional_t_cond": only(False, "false, as QwenImagePipeline gives no second time"),
+        "use_layer3d_rope": only(False, "false, as an image is one layer"),
+    },
+)
+
+Z_IMAGE = Family(
+    words="a Z-Image pipeline",
+    published=("Tongyi-MAI/Z-Image",),
+    pipeline="ZImagePipeline",
+    place="flow_grpo.models.z_image:ZImage",
+    pixels_per_token=16,
+    lora_targets=("attention.to_k", "attention.to_out.0", "attention.to_q", "attention.to_v"),  # of diffusers' example
+    token_side=2,
+    num_steps=50,
+    guidance_scale=6.0,  # the stock one, 5, plus 1
+    max_sequence_length=512,
+    fixed={
+        "all_patch_size": only([2], "[2], the side of its tokens"),
+        "all_f_patch_size": only([1], "[1], as an image is one frame"),
+    },
+)
+
+FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, FLUX2_KLEIN, QWEN_IMAGE, Z_IMAGE)}
 
 
 def published_family(model: str) -> Family:

@@ -6,7 +6,7 @@ import pytest
 
 from flow_grpo.commands import ls
 from flow_grpo.recipes.base import KEYS
-from flow_grpo.recipes.sd3 import NAMES
+from flow_grpo.recipes.registry import NAMES
 from tests.commands.lines import fme, refusal
 from tests.synthetic_runs import write_run
 

@@ -7,7 +7,7 @@ import pytest
 from flow_grpo.errors import ConfigError
 from flow_grpo.methods.registry import METHODS, check_method, check_read, readers
 from flow_grpo.recipes.base import KEYS, SECTIONS
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.recipes.registry import get_config
 
 CONTRADICTIONS = [
     ("tiny_drtune", {"flowbp.bias": 2.0}, ["flowbp.bias = 2.0", "'flowbp' or 'flowbp_lagrange'", "it takes 1.0"]),
