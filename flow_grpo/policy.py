@@ -21,7 +21,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.messages import say
 from flow_grpo.methods.registry import method_of
 from flow_grpo.models.base import ModelFamily
-from flow_grpo.models.loading import load_model
+from flow_grpo.models.loading import DTYPES, load_model
 from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.loras import merge_lora
 from flow_grpo.paths import find
@@ -87,7 +87,8 @@ class ImageModel:
 
     @torch.no_grad()
     def _encode_uncached(self, prompt: str) -> PromptEmbeds:
-        return self.family.encode(prompt, self.settings.config.max_sequence_length)
+        config = self.settings.config
+        return self.family.encode(prompt, config.max_sequence_length).to(DTYPES[config.mixed_precision])
 
     def velocity(self, embeds: PromptEmbeds, guidance_scale: float, detach_unconditional: bool = False) -> VelocityFn:
         """The guided velocity v(x, sigma) of these prompts: (B, C, h, w) -> (B, C, h, w), float32."""

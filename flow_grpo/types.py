@@ -36,6 +36,12 @@ class PromptEmbeds:
     def _values(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.prompt_embeds, self.pooled_prompt_embeds, self.mask
 
+    def to(self, dtype: torch.dtype) -> PromptEmbeds:
+        """The same numbers in another precision."""
+        pooled = self.pooled_prompt_embeds
+        pooled = None if pooled is None else pooled.to(dtype)
+        return replace(self, prompt_embeds=self.prompt_embeds.to(dtype), pooled_prompt_embeds=pooled)
+
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
         """Concatenate along the batch; what has a mask is padded to the longest."""

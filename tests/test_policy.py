@@ -65,6 +65,28 @@ def test_embeddings_equal_stock_diffusers(policy):
     torch.testing.assert_close(embeds.pooled_prompt_embeds, pooled, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("text", "precision"), [("bf16", "no"), ("fp32", "bf16")])
+def test_text_encoders_of_another_precision_give_the_transformer_its_own(config, build, text, precision):
+    config.pretrained.text_dtype, config.mixed_precision = text, precision
+    policy = build(config).policy
+    loaded = {"bf16": torch.bfloat16, "fp32": torch.float32}[text]
+    assert policy.pipeline.text_encoder_3.dtype == policy.pipeline.text_encoder.dtype == loaded
+    with torch.no_grad():
+        velocity = policy.velocity(policy.encode(["a bag"]), 3.0)(policy.noise(draw(1)), 0.5)
+    assert velocity.isfinite().all()
+
+
+def test_an_autoencoder_in_bf16_decodes_to_float32_within_its_rounding(config, build):
+    images = []
+    for dtype in ("fp32", "bf16"):
+        config.pretrained.vae_dtype, config.run_name = dtype, dtype
+        policy = build(config).policy
+        with torch.no_grad():
+            images.append(policy.decode(0.5 * policy.noise(draw(2))))
+    assert images[1].dtype == torch.float32
+    assert 0 < (images[0] - images[1]).abs().max() < 0.03
+
+
 def test_a_prompt_is_encoded_once(policy):
     calls = []
     original = policy.pipeline.encode_prompt
