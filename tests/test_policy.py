@@ -84,7 +84,9 @@ def test_an_autoencoder_in_bf16_decodes_to_float32_within_its_rounding(config, b
         with torch.no_grad():
             images.append(policy.decode(0.5 * policy.noise(draw(2))))
     assert images[1].dtype == torch.float32
-    assert 0 < (images[0] - images[1]).abs().max() < 0.03
+    difference = (images[0] - images[1]).abs()
+    assert 0 < difference.mean() < 0.005
+    assert difference.max() < 0.06
 
 
 def test_a_prompt_is_encoded_once(policy):
