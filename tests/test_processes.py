@@ -31,7 +31,7 @@ def run_worker(processes: int, *arguments: str | Path) -> Path:
 def one_and_two(random_models, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     """What one process found by every method, and what two did."""
     folder = tmp_path_factory.mktemp("processes")
-    files = [run_worker(number, WORKER, random_models, folder / f"{number}.pt") for number in (1, 2)]
+    files = [run_worker(number, WORKER, random_models, "none", folder / f"{number}.pt") for number in (1, 2)]
     one, two = (torch.load(file, weights_only=True) for file in files)
     return one, two
 

@@ -1,4 +1,4 @@
-"""Run by test_processes.py on one or two processes: an epoch's gradient by every method, and samples, saved."""
+"""Run by test_processes.py on some processes: an epoch's gradient by every method, and samples, saved."""
 
 import sys
 
@@ -20,7 +20,7 @@ OF_GRPO = ("shaped", "held")  # GRPO with what composes with it
 NAMES = (*METHODS, "nsr", *OF_GRPO)  # of the recipes tiny_<name>; `nsr` leaves images out, not as many everywhere
 
 
-def configuration(name: str, models: str, logdir: str) -> ConfigDict:
+def configuration(name: str, models: str, logdir: str, sharding: str) -> ConfigDict:
     """3 groups of 4, of which two processes share one; FDFO's pairs of 2 likewise."""
     config = get_config("tiny_grpo" if name in OF_GRPO else f"tiny_{name}")
     if name == "shaped":  # by what an image adds to a group that two processes share, and by its ranks in it
@@ -39,30 +39,33 @@ def configuration(name: str, models: str, logdir: str) -> ConfigDict:
     config.sample.batch_size = config.train.batch_size = 3
     config.sample.num_steps, config.train.updates_per_epoch = 5, 1
     config.anchored.base_images, config.anchored.base_prompts = (4, 3) if name == "anchored" else (64, 16)
+    config.sharding = sharding
     if name != "nsr" and not method_of(config).needs_base:
         config.train.beta = 0.1
     return config
 
 
-def main(models: str, out: str) -> None:
+def main(models: str, sharding: str, out: str) -> None:
     found, accelerator = {}, None
     for name in NAMES:
-        config = configuration(name, models, f"{out}-logs")
+        config = configuration(name, models, f"{out}-logs", sharding)
         if accelerator is None:
             settings, accelerator = launch(config)
         else:
             settings = resolve(config, accelerator.num_processes, cuda=False)
         policy = Policy.load(settings, accelerator)
         generator = torch.Generator().manual_seed(0)
-        for parameter in policy.trainable:  # the gradient of LoRA's A is zero until B is not
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        for weight, parameter in policy.named_trainable.items():  # the gradient of LoRA's A is zero until B is not
+            noise = torch.randn(policy.weights.shape(weight), generator=generator)
+            parameter.data += 0.02 * policy.weights.part(weight, noise)
         policy.optimizer.step = policy.optimizer.zero_grad = lambda: None  # keep the gradient
         prompts = PromptDataset.load(config.prompts.train)
         run, reward = Run(settings, accelerator), build_reward(settings.config, accelerator.device)
         metrics = places.load(method_of(settings.config).loop)(policy, prompts, reward, settings, run)
         samples = draw_samples(policy, prompts, settings, run) if name == "grpo" else None
-        gradient = torch.cat([p.grad.flatten() for p in policy.trainable])
-        found[name] = {"gradient": gradient, "metrics": metrics}
+        gradient = [policy.weights.whole(weight, p.grad) for weight, p in policy.named_trainable.items()]
+        found[name] = {"gradient": torch.cat([g.flatten() for g in gradient]) if run.is_main else None}
+        found[name] |= {"metrics": metrics}
         if samples is not None:
             found[name] |= {"images": samples.images, "latents": samples.latents}
     if run.is_main:
