@@ -114,9 +114,10 @@ def draw_samples(
             continue
         generators = evaluation_generators(config.seed, [ids[i] for i in drawn])
         with torch.no_grad():
-            x_0 = policy.sample_ode([chosen[ids[i][0]] for i in drawn], generators).final_latents[: len(batch)]
-            images.append(policy.decode(x_0).float().cpu())
-            latents.append(x_0.cpu())
+            x_0 = policy.sample_ode([chosen[ids[i][0]] for i in drawn], generators).final_latents
+            if batch:
+                images.append(policy.decode(x_0).float().cpu())
+                latents.append(x_0.cpu())
     return Samples(
         images=_gather_in_order(images, share),
         latents=_gather_in_order(latents, share),
