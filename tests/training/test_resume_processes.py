@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow_grpo.runs.evaluations import records_of
-from tests.resume_worker import CASES, EVALUATED
+from tests.resume_worker import CASES, EVALUATED, SHARDED
 
 WORKER = Path(__file__).parents[1] / "resume_worker.py"
 EPOCHS = 4
@@ -41,9 +41,13 @@ def last(runs: Path, name: str) -> Path:
     return runs / name / "checkpoints" / f"checkpoint-{EPOCHS:06d}"
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_weights_average_and_moments_are_those_of_the_unbroken_run(runs, case):
-    ours, theirs = (load_file(last(runs, f"{n}_{case}") / "training_state.safetensors") for n in ("broken", "unbroken"))
+BROKEN = [*(("broken", case) for case in CASES), *(("sharded", case) for case in SHARDED)]
+
+
+@pytest.mark.parametrize(("kind", "case"), BROKEN)
+def test_weights_average_and_moments_are_those_of_the_unbroken_run(runs, kind, case):
+    """Sharded ones are on two and on three processes; before and after, one process holds them whole."""
+    ours, theirs = (load_file(last(runs, f"{n}_{case}") / "training_state.safetensors") for n in (kind, "unbroken"))
     assert ours.keys() == theirs.keys()
     moved = max((theirs[name] - start).abs().max().item() for name, start in first_weights(runs, case).items())
     assert moved > 1e-4
@@ -56,19 +60,19 @@ def first_weights(runs: Path, case: str):
     return {name: value for name, value in tensors.items() if name.startswith("weights.")}
 
 
-@pytest.mark.parametrize("case", list(CASES))
-def test_counters_are_exactly_those_of_the_unbroken_run(runs, case):
+@pytest.mark.parametrize(("kind", "case"), BROKEN)
+def test_counters_are_exactly_those_of_the_unbroken_run(runs, kind, case):
     ours, theirs = (
-        json.loads((last(runs, f"{name}_{case}") / "state.json").read_text())["counters"]
-        for name in ("broken", "unbroken")
+        json.loads((last(runs, f"{name}_{case}") / "state.json").read_text())["counters"] for name in (kind, "unbroken")
     )
     assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
     assert theirs["groups"] == 3 * EPOCHS
 
 
-def test_the_records_of_its_evaluations_are_those_of_the_unbroken_run(runs):
+@pytest.mark.parametrize("kind", ["broken", "sharded"])
+def test_the_records_of_its_evaluations_are_those_of_the_unbroken_run(runs, kind):
     """Weights agree to 2e-6, so images to an eighth bit here and there, and figures to a part in ten thousand."""
-    ours, theirs = (records_of(runs / f"{name}_{EVALUATED}") for name in ("broken", "unbroken"))
+    ours, theirs = (records_of(runs / f"{name}_{EVALUATED}") for name in (kind, "unbroken"))
     assert [record.epoch for record in ours] == [record.epoch for record in theirs] == list(range(EPOCHS + 1))
     for one, other in zip(ours, theirs, strict=True):
         assert (one.prompt, one.noise, one.diversity.noise) == (other.prompt, other.noise, other.diversity.noise)
