@@ -58,8 +58,8 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launched:
     for name in OTHER_TRAINERS:
         if environment.get(name, "").lower() not in ("", *FALSE):
             raise ConfigError(
-                f"{name}={environment[name]} is not supported: training shares gradients and weights itself; start plain "
-                f"processes, as by {PLAIN}, with config.sharding=full where the model is too large for one GPU."
+                f"{name}={environment[name]} is not supported: training shares gradients and weights itself; start "
+                f"plain processes, as by {PLAIN}, with config.sharding=full where a model is too large for one GPU."
             )
     for name, harmless in HARMLESS.items():
         if name in environment and environment[name].lower() != harmless:

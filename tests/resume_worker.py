@@ -22,7 +22,7 @@ CASES = {  # name -> (method, LoRA)
     "drtune_full": ("drtune", False),
 }
 EVALUATED = "grpo"  # the one that is evaluated after every epoch
-SHARDED = ("grpo", "nft", "anchored", "grpo_full", "drtune_full")  # whose broken runs are made with sharded weights too
+SHARDED = ("grpo", "nft", "grpo_full")  # whose broken runs are made with sharded weights too
 
 
 def configuration(case: str, models: str, out: str, run_name: str, epochs: int):

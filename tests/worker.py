@@ -1,5 +1,6 @@
 """Run by test_processes.py on some processes: an epoch's gradient by every method, and samples, saved."""
 
+import os
 import sys
 
 import torch
@@ -17,6 +18,9 @@ from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 
 OF_GRPO = ("shaped", "held")  # GRPO with what composes with it
+# Of each kind of loop, those that ask most of sharded weights: chains that are run again in the backward pass, products
+# with the base's Jacobian, base samples, images left out.
+SHARDED = ("grpo", "drtune", "anchored", "alignprop", "adjoint_matching", "fdfo", "nsr", "held")
 NAMES = (*METHODS, "nsr", *OF_GRPO)  # of the recipes tiny_<name>; `nsr` leaves images out, not as many everywhere
 
 
@@ -30,7 +34,7 @@ def configuration(name: str, models: str, logdir: str, sharding: str) -> ConfigD
     if name == "held":  # to the base's images, of which two processes draw 3 and 2, and by its own densities
         config.shaping.kind, config.shaping.weight = "density", 0.1
         config.train.forward_kl, config.forward_kl.images = 0.1, 5
-    config.logdir, config.run_name, config.trackers = logdir, name, ()
+    config.logdir, config.run_name, config.trackers = logdir, f"{name}_{sharding}", ()
     config.pretrained.model, config.reward_model.pickscore = f"{models}/sd3", f"{models}/clip"
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
     config.eval.judge, config.eval.modes, config.eval_diversity = f"{models}/judge", "", False
@@ -45,9 +49,11 @@ def configuration(name: str, models: str, logdir: str, sharding: str) -> ConfigD
     return config
 
 
-def main(models: str, sharding: str, out: str) -> None:
+def main(models: str, out: str) -> None:
+    """Several processes do some of it with sharded weights too."""
     found, accelerator = {}, None
-    for name in NAMES:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    for name, sharding in [(n, "none") for n in NAMES] + [(n, "full") for n in SHARDED if several]:
         config = configuration(name, models, f"{out}-logs", sharding)
         if accelerator is None:
             settings, accelerator = launch(config)
@@ -64,10 +70,11 @@ def main(models: str, sharding: str, out: str) -> None:
         metrics = places.load(method_of(settings.config).loop)(policy, prompts, reward, settings, run)
         samples = draw_samples(policy, prompts, settings, run) if name == "grpo" else None
         gradient = [policy.weights.whole(weight, p.grad) for weight, p in policy.named_trainable.items()]
-        found[name] = {"gradient": torch.cat([g.flatten() for g in gradient]) if run.is_main else None}
-        found[name] |= {"metrics": metrics}
+        key = name if sharding == "none" else f"{name}_sharded"
+        found[key] = {"gradient": torch.cat([g.flatten() for g in gradient]) if run.is_main else None}
+        found[key] |= {"metrics": metrics}
         if samples is not None:
-            found[name] |= {"images": samples.images, "latents": samples.latents}
+            found[key] |= {"images": samples.images, "latents": samples.latents}
     if run.is_main:
         torch.save(found, out)
     run.finish()
