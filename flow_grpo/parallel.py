@@ -108,6 +108,7 @@ class Sharded:
         with torch.no_grad():
             self.named = {name: nn.Parameter(value.to_local()) for name, value in self._shards.items()}
 
+    @torch.no_grad()
     def average(self, loss: Tensor) -> Tensor:
         """FSDP2 has averaged the gradients in the backward passes; the loss is left."""
         for name, parameter in self.named.items():

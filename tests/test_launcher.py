@@ -115,6 +115,13 @@ def test_a_process_is_not_started_in_an_environment_that_is_refused(config, monk
         launch(config)
 
 
+def test_sharding_is_refused_where_torch_is_too_old_for_it(config, monkeypatch):
+    config.sharding = "full"
+    monkeypatch.setattr("torch.__version__", "2.7.1+cpu")
+    with pytest.raises(ConfigError, match=r'config\.sharding = "full" needs torch 2\.8 or later; this is 2\.7\.1'):
+        launch(config)
+
+
 def test_more_processes_than_gpus_are_refused(config, monkeypatch):
     for name, value in (TORCHRUN | {"RANK": "1"}).items():
         monkeypatch.setenv(name, value)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import SD3Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -53,6 +55,27 @@ def test_weights_average_and_moments_are_those_of_the_unbroken_run(runs, kind, c
     assert moved > 1e-4
     for name, value in theirs.items():
         assert (ours[name] - value).abs().max().item() < 2e-6, name
+
+
+def test_what_sharded_processes_export_is_the_model_itself(runs):
+    """Written by three."""
+    folder = runs / "sharded_grpo_full" / "checkpoints" / "checkpoint-000003"
+    state = load_file(folder / "training_state.safetensors")
+    for kind, name in (("weights", "transformer"), ("average", "transformer_ema")):
+        assert json.loads((folder / name / "config.json").read_text())["_class_name"] == "SD3Transformer2DModel"
+        for weight, value in SD3Transformer2DModel.from_pretrained(folder / name).named_parameters():
+            assert torch.equal(value, state[f"{kind}.{weight}"])
+
+
+@pytest.mark.parametrize("file", ["adapter_model", "pytorch_lora_weights"])
+def test_a_lora_that_sharded_processes_export_is_that_of_others(runs, file):
+    ours, theirs = (
+        load_file(runs / f"{kind}_grpo" / "checkpoints" / "checkpoint-000003" / "lora" / f"{file}.safetensors")
+        for kind in ("sharded", "broken")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=4e-6)  # B is scaled by alpha / rank, 2
 
 
 def first_weights(runs: Path, case: str):
