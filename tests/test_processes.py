@@ -22,7 +22,7 @@ def run_worker(processes: int, *arguments: str | Path) -> Path:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launcher, *map(str, arguments)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=WORKER.parent.parent)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=WORKER.parent.parent)
     assert result.returncode == 0, result.stderr
     return Path(arguments[-1])
 
