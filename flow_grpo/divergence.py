@@ -247,7 +247,7 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     def _pack(self, tensor: Tensor) -> Tensor:
         self.count += tensor.nbytes
-        return tensor
+        return tensor.detach()  # an operation that keeps its own output, and with it itself, would never be freed
 
 
 def _check_differentiable(products: Tensor) -> None:

@@ -139,9 +139,9 @@ def _check_pipeline(settings: Settings) -> None:
         raise ConfigError(
             f"config.pretrained.model: {folder} has settings that make no model: {first_line(error)}"
         ) from error
-    tokens = (config.resolution // pixels_per_token(folder)) ** 2
+    height, width = (side // pixels_per_token(folder) for side in settings.image_size)
     for steps in (config.sample.num_steps, config.eval.num_steps):
-        noise_levels(scheduler, steps, tokens)
+        noise_levels(scheduler, steps, height * width)
     if config.use_lora:
         check_lora_targets((name for name, _ in transformer.named_modules()), config.lora.target_modules)
 

@@ -35,7 +35,7 @@ T = TypeVar("T")
 def load_pretrained(settings: Settings) -> ModelFamily:
     """`config.pretrained.model`, in the precision of the run; ConfigError as `load_model`."""
     config = settings.config
-    return load_model(config.pretrained.model, config.pretrained.revision, config.mixed_precision)
+    return load_model(config.pretrained, config.mixed_precision)
 
 
 class ImageModel:
@@ -46,6 +46,7 @@ class ImageModel:
         pipeline, transformer, vae: diffusers' pipeline, and the modules themselves.
         network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
             forward count.
+        trained_evaluations: those of them that kept a graph for a backward pass.
         sharded: whether every forward waits for all processes, each of which holds a part of the weights.
     """
 
@@ -60,7 +61,7 @@ class ImageModel:
                 part.to(self.device)  # a sharded transformer goes there in parts
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = family.transformer, family.vae
-        self.network_evaluations = 0
+        self.network_evaluations = self.trained_evaluations = 0
         self._reference: torch.nn.Module | None = (
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
@@ -113,20 +114,24 @@ class ImageModel:
         network = partial(self.family.velocity, transformer)
 
         def velocity(latents: Tensor, sigma: float) -> Tensor:
-            self.network_evaluations += len(latents) * (2 if guided else 1)
+            count = len(latents) * (2 if guided else 1)
+            self.network_evaluations += count
+            self.trained_evaluations += count if torch.is_grad_enabled() else 0
             with self.accelerator.autocast():
-                return guided_velocity(network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional)
+                return guided_velocity(
+                    network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional, self.family.guide
+                )
 
         return velocity
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
-        return self.family.sigmas(num_steps, self.settings.config.resolution)
+        return self.family.sigmas(num_steps, *self.settings.image_size)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one image's latents."""
-        return self.family.latent_shape(self.settings.config.resolution)
+        return self.family.latent_shape(*self.settings.image_size)
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:
         """x_1 of one image per generator: (B, C, h, w) float32, drawn on the CPU."""

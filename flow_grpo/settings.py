@@ -21,7 +21,7 @@ from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method, method_of
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
-from flow_grpo.models.pipeline_files import check_pipeline, image_sides
+from flow_grpo.models.pipeline_files import check_pipeline, expected_family, image_sides
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import KEYS, leaves
@@ -41,6 +41,16 @@ class Settings:
     plan: BatchPlan
     num_processes: int
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        return image_size(self.config)
+
+
+def image_size(config: ConfigDict | FrozenConfigDict) -> tuple[int, int]:
+    """Height and width of the images, in pixels: `resolution`, but where they are given apart."""
+    return config.height or config.resolution, config.width or config.resolution
+
 
 def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     """Check everything that can be checked before a model loads, and derive the batch arithmetic.
@@ -55,6 +65,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     """
     config = _with_home_expanded(config)
     _check_values(config)
+    _choose_lora_targets(config)
     _check_launch(config, num_processes, cuda)
     _check_sharding(config)
     validate_rewards(config)
@@ -112,6 +123,14 @@ def _with_home_expanded(config: ConfigDict) -> ConfigDict:
         if isinstance(value, str) and value.startswith("~/"):
             copied.update_from_flattened_dict({key: os.path.expanduser(value)})
     return copied
+
+
+def _choose_lora_targets(config: ConfigDict) -> None:
+    """Where none are named, those of the model's family."""
+    if not config.lora.target_modules:
+        family = expected_family(find(config.pretrained.model))
+        with config.unlocked():
+            config.lora.target_modules = family.lora_targets
 
 
 # --- values that must agree -----------------------------------------------------------------------------
@@ -218,13 +237,13 @@ def _check_model(config: ConfigDict) -> None:
         if config.use_lora and (shapes := transformer_shapes(model)):
             check_lora_targets(modules_of(shapes), config.lora.target_modules)
     pixels, largest = image_sides(model)
-    if config.resolution % pixels or config.resolution > largest:
-        limit = "" if largest == math.inf else f", at most {largest}"
-        raise ConfigError(
-            f"config.resolution = {config.resolution} does not fit the model "
-            f"{config.pretrained.model}; it takes a multiple of "
-            f"{pixels}{limit}."
-        )
+    for side, pixels_along in zip(("height", "width"), image_size(config), strict=True):
+        if pixels_along % pixels or pixels_along > largest:
+            limit = "" if largest == math.inf else f", at most {largest}"
+            raise ConfigError(
+                f"config.{side if config[side] else 'resolution'} = {pixels_along} does not fit the model "
+                f"{config.pretrained.model}; it takes a multiple of {pixels}{limit}."
+            )
 
 
 def _check_scorers(config: ConfigDict) -> None:

@@ -16,24 +16,38 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """The text conditioning of an SD3 transformer for a batch of prompts."""
+    """The text conditioning of a transformer for a batch of prompts."""
 
     prompt_embeds: Tensor  # (B, L, E)
-    pooled_prompt_embeds: Tensor  # (B, P)
+    pooled_prompt_embeds: Tensor | None = None  # (B, P), of families that take one
+    mask: Tensor | None = None  # (B, L) bool, of families whose prompts differ in length: which tokens are a prompt's
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: Any) -> PromptEmbeds:
         """Select prompts by slice, list or index tensor."""
-        return PromptEmbeds(self.prompt_embeds[index], self.pooled_prompt_embeds[index])
+        return PromptEmbeds(*(None if value is None else value[index] for value in self._values()))  # type: ignore[arg-type]
+
+    def _values(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.prompt_embeds, self.pooled_prompt_embeds, self.mask
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:
-        """Concatenate along the batch."""
-        return PromptEmbeds(
-            torch.cat([part.prompt_embeds for part in parts]),
-            torch.cat([part.pooled_prompt_embeds for part in parts]),
+        """Concatenate along the batch; what has a mask is padded to the longest."""
+        if parts[0].mask is not None:
+            length = max(part.prompt_embeds.shape[1] for part in parts)
+            parts = [part._padded(length) for part in parts]
+        columns = zip(*(part._values() for part in parts), strict=True)
+        return PromptEmbeds(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+    def _padded(self, length: int) -> PromptEmbeds:
+        missing = length - self.prompt_embeds.shape[1]
+        if not missing or self.mask is None:
+            return self
+        pad = torch.nn.functional.pad
+        return replace(
+            self, prompt_embeds=pad(self.prompt_embeds, (0, 0, 0, missing)), mask=pad(self.mask, (0, missing))
         )
 
 

@@ -21,6 +21,7 @@ from flow_grpo.recipes.sd3 import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
+from flow_grpo.training.performance import flops_per_evaluation
 from flow_grpo.training.state import collect, gathered
 
 EPOCHS = 2
@@ -148,7 +149,7 @@ def main(models: str, out: str) -> None:
         here |= {"metrics": metrics, "evaluations": gather_object([policy.network_evaluations])}
         if name == "guided":
             evaluators = build_evaluators(policy, reward, settings, run)
-            here |= velocities(policy)
+            here |= velocities(policy) | {"flops": flops_per_evaluation(policy)}
             here["evaluated"] = dict(evaluate(policy, prompts, evaluators, settings, run, "eval").metrics)
             here["drawn"] = sorted(path.name for path in (run.folder / "images").glob("*"))
             here["stopped"] = gather_object([stops_together(policy, run)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -223,6 +224,18 @@ def test_chunks_fit_their_budget():
     assert least < peaks[0] < peaks[1] < peaks[2]
     assert run(chunk=32)[0] - least > 2**22  # the twin: all at once
     assert run(budget=1)[0] == least
+
+
+@pytest.mark.parametrize("enable_grad", [False, True])
+@pytest.mark.parametrize("options", [{"budget": 2**24}, {"chunk": 4}, {}], ids=["budget", "chunk", "one-by-one"])
+def test_what_a_forward_saves_is_given_back(options, enable_grad):
+    network, x, made = Wide(), noise(64, 16).float().requires_grad_(), []
+    network.out.register_forward_hook(lambda module, inputs, output: made.append(weakref.ref(inputs[0])))
+    estimator = DivergenceEstimator(num_probes=4, **options)
+    probes = draw_probes(x, estimator, generators(64)(0))
+    found = divergence(network, x, 0.5, estimator, probes, enable_grad=enable_grad)
+    del found
+    assert [reference() for reference in made] == [None]
 
 
 # --- a guided SD3 --------------------------------------------------------------------------------------

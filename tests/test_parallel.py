@@ -76,5 +76,9 @@ def test_evaluations_are_the_same_and_the_film_strip_is_drawn_once(found):
     assert "eval_strip_000002.png" in sharded["drawn"]
 
 
+def test_a_forward_has_as_many_flops(found):
+    assert found["guided", "full"]["flops"] == found["guided", "none"]["flops"] > 0
+
+
 def test_a_velocity_that_is_not_finite_on_one_process_ends_the_log_densities_of_all(found):
     assert found["guided", "full"]["stopped"] == [True, True, True]

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from config.base import get_config as base_config
 from flow_grpo.batching import BatchPlan, plan_batches
 from flow_grpo.errors import ConfigError
+from flow_grpo.models.registry import SD3
 from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.runs.saved import find_checkpoint
 from flow_grpo.settings import Settings, resolve
@@ -143,6 +144,7 @@ def test_a_correct_configuration_resolves_to_its_plan_and_cannot_be_changed(conf
     assert settings.plan == BatchPlan(
         groups=10, group_size=8, images=80, images_per_process=40, images_per_update=20, updates=2
     )
+    config.lora.target_modules = SD3.lora_targets
     assert settings.config.to_dict() == config.to_dict()
     with pytest.raises(AttributeError):
         settings.config.seed = 1
@@ -183,7 +185,7 @@ BAD_VALUES = [
     ("max_sequence_length", 513),
     ("mixed_precision", "fp8"),
     ("lora.rank", 0),
-    ("lora.target_modules", ()),
+    ("lora.target_modules", ("",)),
     ("sample.num_steps", 0),
     ("sample.guidance_scale", -1.0),
     ("sample.sde_type", "sdf"),

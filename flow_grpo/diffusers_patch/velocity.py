@@ -13,6 +13,13 @@ from flow_grpo.types import PromptEmbeds
 VelocityFn = Callable[[Tensor, float], Tensor]
 # one forward of a network: latents, noise level, conditioning of as many prompts -> velocity, at least float32
 Network = Callable[[Tensor, float, PromptEmbeds], Tensor]
+# how a family combines the two velocities of a guided forward: unconditional, conditional, scale -> velocity
+Guide = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def linear_guidance(v_uncond: Tensor, v_cond: Tensor, scale: float) -> Tensor:
+    """v = v_uncond + w (v_cond - v_uncond), with v = dx/dsigma = e - x_0 (arXiv 2207.12598 in velocity form)."""
+    return v_uncond + scale * (v_cond - v_uncond)
 
 
 def guided_velocity(
@@ -23,8 +30,9 @@ def guided_velocity(
     negative_embeds: PromptEmbeds | None = None,
     guidance_scale: float = 1.0,
     detach_unconditional: bool = False,
+    guide: Guide = linear_guidance,
 ) -> Tensor:
-    """v = v_uncond + w (v_cond - v_uncond), with v = dx/dsigma = e - x_0 (arXiv 2207.12598 in velocity form).
+    """The velocity of a network under classifier-free guidance.
 
     Args:
         network: a `ModelFamily.velocity` with its transformer.
@@ -34,6 +42,7 @@ def guided_velocity(
         negative_embeds: conditioning of B negative prompts; not read when `guidance_scale` is 1.
         guidance_scale: w. At 1 the network runs once on B latents, otherwise once on 2 B.
         detach_unconditional: v_uncond carries no gradient; the network runs twice on B latents then.
+        guide: how the two velocities become one; families differ in it.
 
     Returns:
         (B, C, h, w), float32, or float64 if the latents are.
@@ -48,10 +57,10 @@ def guided_velocity(
     if detach_unconditional:
         with torch.no_grad():
             v_uncond = network(latents, sigma, negative_embeds)
-        return v_uncond + guidance_scale * (network(latents, sigma, embeds) - v_uncond)
+        return guide(v_uncond, network(latents, sigma, embeds), guidance_scale)
     both = PromptEmbeds.cat([negative_embeds, embeds])
     v_uncond, v_cond = network(torch.cat([latents, latents]), sigma, both).chunk(2)
-    return v_uncond + guidance_scale * (v_cond - v_uncond)
+    return guide(v_uncond, v_cond, guidance_scale)
 
 
 def blended_velocity(tuned: VelocityFn, base: VelocityFn, noisy: float, clean: float) -> VelocityFn:

@@ -37,7 +37,7 @@ from flow_grpo.runs.evaluations import read_record, record_path, write_record
 from flow_grpo.runs.progress import Counters
 from flow_grpo.runs.record import Record
 from flow_grpo.runs.run import Run
-from flow_grpo.settings import Settings
+from flow_grpo.settings import Settings, image_size
 from flow_grpo.types import Samples
 
 EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/", "forward_kl/")  # metrics that a record keeps besides
@@ -219,14 +219,24 @@ def _against_base(record: Record, run: Run) -> Record:
     return with_changes(record, base)
 
 
+USUAL = {"distilled_guidance": 3.5, "vae_dtype": "fp32", "text_dtype": ""}  # of config.pretrained: not in the digest
+
+
 def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
     """A digest of what decides an image, given its prompt and the number of its noise, and what it is rewarded for.
 
     `tested`: the different prompts of the test file, in its order.
     """
-    names = ("revision",), ("resolution", "max_sequence_length"), ("seed", "num_steps", "guidance_scale")
-    parts = zip((config.pretrained, config, config.eval), names, strict=True)
-    values: list[Any] = [part[name] for part, chosen in parts for name in chosen]
+    evaluation, (height, width) = config.eval, image_size(config)
+    values: list[Any] = [
+        config.pretrained.revision,
+        height if height == width else [height, width],
+        config.max_sequence_length,
+        evaluation.seed,
+        evaluation.num_steps,
+        evaluation.guidance_scale,
+    ]
+    values += [[name, config.pretrained[name]] for name, usual in USUAL.items() if config.pretrained[name] != usual]
     values.append(Path(config.pretrained.model).name)  # the folder may have moved
     values.append(list(tested))  # their places key the noise
     rewards = {name: (weight, config.reward_model.get(name)) for name, weight in reward_weights(config).items()}

@@ -45,7 +45,7 @@ from flow_grpo.runs.progress import Bars, Counters
 from flow_grpo.runs.record import FOLDERS, Record
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.sprite import SMALL
-from flow_grpo.settings import Settings
+from flow_grpo.settings import Settings, image_size
 from flow_grpo.statistics import Interval
 from flow_grpo.types import Samples
 
@@ -76,7 +76,7 @@ class Comparison:
 def start(look: Look) -> tuple[Settings, Accelerator]:
     """The settings for this machine: large models that no run has a word on are drawn in bfloat16 on a GPU."""
     config = look.config
-    if not look.own and config.resolution > SMALL and torch.cuda.is_available():
+    if not look.own and max(image_size(config)) > SMALL and torch.cuda.is_available():
         config.mixed_precision = "bf16"
     settings, accelerator = launch(config)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.config.allow_tf32

@@ -23,7 +23,7 @@ from flow_grpo.messages import say
 from flow_grpo.models.files import check_on_hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
-from flow_grpo.models.pipeline_files import pixels_per_token
+from flow_grpo.models.pipeline_files import vae_factor
 from flow_grpo.paths import find
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import get_config, leaves
@@ -33,11 +33,11 @@ from flow_grpo.runs.digest import base_digest, base_mismatch
 from flow_grpo.runs.folder import flatten
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, choose_checkpoint
 from flow_grpo.runs.sprite import SMALL
-from flow_grpo.settings import resolve
+from flow_grpo.settings import image_size, resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.
-TAKEN = ("pretrained.", "resolution", "max_sequence_length", "mixed_precision", "allow_tf32", "use_lora", "lora.",
-         "prompts.test", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
+TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
+         "use_lora", "lora.", "prompts.test", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
 SD3_STEPS, SD3_GUIDANCE, SD3_LENGTH, SD3_SIDE = 28, 7.0, 256, 1024  # as diffusers' pipeline has them
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
@@ -151,7 +151,7 @@ def _base_of(
     values = _values_of(against)
     theirs = _config(against, values, options)
     with theirs.unlocked():
-        theirs.resolution = config.resolution
+        theirs.resolution, theirs.height, theirs.width = config.resolution, config.height, config.width
     _set_reward(theirs, values, options)
     resolve(theirs, 1, cuda=True)
     base = _model_of(against, theirs, Options(ema=options.ema))
@@ -234,7 +234,7 @@ def _side_of(folder: str) -> int:
     side = transformer.get("sample_size", 128)
     if type(side) is not int or side < 1:
         raise ConfigError(f"{folder}/transformer/config.json says sample_size: {side!r:.60}, not a whole number.")
-    return pixels_per_token(Path(folder)) // transformer.get("patch_size", 2) * side
+    return vae_factor(Path(folder)) * side
 
 
 def _set_options(config: ConfigDict, options: Options) -> None:
@@ -249,6 +249,8 @@ def _set_options(config: ConfigDict, options: Options) -> None:
         "eval.num_prompts": 0 if options.prompts else None,
         "eval.judge": options.judge or None,
     }
+    if options.size is not None:
+        config.height = config.width = 0
     config.update_from_flattened_dict({key: value for key, value in chosen.items() if value is not None})
     if not options.measured:
         config.eval.judge = config.eval.modes = ""
@@ -258,7 +260,7 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     config.eval_diversity, config.prompts.eval_diversity, config.diversity.num_prompts = True, config.prompts.test, 0
     if options.features:
         set_features(config, options.features)
-    check_features(config, config.resolution)
+    check_features(config, max(image_size(config)))
 
 
 def set_features(config: ConfigDict, text: str) -> None:
@@ -297,7 +299,7 @@ def _set_reward(config: ConfigDict, values: Mapping[str, Any] | None, options: O
         return True
     names = dict.fromkeys(config.reward_fn, 0.0)
     if options.reward:
-        name, model = reward_of(options.reward, side or config.resolution)
+        name, model = reward_of(options.reward, side or max(image_size(config)))
         config.reward_fn.update(names | {name: 1.0})
         config.eval.rewards = ()
         if model:

@@ -22,11 +22,11 @@ from flow_grpo.diversity.images import listing
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import open_regular, read_object
 from flow_grpo.models.lora_files import DIFFUSERS_FILE, PEFT_CONFIG, PEFT_FILE, lora_path, read_lora
+from flow_grpo.models.pipeline_files import INDEX
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE
 from flow_grpo.runs.manifest import MANIFEST
 from flow_grpo.runs.saved import CHECKPOINT_STATE, CHECKPOINTS
 
-INDEX = "model_index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MOST_LOOKED_AT = 20  # files of a folder that are opened to see whether there are images
 LOOKED_FOR = (

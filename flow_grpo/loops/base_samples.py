@@ -29,7 +29,7 @@ from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rules import POSITIVE
 from flow_grpo.runs.run import Run
-from flow_grpo.settings import Settings
+from flow_grpo.settings import Settings, image_size
 
 TILT_FILE = "tilt.json"
 SET_SIZE, REPEATS = 16, 50  # images of a set whose diversity is measured, and sets, of each prompt
@@ -91,7 +91,7 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     models = {name: config.reward_model.get(name, "") for name in rewards} | {"base": config.pretrained.model}
     features = dict(config.diversity.items()) if config.anchored.target_diversity > 0 else {}
     question = {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
-    return question | {"models": models, "features": features, "resolution": config.resolution}
+    return question | {"models": models, "features": features, "size": list(image_size(config))}
 
 
 def _kept(path: Path, asked_for: dict[str, Any]) -> Tilt | None:

@@ -97,8 +97,9 @@ def sample_images(
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
         begins = None if starts is None else starts[chunk]
-        trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins)
-        with torch.no_grad():
+        with run.phase("sampling"):
+            trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins)
+        with run.phase("scoring"), torch.no_grad():
             images = policy.decode(trajectory.final_latents)
             metadata = [batch.metadata[i] for i in chunk.tolist()]
             scores = reward(images, prompts, metadata)

@@ -14,33 +14,40 @@ from flow_grpo.types import PromptEmbeds
 class ModelFamily(Protocol):
     """A loaded pipeline of one family. Everything that is the family's own is here, and nothing of a training.
 
-    Latents are what the sampler moves: float32, VAE-scaled, packed where the transformer takes them so.
+    Latents are what the sampler moves: (B, C, h, w), float32, VAE-scaled. Where the transformer takes them packed, as
+    tokens, `velocity` packs and unpacks them; no other code knows of it.
     """
 
     pipeline: Any  # diffusers' pipeline
     transformer: Any  # the modules, whose classes are the family's
     vae: Any
 
-    def __init__(self, pipeline: Any) -> None: ...
+    def __init__(self, pipeline: Any, distilled_guidance: float) -> None:
+        """`distilled_guidance`: the scale of a model whose guidance is an input of its network; others ignore it."""
 
     # --- the prompt's side
     def encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """The conditioning of one prompt, by however many text encoders there are."""
 
     # --- the network
-    @staticmethod
-    def velocity(transformer: nn.Module, latents: Tensor, sigma: float, embeds: PromptEmbeds) -> Tensor:
-        """One forward: latents (B, ...) at a noise level in (0, 1] -> v = dx/dsigma, at least float32.
+    def velocity(self, transformer: nn.Module, latents: Tensor, sigma: float, embeds: PromptEmbeds) -> Tensor:
+        """One forward: latents (B, C, h, w) at a noise level in (0, 1] -> v = dx/dsigma, at least float32.
 
-        `transformer`: this family's, with these weights or others. No classifier-free guidance: see
-        `diffusers_patch.velocity.guided_velocity`. A model whose guidance is distilled into it reads its scale here.
+        In our sign and time (v = e - x_0, sigma = 1 noise), whatever the network predicts. `transformer`: this
+        family's, with these weights or others. No classifier-free guidance: see `guide`.
         """
 
-    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
-        """Noise levels of a sampler of so many steps, by the pipeline's own scheduler: (num_steps + 1,), down to 0."""
+    def guide(self, v_uncond: Tensor, v_cond: Tensor, scale: float) -> Tensor:
+        """The velocity under classifier-free guidance of both halves, each (B, C, h, w), as the stock pipeline has it.
 
-    def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """Of one image's latents."""
+        At scale 1 it is `v_cond`. Most families: `diffusers_patch.velocity.linear_guidance`.
+        """
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
+        """Noise levels of a sampler of so many steps, as the stock pipeline has them: (num_steps + 1,), down to 0."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(C, h, w) of the latents of an image of so many pixels."""
 
     # --- the image's side
     def decode(self, latents: Tensor) -> Tensor:

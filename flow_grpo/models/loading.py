@@ -19,7 +19,7 @@ from flow_grpo.models.pipeline_files import check_scheduler, family_of
 from flow_grpo.models.registry import Family
 from flow_grpo.paths import find
 
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # the parts that have weights
 
 
@@ -28,23 +28,29 @@ def class_of(family: Family) -> type[ModelFamily]:
     return places.load(family.place)
 
 
-def load_model(model: str, revision: str, precision: str) -> ModelFamily:
-    """Load a folder or hub id: weights in the dtype of `precision` ("no", "bf16", "fp16"), the VAE in float32.
+def load_model(pretrained: Any, precision: str) -> ModelFamily:
+    """Load the pipeline of `config.pretrained`, each part in its dtype.
+
+    Args:
+        pretrained: `model`, a folder or hub id; `revision`; `vae_dtype`; `text_dtype`; `distilled_guidance`.
+        precision: "no", "bf16" or "fp16": of the transformer, and of text encoders whose dtype is not given.
 
     Raises:
         ConfigError: it is no pipeline of a known family, or is damaged, or lacks a part of its weights, which the
             library would fill with random numbers.
     """
-    words = "a pipeline"
+    model, words = pretrained.model, "a pipeline"
+    dtypes = {"transformer": DTYPES[precision], "vae": DTYPES[pretrained.vae_dtype]}
+    text = DTYPES[pretrained.text_dtype or precision]
     try:
         with warnings.catch_warnings():  # diffusers 0.42 renames torch_dtype; this name works from 0.33 on
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             folder = find(model)
             if not os.path.isdir(folder):
-                folder = diffusers.DiffusionPipeline.download(folder, revision=revision or None)
+                folder = diffusers.DiffusionPipeline.download(folder, revision=pretrained.revision or None)
             family = family_of(Path(folder))
             words = family.words
-            pipeline, missing = _load_parts(folder, family, DTYPES[precision])
+            pipeline, missing = _load_parts(folder, family, dtypes, text)
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
@@ -55,11 +61,13 @@ def load_model(model: str, revision: str, precision: str) -> ModelFamily:
             "that it lacks."
         )
     check_scheduler(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
-    return class_of(family)(pipeline)
+    return class_of(family)(pipeline, pretrained.distilled_guidance)
 
 
-def _load_parts(folder: str, family: Family, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """The pipeline in a folder, and the names of the weights that its files lack. The VAE is float32."""
+def _load_parts(
+    folder: str, family: Family, dtypes: dict[str, torch.dtype], text: torch.dtype
+) -> tuple[Any, list[str]]:
+    """The pipeline in a folder, and the names of the weights that its files lack. Parts not in `dtypes` are `text`."""
     kind: Any = getattr(diffusers, family.pipeline)
     index = kind.load_config(folder)
     optional = (*family.optional, *family.optional.values())
@@ -69,8 +77,8 @@ def _load_parts(folder: str, family: Family, dtype: torch.dtype) -> tuple[Any, l
         library, part = index[name]
         parts[name], found = getattr(import_module(library), part).from_pretrained(
             os.path.join(folder, name),
-            torch_dtype=torch.float32 if name == "vae" else dtype,
+            torch_dtype=dtypes.get(name, text),
             output_loading_info=True,
         )
         missing += [f"{name}.{weight}" for weight in sorted(found["missing_keys"])]
-    return kind.from_pretrained(folder, torch_dtype=dtype, **parts), missing
+    return kind.from_pretrained(folder, torch_dtype=text, **parts), missing

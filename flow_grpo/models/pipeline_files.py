@@ -11,14 +11,13 @@ from typing import Any
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.models.files import PART_NEEDS, Needs, check_files
-from flow_grpo.models.registry import FAMILIES, Family, default_family
+from flow_grpo.models.registry import FAMILIES, Family, published_family
 from flow_grpo.rules import (
     FINITE,
     POSITIVE,
     YES_OR_NO,
     Rule,
     choice,
-    each,
     is_text,
     number,
     only,
@@ -26,6 +25,7 @@ from flow_grpo.rules import (
     whole,
 )
 
+INDEX = "model_index.json"
 PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effect, or are the scheduler's to check
@@ -79,13 +79,30 @@ def family_of(model: Path) -> Family:
     return FAMILIES[kind]
 
 
+def expected_family(model: str) -> Family:
+    """The family of a folder; of a hub id whose index is in the cache, or which is known; else SD3.
+
+    Raises:
+        ConfigError: the folder's, or the index's, class is of none.
+    """
+    from huggingface_hub import try_to_load_from_cache  # models are mostly folders
+
+    if os.path.isdir(model):
+        return family_of(Path(model))
+    try:
+        index = try_to_load_from_cache(model, INDEX)
+    except (OSError, ValueError):  # no name that the hub or the disk could have
+        index = None
+    return family_of(Path(index).parent) if isinstance(index, str) else published_family(model)
+
+
 def image_sides(model: Path) -> tuple[int, float]:
     """Images have sides that are multiples of the first number of pixels, and at most the second.
 
     Of a hub id, whose files are not here, what its family's published models have.
     """
     if not model.is_dir():
-        return default_family().pixels_per_token, math.inf
+        return expected_family(str(model)).pixels_per_token, math.inf
     pixels, key = pixels_per_token(model), family_of(model).side_key
     if not key:
         return pixels, math.inf
@@ -95,19 +112,30 @@ def image_sides(model: Path) -> tuple[int, float]:
 def _check_latents(model: Path, family: Family) -> None:
     """The VAE's latents are those of the transformer, and their scale is known."""
     vae, transformer = (model / part / "config.json" for part in ("vae", "transformer"))
-    for key in ("scaling_factor", "shift_factor"):
+    for key in family.scale_keys:
         _setting(vae, key, FINITE, default=0.0)
-    channels = _setting(vae, "latent_channels", whole(1), default=16) * family.packing**2
-    _setting(transformer, "in_channels", only(channels, f"{channels}, as the VAE's latents have"), default=channels)
-    _setting(transformer, "out_channels", or_null(only(channels, f"{channels}, or null")), default=None)
+    latents = _setting(vae, family.channels_key, whole(1), default=16)
+    taken, given = latents * family.packing**2, latents * (family.out_packing or family.packing) ** 2
+    _setting(transformer, "in_channels", only(taken, f"{taken}, as the VAE's latents have"), default=taken)
+    _setting(transformer, "out_channels", or_null(only(given, f"{given}, or null")), default=None)
 
 
 def pixels_per_token(model: Path) -> int:
     """The side of the square of pixels that is one token of a pipeline's transformer."""
-    channels = each(whole(1), "a list of one or more whole numbers", low=1)
-    stages = _setting(Path(model, "vae/config.json"), "block_out_channels", channels, default=(64,))
-    patch = _setting(Path(model, "transformer/config.json"), "patch_size", whole(1), default=2)
-    return 2 ** (len(stages) - 1) * patch * family_of(model).packing
+    return vae_factor(model) * token_side(model)
+
+
+def vae_factor(model: Path) -> int:
+    """The side of the square of pixels that is one latent of a pipeline's VAE."""
+    family = family_of(model)
+    stages = _setting(Path(model, "vae/config.json"), family.stages_key, family.stages, default=(64,))
+    return 2 ** (len(stages) + family.halvings)
+
+
+def token_side(model: Path) -> int:
+    """The side of the square of latents that is one token of a pipeline's transformer."""
+    side = family_of(model).token_side
+    return side or _setting(Path(model, "transformer/config.json"), "patch_size", whole(1), default=2)
 
 
 def _setting(path: Path, key: str, rule: Rule, default: Any) -> Any:

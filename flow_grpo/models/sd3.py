@@ -10,6 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 
+from flow_grpo.diffusers_patch.velocity import linear_guidance
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.types import PromptEmbeds
 
@@ -19,7 +20,7 @@ NUM_TRAIN_TIMESTEPS = 1000  # the transformer is conditioned on 1000 sigma
 class SD3:
     """A `ModelFamily`; see there what the methods are."""
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+    def __init__(self, pipeline: StableDiffusion3Pipeline, distilled_guidance: float = 1.0) -> None:
         self.pipeline: Any = pipeline
         self.transformer, self.vae = self.pipeline.transformer, self.pipeline.vae
 
@@ -48,15 +49,17 @@ class SD3:
         )[0]
         return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
-    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
-        """(num_steps + 1,)."""
-        pixels_per_token = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
-        return noise_levels(self.pipeline.scheduler, num_steps, tokens=(resolution // pixels_per_token) ** 2)
+    guide = staticmethod(linear_guidance)
 
-    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
+        """Of the scheduler, whose shift may depend on the number of tokens."""
+        pixels = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
+        return noise_levels(self.pipeline.scheduler, num_steps, tokens=(height // pixels) * (width // pixels))
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(C, h, w)."""
-        side = resolution // self.pipeline.vae_scale_factor
-        return self.transformer.config.in_channels, side, side
+        factor = self.pipeline.vae_scale_factor
+        return self.transformer.config.in_channels, height // factor, width // factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32."""

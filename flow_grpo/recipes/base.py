@@ -121,7 +121,22 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "pretrained.model", "assets/tiny_sd3", FILLED, "a diffusers pipeline of a known family: directory or hub id"
         ),
         Key("pretrained.revision", "", TEXT, "hub revision; empty: the default branch"),
+        Key("pretrained.vae_dtype", "fp32", choice("fp32", "bf16"), '"fp32" or "bf16": dtype of the autoencoder'),
+        Key(
+            "pretrained.text_dtype",
+            "",
+            choice("", "fp32", "bf16", "fp16"),
+            '"fp32", "bf16" or "fp16": dtype of the text encoders; empty: that of mixed_precision',
+        ),
+        Key(
+            "pretrained.distilled_guidance",
+            3.5,
+            NOT_NEGATIVE,
+            "guidance scale of models that take it as an input of the network, such as FLUX.1-dev; others ignore it",
+        ),
         Key("resolution", 32, whole(1), "height and width of the images, in pixels"),
+        Key("height", 0, whole(0), "height of the images, in pixels; 0: that of resolution"),
+        Key("width", 0, whole(0), "width of the images, in pixels; 0: that of resolution"),
         Key("max_sequence_length", 8, whole(1, 512), "tokens given to the T5 encoder"),
         Key(
             "mixed_precision",
@@ -143,18 +158,9 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("lora.alpha", 32.0, POSITIVE, "the update is scaled by alpha / rank"),
         Key(
             "lora.target_modules",
-            (
-                "attn.add_k_proj",
-                "attn.add_q_proj",
-                "attn.add_v_proj",
-                "attn.to_add_out",
-                "attn.to_k",
-                "attn.to_out.0",
-                "attn.to_q",
-                "attn.to_v",
-            ),
-            each(FILLED, "a tuple of one or more names of modules", low=1),
-            "ends of module names; modules without effect on the output are left out",
+            (),
+            each(FILLED, "a tuple of names of modules"),
+            "ends of module names, but for modules without effect on the output; (): those of the model's family",
         ),
     ),
     "prompts": (
@@ -486,10 +492,10 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 # On resuming a run, a change of these would change what is drawn or measured from there on.
 SEEN = (
-    "seed", "num_seeds", "pretrained.", "resolution", "max_sequence_length", "mixed_precision", "use_lora", "lora.",
-    "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.", "train.updates_per_epoch",
-    "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.",
-    "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
+    "seed", "num_seeds", "pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision",
+    "use_lora", "lora.", "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.",
+    "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.",
+    "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names

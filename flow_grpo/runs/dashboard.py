@@ -7,6 +7,7 @@ Metrics keep their names in metrics.jsonl. On a dashboard they stand in sections
     a_reward/train         train/reward
     b_judge/ c_diversity/ d_entropy/    the same way
     e_training/            what else an epoch logs, and the counters
+    f_performance/         perf/...: images a second, seconds by phase, memory
     samples/               images, in wandb also the table of every image and the page
 
 A letter comes first because wandb sorts runs only by names that begin with one.
@@ -40,7 +41,7 @@ SECTIONS = {
     "ode_log_prob": "d_entropy/ode_log_prob",
     "forward_kl": "d_entropy/forward_kl",
 }
-TRAINING, SAMPLES = "e_training", "samples"
+TRAINING, PERFORMANCE, SAMPLES = "e_training", "f_performance", "samples"
 BEST = ("reward/total", "judge/accuracy", "diversity/vendi")  # shown of the evaluation that decides
 ENDS = re.compile(r"diversity/\w+_(low|high)$")  # of intervals: no curves of their own
 MOST_IMAGES = 80  # of one evaluation with a caption each: wandb shows about a hundred
@@ -57,6 +58,8 @@ def shown_as(metric: str) -> str | None:
         return metric if metric in AXES else f"{TRAINING}/{metric}"
     if label == "train":
         return f"{SECTIONS['reward']}/train{rest[6:]}" if rest.startswith("reward") else f"{TRAINING}/{rest}"
+    if label == "perf":
+        return f"{PERFORMANCE}/{rest}"
     if label in ("eval", "eval_ema") and kind in SECTIONS:
         return f"{SECTIONS[kind]}/{name}{label[4:]}"
     return metric

@@ -72,6 +72,29 @@ def early_stop(folder: Path, settings: Mapping[str, Any], epoch: int) -> Stop | 
     return _of_held_out(lines, settings) or _of_diversity(folder, lines, settings)
 
 
+def is_new_best(folder: Path, settings: Mapping[str, Any], epoch: int) -> bool:
+    """Whether a guard is on, and the held-out metric has just been higher than ever, the base model's included.
+
+    A run that may end early keeps these weights, however rarely it saves.
+
+    Raises:
+        ConfigError: as `salvage_history` does.
+    """
+    if epoch == 0 or not any(settings.get(guard) for guard in WHY):
+        return False
+    values = held_out(folder, settings, epoch)
+    return bool(values) and values[-1][0] == epoch and all(values[-1][1] > value for _, value in values[:-1])
+
+
+def held_out(folder: Path, settings: Mapping[str, Any], epoch: int) -> list[tuple[int, float]]:
+    """(epoch, value) of the held-out metric at each evaluation up to this epoch where it is finite; [] without one."""
+    metric = deciding_metric(settings, _label(settings))
+    if metric is None or not (folder / HISTORY_FILE).is_file():
+        return []
+    lines = [line for line in salvage_history(folder / HISTORY_FILE)[0] if line["step"] <= epoch]
+    return [(at, value) for at, value in _values(lines, metric) if math.isfinite(value)]
+
+
 def base_diversity(folder: Path, settings: Mapping[str, Any]) -> float | None:
     """What a floor is a share of: the diversity of the base model's images; None: it was not measured, or is lost."""
     try:

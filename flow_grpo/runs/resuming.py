@@ -63,7 +63,7 @@ def check_resume(config: ConfigDict, checkpoint: Path) -> None:
         )
     counters = state["counters"]
     epochs, seconds = counters["epoch"], counters["seconds"]
-    if is_over(config, epochs, seconds) and state.get("evaluated", True):
+    if epochs > config.num_epochs or (is_over(config, epochs, seconds) and state.get("evaluated", True)):
         limit = "num_epochs" if epochs >= config.num_epochs else "max_seconds"
         raise ConfigError(
             f"config.resume_from: {checkpoint} has {epochs} epochs and {seconds:.0f} s of training behind it; to go "

@@ -42,6 +42,7 @@ from flow_grpo.runs.folder import (
     open_folder,
 )
 from flow_grpo.runs.history import append_line, is_evaluation, salvage_history, starts_with, write_history
+from flow_grpo.runs.phases import Phases
 from flow_grpo.runs.progress import Counters, bar
 from flow_grpo.runs.saved import checkpoint_state
 from flow_grpo.runs.stopping import Reason, StopWatch
@@ -79,6 +80,7 @@ class Run:
         self.accelerator = accelerator
         self.is_main: bool = accelerator.is_main_process
         self.counters = Counters()
+        self.phase = Phases(accelerator.device)
         self._stop = stop or StopWatch({})
         self._opened: OpenFolder | None = None  # of the main process
         self._failure = ""  # why the main process can no longer write metrics

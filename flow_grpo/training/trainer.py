@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.evaluators.evaluation import Evaluator, evaluate
@@ -14,13 +15,14 @@ from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.evaluations import copy_base
 from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
-from flow_grpo.runs.guards import FLOOR, Stop, base_diversity, early_stop
+from flow_grpo.runs.guards import FLOOR, Stop, base_diversity, early_stop, held_out, is_new_best
 from flow_grpo.runs.history import deciding_metric
 from flow_grpo.runs.resuming import is_over
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.training import words as training_words
-from flow_grpo.training.checkpoint import Saver, Score, best_checkpoint
+from flow_grpo.training.checkpoint import Saver, Score, best_checkpoint, scores_of
+from flow_grpo.training.performance import performance
 
 ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
 
@@ -114,8 +116,10 @@ def _evaluate(
     first, last = counters.epoch == 0, is_over(config, counters.epoch, counters.seconds)
     due = [e for e in evaluators if (e.freq > 0 if first else _due(e.freq, counters.epoch, last))]
     score = evaluate_weights(policy, prompts, due, settings, run)
-    saver.remember(evaluated=True, score=score)  # before a stop: what was logged is not logged again
     stop = _ask_guards(run) if due else None
+    if stop is not None and stop.guard == FLOOR:
+        score = None  # what is not diverse enough is not the best
+    saver.remember(evaluated=True, score=score)  # before a stop: what was logged is not logged again
     last = last or stop is not None
     if due and not last:
         _show(run, live=True)
@@ -123,12 +127,13 @@ def _evaluate(
     if first and not last:
         return None
     new = last or saver.owed or counters.updates > saver.updates  # skipped updates leave the weights as they were
-    if saver.owed or (new and _due(config.save_freq, counters.epoch, last)):
+    if saver.owed or (new and (_due(config.save_freq, counters.epoch, last) or (bool(due) and _is_new_best(run)))):
         saver.save(score)
     if last and saver.owed:
         raise TrainingStopped(f"the last checkpoint could not be written; what was saved in {run.folder} is intact")
     if stop is not None and run.is_main:
-        run.tell(training_words.stopped(counters.epoch, stop.why, best_checkpoint(run)))
+        best = best_checkpoint(run)
+        run.tell(training_words.stopped(counters.epoch, stop.why, best, _unbeaten_base(run, best)))
     return stop
 
 
@@ -140,6 +145,21 @@ def _ask_guards(run: Run) -> Stop | None:
     return run.from_main(lambda: early_stop(run.folder, settings, epoch))
 
 
+def _is_new_best(run: Run) -> bool:
+    """Collective: see `is_new_best`."""
+    settings = flatten(run.settings.config.to_dict())
+    return run.from_main(lambda: is_new_best(run.folder, settings, run.counters.epoch))
+
+
+def _unbeaten_base(run: Run, best: Path | None) -> float | None:
+    """The base model's value of the held-out metric if the best checkpoint's is no higher; None: it is, or unknown."""
+    values = dict(held_out(run.folder, flatten(run.settings.config.to_dict()), run.counters.epoch))
+    if best is None or 0 not in values:
+        return None
+    score = scores_of([best])[best].value
+    return values[0] if score <= values[0] else None
+
+
 def _one_epoch(
     policy: Policy,
     train_epoch: TrainEpoch,
@@ -149,7 +169,9 @@ def _one_epoch(
     run: Run,
 ) -> dict[str, float]:
     """Train one epoch and log it."""
-    policy.network_evaluations = 0
+    policy.network_evaluations = policy.trained_evaluations = 0
+    images, seconds = run.counters.images, run.counters.seconds
+    run.phase.begin()
     try:
         with run.timer():
             metrics = train_epoch(policy, prompts, reward, settings, run)
@@ -159,7 +181,9 @@ def _one_epoch(
     run.counters.epoch += 1
     run.counters.groups += settings.plan.groups
     run.counters.network_evaluations += policy.network_evaluations * settings.num_processes
-    run.log({f"train/{name}": value for name, value in metrics.items()}, run.counters.epoch)
+    images, seconds = run.counters.images - images, run.counters.seconds - seconds
+    measured = performance(policy, run.phase, images, seconds)
+    run.log({f"train/{name}": value for name, value in metrics.items()} | measured, run.counters.epoch)
     return metrics
 
 
@@ -173,12 +197,15 @@ def evaluate_weights(
     """
     if not evaluators:
         return None
-    current = evaluate(policy, prompts, evaluators, settings, run, "eval")
-    metrics = dict(current.metrics)
+    run.phase.begin()
     averaged = policy.ema is not None and settings.config.eval.ema
-    if averaged:
-        with policy.ema_weights():
-            metrics |= evaluate(policy, prompts, evaluators, settings, run, "eval_ema").metrics
+    with run.phase("evaluating"):
+        current = evaluate(policy, prompts, evaluators, settings, run, "eval")
+        metrics = dict(current.metrics)
+        if averaged:
+            with policy.ema_weights():
+                metrics |= evaluate(policy, prompts, evaluators, settings, run, "eval_ema").metrics
+    metrics["perf/seconds_evaluating"] = run.phase.seconds["evaluating"]
     if not run.is_main:
         return None
     run.log(metrics, run.counters.epoch)

@@ -19,6 +19,7 @@ ENDS = "done: epoch {epochs}; the page is {page}"
 ENDS_UNSEEN = "done: epoch {epochs}, in {folder}"  # nothing was evaluated
 STOPPED = "ended early, after epoch {epoch}: {why}; {best}"
 BEST, NO_BEST = "the best checkpoint is {path}", "no checkpoint is called the best"
+NOT_BETTER = "no checkpoint is better than the base model, {value:.4f}"
 UNKNOWN_BASE = "the base model's {diversity} is not known: guard.diversity_floor watches nothing"
 GO_ON = "go on with `fme train --resume {folder}`"
 BASE, EPOCH = "base model", "epoch {epoch}, {seconds:.0f} s"
@@ -39,9 +40,10 @@ def ends(folder: Path, epochs: int) -> str:
     return words.format(epochs=epochs, page=folder / PAGE_FILE, folder=folder)
 
 
-def stopped(epoch: int, why: str, best: Path | None) -> str:
-    """What a guard says that ends a run."""
-    return STOPPED.format(epoch=epoch, why=why, best=NO_BEST if best is None else BEST.format(path=best))
+def stopped(epoch: int, why: str, best: Path | None, unbeaten: float | None) -> str:
+    """What a guard says that ends a run; `unbeaten`: the base model's value, where no checkpoint has a higher one."""
+    words = NO_BEST if best is None else BEST.format(path=best)
+    return STOPPED.format(epoch=epoch, why=why, best=words if unbeaten is None else NOT_BETTER.format(value=unbeaten))
 
 
 def go_on(folder: Path) -> str:

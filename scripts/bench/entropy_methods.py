@@ -107,7 +107,9 @@ class Bench:
     def velocity(self, ids: Sequence[int], dtype: str = "fp32") -> VelocityFn:
         """The guided velocity of the prompts of these samples, in turn."""
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        typed = PromptEmbeds(self.embeds.prompt_embeds.to(kind), self.embeds.pooled_prompt_embeds.to(kind))
+        pooled = self.embeds.pooled_prompt_embeds
+        assert pooled is not None
+        typed = PromptEmbeds(self.embeds.prompt_embeds.to(kind), pooled.to(kind))
         embeds: PromptEmbeds = typed[[i % self.count for i in ids]]
         negative = typed[[self.count] * len(ids)]
         network = partial(SD3.velocity, self.transformers[dtype])

@@ -147,7 +147,7 @@ def history(run: Path, names: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number, line in enumerate(read_history(run / HISTORY_FILE)):
         for name, value in line.items():
-            if "seconds" not in name:
+            if "seconds" not in name and not name.startswith("perf/"):
                 found[f"{names.get(name, name)} at step {line['step']}, line {number}"] = value
     return found
 

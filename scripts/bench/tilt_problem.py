@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from flow_grpo.diffusers_patch.velocity import linear_guidance
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.types import PromptEmbeds
@@ -106,7 +107,7 @@ class _Pipeline:
 class Points:
     """A `ModelFamily` (see there) of points in the plane. Its prompts are ignored, and it has no files."""
 
-    def __init__(self, pipeline: _Pipeline) -> None:
+    def __init__(self, pipeline: _Pipeline, distilled_guidance: float = 1.0) -> None:
         self.pipeline: Any = pipeline
         self.transformer: Any = pipeline.components["transformer"]
         self.vae: Any = None
@@ -125,11 +126,13 @@ class Points:
         """(B, 1, 1, 2) -> (B, 1, 1, 2)."""
         return transformer(latents.flatten(1), sigma).view_as(latents)
 
-    def sigmas(self, num_steps: int, resolution: int) -> Tensor:
+    guide = staticmethod(linear_guidance)
+
+    def sigmas(self, num_steps: int, height: int, width: int) -> Tensor:
         """Even steps: (num_steps + 1,)."""
         return torch.linspace(1, 0, num_steps + 1)
 
-    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(1, 1, 2)."""
         return 1, 1, 2
 

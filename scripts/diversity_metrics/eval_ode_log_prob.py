@@ -33,6 +33,7 @@ from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
 from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import fresh_folder
+from flow_grpo.settings import image_size
 from flow_grpo.training.weights import choose_models
 
 RESULTS, FIGURE = "ode_log_prob.json", "ode_log_prob.png"
@@ -73,7 +74,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from scripts.diversity_metrics.given_images import pairing, read_images
 
     models = choose_models(run, args.checkpoints, config, args.ema)
-    images = read_images(Path(args.images), args.prompt, args.prompts, config.resolution) if args.images else []
+    images = read_images(Path(args.images), args.prompt, args.prompts, image_size(config)) if args.images else []
     if args.prompts:
         print(pairing(images))
     out = create_folder(args, run)

@@ -35,7 +35,7 @@ def _prompts_of(count: int, prompt: str, prompts_file: str) -> Sequence[str]:
     return prompts
 
 
-def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -> list[ImageFile]:
+def read_images(folder: Path, prompt: str, prompts_file: str, size: tuple[int, int]) -> list[ImageFile]:
     """The images of a folder in the order of their names, 2 before 10, each with its prompt.
 
     All are decoded once, so that nothing is found unreadable later.
@@ -53,10 +53,10 @@ def read_images(folder: Path, prompt: str, prompts_file: str, resolution: int) -
     prompts = _prompts_of(len(paths), prompt, prompts_file)
     for path in paths:
         height, width = read_rgb(path).shape[:2]
-        if (width, height) != (resolution, resolution):
+        if (height, width) != size:
             raise ConfigError(
-                f"--images: {path} is {width} x {height} pixels; the run's are {resolution} x {resolution} "
-                "(config.resolution)."
+                f"--images: {path} is {width} x {height} pixels; the run's are {size[1]} x {size[0]} "
+                "(config.width x config.height, or config.resolution)."
             )
     return [ImageFile(path, text) for path, text in zip(paths, prompts, strict=True)]
 

@@ -16,7 +16,17 @@ from flow_grpo.figure_text import figure_text
 from flow_grpo.runs.folder import flatten
 from scripts.diversity_metrics.log_densities import Measured, entropy_change
 
-MEASURE = ("resolution", "pretrained.", "prompts.test", "entropy.", "eval.seed", "eval.num_steps", "eval.guidance")
+MEASURE = (
+    "resolution",
+    "height",
+    "width",
+    "pretrained.",
+    "prompts.test",
+    "entropy.",
+    "eval.seed",
+    "eval.num_steps",
+    "eval.guidance",
+)
 # of the samples of all prompts together: their spread, and no entropy, which would be that of the mixture
 POOLED = ("num_samples", "log_prob_std", "log_prob_std_corrected", "minimum", "maximum", "quantiles")
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's

@@ -24,8 +24,11 @@ def weights(parts):
 
 
 def deterministic(path):
-    """A history without its wall-clock times."""
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in read_history(path / "metrics.jsonl")]
+    """A history without what depends on the machine."""
+    return [
+        {k: v for k, v in line.items() if k != "seconds" and not k.startswith("perf/")}
+        for line in read_history(path / "metrics.jsonl")
+    ]
 
 
 def names(parts):

@@ -100,6 +100,15 @@ def test_a_run_that_is_already_over_says_so(config, build):
         train(config, build, grpo)
 
 
+def test_fewer_epochs_than_a_run_has_behind_it_are_refused_though_an_evaluation_is_due(config, build):
+    config.save_freq, config.num_epochs = 1, 2
+    folder = train(config, build, grpo).run.folder
+    edit_state(find_checkpoint(str(folder)), evaluated=False)
+    config.resume_from, config.num_epochs = str(folder), 1
+    with pytest.raises(ConfigError, match=r"raise config\.num_epochs = 1 above 2\."):
+        build(config)
+
+
 @pytest.fixture
 def trained(config, build):
     """One DRTune run whose weights are well away from the pretrained ones."""

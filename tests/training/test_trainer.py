@@ -354,19 +354,37 @@ def guarded(evaluated):
 def test_a_guard_ends_a_run_as_its_last_epoch_does(guarded, build, capsys):
     run = train_scripted(guarded, build, [0.5, 0.8, 0.7, 0.8, 0.9]).run
     assert run.counters.epoch == 3
-    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == [name(3)]  # save_freq is 10
+    saved = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert saved == [name(1), name(3)]  # the best, whatever save_freq, and the last
     assert read_history(run.folder / "metrics.jsonl")[-1]["eval/judge/accuracy"] == 0.8
     why = "eval/judge/accuracy 0.8000 is no better than 0.8000 of epoch 1, 2 evaluations before (guard.patience = 2)"
-    best = run.folder / "checkpoints" / name(3)
+    best = run.folder / "checkpoints" / name(3)  # of equals the newest
     assert capsys.readouterr().err.count(f"ended early, after epoch 3: {why}; the best checkpoint is {best}") == 1
     page = (run.folder / "page.html").read_text()
     assert f"run was ended early, after epoch 3: {why}." in page
     assert '"refresh":0' in page.replace(" ", "")  # no longer live
 
 
-def test_without_a_guard_the_same_run_goes_on(guarded, build):
+def test_without_a_guard_the_same_run_goes_on_and_saves_as_often_as_it_was_told(guarded, build):
     guarded.guard.patience = 0
-    assert train_scripted(guarded, build, [0.5, 0.8, 0.7, 0.8, 0.9]).run.counters.epoch == 4
+    run = train_scripted(guarded, build, [0.5, 0.8, 0.7, 0.8, 0.9]).run
+    assert run.counters.epoch == 4
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == [name(4)]
+
+
+def test_a_guard_that_ends_a_run_worse_than_its_base_calls_no_checkpoint_the_best(guarded, build, capsys):
+    train_scripted(guarded, build, [0.8, 0.5, 0.7, 0.6])
+    assert "; no checkpoint is better than the base model, 0.8000" in capsys.readouterr().err
+
+
+def test_weights_below_the_floor_of_diversity_are_not_the_best(evaluated, build):
+    evaluated.guard.diversity_floor, evaluated.save_freq = 0.75, 1
+    evaluated.num_epochs = 2
+    parts = build(evaluated)
+    judge = Scripted(parts.run, "judge/accuracy", [0.5, 0.6, 0.9])
+    train(parts, [1, 1], [judge, Scripted(parts.run, "diversity/vendi", [4.0, 3.1, 2.9])])
+    assert parts.run.counters.epoch == 2
+    assert checkpoint.best_checkpoint(parts.run).name == name(1)
 
 
 def test_a_run_that_a_guard_ended_goes_on_only_when_the_guard_is_changed(guarded, build):

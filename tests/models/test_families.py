@@ -1,0 +1,232 @@
+"""What every family must do, on a random tiny pipeline of its own classes, against the stock pipeline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from flow_grpo.entropy import DivergenceEstimator, divergence
+from flow_grpo.evaluators.evaluation import evaluate
+from flow_grpo.evaluators.registry import build_evaluators
+from flow_grpo.randomness import keyed_generator
+from flow_grpo.training import checkpoint
+from tests.conftest import by_method
+from tests.models.families import CASES, Case
+from tests.test_divergence import exact_trace
+from tests.training.saving import train, weights
+
+PROMPTS = ["a bag", "a red coat"]
+EXACTLY_AS_STOCK = 1e-5  # largest difference of a pixel in [0, 1], in float32
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def saved(request, tmp_path_factory) -> tuple[Case, Path]:
+    """A family, and the folder of its tiny pipeline."""
+    folder = tmp_path_factory.mktemp(request.param.name)
+    request.param.build().save_pretrained(folder)
+    return request.param, folder
+
+
+@pytest.fixture
+def small(config, saved):
+    """`config` for the family's pipeline: images of 32 x 32, a batch of 4, 4 steps."""
+    config.pretrained.model = str(saved[1])
+    config.sample.groups_per_epoch, config.eval.num_prompts = 2, 2
+    return config
+
+
+def draw(n):
+    return [keyed_generator(0, "test", i) for i in range(n)]
+
+
+def stock(folder: Path):
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_images(pipeline, case: Case, policy, scale: float):
+    """Of PROMPTS, from the noise of `draw`, packed as the pipeline itself packs noise."""
+    config, (height, width) = policy.settings.config, policy.settings.image_size
+    arguments = case.unguided if scale == 1 else case.guided(scale)
+    return pipeline(
+        PROMPTS, generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
+        max_sequence_length=config.max_sequence_length, output_type="pt", **arguments,
+    ).images  # fmt: skip
+
+
+def our_images(policy):
+    with torch.no_grad():
+        return policy.decode(policy.sample_ode(PROMPTS, draw(2)).final_latents)
+
+
+# --- the same images --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)], ids=["square", "not-square"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_images_equal_the_stock_pipelines_from_the_same_noise(small, saved, build, scale, size, steps):
+    case, folder = saved
+    small.height, small.width = size
+    small.eval.guidance_scale, small.eval.num_steps = scale, steps
+    policy = build(small).policy
+    ours, theirs = our_images(policy), stock_images(stock(folder), case, policy, scale)
+    assert ours.shape == (2, 3, *size)
+    assert (ours - theirs).abs().max() < EXACTLY_AS_STOCK
+    assert theirs.std() > 0.01  # there is something to compare
+
+
+def test_guidance_of_another_scale_gives_other_images(small, saved, build):
+    case, folder = saved
+    small.eval.guidance_scale = 3.0
+    policy = build(small).policy
+    assert (our_images(policy) - stock_images(stock(folder), case, policy, 3.5)).abs().max() > 1e-4
+
+
+def test_prompts_differ_in_length_and_each_has_the_velocity_it_has_alone(small, build):
+    policy = build(small).policy
+    embeds, x = policy.encode(["a", "a red coat and a bag"]), policy.noise(draw(2))
+    with torch.no_grad():
+        together = policy.velocity(embeds, 3.0)(x, 0.5)
+        alone = torch.cat([policy.velocity(policy.encode([p]), 3.0)(x[i : i + 1], 0.5)
+                           for i, p in enumerate(["a", "a red coat and a bag"])])  # fmt: skip
+    assert (together - alone).abs().max() < 1e-5
+
+
+# --- latents and images ------------------------------------------------------------------------------
+
+
+def test_latents_have_the_shape_that_is_promised_and_images_are_encoded_to_it(small, build):
+    small.height, small.width = 48, 32
+    policy = build(small).policy
+    x = policy.noise(draw(2))
+    images = policy.decode(x)
+    assert x.shape[1:] == policy.latent_shape
+    assert images.shape == (2, 3, 48, 32)
+    assert policy.family.encode_image(images).shape == x.shape
+
+
+def test_encoding_undoes_the_normalisation_that_decoding_does(small, build):
+    """With an autoencoder that is linear and its own inverse, latents come back."""
+    family = build(small).policy.family
+    seen = []
+    latents = torch.randn(2, *family.latent_shape(32, 32), generator=torch.Generator().manual_seed(0))
+    vae_decode, vae_encode = family.vae.decode, family.vae.encode
+
+    def decode(z, **arguments):
+        seen.append(z)
+        return vae_decode(z, **arguments)
+
+    def encode(images, **arguments):
+        posterior = vae_encode(images, **arguments)
+        posterior.latent_dist.mode = lambda: seen[0]
+        return posterior
+
+    family.vae.decode, family.vae.encode = decode, encode
+    images = family.decode(latents)
+    torch.testing.assert_close(family.encode_image(images), latents, rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_carries_a_gradient_to_every_latent(small, build):
+    policy = build(small).policy
+    latents = (0.1 * policy.noise(draw(1))).requires_grad_()
+    policy.decode(latents).square().sum().backward()
+    assert (latents.grad != 0).all()
+
+
+# --- the density -------------------------------------------------------------------------------------
+
+
+def test_the_divergence_is_the_exact_trace_in_float64(small, build):
+    policy = build(small).policy
+    policy.transformer.double()
+    embeds = policy.encode(PROMPTS[:1])
+    pooled = embeds.pooled_prompt_embeds
+    embeds = replace(
+        embeds,
+        prompt_embeds=embeds.prompt_embeds.double(),
+        pooled_prompt_embeds=None if pooled is None else pooled.double(),
+    )
+    shape = policy.family.latent_shape(16, 16)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def velocity(latents, sigma):
+        return policy.family.velocity(policy.transformer, latents, sigma, embeds[[0] * len(latents)])
+
+    found = divergence(velocity, x, 0.4, DivergenceEstimator(exact=True, chunk=1))
+    torch.testing.assert_close(found.mean, exact_trace(velocity, x, 0.4), rtol=1e-9, atol=1e-9)
+
+
+# --- training ----------------------------------------------------------------------------------------
+
+
+def test_grpo_trains_and_the_ratio_of_unchanged_weights_is_1(small, build):
+    small.sample.guidance_scale = 3.0
+    parts = build(small)
+    before = weights(parts)
+    metrics = parts.train()
+    assert metrics["ratio_error"] < 1e-5
+    assert metrics["skipped_updates"] == 0
+    assert any((a != b).any() for a, b in zip(before, weights(parts), strict=True))
+
+
+def test_drtune_in_one_and_in_two_passes_takes_the_same_step(small, build):
+    by_method(small, "drtune")
+    ends = []
+    for two_pass in (False, True):
+        small.drtune.two_pass, small.run_name = two_pass, f"two-pass-{two_pass}"
+        parts = build(small)
+        assert parts.train()["skipped_updates"] == 0
+        ends.append(
+            torch.cat([p.grad.flatten() if p.grad is not None else p.flatten() for p in parts.policy.trainable])
+        )
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-6)
+
+
+def test_anchored_trains(small, build):
+    by_method(small, "anchored")
+    metrics = build(small).train()
+    assert metrics["skipped_updates"] == 0
+    assert metrics["loss"] > 0
+
+
+def test_everything_is_evaluated(small, build):
+    small.eval_freq, small.eval_diversity, small.eval_ode_log_prob = 1, True, True
+    small.entropy.num_prompts = small.entropy.num_image_per_prompt = 2
+    parts = build(small)
+    evaluators = build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
+    metrics = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval").metrics
+    for name in ("reward/total", "judge/accuracy", "diversity/vendi", "ode_log_prob/mean"):
+        assert math.isfinite(metrics[f"eval/{name}"])
+
+
+def test_a_lora_trained_here_gives_the_stock_pipeline_the_same_images(small, saved, build):
+    case, folder = saved
+    by_method(small, "drtune")
+    small.train.learning_rate, small.eval.guidance_scale = 2e-2, 3.0
+    parts = build(small)
+    for _ in range(2):
+        parts.train()
+    checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
+    pipeline = stock(folder)
+    base = stock_images(pipeline, case, parts.policy, 3.0)
+    pipeline.load_lora_weights(parts.run.folder / "checkpoints/checkpoint-000002/lora")
+    theirs = stock_images(pipeline, case, parts.policy, 3.0)
+    assert (our_images(parts.policy) - theirs).abs().max() < EXACTLY_AS_STOCK
+    assert (base - theirs).abs().max() > 1e-3
+
+
+def test_resumed_equals_unbroken_bit_for_bit(small, build):
+    small.save_freq, small.run_name, small.num_epochs = 1, "unbroken", 2
+    unbroken = train(small, build)
+    small.run_name, small.num_epochs = "broken", 1
+    broken = train(small, build)
+    small.resume_from, small.num_epochs = str(broken.run.folder), 2
+    resumed = train(small, build)
+    assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(unbroken), strict=True))

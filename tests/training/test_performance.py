@@ -1,0 +1,82 @@
+"""Metrics of an epoch's cost: seconds that add up, images, memory, FLOPs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flow_grpo.runs.history import read_history
+from flow_grpo.runs.phases import Phases
+from flow_grpo.training import performance as module
+from flow_grpo.training.performance import flops_per_evaluation, peak_flops, performance
+from tests.training.saving import train
+
+
+def test_every_epoch_says_where_its_seconds_went(config, build):
+    config.num_epochs = 2
+    run = train(config, build).run
+    lines = [line for line in read_history(run.folder / "metrics.jsonl") if "perf/images_per_second" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    before = 0.0
+    for line in lines:
+        spent, before = line["seconds"] - before, line["seconds"]
+        parts = [line[f"perf/seconds_{name}"] for name in ("sampling", "scoring", "training")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(spent)
+        assert line["perf/images_per_second"] == pytest.approx(8 / spent)
+        assert 0.05 < line["perf/peak_memory_gib"] < 64
+
+
+def test_phases_add_up_and_begin_anew(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 25.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    phases = Phases(torch.device("cpu"))
+    for name in ("a", "b", "a"):
+        with phases(name):
+            pass
+    assert phases.seconds == {"a": 6.0, "b": 2.0}
+    phases.begin()
+    assert phases.seconds == {}
+
+
+def test_a_forward_and_a_backward_pass_count_as_three_forwards(config, build, monkeypatch):
+    policy = build(config).policy
+    monkeypatch.setattr(module, "peak_flops", lambda device, precision: 1e12)
+    policy.network_evaluations, policy.trained_evaluations = 100, 40
+    found = performance(policy, Phases(policy.device), images=8, seconds=2.0)
+    assert found["perf/mfu"] == pytest.approx((100 + 2 * 40) * flops_per_evaluation(policy) / 2.0 / 1e12)
+
+
+def test_the_flops_of_a_forward_are_those_of_its_products(config, build):
+    """Twice the multiplications of every linear layer, convolution and attention; counted by hand for this network."""
+    policy = build(config).policy
+    counted = []
+
+    def linear(module, inputs, output):
+        counted.append(2 * inputs[0].shape[:-1].numel() * module.in_features * module.out_features)
+
+    for layer in policy.transformer.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(linear)
+    flops = flops_per_evaluation(policy)
+    assert policy.network_evaluations == 0
+    assert sum(counted) < flops < 1.5 * sum(counted)
+
+
+def test_graphs_are_counted_where_there_is_one(config, build):
+    policy = build(config).policy
+    embeds, x = policy.encode(["a bag"]), torch.zeros(1, *policy.latent_shape)
+    policy.velocity(embeds, 3.0)(x, 0.5)
+    with torch.no_grad():
+        policy.velocity(embeds, 3.0)(x, 0.5)
+    assert (policy.network_evaluations, policy.trained_evaluations) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [("NVIDIA H100 80GB HBM3", "bf16", 9.89e14), ("NVIDIA H100 PCIe", "bf16", 7.56e14), ("Some GPU", "bf16", 0.0),
+     ("NVIDIA H100 80GB HBM3", "no", 0.0)],
+)  # fmt: skip
+def test_the_peak_is_known_by_the_devices_name_or_not_at_all(monkeypatch, name, precision, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), precision) == expected
