@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
@@ -18,12 +19,17 @@ from torch import Tensor
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, blended_velocity, guided_velocity
 from flow_grpo.errors import ConfigError
+from flow_grpo.messages import say
 from flow_grpo.methods.registry import method_of
 from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.loading import load_model
 from flow_grpo.models.lora_places import check_lora_targets
+from flow_grpo.models.loras import merge_lora
 from flow_grpo.parallel import Replicated, Sharded, Weights, shard
+from flow_grpo.paths import find
+from flow_grpo.prompts import own_negatives
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.schedule import learning_rates
 from flow_grpo.settings import Settings
 from flow_grpo.types import BaseImages, PromptEmbeds, Trajectory
 
@@ -33,9 +39,13 @@ T = TypeVar("T")
 
 
 def load_pretrained(settings: Settings) -> ModelFamily:
-    """`config.pretrained.model`, in the precision of the run; ConfigError as `load_model`."""
-    config = settings.config
-    return load_model(config.pretrained, config.mixed_precision)
+    """`config.pretrained`, in the precision of the run; ConfigError as `load_model` and `load_lora`."""
+    pretrained = settings.config.pretrained
+    family = load_model(pretrained, settings.config.mixed_precision)
+    if pretrained.lora:
+        loaded = merge_lora(family.transformer, find(pretrained.lora))
+        say(f"pretrained.lora, {loaded.name}: {loaded}")
+    return family
 
 
 class ImageModel:
@@ -66,6 +76,7 @@ class ImageModel:
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
         self._freeze()
+        self._negatives = own_negatives(settings.config)
         self._encode_one = lru_cache(maxsize=settings.config.prompt_cache_size)(self._encode_uncached)
 
     def _freeze(self) -> None:
@@ -90,9 +101,12 @@ class ImageModel:
     # --- prompts, velocity, images -----------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P)."""
-        parts = [self._encode_one(prompt) for prompt in prompts]
-        return PromptEmbeds.cat(parts)
+        """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P), and their negative prompts' texts."""
+        embeds = PromptEmbeds.cat([self._encode_one(prompt) for prompt in prompts])
+        return replace(embeds, negatives=tuple(map(self._negative_of, prompts)))
+
+    def _negative_of(self, prompt: str) -> str:
+        return self._negatives.get(prompt, self.settings.config.negative_prompt)
 
     @torch.no_grad()
     def _encode_uncached(self, prompt: str) -> PromptEmbeds:
@@ -110,7 +124,7 @@ class ImageModel:
         detach_unconditional: bool = False,
     ) -> VelocityFn:
         guided = guidance_scale != 1.0
-        negative = self.encode([""] * len(embeds)) if guided else None
+        negative = self.encode(embeds.negatives) if guided else None
         network = partial(self.family.velocity, transformer)
 
         def velocity(latents: Tensor, sigma: float) -> Tensor:
@@ -220,6 +234,7 @@ class Policy(ImageModel):
         weights: how the processes hold the transformer's weights.
         trainable, named_trainable: what this process holds of the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
+        learning_rate: that of the update which so many were applied before.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
         base_images: what the forward KL holds the weights to; None: not drawn, or not asked for.
         old: older values of the trained parameters, kept by methods that compare with them; None: none are.
@@ -248,6 +263,7 @@ class Policy(ImageModel):
         self.named_trainable = self.weights.named
         self.trainable = list(self.named_trainable.values())
         self.optimizer = accelerator.prepare(self._adamw())
+        self.learning_rate = learning_rates(settings)
         self.ema = EMAModel(self.trainable, decay=config.train.ema_decay) if config.train.ema else None
 
     @classmethod

@@ -8,15 +8,17 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from ml_collections import ConfigDict, FrozenConfigDict
+
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, parse_json, read_bytes
 from flow_grpo.paths import find
-from flow_grpo.rules import text_fault
+from flow_grpo.rules import NOT_NEGATIVE, text_fault
 
 FETCHED_FOLDER = "assets/prompts/pickscore"
 FETCH_COMMAND = f"fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --column caption --out {FETCHED_FOLDER}"
@@ -24,6 +26,7 @@ FETCH_COMMAND = f"fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --co
 
 LINE = re.compile(rb"[^\r\n]+")  # lines end in "\n", "\r\n" or "\r"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+NEGATIVE = "negative_prompt"  # of a line of JSON
 MAX_NESTING = 64  # of what a line of JSON says besides the prompt; Python's own bound depends on who asks
 
 Entry = tuple[str, dict[str, Any]]  # a prompt, and what else its line says
@@ -37,6 +40,9 @@ class PromptDataset:
 
     prompts: Sequence[str]
     metadata: Sequence[Mapping[str, Any]]  # what else the line of a .jsonl file says; {} for .txt
+    negatives: Mapping[str, str] = field(default_factory=dict)  # prompt -> its own negative one, of those that have one
+    weights: Sequence[float] | None = None  # how often each is drawn, relative to the others; None: equally
+    categories: Sequence[Sequence[int]] | None = None  # places of each category's; None: there are none
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -58,24 +64,97 @@ class PromptDataset:
         return _load(path, file, parse, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
 
 
+def training_prompts(config: ConfigDict | FrozenConfigDict) -> PromptDataset:
+    """`config.prompts.train`, to be drawn as `config.sample.prompt_sampling` says.
+
+    Raises:
+        ConfigError: as `PromptDataset.load`; or a line lacks the category, has a weight that is none, or none has one.
+    """
+    path, sample = config.prompts.train, config.sample
+    dataset = PromptDataset.load(path)
+    if sample.prompt_sampling == "weighted":
+        return replace(dataset, weights=_weights(dataset, path))
+    if sample.prompt_sampling == "balanced":
+        return replace(dataset, categories=_categories(dataset, path, sample.prompt_category))
+    return dataset
+
+
+def _weights(dataset: PromptDataset, path: str) -> array[float]:
+    """Of each prompt; 1 where a line has none."""
+    weights, said = array("d"), False
+    for number, metadata in enumerate(dataset.metadata, 1):
+        weight, said = metadata.get("weight", 1.0), said or "weight" in metadata
+        if not NOT_NEGATIVE.accepts(weight):
+            raise ConfigError(
+                f'prompt {number} of {path} has the "weight" {weight!r:.60}; it takes {NOT_NEGATIVE.allowed}.'
+            )
+        weights.append(weight)
+    if not said or not any(weights):
+        raise ConfigError(
+            f'config.sample.prompt_sampling = "weighted" goes by the "weight" of each line, and {path} has none above '
+            '0; it takes "uniform", or a .jsonl whose lines have weights.'
+        )
+    return weights
+
+
+def _categories(dataset: PromptDataset, path: str, key: str) -> list[list[int]]:
+    """The places of the prompts of each category."""
+    found: dict[str | int, list[int]] = {}
+    for place, metadata in enumerate(dataset.metadata):
+        category = metadata.get(key)
+        if not isinstance(category, str | int):
+            raise ConfigError(
+                f"prompt {place + 1} of {path} has no {key!r} that is text or a whole number, which config.sample."
+                'prompt_sampling = "balanced" goes by; it takes one in every line, or another config.sample.'
+                "prompt_category."
+            )
+        found.setdefault(category, []).append(place)
+    return list(found.values())
+
+
 @lru_cache(maxsize=4)  # training, test and diversity prompts: the check of a configuration reads them first
 def _load(path: str, file: str, parse: Parser, version: tuple[int, ...]) -> PromptDataset:
     """`version` changes with the file's content."""
     content = read_bytes(Path(file), "prompts", "the prompt file ")
     longest = LIMITS["prompt"].value
     spans = array("q")  # the first byte, and one past the last, of every line that is not blank
+    negatives: dict[str, str] = {}
     for line in LINE.finditer(content, len(BYTE_ORDER_MARK) if content.startswith(BYTE_ORDER_MARK) else 0):
         try:
             text = _decoded(line[0], longest)
             if text.strip():
-                parse(text)
+                _add_negative(negatives, *parse(text))
                 spans.extend(line.span())
         except ConfigError as error:
             raise ConfigError(f"line {_number(content, line.start())} of the prompt file {path}{error}") from None
     if not spans:
         raise ConfigError(f"the prompt file {path} is empty: it needs at least one prompt{_how_to_fetch(path)}.")
     lines = _Lines(content, spans, parse)
-    return PromptDataset(_Column(lines, 0), _Column(lines, 1))
+    return PromptDataset(_Column(lines, 0), _Column(lines, 1), negatives)
+
+
+def _add_negative(negatives: dict[str, str], prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Take the negative prompt of a line, if it has one: images are known by their prompt, so each has one at most."""
+    found = metadata.get(NEGATIVE)
+    if found is not None and negatives.setdefault(prompt, found) != found:
+        raise ConfigError(f" has another {NEGATIVE!r} than an earlier line of the same prompt.")
+
+
+def own_negatives(config: ConfigDict | FrozenConfigDict) -> dict[str, str]:
+    """Prompt -> its own negative one, of all prompts that a configuration trains on or evaluates.
+
+    Raises:
+        ConfigError: a prompt has two in different files.
+    """
+    found: dict[str, str] = {}
+    for name in ("train", "test", *(["eval_diversity"] if config.eval_diversity else [])):
+        for prompt, negative in PromptDataset.load(config.prompts[name]).negatives.items():
+            if found.setdefault(prompt, negative) != negative:
+                raise ConfigError(
+                    f"config.prompts.{name} = {config.prompts[name]!r} has another {NEGATIVE!r} of {prompt!r:.80} than "
+                    "the prompt files before it; a prompt takes one."
+                )
+    return found
 
 
 @dataclass(frozen=True)
@@ -164,6 +243,8 @@ def _parse_json(line: str) -> Entry:
         raise ConfigError(f" is JSON nested more than {MAX_NESTING} deep.")
     if "\\u" in line and (fault := text_fault(json.dumps(entry, ensure_ascii=False))):  # what else is no text?
         raise ConfigError(f" {fault}.")
+    if not isinstance(entry.get(NEGATIVE, ""), str | None):
+        raise ConfigError(f" has a {NEGATIVE!r} that is no text.")
     return _checked(prompt), entry
 
 

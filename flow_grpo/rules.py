@@ -101,8 +101,11 @@ def folder(allowed: str, longest: int = 255) -> Rule:
     return Rule(accepts, f"{allowed}, of names of at most {longest} bytes without control characters")
 
 
-POSITIVE = number("a number above 0", lambda x: x > 0)
-NOT_NEGATIVE = number("a number of at least 0", lambda x: x >= 0)
+# Of numbers that divide or multiply tensors: in float32 their squares are neither 0 nor infinite.
+SMALLEST, LARGEST = 1e-15, 1e12
+WITHIN = f"a number from {SMALLEST:g} to {LARGEST:g}"
+POSITIVE = number(WITHIN, lambda x: SMALLEST <= x <= LARGEST)
+NOT_NEGATIVE = number(f"0, or {WITHIN}", lambda x: x == 0 or SMALLEST <= x <= LARGEST)
 BELOW_ONE = number("a number from 0 to below 1", lambda x: 0 <= x < 1)
 FINITE = number("a finite number", lambda x: True)
 YES_OR_NO = Rule(lambda value: isinstance(value, bool), "True or False")

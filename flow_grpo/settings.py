@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +20,27 @@ from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method, method_of
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
-from flow_grpo.models.lora_places import check_lora_targets, modules_of, transformer_shapes
-from flow_grpo.models.pipeline_files import check_pipeline, expected_family, image_sides
+from flow_grpo.models.lora_files import read_lora
+from flow_grpo.models.lora_places import check_lora_targets, match, modules_of, transformer_shapes
+from flow_grpo.models.pipeline_files import (
+    check_pipeline,
+    check_skip,
+    expected_family,
+    image_sides,
+    takes_guidance,
+)
 from flow_grpo.paths import find, identity
-from flow_grpo.prompts import PromptDataset
-from flow_grpo.recipes.base import KEYS, leaves
+from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
+from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, reward_weights, validate_rewards
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
+
+
+POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' "polynomial" ends
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,11 @@ class Settings:
     config: FrozenConfigDict
     plan: BatchPlan
     num_processes: int
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer updates to the end of the learning rate's schedule."""
+        return _total_updates(self.config, self.plan)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -77,12 +92,16 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
         updates=config.train.updates_per_epoch,
         num_processes=num_processes,
     )
+    _check_schedule(config, plan)
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
     _check_model(config)
+    _check_guidance(config)
+    _check_start(config)
     _check_scorers(config)
     _check_shaping(config)
     _check_gate(config)
+    _check_forward_kl(config)
     _check_prompts(config)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
@@ -97,6 +116,13 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
 TWICE_DIFFERENTIATED = ("ode_step", "ode_path")  # of train.ratio
 PAIRS_ARE_ALIKE = ("distance", "cluster", "entropy", "vendi")  # of two images, either is as far from the other
+
+FEATURES = ("distance", "cluster", "entropy", "vendi", *DIFFERENTIABLE)  # compare features of images
+READ_BY_KINDS = {
+    "shaping.bandwidth": ("entropy", "log_rke"), "shaping.cluster_distance": ("cluster",),
+    "shaping.probes": ("density",), "shaping.extractor": FEATURES, "shaping.model": FEATURES,
+    "shaping.pretrained": FEATURES,
+}  # fmt: skip
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
@@ -225,6 +251,40 @@ def _check_tuned_share(config: ConfigDict) -> None:
             )
 
 
+def _total_updates(config: ConfigDict | FrozenConfigDict, plan: BatchPlan) -> int:
+    """`train.lr_total_steps`, or, where that is 0, the updates of all epochs, none of them skipped."""
+    passes = 1 if config.use_reward_gradient else config.train.num_inner_epochs
+    return config.train.lr_total_steps or config.num_epochs * passes * plan.updates
+
+
+def _check_schedule(config: ConfigDict, plan: BatchPlan) -> None:
+    """The learning rate's schedule has an end if it needs one, and a warm-up before that; nothing is set in vain."""
+    train, name = config.train, f'config.train.lr_scheduler = "{config.train.lr_scheduler}"'
+    if train.lr_scheduler == "constant":
+        takes_only(config, "train.lr_warmup_steps", 0, f'is not read with {name}, but is with "constant_with_warmup"')
+    if train.lr_scheduler not in DECAYING:
+        takes_only(config, "train.lr_total_steps", 0, f"is the end of a schedule, and {name} has none")
+    elif config.num_epochs >= ENDLESS and train.lr_total_steps == 0:
+        raise ConfigError(
+            f"{name} falls until the last update, which config.num_epochs = {config.num_epochs} does not tell of a run "
+            "that the clock ends; it takes config.train.lr_total_steps, or fewer epochs."
+        )
+    elif train.lr_warmup_steps >= (total := _total_updates(config, plan)):
+        raise ConfigError(
+            f"config.train.lr_warmup_steps = {train.lr_warmup_steps} does not end before the schedule's {total} "
+            "updates (config.train.lr_total_steps, or those of config.num_epochs); it takes fewer."
+        )
+    if train.lr_scheduler != "cosine_with_restarts":
+        takes_only(config, "train.lr_num_cycles", 1, f'is of "cosine_with_restarts", not of {name}')
+    if train.lr_scheduler != "polynomial":
+        takes_only(config, "train.lr_power", 1.0, f'is of "polynomial", not of {name}')
+    elif train.learning_rate <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"config.train.learning_rate = {train.learning_rate} is not above {POLYNOMIAL_END}, at which {name} ends; "
+            "it takes more."
+        )
+
+
 # --- files ----------------------------------------------------------------------------------------------
 
 
@@ -232,8 +292,9 @@ def _check_model(config: ConfigDict) -> None:
     """The model is a hub id, or a folder with a pipeline of a known family that can make images of this size."""
     check_checkpoint("config.pretrained.model", config.pretrained.model)
     model = Path(find(config.pretrained.model))
+    check_skip(model, config.pretrained.skip)
     if model.is_dir():
-        check_pipeline(model)
+        check_pipeline(model, config.pretrained.skip)
         if config.use_lora and (shapes := transformer_shapes(model)):
             check_lora_targets(modules_of(shapes), config.lora.target_modules)
     pixels, largest = image_sides(model)
@@ -244,6 +305,35 @@ def _check_model(config: ConfigDict) -> None:
                 f"config.{side if config[side] else 'resolution'} = {pixels_along} does not fit the model "
                 f"{config.pretrained.model}; it takes a multiple of {pixels}{limit}."
             )
+
+
+def _check_guidance(config: ConfigDict) -> None:
+    """A distilled pipeline draws without classifier-free guidance."""
+    if takes_guidance(find(config.pretrained.model)):
+        return
+    for key, value in leaves(config):
+        if key.endswith(".guidance_scale") and value != 1:
+            raise ConfigError(
+                f"config.{key} = {value} has no effect on {config.pretrained.model}, which is distilled; it takes 1.0."
+            )
+
+
+def _check_start(config: ConfigDict) -> None:
+    """The LoRA that is merged into the model can be read, and is of this transformer, where that is a folder."""
+    if not config.pretrained.lora:
+        return
+    path = Path(find(config.pretrained.lora))
+    if not path.exists():
+        raise ConfigError(
+            f"config.pretrained.lora = {config.pretrained.lora!r} does not exist; it takes a .safetensors file, or the "
+            "folder of a LoRA."
+        )
+    try:
+        file, shapes = read_lora(path), transformer_shapes(Path(find(config.pretrained.model)))
+        if shapes:
+            match(file, shapes)
+    except ConfigError as error:
+        raise ConfigError(f"config.pretrained.lora: {error}") from None
 
 
 def _check_scorers(config: ConfigDict) -> None:
@@ -275,11 +365,27 @@ def _check_shaping(config: ConfigDict) -> None:
             f"config.sample.num_image_per_prompt = {config.sample.num_image_per_prompt} gives the images of a group "
             f"the same bonus, by which {kind} changes nothing; it takes at least 3."
         )
-    if shaping.kind == "density":
-        for key, default in {"shaping.extractor": "pixels", "shaping.model": ""}.items():
-            takes_only(config, key, default, f"is for features of images, which {kind} takes none of")
-    elif shaping.kind:
+    for key, readers in READ_BY_KINDS.items():
+        if shaping.kind not in readers:
+            takes_only(config, key, KEYS[key].default, f"is for {_either(readers)}, not for {kind}")
+    if shaping.kind in FEATURES:
         _check_encoder(config)
+
+
+def _check_forward_kl(config: ConfigDict) -> None:
+    """What only the forward KL reads, in training or in evaluation, is left alone where there is none."""
+    if config.train.forward_kl > 0:
+        return
+    because = "is read where config.train.forward_kl is above 0, which is 0.0"
+    takes_only(config, "forward_kl.images", KEYS["forward_kl.images"].default, because)
+    if not config.eval_forward_kl:
+        because = "is read with config.eval_forward_kl = True, which is False, or config.train.forward_kl above 0"
+        takes_only(config, "forward_kl.draws", KEYS["forward_kl.draws"].default, because)
+
+
+def _either(names: Iterable[str]) -> str:
+    """Such as "entropy" or "log_rke"."""
+    return " or ".join(f'"{name}"' for name in names)
 
 
 def _check_gate(config: ConfigDict) -> None:
@@ -345,6 +451,9 @@ def _check_encoder(config: ConfigDict) -> None:
             f'config.shaping.model = {model!r} is not for config.shaping.extractor = "{extractor}"; it takes '
             f"{'a directory or hub id' if extractor != 'pixels' else 'no model'}."
         )
+    if extractor != "open_clip":
+        because = f'is for "open_clip", not for config.shaping.extractor = "{extractor}"'
+        takes_only(config, "shaping.pretrained", "", because)
     if extractor == "pixels":
         return
     if extractor != "open_clip":
@@ -386,7 +495,13 @@ def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:
 
 
 def _check_prompts(config: ConfigDict) -> None:
-    _prompts(config, "train")
+    try:
+        training_prompts(config)
+    except ConfigError as error:
+        raise ConfigError(f"config.prompts.train: {error}") from None
+    if config.sample.prompt_sampling != "balanced":
+        because = f'is of config.sample.prompt_sampling = "balanced", not "{config.sample.prompt_sampling}"'
+        takes_only(config, "sample.prompt_category", KEYS["sample.prompt_category"].default, because)
     found = len(_prompts(config, "test"))
     if config.eval.num_prompts > found:
         raise ConfigError(
@@ -395,6 +510,12 @@ def _check_prompts(config: ConfigDict) -> None:
         )
     if config.eval_diversity:
         _check_diversity(config, len(_prompts(config, "eval_diversity")))
+    own_negatives(config)
+    if config.negative_prompt and config.sample.guidance_scale == config.eval.guidance_scale == 1:
+        raise ConfigError(
+            f"config.negative_prompt = {config.negative_prompt!r} is what guidance leads away from, and there is none; "
+            'it takes "", or config.sample.guidance_scale or config.eval.guidance_scale another number than 1.'
+        )
 
 
 def _prompts(config: ConfigDict, name: str) -> PromptDataset:

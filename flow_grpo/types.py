@@ -21,13 +21,17 @@ class PromptEmbeds:
     prompt_embeds: Tensor  # (B, L, E)
     pooled_prompt_embeds: Tensor | None = None  # (B, P), of families that take one
     mask: Tensor | None = None  # (B, L) bool, of families whose prompts differ in length: which tokens are a prompt's
+    negatives: tuple[str, ...] = ()  # the negative prompt of each, which guidance leads away from; (): not said
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: Any) -> PromptEmbeds:
         """Select prompts by slice, list or index tensor."""
-        return PromptEmbeds(*(None if value is None else value[index] for value in self._values()))  # type: ignore[arg-type]
+        rows = torch.arange(len(self))[index].tolist() if self.negatives else ()
+        negatives = tuple(self.negatives[row] for row in rows)
+        embeds, pooled, mask = (None if value is None else value[index] for value in self._values())
+        return PromptEmbeds(embeds, pooled, mask, negatives)  # type: ignore[arg-type]
 
     def _values(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.prompt_embeds, self.pooled_prompt_embeds, self.mask
@@ -39,7 +43,9 @@ class PromptEmbeds:
             length = max(part.prompt_embeds.shape[1] for part in parts)
             parts = [part._padded(length) for part in parts]
         columns = zip(*(part._values() for part in parts), strict=True)
-        return PromptEmbeds(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+        negatives = tuple(negative for part in parts for negative in part.negatives)
+        embeds, pooled, mask = (None if column[0] is None else torch.cat(column) for column in columns)
+        return PromptEmbeds(embeds, pooled, mask, negatives)  # type: ignore[arg-type]
 
     def _padded(self, length: int) -> PromptEmbeds:
         missing = length - self.prompt_embeds.shape[1]

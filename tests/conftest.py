@@ -16,7 +16,7 @@ from config.base import get_config
 from flow_grpo import places
 from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, training_prompts
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings, resolve
@@ -139,6 +139,6 @@ def make_parts(config: ConfigDict, runs: list[Run]) -> Parts:
         accelerator=accelerator,
         policy=Policy.load(settings, accelerator),
         reward=build_reward(settings.config, accelerator.device),
-        prompts=PromptDataset.load(settings.config.prompts.train),
+        prompts=training_prompts(settings.config),
         run=runs[-1],
     )

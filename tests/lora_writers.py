@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,10 +44,16 @@ class Layer:
 Lora = Mapping[str, Layer]
 
 
-def random_lora(transformer, rank: int | Callable[[int], int] = 4, alpha: float = 6.0, dora: bool = False) -> Lora:
-    """Of MODULES; `rank` may depend on the number of the module, and alpha is the same for all."""
+def random_lora(
+    transformer,
+    rank: int | Callable[[int], int] = 4,
+    alpha: float = 6.0,
+    dora: bool = False,
+    modules: Sequence[str] = MODULES,
+) -> Lora:
+    """Of `modules`; `rank` may depend on the number of the module, and alpha is the same for all."""
     generator, found = torch.Generator().manual_seed(0), {}
-    for number, name in enumerate(MODULES):
+    for number, name in enumerate(modules):
         out, width = transformer.get_submodule(name).weight.shape
         r = rank(number) if callable(rank) else rank
         a = 0.2 * torch.randn(r, width, generator=generator)

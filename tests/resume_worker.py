@@ -8,8 +8,8 @@ from flow_grpo.evaluators.evaluation import Evaluator, sample_evaluators
 from flow_grpo.launch import launch
 from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
-from flow_grpo.prompts import PromptDataset
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.prompts import training_prompts
+from flow_grpo.recipes.registry import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
@@ -21,6 +21,7 @@ CASES = {  # name -> (method, LoRA)
     "grpo_full": ("grpo", False),
     "drtune_full": ("drtune", False),
 }
+DRAWN = {"grpo_full": "weighted", "drtune_full": "balanced"}  # how prompts are drawn; the learning rate has a schedule
 EVALUATED = "grpo"  # the one that is evaluated after every epoch
 SHARDED = ("grpo", "nft", "grpo_full")  # whose broken runs are made with sharded weights too
 
@@ -47,6 +48,9 @@ def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
     config.drtune.early_stop = min(config.drtune.early_stop, 2)
     config.anchored.base_images, config.anchored.base_prompts = (4, 3) if method == "anchored" else (64, 16)
     config.train.learning_rate = 1e-4
+    if case in DRAWN:
+        config.prompts.train, config.sample.prompt_sampling = f"{out}/prompts.jsonl", DRAWN[case]
+        config.train.update({"lr_scheduler": "cosine", "lr_warmup_steps": 2, "lr_total_steps": 20})
     return config
 
 
@@ -64,7 +68,7 @@ def main(models: str, out: str, name: str, first: str, last: str) -> None:
             settings, accelerator = launch(config)
         else:
             settings = resolve(config, accelerator.num_processes, cuda=False)
-        prompts = PromptDataset.load(settings.config.prompts.train)
+        prompts = training_prompts(settings.config)
         run = Run(settings, accelerator)
         policy = Policy.load(settings, accelerator)
         due = checkpoint.resume(policy, run, settings)

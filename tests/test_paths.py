@@ -12,7 +12,7 @@ from flow_grpo import paths
 from flow_grpo.errors import ConfigError
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import leaves
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.recipes.registry import get_config
 from flow_grpo.runs.config import PATHS, read_config
 from flow_grpo.settings import resolve
 from tests.synthetic_runs import write_run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.types import PromptEmbeds
 
 
 @pytest.fixture
@@ -85,6 +87,55 @@ def test_our_samples_equal_stock_diffusers(config, build, random_models):
         max_sequence_length=8, output_type="pt",
     ).images  # fmt: skip
     assert (ours - theirs).abs().max() < 1e-4
+
+
+def write_prompts(config, tmp_path, *lines: dict) -> None:
+    """Training prompts and test prompts of these lines."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config.prompts.train = config.prompts.test = str(path)
+
+
+def test_images_away_from_negative_prompts_equal_stock_diffusers(config, build, random_models, tmp_path):
+    """One of the configuration's, one of its own line."""
+    config.eval.guidance_scale, config.eval.num_steps, config.negative_prompt = 4.5, 6, "a grey boot"
+    write_prompts(config, tmp_path, {"prompt": "a bag"}, {"prompt": "a red coat", "negative_prompt": "a sandal"})
+    policy = build(config).policy
+    with torch.no_grad():
+        ours = policy.decode(policy.sample_ode(["a bag", "a red coat"], draw(2)).final_latents)
+    stock = StableDiffusion3Pipeline.from_pretrained(random_models / "sd3", torch_dtype=torch.float32)
+
+    def theirs(*negatives: str) -> torch.Tensor:
+        return stock(
+            ["a bag", "a red coat"], negative_prompt=list(negatives), latents=policy.noise(draw(2)), height=32,
+            width=32, num_inference_steps=6, guidance_scale=4.5, max_sequence_length=8, output_type="pt",
+        ).images  # fmt: skip
+
+    assert (ours - theirs("a grey boot", "a sandal")).abs().max() < 1e-4
+    for wrong in (("", "a sandal"), ("a grey boot", "a grey boot"), ("a sandal", "a grey boot")):
+        assert (ours - theirs(*wrong)).abs().max() > 1e-2
+
+
+def test_embeddings_keep_their_negative_prompts_when_they_are_chosen_and_joined(config, build, tmp_path):
+    config.negative_prompt, config.sample.guidance_scale = "grey", 2.0
+    write_prompts(config, tmp_path, {"prompt": "a bag"}, {"prompt": "a boot", "negative_prompt": "a sandal"})
+    embeds = build(config).policy.encode(["a bag", "a boot", "a bag"])
+    assert embeds.negatives == ("grey", "a sandal", "grey")
+    for rows in (slice(1, None), [1, 2], torch.tensor([1, 2])):
+        assert embeds[rows].negatives == ("a sandal", "grey")
+    assert PromptEmbeds.cat([embeds[:1], embeds[1:]]).negatives == embeds.negatives
+
+
+@pytest.mark.parametrize("velocity", ["velocity", "reference_velocity"])
+def test_the_velocity_leads_away_from_each_prompts_negative_one(config, build, tmp_path, velocity):
+    config.sample.guidance_scale = 3.0
+    write_prompts(config, tmp_path, {"prompt": "a bag", "negative_prompt": "a sandal"}, {"prompt": "a boot"})
+    policy = build(config).policy
+    x, of = policy.noise(draw(2)), getattr(policy, velocity)
+    with torch.no_grad():
+        found = of(policy.encode(["a bag", "a boot"]), 3.0)(x, 0.5)
+        with_prompt, without = (of(policy.encode(p), 1.0)(x, 0.5) for p in (["a bag", "a boot"], ["a sandal", ""]))
+    torch.testing.assert_close(found, without + 3 * (with_prompt - without), rtol=1e-5, atol=1e-5)
 
 
 def test_decode_is_differentiable_and_in_range(policy):

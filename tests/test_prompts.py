@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from flow_grpo import prompts as prompts_module
 from flow_grpo.batching import plan_batches
 from flow_grpo.errors import ConfigError
 from flow_grpo.loops.collect import epoch_prompts
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.types import PromptBatch
 
@@ -57,10 +58,14 @@ def test_groups_may_be_cut_by_processes_and_by_batches():
     assert set(chunks[0].tolist()) & set(chunks[1].tolist()) == {0}
 
 
+WEIGHTED = replace(dataset(11), weights=[0.0, 5.0, *[1.0] * 9])
+BALANCED = replace(dataset(11), categories=[[0, 1, 2, 3, 4, 5, 6], [7, 8], [9, 10]])
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("epoch", [0, 1, 9])
-def test_processes_together_make_what_one_process_makes(processes, epoch):
-    data = dataset(11)
+@pytest.mark.parametrize("data", [dataset(11), WEIGHTED, BALANCED], ids=["uniform", "weighted", "balanced"])
+def test_processes_together_make_what_one_process_makes(processes, epoch, data):
     assert joined(all_ranks(data, 6, 7, processes, epoch)) == joined(all_ranks(data, 6, 7, 1, epoch))
 
 
@@ -90,8 +95,9 @@ def test_the_order_changes_from_pass_to_pass_and_with_the_seed():
     assert first != data.prompts
 
 
-def test_a_resumed_epoch_is_drawn_as_if_the_earlier_ones_had_been():
-    data, plan = dataset(7), plan_batches(3, 4, 2, 2)
+@pytest.mark.parametrize("data", [dataset(11), WEIGHTED, BALANCED], ids=["uniform", "weighted", "balanced"])
+def test_a_resumed_epoch_is_drawn_as_if_the_earlier_ones_had_been(data):
+    plan = plan_batches(3, 4, 2, 2)
     unbroken = [epoch_prompts(data, plan, SEED, 3 * epoch, 1) for epoch in range(6)]
     resumed = epoch_prompts(data, plan, SEED, 15, 1)
     assert resumed.prompts == unbroken[5].prompts
@@ -105,6 +111,30 @@ def test_another_number_of_groups_on_the_way_neither_repeats_nor_skips_a_prompt(
     for start in (3, 5):
         drawn += epoch_prompts(data, fewer, SEED, start, 0).prompts
     assert sorted(drawn) == sorted(data.prompts)
+
+
+def drawn(data: PromptDataset, count: int) -> list[int]:
+    """The rows of the first so many groups."""
+    plan = plan_batches(count, 1, 1, 1)
+    return [entry["row"] for entry in epoch_prompts(data, plan, SEED, 0, 0).metadata]
+
+
+def test_prompts_are_drawn_by_their_weights():
+    """A pass has 11 places and the weights sum to 14: 5 of them are 55 / 14 places, one is 11 / 14, 0 is none."""
+    counts = Counter(drawn(WEIGHTED, 11 * 14))
+    assert counts[0] == 0
+    assert counts[1] == pytest.approx(55, abs=14)
+    for number in range(14):
+        places = Counter(drawn(WEIGHTED, 11 * 14)[11 * number : 11 * (number + 1)])
+        assert places[1] in (3, 4)
+        assert max(places[row] for row in range(2, 11)) <= 1
+
+
+def test_categories_are_drawn_equally_often_and_their_prompts_in_turn():
+    rows = drawn(BALANCED, 3 * 14)
+    for start in range(0, len(rows), 3):
+        assert [sum(row in of for row in rows[start : start + 3]) for of in BALANCED.categories] == [1, 1, 1]
+    assert Counter(rows) == {**dict.fromkeys(range(7), 2), **dict.fromkeys(range(7, 11), 7)}
 
 
 def test_sampling_does_not_touch_the_global_random_state():
@@ -188,6 +218,63 @@ def test_a_path_that_cannot_be_is_a_missing_file(path):
         PromptDataset.load(path)
 
 
+LINES = (
+    '{"prompt": "a", "category": "colour", "tag": 1, "weight": 2}\n'
+    '{"prompt": "b", "category": "count", "tag": 1}\n{"prompt": "c", "category": "colour", "tag": 2, "weight": 0.5}\n'
+)
+
+
+def test_training_prompts_have_the_weights_or_categories_of_their_lines(config, tmp_path):
+    config.prompts.train = write(tmp_path, "p.jsonl", LINES)
+    data = training_prompts(config)
+    assert (data.weights, data.categories) == (None, None)
+    config.sample.prompt_sampling = "weighted"
+    assert list(training_prompts(config).weights) == [2.0, 1.0, 0.5]
+    config.sample.prompt_sampling = "balanced"
+    assert training_prompts(config).categories == [[0, 2], [1]]
+    config.sample.prompt_category = "tag"
+    assert training_prompts(config).categories == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "lines", "message"),
+    [
+        ("weighted", '{"prompt": "a"}\n', 'has none above 0; it takes "uniform"'),
+        ("weighted", '{"prompt": "a", "weight": 0}\n', "has none above 0"),
+        (
+            "weighted",
+            '{"prompt": "a"}\n\n{"prompt": "b", "weight": -1}\n',
+            'prompt 2 of .* has the "weight" -1; it takes',
+        ),
+        ("weighted", '{"prompt": "a", "weight": true}\n', 'the "weight" True'),
+        ("weighted", '{"prompt": "a", "weight": Infinity}\n', "is not JSON|Infinity|inf"),
+        ("balanced", LINES + '{"prompt": "d"}\n', "prompt 4 of .* has no 'category' that is text"),
+        ("balanced", '{"prompt": "a", "category": ["x"]}\n', "prompt 1 of .* has no 'category' that is text"),
+    ],
+)
+def test_lines_that_cannot_be_drawn_so_are_refused(config, tmp_path, sampling, lines, message):
+    config.prompts.train, config.sample.prompt_sampling = write(tmp_path, "p.jsonl", lines), sampling
+    with pytest.raises(ConfigError, match=message):
+        training_prompts(config)
+
+
+def test_a_prompts_own_negative_is_that_of_every_file_which_is_read(config, tmp_path):
+    config.eval_diversity = True
+    config.prompts.train = write(
+        tmp_path, "train.jsonl", '{"prompt": " a ", "negative_prompt": "x"}\n{"prompt": "b"}\n'
+    )
+    config.prompts.test = write(tmp_path, "test.txt", "a\n")
+    config.prompts.eval_diversity = write(
+        tmp_path, "div.jsonl", '{"prompt": "c", "negative_prompt": ""}\n{"prompt": "b", "negative_prompt": null}\n'
+    )
+    assert own_negatives(config) == {"a": "x", "c": ""}
+    config.eval_diversity = False
+    assert own_negatives(config) == {"a": "x"}
+    config.prompts.test = write(tmp_path, "test.jsonl", '{"prompt": "a", "negative_prompt": "y"}\n')
+    with pytest.raises(ConfigError, match=r"prompts\.test = .* has another 'negative_prompt' of 'a'"):
+        own_negatives(config)
+
+
 BAD_FILES = [
     ("p.txt", "", "p.txt is empty"),
     ("p.txt", "\n  \n", "p.txt is empty"),
@@ -206,6 +293,12 @@ BAD_FILES = [
     ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 30_000 + "]" * 30_000 + "}\n", "line 1 of .* nested too deep"),
     ("p.jsonl", '{"prompt": "a", "x": ' + "[" * 70 + "]" * 70 + "}\n", "line 1 of .* nested more than 64 deep"),
     ("p.jsonl", '{"prompt": "a", "x": ' + "1" * 10_000 + "}\n", "line 1 of .* number of too many digits"),
+    ("p.jsonl", '{"prompt": "a", "negative_prompt": 3}\n', "line 1 of .* has a 'negative_prompt' that is no text"),
+    (
+        "p.jsonl",
+        '{"prompt": "a", "negative_prompt": "x"}\n{"prompt": "a"}\n{"prompt": "a", "negative_prompt": "y"}\n',
+        "line 3 of .* another 'negative_prompt' than an earlier line of the same prompt",
+    ),
     ("p.txt", "a\rb\r\n\rc\n" + "d" * 70_000, r"line 5 of .* longer than 64 KiB \(FLOW_GRPO_MAX_PROMPT_KIB\)"),
 ]
 

@@ -205,6 +205,15 @@ BAD_VALUES = [
     ("train.clip_range", 0.0),
     ("train.clip_range", 1.0),
     ("train.adv_clip_max", 0.0),
+    ("train.adv_clip_max", 1e-300),
+    ("train.adam_epsilon", 1e-300),
+    ("train.adam_weight_decay", 1e12),
+    ("train.beta", 1e300),
+    ("train.learning_rate", 2.0),
+    ("fdfo.epsilon", 1e-300),
+    ("forward.beta", 1e300),
+    ("anchored.strength", 1e300),
+    ("adjoint.strength", 1e300),
     ("train.advantage_mode", "both"),
     ("train.timestep_fraction", 0.0),
     ("train.timestep_fraction", 1.01),
@@ -273,6 +282,22 @@ COMBINATIONS = [
         {"use_reward_gradient": True, "reward_fn.jpeg_compressibility": 1.0},
         ["jpeg_compressibility", "no gradient", "pickscore"],
     ),
+    (
+        {"train.lr_warmup_steps": 5},
+        ["lr_warmup_steps = 5", 'lr_scheduler = "constant"', "constant_with_warmup", "takes 0"],
+    ),
+    ({"train.lr_total_steps": 5}, ["lr_total_steps = 5", 'lr_scheduler = "constant"', "takes 0"]),
+    (
+        {"train.lr_scheduler": "cosine", "num_epochs": 100_000},
+        ['lr_scheduler = "cosine"', "num_epochs = 100000", "takes config.train.lr_total_steps"],
+    ),
+    (
+        {"train.lr_scheduler": "linear", "train.lr_warmup_steps": 20, "num_epochs": 10},
+        ["lr_warmup_steps = 20", "20 updates", "lr_total_steps", "num_epochs"],
+    ),
+    ({"train.lr_scheduler": "linear", "train.lr_num_cycles": 2}, ["lr_num_cycles = 2", "restarts", "takes 1"]),
+    ({"train.lr_scheduler": "linear", "train.lr_power": 2.0}, ["lr_power = 2.0", "polynomial", "takes 1.0"]),
+    ({"train.lr_scheduler": "polynomial", "train.learning_rate": 1e-8}, ["learning_rate = 1e-08", "not above 1e-07"]),
     ({"train.kl_min_sigma": 0.5}, ["kl_min_sigma = 0.5", "train.beta = 0.0", "above 0"]),
     ({"reward_fn.pickscore": 0.0}, ["reward_fn", "pickscore"]),
     ({"eval.rewards": ("clipscor",)}, ["eval.rewards", "clipscore"]),
@@ -283,6 +308,19 @@ COMBINATIONS = [
     ({"eval.modes": "nowhere.json"}, ["eval.modes", "nowhere.json"]),
     ({"pretrained.model": "assets/nowhere"}, ["pretrained.model", "assets/nowhere", "directory"]),
     ({"pretrained.model": "./nowhere"}, ["pretrained.model", "./nowhere", "directory"]),
+    (
+        {"negative_prompt": "blurry"},
+        ["negative_prompt = 'blurry'", 'takes ""', "sample.guidance_scale", "eval.guidance_scale"],
+    ),
+    ({"sample.prompt_category": "tag"}, ['prompt_category = "tag"', "balanced", "uniform", 'takes "category"']),
+    ({"sample.prompt_sampling": "weighted"}, ["config.prompts.train: ", 'prompt_sampling = "weighted"', "uniform"]),
+    ({"pretrained.lora": "nowhere"}, ["pretrained.lora = 'nowhere'", "does not exist", ".safetensors"]),
+    ({"pretrained.lora": "docs"}, ["config.pretrained.lora: docs is no LoRA", "adapter_config.json"]),
+    ({"pretrained.skip": ("vae",)}, ["pretrained.skip = ('vae',)", "an SD3 pipeline", "takes 'text_encoder_3'"]),
+    (
+        {"pretrained.skip": ("vae",), "pretrained.model": "org/name", "resolution": 512},
+        ["pretrained.skip = ('vae',)", "takes 'text_encoder_3'"],
+    ),
     ({"prompts.train": "nowhere.txt"}, ["nowhere.txt", "does not exist"]),
     ({"prompts.test": "assets/prompts/pickscore/none.txt"}, ["does not exist", "fme prompts --dataset", "--out"]),
     ({"resume_from": "nowhere"}, ["resume_from = 'nowhere'", "no checkpoint", "state.json"]),
@@ -347,6 +385,26 @@ COMBINATIONS = [
         {"shaping.kind": "density", "shaping.weight": 0.1, "shaping.extractor": "clip"},
         ['shaping.extractor = "clip"', 'shaping.kind = "density"', 'it takes "pixels"'],
     ),
+    ({"shaping.bandwidth": 0.5}, ["shaping.bandwidth = 0.5", '"entropy" or "log_rke"', 'kind = ""', "it takes 0.3"]),
+    (
+        {"shaping.kind": "vendi", "shaping.weight": 0.1, "shaping.cluster_distance": 0.2},
+        ["shaping.cluster_distance = 0.2", '"cluster"', 'shaping.kind = "vendi"', "it takes 0.1"],
+    ),
+    (
+        {"shaping.kind": "distance", "shaping.probes": 4},
+        ["shaping.probes = 4", '"density"', 'shaping.kind = "distance"', "it takes 1"],
+    ),
+    ({"shaping.model": "org/name"}, ['shaping.model = "org/name"', '"distance"', 'shaping.kind = ""', 'takes ""']),
+    (
+        {"shaping.kind": "distance", "shaping.pretrained": "tag"},
+        ['shaping.pretrained = "tag"', '"open_clip"', 'shaping.extractor = "pixels"', 'takes ""'],
+    ),
+    ({"forward_kl.images": 8}, ["forward_kl.images = 8", "train.forward_kl is above 0", "it takes 256"]),
+    (
+        {"forward_kl.images": 8, "eval_forward_kl": True},
+        ["forward_kl.images = 8", "train.forward_kl is above 0", "it takes 256"],
+    ),
+    ({"forward_kl.draws": 8}, ["forward_kl.draws = 8", "eval_forward_kl = True", "train.forward_kl", "it takes 4"]),
     (
         {"shaping.kind": "distance", "shaping.extractor": "dinov2"},
         ["shaping.model = ''", 'shaping.extractor = "dinov2"', "a directory or hub id"],
@@ -385,8 +443,13 @@ def test_values_that_contradict_each_other_or_the_disk_are_refused(config, chang
 
 
 POSSIBLE = [
+    {"train.forward_kl": 0.1, "forward_kl.images": 8, "forward_kl.draws": 8},
+    {"eval_forward_kl": True, "forward_kl.draws": 8},
+    {"shaping.kind": "entropy", "shaping.weight": 0.1, "shaping.bandwidth": 0.5},
     {"run_name": "tiny/" + "n" * 255, "logdir": "/tmp/ü b", "recipe": "n" * 200},
     {"lora.alpha": 24.5},
+    {"negative_prompt": "blurry", "sample.guidance_scale": 4.5},
+    {"negative_prompt": "blurry", "eval.guidance_scale": 0.0},
     {"mixed_precision": "bf16"},
     {"sample.sde_type": "cps"},
     {"sample.sde_type": "dance", "sample.noise_level": 1.5},
@@ -399,6 +462,8 @@ POSSIBLE = [
     {"reward_fn.jpeg_compressibility": 0.5},
     {"resolution": 128},
     {"resolution": 256, "pretrained.model": "org/name"},
+    {"train.lr_scheduler": "cosine", "num_epochs": 100_000, "train.lr_total_steps": 300},
+    {"train.lr_scheduler": "constant_with_warmup", "num_epochs": 100_000, "train.lr_warmup_steps": 3},
     {"eval.modes": "", "eval.judge": "", "eval.num_prompts": 3, "trackers": ()},
     {"use_lora": False, "train.beta": 0.1, "train.kl_space": "velocity"},
     {"train.ratio": "ode_step", "train.ratio_probes": 0, "train.timestep_fraction": 0.5, "sample.sde_type": "cps"},
@@ -465,8 +530,8 @@ def test_a_folder_without_a_pipeline_or_with_another_one_is_refused(config, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"has no model_index\.json"):
         resolved(config, {"pretrained.model": str(tmp_path / "empty")})
-    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ConfigError, match="is a FluxPipeline"):
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(ConfigError, match="is a PixArtAlphaPipeline"):
         resolved(config, {"pretrained.model": str(tmp_path / "model")})
 
 

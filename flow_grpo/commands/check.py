@@ -90,6 +90,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=whole(1), help="sampler steps")
     parser.add_argument("--guidance", type=not_negative, help="guidance scale; 1: none")
+    parser.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument(
         "--tuned-share",
         type=shares,
@@ -161,6 +162,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         loras=tuple(arguments.lora),
         steps=arguments.steps,
         guidance=arguments.guidance,
+        negative=arguments.negative,
         tuned_share=arguments.tuned_share,
         size=arguments.size,
         seed=arguments.seed,

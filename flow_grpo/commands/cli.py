@@ -29,7 +29,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
 from flow_grpo.methods.registry import check_read
-from flow_grpo.recipes import sd3 as grpo
+from flow_grpo.recipes import registry as grpo
 from flow_grpo.recipes.base import RENAMED, decides_what_is_seen, leaves
 from flow_grpo.runs.config import config_from, read_config
 from flow_grpo.runs.folder import check_name, flatten, run_folder_of
@@ -163,6 +163,8 @@ def _settings_of_run(resume_from: str, recipe: str) -> ConfigDict | None:
         config = read_config(folder, {}, num_processes=None)
         config.update({"logdir": str(folder.resolve().parent), "run_name": folder.resolve().name})
     if config is None:
+        if not recipe and not os.path.exists(os.path.expanduser(resume_from)):
+            raise ConfigError(f"config.resume_from = {resume_from!r} does not exist; it takes a run folder.")
         if not recipe:
             raise ConfigError(
                 f"config.resume_from = {resume_from!r} holds no checkpoint that knows its settings; it takes a run "

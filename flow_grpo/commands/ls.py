@@ -23,7 +23,7 @@ from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
 from flow_grpo.methods.registry import METHODS
-from flow_grpo.recipes import sd3
+from flow_grpo.recipes import registry
 from flow_grpo.recipes.base import KEYS, SECTIONS, leaves
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, run_config
@@ -75,26 +75,26 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def recipes(name: str) -> Iterable[str]:
     """Three lines for each: what it is; what an epoch costs; its other name. Of one alone, its settings too."""
-    named, chosen = {new: sd3.RECIPES[old] for new, old in sd3.NAMES.items()}, name
-    if name in sd3.RECIPES:
-        named = {new: recipe for new, recipe in named.items() if sd3.NAMES[new] == name}
+    named, chosen = {new: registry.RECIPES[old] for new, old in registry.NAMES.items()}, name
+    if name in registry.RECIPES:
+        named = {new: recipe for new, recipe in named.items() if registry.NAMES[new] == name}
         name = chosen = next(iter(named))
     for new, recipe in narrowed(named, name, "recipe").items():
         doc = inspect.getdoc(recipe) or ""
         cost = COST.search(doc)
-        processes = sd3.INTENDED_PROCESSES[sd3.NAMES[new]]
+        processes = registry.INTENDED_PROCESSES[registry.NAMES[new]]
         meant = "a CPU" if new.startswith("tiny") else f"{processes} GPU{'s' if processes > 1 else ''}"
         yield f"{new}: {doc.splitlines()[0]}"
         yield f"    an epoch, on {meant}: {' '.join(cost[2].split()) if cost else 'not counted'}"
-        yield f"    also called {sd3.NAMES[new]}"
+        yield f"    also called {registry.NAMES[new]}"
         if new == chosen:
-            yield from (f"    {key} = {value!r}" for key, value in _own(sd3.NAMES[new]))
+            yield from (f"    {key} = {value!r}" for key, value in _own(registry.NAMES[new]))
     yield "Costs are images, and evaluations of the transformer over all processes. `fme train NAME` starts one."
 
 
 def _own(recipe: str) -> Iterable[tuple[str, Any]]:
     """The settings of a recipe that are not the defaults."""
-    return [(key, value) for key, value in leaves(sd3.get_config(recipe)) if value != KEYS[key].default]
+    return [(key, value) for key, value in leaves(registry.get_config(recipe)) if value != KEYS[key].default]
 
 
 def keys(name: str) -> Iterable[str]:

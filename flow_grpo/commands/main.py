@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
         """Raises ConfigError."""
         typed = re.fullmatch(r"unrecognized arguments: --([\w.]+=.*)", message)
         if typed and self.prog == "fme train":
-            raise ConfigError(f"{self.prog}: --{typed[1]} is not an option; settings take no dashes: {typed[1]}.")
+            setting = typed[1].removeprefix("config.")  # as the script takes it
+            raise ConfigError(f"{self.prog}: --{typed[1]} is not an option; settings take no dashes: {setting}.")
         raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` says what it takes.")
 
 

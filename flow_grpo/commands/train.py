@@ -30,7 +30,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import say
 from flow_grpo.methods.registry import black_box, reward_gradient
-from flow_grpo.recipes import sd3
+from flow_grpo.recipes import registry
 from flow_grpo.runs.config import config_of_file
 from flow_grpo.runs.folder import CONFIG_FILE
 
@@ -91,11 +91,11 @@ def load(start: str) -> ConfigDict:
     if path.suffix == ".json" or (path / CONFIG_FILE).is_file():
         file = path if path.suffix == ".json" else path / CONFIG_FILE
         return config_of_file(file, {"run_name": "", "resume_from": ""})
-    if sd3.first_name(start) not in sd3.RECIPES:
-        nearest = sd3.nearest_recipes(start)
+    if registry.first_name(start) not in registry.RECIPES:
+        nearest = registry.nearest_recipes(start)
         advice = f"did you mean {' or '.join(nearest[:2])}?" if nearest else "`fme ls recipes` lists them."
         raise ConfigError(f"{start!r} is not {WHAT}; {advice}")
-    return sd3.get_config(start)
+    return registry.get_config(start)
 
 
 # --- the words of the command line -------------------------------------------------------------------

@@ -27,7 +27,7 @@ from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEv
 from flow_grpo.files import strict_json
 from flow_grpo.paths import find
 from flow_grpo.policy import ImageModel, Policy
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
@@ -239,6 +239,11 @@ def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
     values += [[name, config.pretrained[name]] for name, usual in USUAL.items() if config.pretrained[name] != usual]
     values.append(Path(config.pretrained.model).name)  # the folder may have moved
     values.append(list(tested))  # their places key the noise
+    if config.pretrained.lora or config.pretrained.skip:  # else as in runs of before
+        values.append([Path(config.pretrained.lora).name, list(config.pretrained.skip)])
+    negatives = {"": config.negative_prompt, **own_negatives(config)}
+    if config.eval.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
+        values.append(sorted(negatives.items()))
     rewards = {name: (weight, config.reward_model.get(name)) for name, weight in reward_weights(config).items()}
     return hashlib.sha256(strict_json([*values, rewards]).encode()).hexdigest()[:16]
 

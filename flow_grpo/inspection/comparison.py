@@ -91,25 +91,25 @@ def draw(
     request: SampleRequest,
 ) -> Iterator[Drawn]:
     """The same request of every model, one after another; a pipeline without additions serves the next one too."""
-    ready: dict[tuple[str, str], ImageModel] = {}
+    ready: dict[Model, ImageModel] = {}
     for model in models:
-        source = model.pipeline, model.revision
-        image_model = ready.pop(source, None)
+        image_model = ready.pop(model.base, None)
         ready.clear()
         if image_model is None:
-            image_model = _load(source, settings, accelerator)
+            image_model = _load(model, settings, accelerator)
         if model.transformer is not None:
             _replace_transformer(image_model, model.transformer)
         loaded = tuple(load_lora(image_model.transformer, path) for path in model.loras)
         samples = draw_samples(image_model, prompts, settings, cast(Run, Bars()), [request])
         if not loaded and model.transformer is None:
-            ready[source] = image_model
+            ready[model.base] = image_model
         yield Drawn(model, samples, loaded)
 
 
-def _load(source: tuple[str, str], settings: Settings, accelerator: Accelerator) -> ImageModel:
+def _load(model: Model, settings: Settings, accelerator: Accelerator) -> ImageModel:
     config = ConfigDict(settings.config.to_dict())
-    config.pretrained.model, config.pretrained.revision = source
+    config.pretrained.model, config.pretrained.revision = model.pipeline, model.revision
+    config.pretrained.lora, config.pretrained.skip = model.merged, model.skip
     changed = replace(settings, config=FrozenConfigDict(config))
     return ImageModel(load_pretrained(changed), changed, accelerator)
 

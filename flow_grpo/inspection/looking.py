@@ -1,7 +1,7 @@
 """How a thing is looked at: which models draw, with which settings. Settled from files alone, before torch is imported.
 
-What belongs to a run is drawn, rewarded and judged as its own configuration says; other models as their pipeline does:
-SD3's 28 steps and guidance 7, or, up to SMALL pixels, as the embedded tiny SD3 is.
+What belongs to a run is drawn, rewarded and judged as its own configuration says; other models as their pipeline draws
+by itself (SD3 with 28 steps and guidance 7), or, up to SMALL pixels, as the embedded tiny SD3 is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flow_grpo.messages import say
 from flow_grpo.models.files import check_on_hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
-from flow_grpo.models.pipeline_files import vae_factor
+from flow_grpo.models.pipeline_files import expected_family, takes_guidance, vae_factor
 from flow_grpo.paths import find
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import get_config, leaves
@@ -37,8 +37,9 @@ from flow_grpo.settings import image_size, resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
-         "use_lora", "lora.", "prompts.test", "reward_fn.", "reward_model.", "eval.", "diversity.")  # fmt: skip
-SD3_STEPS, SD3_GUIDANCE, SD3_LENGTH, SD3_SIDE = 28, 7.0, 256, 1024  # as diffusers' pipeline has them
+         "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "eval.",
+         "diversity.")  # fmt: skip
+HUB_SIDE = 1024  # pixels, as diffusers' pipelines draw
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
@@ -75,6 +76,7 @@ class Options:
     judge: str = ""
     steps: int | None = None
     guidance: float | None = None
+    negative: str | None = None
     tuned_share: tuple[float, float] | None = None
     size: int | None = None
     seed: int | None = None
@@ -92,6 +94,14 @@ class Model:
     revision: str = ""
     loras: tuple[Path, ...] = ()
     transformer: Path | None = None  # of a checkpoint of full fine-tuning
+    merged: str = ""  # config.pretrained.lora
+    skip: tuple[str, ...] = ()  # config.pretrained.skip
+
+    @property
+    def base(self) -> Model:
+        """What it draws with, and nothing added."""
+        name = f"base model {Path(self.pipeline).name}"
+        return replace(self, name=name, loras=(), transformer=None)
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,7 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     values = _values_of(thing)
     config = _config(thing, values, options)
     _set_options(config, options)
+    _settle_negative(config, options)
     rewarded = _set_reward(config, values, options)
     resolve(config, 1, cuda=True)
     model = _model_of(thing, config, options)
@@ -143,7 +154,7 @@ def _base_of(
 ) -> tuple[Model, ...]:
     """What a model is compared with; nothing for a pipeline alone."""
     if against is None and (thing.kind != "pipeline" or model.loras):
-        return (Model(f"base model {Path(model.pipeline).name}", model.pipeline, model.revision),)
+        return (model.base,)
     if against is None and not options.base:
         return ()
     if against is None:
@@ -152,6 +163,7 @@ def _base_of(
     theirs = _config(against, values, options)
     with theirs.unlocked():
         theirs.resolution, theirs.height, theirs.width = config.resolution, config.height, config.width
+    _settle_negative(theirs, options)
     _set_reward(theirs, values, options)
     resolve(theirs, 1, cuda=True)
     base = _model_of(against, theirs, Options(ema=options.ema))
@@ -221,15 +233,16 @@ def _foreign(pipeline: str) -> ConfigDict:
     config.eval.modes = ""
     config.resolution = _side_of(find(pipeline))
     if config.resolution > SMALL:
-        config.eval.num_steps, config.eval.guidance_scale = SD3_STEPS, SD3_GUIDANCE
-        config.max_sequence_length, config.eval.batch_size = SD3_LENGTH, LARGE_BATCH
+        family, guided = expected_family(find(pipeline)), takes_guidance(find(pipeline))
+        config.eval.num_steps, config.eval.guidance_scale = family.num_steps, family.guidance_scale if guided else 1.0
+        config.max_sequence_length, config.eval.batch_size = family.max_sequence_length, LARGE_BATCH
     return config
 
 
 def _side_of(folder: str) -> int:
-    """The images' side in pixels; that of a pipeline of the hub is SD3's."""
+    """The images' side in pixels."""
     if not os.path.isdir(folder):
-        return SD3_SIDE
+        return HUB_SIDE
     transformer = read_object(Path(folder, "transformer/config.json"), "config.pretrained.model: ")
     side = transformer.get("sample_size", 128)
     if type(side) is not int or side < 1:
@@ -241,6 +254,7 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     chosen = {
         "eval.num_steps": options.steps,
         "eval.guidance_scale": options.guidance,
+        "negative_prompt": options.negative,
         "eval.tuned_share": options.tuned_share,
         "resolution": options.size,
         "eval.seed": options.seed,
@@ -261,6 +275,18 @@ def _set_options(config: ConfigDict, options: Options) -> None:
     if options.features:
         set_features(config, options.features)
     check_features(config, max(image_size(config)))
+
+
+def _settle_negative(config: ConfigDict, options: Options) -> None:
+    """A run that is guided in training alone has a negative prompt that is not read here; one that is given must be."""
+    if config.eval.guidance_scale != 1:
+        return
+    if options.negative:
+        raise ConfigError(
+            f"--negative {options.negative!r} is what guidance leads away from, and there is none; --guidance takes "
+            "another number than 1."
+        )
+    config.negative_prompt = ""
 
 
 def set_features(config: ConfigDict, text: str) -> None:
@@ -370,22 +396,23 @@ def _trained_on(thing: Thing) -> str:
 
 
 def _model_of(thing: Thing, config: ConfigDict, options: Options) -> Model:
-    pipeline, revision = config.pretrained.model, config.pretrained.revision
+    start = config.pretrained
     more = tuple(Path(find_lora(text)) for text in options.loras)
+    model = Model("", start.model, start.revision, more, merged=start.lora, skip=tuple(start.skip))
     if thing.kind == "pipeline":
-        return Model(_with_loras(thing.name, more), pipeline, revision, more)
+        return replace(model, name=_with_loras(thing.name, more))
     if thing.kind == "lora" and thing.path is not None:
-        return Model(_with_loras(thing.name, more), pipeline, revision, (thing.path, *more))
+        return replace(model, name=_with_loras(thing.name, more), loras=(thing.path, *more))
     folder = choose_checkpoint(thing.place, deep=True, subject=thing.text).folder
-    if problem := base_mismatch(folder, base_digest(pipeline, revision)):
-        raise ConfigError(f"the base model {pipeline} {problem}")
+    if problem := base_mismatch(folder, base_digest(start)):
+        raise ConfigError(f"the base model {start.model} {problem}")
     weights = folder / (("lora" if config.use_lora else "transformer") + ("_ema" if options.ema else ""))
     if not weights.is_dir():
         raise ConfigError(f"{'--ema: ' if options.ema else ''}{folder} has no {weights.name}/.")
     name = _with_loras(f"{thing.name}-{folder.name}" if thing.kind == "run" else thing.name, more)
     if config.use_lora:
-        return Model(name, pipeline, revision, (weights, *more))
-    return Model(name, pipeline, revision, more, weights)
+        return replace(model, name=name, loras=(weights, *more))
+    return replace(model, name=name, transformer=weights)
 
 
 def find_lora(text: str) -> str:

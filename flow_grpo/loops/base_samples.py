@@ -24,7 +24,7 @@ from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.policy import Policy
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.rules import POSITIVE
@@ -33,6 +33,8 @@ from flow_grpo.settings import Settings, image_size
 
 TILT_FILE = "tilt.json"
 SET_SIZE, REPEATS = 16, 50  # images of a set whose diversity is measured, and sets, of each prompt
+TILT = "lambda {strength:.3g}: the exact law has reward {reward:.4f} (base {base:.4f}), at {kl:.3g} nats from the base"
+TILT_VENDI = "{tilt}, and {vendi:.3f} different images of {n} (base {base:.3f})"
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ def tilt_of(policy: Policy, prompts: PromptDataset, reward: WeightedReward, sett
         return Tilt(config.anchored.strength, config.anchored.variance or math.nan)
     asked_for = _question(config, prompts)
     kept = run.from_main(lambda: _kept(run.folder / TILT_FILE, asked_for))
-    if kept is not None:
+    if kept is not None and run.counters.epoch > 0:  # what an epoch that was not finished has paid is not counted
         return kept
     samples = draw_base_samples(policy, prompts, reward, settings, run)
     variance = config.anchored.variance or samples.variance
     tilt = Tilt(run.from_main(lambda: _strength(samples, config)), variance)
+    if run.is_main:
+        run.tell(_said(samples, tilt.strength, config))
     if run.is_main and run.holds_folder():
         with run.writing(TILT_FILE):
             answer = strict_json({"asked_for": asked_for, **asdict(tilt)}, indent=1)
@@ -91,6 +95,11 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     models = {name: config.reward_model.get(name, "") for name in rewards} | {"base": config.pretrained.model}
     features = dict(config.diversity.items()) if config.anchored.target_diversity > 0 else {}
     question = {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
+    if config.pretrained.lora or config.pretrained.skip:
+        question |= {"lora": config.pretrained.lora, "skip": list(config.pretrained.skip)}
+    negatives = {"": config.negative_prompt, **own_negatives(config)}
+    if config.sample.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
+        question["negatives"] = negatives
     return question | {"models": models, "features": features, "size": list(image_size(config))}
 
 
@@ -121,11 +130,34 @@ def _strength_of_law(samples: BaseSamples, config: FrozenConfigDict) -> float:
     if anchored.target_kl > 0:
         return frontier.strength_for_kl(samples.rewards, anchored.target_kl)
     if anchored.target_diversity > 0:
-        assert samples.features is not None
-        draws = frontier.Draws.of(samples.rewards, SET_SIZE, REPEATS, config.seed)
-        score = frontier.of_features(samples.features, vendi_score)
+        draws, score = _draws(samples, config)
+        base, error = frontier.diversity(draws, 0.0, score)
+        most = math.floor(1000 * (1 - error / base)) / 1000
+        if anchored.target_diversity > most:
+            raise ConfigError(
+                "a share this near to 1 cannot be told from it, as the base's Vendi score is "
+                f"{base:.3f} +- {error:.2g} by these samples; it takes at most {most}."
+            )
         return frontier.strength_for_share(draws, anchored.target_diversity, score)
     return anchored.strength
+
+
+def _draws(samples: BaseSamples, config: FrozenConfigDict) -> tuple[frontier.Draws, frontier.Score]:
+    """Sets of base images, and their Vendi score."""
+    assert samples.features is not None
+    draws = frontier.Draws.of(samples.rewards, SET_SIZE, REPEATS, config.seed)
+    return draws, frontier.of_features(samples.features, vendi_score)
+
+
+def _said(samples: BaseSamples, strength: float, config: FrozenConfigDict) -> str:
+    """What the exact law of this strength is, by the base samples."""
+    base, law = frontier.point(samples.rewards, 0.0), frontier.point(samples.rewards, strength)
+    tilt = TILT.format(strength=strength, reward=law.reward, base=base.reward, kl=law.kl)
+    if samples.features is None:
+        return tilt
+    draws, score = _draws(samples, config)
+    vendi, of_base = (frontier.diversity(draws, at, score)[0] for at in (strength, 0.0))
+    return TILT_VENDI.format(tilt=tilt, vendi=vendi, n=SET_SIZE, base=of_base)
 
 
 def draw_base_samples(

@@ -2,7 +2,8 @@
 
 The order of the prompts is an infinite stream: one keyed permutation of the dataset after another. An epoch takes the
 next `groups` entries, from a position that checkpoints keep, whatever the number of processes; every prompt is used
-once before any is used again, also where the number of groups changes on the way.
+once before any is used again, also where the number of groups changes on the way. Weights and categories of prompts
+make another stream, of the same kind (flow_grpo/randomness.py).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from flow_grpo.loops.shaped import (
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.randomness import keyed_generator, keyed_stream, sample_generators
+from flow_grpo.randomness import balanced_stream, keyed_generator, keyed_stream, sample_generators, weighted_stream
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
@@ -46,7 +47,7 @@ def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int
     """
     sample_ids = torch.arange(plan.images)[plan.process_slice(rank)]  # (N,)
     group_ids = sample_ids // plan.group_size  # (N,)
-    drawn = keyed_stream(len(dataset), seed, "prompts", start=start, count=plan.groups)
+    drawn = _drawn(dataset, seed, start, plan.groups)
     rows = [drawn[group] for group in group_ids.tolist()]
     return PromptBatch(
         prompts=tuple(dataset.prompts[row] for row in rows),
@@ -54,6 +55,15 @@ def epoch_prompts(dataset: PromptDataset, plan: BatchPlan, seed: int, start: int
         sample_ids=sample_ids,
         group_ids=group_ids,
     )
+
+
+def _drawn(dataset: PromptDataset, seed: int, start: int, count: int) -> list[int]:
+    """The places of the prompts at positions start ... start + count - 1 of the stream."""
+    if dataset.weights is not None:
+        return weighted_stream(dataset.weights, seed, "prompts", start, count)
+    if dataset.categories is not None:
+        return balanced_stream(dataset.categories, seed, "prompts", start, count)
+    return keyed_stream(len(dataset), seed, "prompts", start, count)
 
 
 # --- images and their rewards ---------------------------------------------------------------------------

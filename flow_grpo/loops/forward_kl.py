@@ -34,7 +34,7 @@ def accumulate_forward_kl(policy: Policy, run: Run, weight: float) -> Tensor:
     """
     config, count = policy.settings.config, policy.settings.plan.images_per_update
     if policy.base_images is None:
-        policy.base_images = draw_base_images(policy, run)
+        policy.base_images = _paid_once(policy, run)
     base, update = policy.base_images, run.counters.updates + run.counters.nonfinite_updates
     total = count * policy.settings.num_processes
     chosen = keyed_stream(len(base.prompts), config.seed, "forward KL order", start=update * total, count=total)
@@ -54,16 +54,24 @@ def accumulate_forward_kl(policy: Policy, run: Run, weight: float) -> Tensor:
     return loss
 
 
+def _paid_once(policy: Policy, run: Run) -> BaseImages:
+    """The base images; of a run that goes on, which has drawn them before, they are not counted again."""
+    if not run.resumed or run.counters.epoch == 0:
+        return draw_base_images(policy, run)
+    spent = policy.network_evaluations
+    with run.uncounted():
+        images = draw_base_images(policy, run)
+    policy.network_evaluations = spent
+    return images
+
+
 @torch.no_grad()
 def draw_base_images(policy: Policy, run: Run) -> BaseImages:
-    """`forward_kl.images` images of the first training prompts, in turn; processes share them, every one gets all.
-
-    Not counted as training: every session draws them again.
-    """
+    """`forward_kl.images` images of the first training prompts, in turn; processes share them, every one gets all."""
     config, accelerator = policy.settings.config, policy.accelerator
     known = PromptDataset.load(config.prompts.train).prompts
     prompts = [known[n % len(known)] for n in range(config.forward_kl.images)]
-    spent, found = policy.network_evaluations, list[tuple[int, Tensor]]()
+    found: list[tuple[int, Tensor]] = []
     rounds = torch.arange(len(prompts)).split(config.sample.batch_size * accelerator.num_processes)
     for part in run.progress(rounds, "base images"):
         run.check_stop()  # collective: as often on every process
@@ -73,6 +81,5 @@ def draw_base_images(policy: Policy, run: Run) -> BaseImages:
         if drawn:
             latents = policy.sample_base([prompts[n] for n in drawn], generators, config.sample.num_steps)
             found += zip(mine, latents[: len(mine)].cpu(), strict=True)
-    policy.network_evaluations = spent
     images = sorted(gather_object(found), key=lambda image: image[0])
     return BaseImages(tuple(prompts), torch.stack([latents for _, latents in images]))

@@ -1,4 +1,4 @@
-"""LeapAlign: the reward's gradient through two Euler leaps k -> j -> 0 that stand for the whole rollout."""
+"""LeapAlign (arXiv 2604.15311): the reward's gradient through two Euler leaps k -> j -> 0, in place of the rollout."""
 
 from __future__ import annotations
 

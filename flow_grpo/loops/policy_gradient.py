@@ -41,6 +41,10 @@ from flow_grpo.settings import Settings
 from flow_grpo.types import PromptBatch, Trajectory
 
 LOGGED = ("ratio_mean", "clip_fraction", "approx_kl", "log_ratio_mean")  # of each slot that is trained
+WHY_OFF = (
+    "sampling and training compute different velocities, as they do when their guidance, precision or sampler differ, "
+    "or config.train.clip_range = {clip_range} is below the rounding of a log-probability"
+)
 
 
 @dataclass(frozen=True)
@@ -174,9 +178,9 @@ def _train_update(
             ratio_error = torch.maximum(ratio_error, terms.pop("ratio_error"))
             metrics.add(terms, weight=chunk.counted)
     if inner == update == 0:
-        metrics.add(
-            {"ratio_error": check_ratio(policy, ratio_error, config.train.max_ratio_error * config.train.clip_range)}
-        )
+        bound = config.train.max_ratio_error * config.train.clip_range
+        why = WHY_OFF.format(clip_range=config.train.clip_range)
+        metrics.add({"ratio_error": check_ratio(policy, ratio_error, bound, why)})
     metrics.add(apply_update(policy, loss, run))
 
 

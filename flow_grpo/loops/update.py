@@ -20,26 +20,31 @@ def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
     With `train.forward_kl` the gradient of that loss is added first.
 
     The gradients of N processes, each the mean over its share of the update's images, are averaged, so that the update
-    is that of one process with all the images. A non-finite loss or gradient skips the update.
+    is that of one process with all the images. A non-finite loss or gradient skips the update. The learning rate is
+    that of the number of updates applied before: a skipped one does not move its schedule.
 
     Args:
         loss: scalar, this process's loss; decides with the gradients whether the update is finite.
 
     Returns:
-        `loss`, `grad_norm` (before clipping), means over processes; `skipped_updates`, 0 or 1; `forward_kl`, without
-        its weight, of this process.
+        `loss`, `grad_norm` (before clipping), means over processes; `learning_rate`; `skipped_updates`, 0 or 1;
+        `forward_kl`, without its weight, of this process.
 
     Raises:
         TrainingStopped: `train.max_nonfinite_updates` updates in a row were skipped.
     """
-    train, terms = policy.settings.config.train, {}
+    train = policy.settings.config.train
+    terms: dict[str, float] = {}
     if train.forward_kl > 0:
         anchor = accumulate_forward_kl(policy, run, train.forward_kl)
-        loss, terms = loss + train.forward_kl * anchor, {"forward_kl": anchor.item()}
+        loss, terms["forward_kl"] = loss + train.forward_kl * anchor, anchor.item()
     mean_loss = policy.weights.average(loss.detach())
     grad_norm = policy.weights.clip(train.max_grad_norm)
     finite = bool(torch.isfinite(mean_loss) and torch.isfinite(grad_norm))
+    terms["learning_rate"] = policy.learning_rate(run.counters.updates)
     if finite:
+        for group in policy.optimizer.param_groups:
+            group["lr"] = terms["learning_rate"]
         policy.optimizer.step()
         _count_finite(policy, run)
     policy.optimizer.zero_grad()
@@ -75,8 +80,11 @@ def _count_nonfinite(policy: Policy, run: Run, loss: float, grad_norm: float) ->
         )
 
 
-def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
+def check_ratio(policy: Policy, ratio_error: Tensor, bound: float, why: str) -> float:
     """Largest |ratio - 1| over all processes before an epoch's first update, where the weights are the sampling ones.
+
+    Args:
+        why: what the method's ratio is off by where it is, and what would work.
 
     Raises:
         TrainingStopped: it exceeds `bound`. A non-finite error is left to the update, which skips and counts it.
@@ -84,8 +92,7 @@ def check_ratio(policy: Policy, ratio_error: Tensor, bound: float) -> float:
     error = policy.accelerator.gather(ratio_error.reshape(1)).max().item()
     if error > bound:
         raise TrainingStopped(
-            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (max_ratio_error): "
-            f"sampling and training compute different velocities, as they do when their guidance, precision or "
-            f"sampler differ; what was saved is intact"
+            f"the ratio of unchanged weights is off by {error:.3g}, not within {bound:.3g} (config.train."
+            f"max_ratio_error = {policy.settings.config.train.max_ratio_error}): {why}; what was saved is intact"
         )
     return error

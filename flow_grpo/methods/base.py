@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -32,14 +32,16 @@ class Method:
     tiny: Recipe | None = None  # the recipe tiny_sd3_<name>
     sd35: Recipe | None = None  # the recipe pickscore_sd3_<name>
     unread: tuple[str, ...] = ()  # keys of other sections that it does not look at; "drtune.": all of that group
+    only: Mapping[str, Any] = field(default_factory=dict)  # such keys that must have this value, whoever has set it
     needs_base: bool = False  # whether it asks for the base model's velocity, whatever train.beta
 
 
 # Of rewards alone, and of the ratio that GRPO makes of them: nothing that a reward gradient looks at.
 BLACK_BOX_ONLY = (
     "train.num_inner_epochs", "train.clip_range", "train.adv_clip_max", "train.advantage_mode", "train.advantage_std",
-    "train.timestep_fraction", "train.kl_space", "train.ratio_normalization", "train.ratio_probes",
-    "train.max_ratio_error", "sample.sde_window_placement", "sample.sde_window_epochs", "sample.sde_window_stride",
+    "train.timestep_fraction", "train.kl_space", "train.ratio_normalization", "train.ratio", "train.ratio_probes",
+    "train.max_ratio_error", "sample.sde_window_size", "sample.sde_window_range",
+    "sample.sde_window_placement", "sample.sde_window_epochs", "sample.sde_window_stride",
 )  # fmt: skip
 REWARD_GRADIENT_ONLY = ("drtune.",)
 

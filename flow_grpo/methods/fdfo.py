@@ -14,7 +14,7 @@ KEYS = (
         "fdfo.floor", 1e-4, NOT_NEGATIVE, "pairs are skipped whose half difference of latents has no larger mean square"
     ),
 )
-NOT_READ = {
+ONLY = {  # pairs are compared at every step, reward by reward
     "train.ratio": "sde", "train.ratio_normalization": False, "train.timestep_fraction": 1.0,
     "train.kl_space": "gaussian", "train.advantage_mode": "all", "train.advantage_std": "group",
     "sample.sde_window_size": 0,
@@ -22,11 +22,7 @@ NOT_READ = {
 
 
 def check(config: ConfigDict) -> None:
-    """ConfigError for settings of GRPO's ratio and advantages, another sampler than cps, and images without a pair."""
-    for key, value in NOT_READ.items():
-        takes_only(
-            config, key, value, "is for train.method = 'grpo'; pairs are compared at every step, reward by reward"
-        )
+    """ConfigError for weights of advantages, another sampler than cps, and images without a pair."""
     if config.shaping.kind == "distance":
         raise ConfigError(
             "config.shaping.kind = \"distance\" weighs advantages, which train.method = 'fdfo' has none of; it takes "
@@ -76,4 +72,4 @@ def sd35(config: ConfigDict) -> None:
 
 
 UNREAD = (*REWARD_GRADIENT_ONLY, "train.ratio_probes", "train.clip_range", "train.adv_clip_max")
-METHOD = Method("fdfo", "FDFO", False, check, "flow_grpo.loops.fdfo:train_epoch", KEYS, tiny, sd35, UNREAD)
+METHOD = Method("fdfo", "FDFO", False, check, "flow_grpo.loops.fdfo:train_epoch", KEYS, tiny, sd35, UNREAD, ONLY)

@@ -34,14 +34,10 @@ KEYS = (
     Key("forward.beta", 1.0, POSITIVE, "NFT: v_plus/minus = v_old +- beta (v - v_old)"),
     Key("forward.strength", 1.0, POSITIVE, "PEPG, PAR: lambda of the target p_old exp(lambda A)"),
 )
-NOT_READ = {"train.ratio": "sde", "train.ratio_normalization": False, "train.timestep_fraction": 1.0,
-            "train.kl_space": "gaussian"}  # fmt: skip
 
 
 def check(config: ConfigDict) -> None:
-    """ConfigError for settings of GRPO's ratio, single images, windows without stochastic steps, decays of nothing."""
-    for key, value in NOT_READ.items():
-        takes_only(config, key, value, "is for train.method = 'grpo', which has a likelihood of the sampler's steps")
+    """ConfigError for single images, windows without stochastic steps, decays of nothing."""
     sample, forward = config.sample, config.forward
     if sample.num_image_per_prompt < 2:
         raise ConfigError(
@@ -67,24 +63,6 @@ def keeps_old(config: ConfigDict | FrozenConfigDict) -> bool:
 def default(key: str) -> object:
     """Of one of the keys here."""
     return next(k.default for k in KEYS if k.name == key)
-
-
-def check_nft(config: ConfigDict) -> None:
-    """ConfigError, as `check`, and for what only the others read."""
-    check(config)
-    takes_only(config, "forward.strength", default("forward.strength"), "is for PEPG and PAR, whose target it tilts")
-
-
-def check_awm(config: ConfigDict) -> None:
-    """The same."""
-    check_nft(config)
-    takes_only(config, "forward.beta", default("forward.beta"), "is for train.method = 'nft'")
-
-
-def check_tilt(config: ConfigDict) -> None:
-    """The same for PEPG and PAR."""
-    check(config)
-    takes_only(config, "forward.beta", default("forward.beta"), "is for train.method = 'nft'")
 
 
 def _on_tiny(config: ConfigDict) -> None:
@@ -197,8 +175,13 @@ def _tilted(config: ConfigDict) -> None:
 
 UNREAD = (*REWARD_GRADIENT_ONLY, "train.ratio_probes", "train.max_ratio_error")
 NO_RATIO = (*UNREAD, "train.clip_range")  # AWM's is clipped
-NFT = Method("nft", "DiffusionNFT", False, check_nft, LOOP, KEYS, tiny_nft, sd35_nft, NO_RATIO)
-AWM = Method("awm", "AWM", False, check_awm, LOOP, KEYS, tiny_awm, sd35_awm, UNREAD)
-PEPG = Method("pepg", "PEPG", False, check_tilt, LOOP, KEYS, tiny_pepg, sd35_pepg, NO_RATIO)
-PAR = Method("par", "PAR", False, check_tilt, LOOP, KEYS, tiny_par, sd35_par, NO_RATIO)
+NO_STEPS = {  # there is no likelihood of the sampler's steps
+    "train.ratio": "sde", "train.ratio_normalization": False, "train.timestep_fraction": 1.0,
+    "train.kl_space": "gaussian",
+}  # fmt: skip
+NO_BETA, NO_STRENGTH = ({key: default(key)} for key in ("forward.beta", "forward.strength"))
+NFT = Method("nft", "DiffusionNFT", False, check, LOOP, KEYS, tiny_nft, sd35_nft, NO_RATIO, NO_STEPS | NO_STRENGTH)
+AWM = Method("awm", "AWM", False, check, LOOP, KEYS, tiny_awm, sd35_awm, UNREAD, NO_STEPS | NO_STRENGTH | NO_BETA)
+PEPG = Method("pepg", "PEPG", False, check, LOOP, KEYS, tiny_pepg, sd35_pepg, NO_RATIO, NO_STEPS | NO_BETA)
+PAR = Method("par", "PAR", False, check, LOOP, KEYS, tiny_par, sd35_par, NO_RATIO, NO_STEPS | NO_BETA)
 METHODS = (NFT, AWM, PEPG, PAR)

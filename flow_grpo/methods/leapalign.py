@@ -1,4 +1,4 @@
-"""LeapAlign: the settings it takes. Its loop is flow_grpo/loops/leapalign.py."""
+"""LeapAlign (arXiv 2604.15311): the settings it takes. Its loop is flow_grpo/loops/leapalign.py."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check(config: ConfigDict) -> None:
 def tiny(config: ConfigDict) -> None:
     """LeapAlign on the embedded tiny SD3: the gradient through two leaps from two of 10 steps, drawn each time.
 
-    Each leap runs again in the backward pass, and is counted as training twice.
+    arXiv 2604.15311. Each leap runs again in the backward pass, and is counted as training twice.
     Cost of an epoch, on 1 process: 40 images; 400 sampling, 160 training, 0 reference.
     """
     config.train.learning_rate = 3e-3
@@ -44,7 +44,7 @@ def tiny(config: ConfigDict) -> None:
 def sd35(config: ConfigDict) -> None:
     """LeapAlign on SD3.5-medium at 256 pixels, on one GPU: the gradient through two leaps from two of 10 steps.
 
-    Each leap runs again in the backward pass, and is counted as training twice.
+    arXiv 2604.15311. Each leap runs again in the backward pass, and is counted as training twice.
     Cost of an epoch, on 1 process: 48 images; 960 sampling, 384 training, 192 reference.
     """
     config.drtune.two_pass = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ def load_model(pretrained: Any, precision: str) -> ModelFamily:
     """Load the pipeline of `config.pretrained`, each part in its dtype.
 
     Args:
-        pretrained: `model`, a folder or hub id; `revision`; `vae_dtype`; `text_dtype`; `distilled_guidance`.
+        pretrained: `model`, a folder or hub id; `revision`; `skip`; `vae_dtype`; `text_dtype`; `distilled_guidance`.
         precision: "no", "bf16" or "fp16": of the transformer, and of text encoders whose dtype is not given.
+
+    Text encoders in `skip` are None then, as stock pipelines take them, and their files are neither fetched nor read.
 
     Raises:
         ConfigError: it is no pipeline of a known family, or is damaged, or lacks a part of its weights, which the
@@ -47,10 +50,11 @@ def load_model(pretrained: Any, precision: str) -> ModelFamily:
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             folder = find(model)
             if not os.path.isdir(folder):
-                folder = diffusers.DiffusionPipeline.download(folder, revision=pretrained.revision or None)
+                nothing: dict[str, Any] = dict.fromkeys(pretrained.skip)
+                folder = diffusers.DiffusionPipeline.download(folder, revision=pretrained.revision or None, **nothing)
             family = family_of(Path(folder))
             words = family.words
-            pipeline, missing = _load_parts(folder, family, dtypes, text)
+            pipeline, missing = _load_parts(folder, family, dtypes, text, pretrained.skip)
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
@@ -65,13 +69,13 @@ def load_model(pretrained: Any, precision: str) -> ModelFamily:
 
 
 def _load_parts(
-    folder: str, family: Family, dtypes: dict[str, torch.dtype], text: torch.dtype
+    folder: str, family: Family, dtypes: dict[str, torch.dtype], text: torch.dtype, skip: Sequence[str]
 ) -> tuple[Any, list[str]]:
     """The pipeline in a folder, and the names of the weights that its files lack. Parts not in `dtypes` are `text`."""
     kind: Any = getattr(diffusers, family.pipeline)
     index = kind.load_config(folder)
-    optional = (*family.optional, *family.optional.values())
-    parts: dict[str, Any] = {name: None for name in optional if not index.get(name, [None])[0]}
+    optional, left_out = (*family.optional, *family.optional.values()), family.without(skip)
+    parts: dict[str, Any] = {name: None for name in optional if name in left_out or not index.get(name, [None])[0]}
     missing = []
     for name in [name for name in NETWORKS if name in index and name not in parts]:
         library, part = index[name]

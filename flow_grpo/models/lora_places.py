@@ -1,6 +1,7 @@
-"""Which layers of an SD3 transformer the layers of a LoRA's file mean, and at what scale.
+"""Which layers of a transformer the layers of a LoRA's file mean, and at what scale.
 
-Files may name them as diffusers or as SD3's own code does (joint_blocks.0.x_block.attn.qkv, which is three of ours).
+Files may name them as diffusers or as the family's own code does (joint_blocks.0.x_block.attn.qkv, which is three of
+diffusers'): see models/original_names.py.
 """
 
 from __future__ import annotations
@@ -8,26 +9,18 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.lora_files import FORMATS, Layer, LoraFile, read_header
+from flow_grpo.models.original_names import Target, original_names
 
 PREFIXES = re.compile(r"^(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|module\.)")
 FLAT_PREFIXES = re.compile(r"^(?:lora_unet_|lora_transformer_|lycoris_)")
 TEXT_ENCODER = re.compile(r"^(?:base_model\.model\.)?(?:text_encoder|text_model|te\d|lora_te|clip_[lg]|t5xxl)")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A module of the transformer, and which parts of a file's rows are its own: (0,) of 1 is all."""
-
-    module: str
-    chunks: tuple[int, ...] = (0,)
-    of: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,17 +112,17 @@ def _plain(name: str) -> str:
     name = FLAT_PREFIXES.sub("", name)
     while match := PREFIXES.match(name):
         name = name[match.end() :]
-    name = name.replace(".processor.", ".")
-    return f"{name}.0" if name.endswith(".to_out") else name
+    return name.replace(".processor.", ".")
 
 
-def _spellings(modules: Mapping[str, Any]) -> dict[str, tuple[Target, ...]]:
+def _spellings(modules: Collection[str]) -> dict[str, tuple[Target, ...]]:
     """What files may call a module, or several at once: with dots or, as kohya does, underscores.
 
     Underscored names that two modules share are nobody's.
     """
     dotted: dict[str, list[Target]] = {module: [Target(module)] for module in modules}
-    for name, target in _original_names(modules):
+    dotted |= {module.removesuffix(".0"): [Target(module)] for module in modules if module.endswith(".to_out.0")}
+    for name, target in original_names(modules):
         dotted.setdefault(name, []).append(target)
     flat: dict[str, list[list[Target]]] = {}
     for name, targets in dotted.items():
@@ -138,57 +131,10 @@ def _spellings(modules: Mapping[str, Any]) -> dict[str, tuple[Target, ...]]:
     return unique | {name: tuple(targets) for name, targets in dotted.items()}
 
 
-# SD3's own names, as diffusers.loaders.single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers reads them.
-BLOCK = {
-    "attn.to_q": ("x_block.attn.qkv", 0),
-    "attn.to_k": ("x_block.attn.qkv", 1),
-    "attn.to_v": ("x_block.attn.qkv", 2),
-    "attn.to_out.0": ("x_block.attn.proj", None),
-    "attn2.to_q": ("x_block.attn2.qkv", 0),
-    "attn2.to_k": ("x_block.attn2.qkv", 1),
-    "attn2.to_v": ("x_block.attn2.qkv", 2),
-    "attn2.to_out.0": ("x_block.attn2.proj", None),
-    "attn.add_q_proj": ("context_block.attn.qkv", 0),
-    "attn.add_k_proj": ("context_block.attn.qkv", 1),
-    "attn.add_v_proj": ("context_block.attn.qkv", 2),
-    "attn.to_add_out": ("context_block.attn.proj", None),
-    "norm1.linear": ("x_block.adaLN_modulation.1", None),
-    "norm1_context.linear": ("context_block.adaLN_modulation.1", None),
-    "ff.net.0.proj": ("x_block.mlp.fc1", None),
-    "ff.net.2": ("x_block.mlp.fc2", None),
-    "ff_context.net.0.proj": ("context_block.mlp.fc1", None),
-    "ff_context.net.2": ("context_block.mlp.fc2", None),
-}
-OUTSIDE = {
-    "pos_embed.proj": "x_embedder.proj",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    "proj_out": "final_layer.linear",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-}
-
-
-def _original_names(modules: Mapping[str, Any]) -> Iterator[tuple[str, Target]]:
-    """SD3's own name of each module; scale and shift stand in the other order in the norms that end a stream."""
-    blocks = [int(name.split(".")[1]) for name in modules if name.startswith("transformer_blocks.")]
-    ends = {"norm_out.linear", f"transformer_blocks.{max(blocks, default=-1)}.norm1_context.linear"}
-    for module in modules:
-        _, _, rest = module.partition("transformer_blocks.")
-        number, _, inside = rest.partition(".")
-        swapped = ((1, 0), 2) if module in ends else ((0,), 1)
-        if module in OUTSIDE:
-            yield OUTSIDE[module], Target(module, *swapped)
-        elif inside in BLOCK:
-            name, third = BLOCK[inside]
-            yield f"joint_blocks.{number}.{name}", Target(module, *(swapped if third is None else ((third,), 3)))
-
-
 def _check_shapes(file: LoraFile, layer: Layer, target: Target, weight: tuple[int, ...]) -> None:
     """The layer's matrices are of this weight: (out, in) or (out, in, k, k)."""
     a, b = layer.shapes["A"], layer.shapes["B"]
-    rows = weight[0] * (target.of if len(target.chunks) == 1 else 1)
+    rows = weight[0] * target.of // len(target.chunks)
     if a[1:] != weight[1:] or b[0] != rows or math.prod(b[2:]) != 1:
         raise ConfigError(
             f"{file.path} is the LoRA of another model: its {layer.name} has A {a} and B {b}, but the weight of "
@@ -235,7 +181,7 @@ def _check_plan(file: LoraFile, placements: list[Placement]) -> None:
     if not placements:
         first = next(iter(file.layers[0].keys.values()))
         raise ConfigError(
-            f"{file.path}: none of its {len(file.layers)} layers is one of this SD3 transformer's (the first key is "
+            f"{file.path}: none of its {len(file.layers)} layers is one of this transformer's (the first key is "
             f"{first!r}); known are the keys of {FORMATS}."
         )
     seen: dict[str, str] = {}

@@ -73,6 +73,17 @@ def load_lora(transformer: Any, path: str | Path) -> Loaded:
     return Loaded(path.name, adapter, plan.layers, len(file.layers), len(plan.text_encoder), plan.unknown, zero)
 
 
+def merge_lora(transformer: Any, path: str | Path) -> Loaded:
+    """Add a LoRA to the weights themselves, in their own dtype, of a transformer that has none; raises as `load_lora`.
+
+    Below float32 the sum is rounded, as by diffusers' `fuse_lora`.
+    """
+    loaded = load_lora(transformer, path)
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    return loaded
+
+
 def _changes(part: Parts) -> bool:
     """Whether a module's output can differ with it."""
     return bool(part.scale and part.a.any() and part.b.any()) or part.magnitude is not None or part.bias is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from flow_grpo.rules import (
     YES_OR_NO,
     Rule,
     choice,
+    each,
     is_text,
     number,
     only,
@@ -29,7 +30,7 @@ INDEX = "model_index.json"
 PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effect, or are the scheduler's to check
-    "num_train_timesteps": only(1000, "1000, the unit of SD3's noise levels"),
+    "num_train_timesteps": only(1000, "1000, in which the pipelines count time"),
     "invert_sigmas": only(False, "false, as the noise must go down"),
     "stochastic_sampling": only(False, "false, as config.sample.sde_type is what draws noise"),
     "shift": POSITIVE,
@@ -48,13 +49,17 @@ DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shiftin
 }
 
 
-def check_pipeline(model: Path) -> None:
+def check_pipeline(model: Path, skip: Sequence[str] = ()) -> None:
     """The folder is a pipeline's of a known family, with all the parts it names, whole, and a scheduler that is ours.
+
+    Args:
+        skip: text encoders that are done without, as `check_skip` allows.
 
     Raises:
         ConfigError: for the first thing that is not so.
     """
-    index, family = pipeline_index(model), family_of(model)
+    family = family_of(model)
+    index = {name: part for name, part in pipeline_index(model).items() if name not in family.without(skip)}
     for name, part in index.items():
         if (needs := PART_NEEDS.get(name.split("_")[0])) is not None:
             _check_part(model, name, part, needs, family)
@@ -79,21 +84,48 @@ def family_of(model: Path) -> Family:
     return FAMILIES[kind]
 
 
+def check_skip(model: Path, skip: Sequence[str]) -> None:
+    """ConfigError for a name that is none of the text encoders which a family can do without."""
+    family = expected_family(str(model))
+    for name in skip:
+        if name not in family.optional:
+            others = " or ".join(map(repr, family.optional)) or "none"
+            raise ConfigError(
+                f"config.pretrained.skip = {tuple(skip)}: {name!r} is no text encoder that {family.words} can do "
+                f"without; it takes {others}."
+            )
+
+
 def expected_family(model: str) -> Family:
     """The family of a folder; of a hub id whose index is in the cache, or which is known; else SD3.
 
     Raises:
         ConfigError: the folder's, or the index's, class is of none.
     """
+    folder = _known_folder(model)
+    return published_family(model) if folder is None else family_of(folder)
+
+
+def takes_guidance(model: str) -> bool:
+    """Whether classifier-free guidance has an effect; True of a hub id whose index is not in the cache."""
+    folder = _known_folder(model)
+    if folder is None:
+        return True
+    key = family_of(folder).unguided_key
+    return not (key and pipeline_index(folder).get(key))
+
+
+def _known_folder(model: str) -> Path | None:
+    """The folder of a pipeline, or the one in the cache with the index of a hub id."""
     from huggingface_hub import try_to_load_from_cache  # models are mostly folders
 
     if os.path.isdir(model):
-        return family_of(Path(model))
+        return Path(model)
     try:
         index = try_to_load_from_cache(model, INDEX)
     except (OSError, ValueError):  # no name that the hub or the disk could have
-        index = None
-    return family_of(Path(index).parent) if isinstance(index, str) else published_family(model)
+        return None
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def image_sides(model: Path) -> tuple[int, float]:
@@ -115,9 +147,14 @@ def _check_latents(model: Path, family: Family) -> None:
     for key in family.scale_keys:
         _setting(vae, key, FINITE, default=0.0)
     latents = _setting(vae, family.channels_key, whole(1), default=16)
+    for key, rule in family.per_channel.items():
+        _setting(vae, key, each(rule, f"a list of {latents}, each {rule.allowed}", latents, latents), default=None)
     taken, given = latents * family.packing**2, latents * (family.out_packing or family.packing) ** 2
     _setting(transformer, "in_channels", only(taken, f"{taken}, as the VAE's latents have"), default=taken)
-    _setting(transformer, "out_channels", or_null(only(given, f"{given}, or null")), default=None)
+    rule = only(given, f"{given}")
+    _setting(transformer, "out_channels", or_null(rule) if given == taken else rule, default=given)
+    for key in family.fixed.keys() & read_object(transformer, PIPELINE).keys():
+        _setting(transformer, key, family.fixed[key], default=None)
 
 
 def pixels_per_token(model: Path) -> int:
@@ -128,7 +165,7 @@ def pixels_per_token(model: Path) -> int:
 def vae_factor(model: Path) -> int:
     """The side of the square of pixels that is one latent of a pipeline's VAE."""
     family = family_of(model)
-    stages = _setting(Path(model, "vae/config.json"), family.stages_key, family.stages, default=(64,))
+    stages = _setting(Path(model, "vae/config.json"), family.stages_key, family.stages, family.default_stages)
     return 2 ** (len(stages) + family.halvings)
 
 

@@ -5,12 +5,25 @@ To add one: a file with its class (see `flow_grpo.models.base.ModelFamily`), and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from flow_grpo.rules import Rule, each, whole
+from flow_grpo.rules import FINITE, POSITIVE, YES_OR_NO, Rule, each, only, whole
 
 CHANNELS = each(whole(1), "a list of one or more whole numbers", low=1)
+
+
+BOTH_STREAMS = (  # the attention of blocks with a stream of the image and one of the prompt
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +43,22 @@ class Family:
     token_side: int = 0  # in latents; 0: the transformer's patch_size
     stages_key: str = "block_out_channels"  # of the VAE: a list
     stages: Rule = CHANNELS  # what that list is
+    default_stages: tuple[Any, ...] = (64,)  # the library's
     halvings: int = -1  # of the image's side by the VAE, beyond the length of that list
     channels_key: str = "latent_channels"  # of the VAE
     scale_keys: tuple[str, ...] = ("scaling_factor", "shift_factor")  # of the VAE: numbers
+    per_channel: Mapping[str, Rule] = field(default_factory=dict)  # of the VAE: a number for each channel of latents
     out_packing: int = 0  # as packing, of the channels that the transformer puts out; 0: as packing
     side_key: str = ""  # of the transformer: the most tokens along a side; empty: no limit
+    num_steps: int = 28  # with the next two: of the stock pipeline's own call
+    guidance_scale: float = 7.0
+    max_sequence_length: int = 256
+    unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
+    fixed: Mapping[str, Rule] = field(default_factory=dict)  # settings of the transformer that its pipeline needs so
+
+    def without(self, skip: Sequence[str]) -> set[str]:
+        """The parts that are not read without these text encoders: they and their tokenizers."""
+        return {*skip, *(self.optional[encoder] for encoder in skip)}
 
 
 SD3 = Family(
@@ -43,23 +67,95 @@ SD3 = Family(
     pipeline="StableDiffusion3Pipeline",
     place="flow_grpo.models.sd3:SD3",
     pixels_per_token=16,
-    lora_targets=(
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    ),
+    lora_targets=BOTH_STREAMS,
     clips={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     optional={"text_encoder_3": "tokenizer_3"},
     optional_words="the T5, text_encoder_3,",
     side_key="pos_embed_max_size",
 )
 
-FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3,)}
+FLUX = Family(
+    words="a FLUX.1 pipeline",
+    published=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.1-Krea"),
+    pipeline="FluxPipeline",
+    place="flow_grpo.models.flux:Flux",
+    pixels_per_token=16,
+    lora_targets=BOTH_STREAMS,  # the single blocks' queries, keys and values among them
+    clips={"tokenizer": "text_encoder"},
+    packing=2,
+    token_side=2,
+    guidance_scale=1.0,
+    max_sequence_length=512,
+)
+
+FLUX2_KLEIN = Family(
+    words="a FLUX.2-klein pipeline",
+    published=("black-forest-labs/FLUX.2-klein",),
+    pipeline="Flux2KleinPipeline",
+    place="flow_grpo.models.flux2_klein:Flux2Klein",
+    pixels_per_token=16,
+    lora_targets=(*BOTH_STREAMS, "attn.to_qkv_mlp_proj"),  # the last, of the single blocks
+    packing=2,
+    token_side=2,
+    scale_keys=(),
+    num_steps=50,
+    guidance_scale=4.0,
+    max_sequence_length=512,
+    unguided_key="is_distilled",
+)
+
+QWEN_IMAGE = Family(
+    words="a Qwen-Image pipeline",
+    published=("Qwen/Qwen-Image",),
+    pipeline="QwenImagePipeline",
+    place="flow_grpo.models.qwen_image:QwenImage",
+    pixels_per_token=16,
+    lora_targets=(  # Flow-GRPO's
+        *BOTH_STREAMS,
+        "img_mlp.net.0.proj",
+        "img_mlp.net.2",
+        "txt_mlp.net.0.proj",
+        "txt_mlp.net.2",
+    ),
+    packing=2,
+    out_packing=1,
+    token_side=2,
+    stages_key="temperal_downsample",
+    stages=each(YES_OR_NO, "a list of one or more of true and false", low=1),
+    default_stages=(False, True, True),
+    halvings=0,
+    channels_key="z_dim",
+    scale_keys=(),
+    per_channel={"latents_mean": FINITE, "latents_std": POSITIVE},
+    num_steps=50,
+    guidance_scale=4.0,
+    max_sequence_length=512,
+    fixed={
+        "patch_size": only(2, "2, the side of its tokens"),
+        "guidance_embeds": only(False, "false, as the transformer of diffusers 0.42 cannot run with it"),
+        "use_additional_t_cond": only(False, "false, as QwenImagePipeline gives no second time"),
+        "use_layer3d_rope": only(False, "false, as an image is one layer"),
+    },
+)
+
+Z_IMAGE = Family(
+    words="a Z-Image pipeline",
+    published=("Tongyi-MAI/Z-Image",),
+    pipeline="ZImagePipeline",
+    place="flow_grpo.models.z_image:ZImage",
+    pixels_per_token=16,
+    lora_targets=("attention.to_k", "attention.to_out.0", "attention.to_q", "attention.to_v"),  # of diffusers' example
+    token_side=2,
+    num_steps=50,
+    guidance_scale=6.0,  # the stock one, 5, plus 1
+    max_sequence_length=512,
+    fixed={
+        "all_patch_size": only([2], "[2], the side of its tokens"),
+        "all_f_patch_size": only([1], "[1], as an image is one frame"),
+    },
+)
+
+FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX, FLUX2_KLEIN, QWEN_IMAGE, Z_IMAGE)}
 
 
 def published_family(model: str) -> Family:

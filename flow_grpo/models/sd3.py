@@ -64,7 +64,7 @@ class SD3:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1], float32."""
         scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, C, h, w)."""

@@ -29,6 +29,10 @@ from flow_grpo.rules import (
     whole,
 )
 
+ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
+DECAYING = ("linear", "cosine", "cosine_with_restarts", "polynomial")  # schedules that need to know their end
+SCHEDULES = ("constant", "constant_with_warmup", *DECAYING)
+
 
 def _of_methods() -> dict[str, tuple[Key, ...]]:
     """The settings that only some methods read, by a title that names them."""
@@ -121,6 +125,18 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "pretrained.model", "assets/tiny_sd3", FILLED, "a diffusers pipeline of a known family: directory or hub id"
         ),
         Key("pretrained.revision", "", TEXT, "hub revision; empty: the default branch"),
+        Key(
+            "pretrained.lora",
+            "",
+            TEXT,
+            "a LoRA of any trainer, .safetensors file or folder, merged into the model before it is trained",
+        ),
+        Key(
+            "pretrained.skip",
+            (),
+            each(FILLED, "a tuple of names of text encoders, or ()"),
+            'text encoders to do without, whose files are not read; of SD3 ("text_encoder_3",), its T5',
+        ),
         Key("pretrained.vae_dtype", "fp32", choice("fp32", "bf16"), '"fp32" or "bf16": dtype of the autoencoder'),
         Key(
             "pretrained.text_dtype",
@@ -137,7 +153,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("resolution", 32, whole(1), "height and width of the images, in pixels"),
         Key("height", 0, whole(0), "height of the images, in pixels; 0: that of resolution"),
         Key("width", 0, whole(0), "width of the images, in pixels; 0: that of resolution"),
-        Key("max_sequence_length", 8, whole(1, 512), "tokens given to the T5 encoder"),
+        Key(
+            "max_sequence_length",
+            8,
+            whole(1, 512),
+            "tokens of a prompt: of the T5, or of the language model, whose chat template counts",
+        ),
         Key(
             "mixed_precision",
             "no",
@@ -177,6 +198,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             FILLED,
             "prompts whose images' diversity is measured",
         ),
+        Key(
+            "negative_prompt",
+            "",
+            TEXT,
+            'what guidance leads away from; a .jsonl may say "negative_prompt" of each prompt instead',
+        ),
     ),
     "rewards: the training reward is the sum of weight * reward over the non-zero weights": (
         *(Key(f"reward_fn.{reward.name}", 0.0, FINITE, reward.meaning) for reward in REWARDS.values()),
@@ -209,13 +236,13 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "sample.sde_window_size",
             0,
             whole(0),
-            "GRPO: so many consecutive stochastic (trained) steps, the rest ODE; 0: all",
+            "so many consecutive stochastic steps, which GRPO trains, the rest ODE; 0: all",
         ),
         Key(
             "sample.sde_window_range",
             (0, 0),
             each(whole(0), "two whole numbers, (first, one past the last)", low=2, high=2),
-            "GRPO: first and one-past-last step the window may cover; (0, 0): all",
+            "first and one-past-last step the window may cover; (0, 0): all",
         ),
         Key(
             "sample.sde_window_placement",
@@ -226,21 +253,53 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("sample.sde_window_epochs", 25, whole(1), "sliding: epochs before the window moves on"),
         Key("sample.sde_window_stride", 1, whole(1), "sliding: by how many steps it moves on"),
         Key("sample.groups_per_epoch", 10, whole(1), "prompts drawn per epoch, over all processes"),
+        Key(
+            "sample.prompt_sampling",
+            "uniform",
+            choice("uniform", "weighted", "balanced"),
+            '"uniform"; "weighted": by the "weight" of each line of a .jsonl; "balanced": every category as often',
+        ),
+        Key("sample.prompt_category", "category", FILLED, "balanced: what a line calls the category of its prompt"),
         Key("sample.num_image_per_prompt", 8, whole(1), "group size: images per drawn prompt"),
         Key(
             "sample.batch_size",
             80,
             whole(1),
-            "GRPO: images per forward, per process; in bf16 and fp16, train.batch_size is taken",
+            "by rewards alone: images per forward, per process; GRPO and FDFO in bf16 and fp16: train.batch_size",
         ),
     ),
     "training, both loops": (
         Key("train.batch_size", 40, whole(1), "images per forward and backward, per process"),
         Key("train.updates_per_epoch", 2, whole(1), "optimizer steps into which an epoch's images are divided"),
-        Key("train.learning_rate", 1e-3, POSITIVE, "AdamW's"),
+        Key(
+            "train.learning_rate",
+            1e-3,
+            number("a number from 1e-15 to 1", lambda x: 1e-15 <= x <= 1),
+            "AdamW's; with a schedule, its highest",
+        ),
+        Key(
+            "train.lr_scheduler",
+            "constant",
+            choice(*SCHEDULES),
+            f"diffusers' schedule of the learning rate: {', '.join(SCHEDULES)}",
+        ),
+        Key(
+            "train.lr_warmup_steps",
+            0,
+            whole(0),
+            'optimizer updates in which the rate rises from 0, the first one\'s; not for "constant"',
+        ),
+        Key(
+            "train.lr_total_steps",
+            0,
+            whole(0),
+            "updates after which the schedule ends, and its last rate stays; 0: those of num_epochs",
+        ),
+        Key("train.lr_num_cycles", 1, whole(1), '"cosine_with_restarts": falls from the full rate to 0'),
+        Key("train.lr_power", 1.0, POSITIVE, '"polynomial": of the fall'),
         Key("train.adam_beta1", 0.9, BELOW_ONE, "AdamW: decay of the gradient's average"),
         Key("train.adam_beta2", 0.999, BELOW_ONE, "AdamW: decay of the average of its square"),
-        Key("train.adam_weight_decay", 1e-4, NOT_NEGATIVE, "AdamW: decoupled"),
+        Key("train.adam_weight_decay", 1e-4, number("a number from 0 to 1", lambda x: 0 <= x <= 1), "AdamW: decoupled"),
         Key("train.adam_epsilon", 1e-8, POSITIVE, "AdamW: added to the root of the average square"),
         Key("train.max_grad_norm", 1.0, POSITIVE, "gradients are clipped to this norm"),
         Key("train.beta", 0.0, NOT_NEGATIVE, "weight of the KL divergence to the reference model"),
@@ -261,57 +320,57 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key("train.ema_decay", 0.9, BELOW_ONE, "reached from below: update t decays by min((1 + t) / (10 + t), this)"),
         Key("train.max_nonfinite_updates", 5, whole(1), "so many skipped updates in a row stop the run"),
     ),
-    "GRPO only": (
+    "by rewards alone: GRPO and its kin; where none is named, all read it": (
         Key("train.num_inner_epochs", 1, whole(1, 1_000_000), "passes over an epoch's samples"),
         Key(
             "train.clip_range",
             1e-3,
             number("a number above 0 and below 1", lambda x: 0 < x < 1),
-            "the ratio is clipped to [1 - c, 1 + c]",
+            "GRPO, AWM: the ratio is clipped to [1 - c, 1 + c]",
         ),
-        Key("train.adv_clip_max", 5.0, POSITIVE, "advantages are clamped to +-this"),
+        Key("train.adv_clip_max", 5.0, POSITIVE, "all but FDFO: advantages are clamped to +-this"),
         Key(
             "train.advantage_mode",
             "all",
             choice("all", "positive", "negative", "weighted"),
-            '"all", "positive", "negative" or "weighted"',
+            'all but FDFO: advantages that train, "all", "positive", "negative", or "weighted": the positive by 0.1',
         ),
         Key(
             "train.advantage_std",
             "group",
             choice("group", "batch", "none"),
-            'what rewards are divided by: the std of their "group", of the whole "batch" (the epoch), or "none"',
+            'all but FDFO: rewards are divided by the std of their "group", of the "batch" (the epoch), or by "none"',
         ),
         Key(
             "train.timestep_fraction",
             1.0,
             number("a number above 0 and at most 1", lambda x: 0 < x <= 1),
-            "train on this fraction of the stochastic steps, drawn per update",
+            "GRPO: train on this fraction of the stochastic steps, drawn per update",
         ),
         Key(
             "train.kl_space",
             "gaussian",
             choice("gaussian", "velocity"),
-            '"gaussian": KL of the step\'s Gaussians; "velocity": squared difference',
+            'GRPO: "gaussian", KL of the step\'s Gaussians, or "velocity", squared difference',
         ),
-        Key("train.ratio_normalization", False, YES_OR_NO, "GRPO-Guard's normalised ratio"),
+        Key("train.ratio_normalization", False, YES_OR_NO, "GRPO: GRPO-Guard's normalised ratio"),
         Key(
             "train.ratio",
             "sde",
             choice("sde", "ode_step", "ode_path", "cfm"),
-            '"sde", "ode_step", "ode_path" or "cfm": flow_grpo/likelihood_ratio.py',
+            'GRPO: "sde", "ode_step", "ode_path" or "cfm", of flow_grpo/likelihood_ratio.py',
         ),
         Key(
             "train.ratio_probes",
             1,
             whole(0, 100_000),
-            '"ode_*": probes of a divergence, 0: the exact trace; "cfm": draws of (noise, time)',
+            'GRPO: probes of a divergence of "ode_*", 0: the exact trace; draws of (noise, time) of "cfm"',
         ),
         Key(
             "train.max_ratio_error",
             1.0,
             POSITIVE,
-            "|ratio - 1| allowed before an epoch's first update, in units of clip_range",
+            "GRPO, FDFO: |ratio - 1| allowed before an epoch's first update, in units of clip_range or fdfo.epsilon",
         ),
     ),
     "diversity in the objective: what an image's difference from its group adds": (
@@ -493,9 +552,10 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # On resuming a run, a change of these would change what is drawn or measured from there on.
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision",
-    "use_lora", "lora.", "prompts.", "reward_fn.", "reward_model.", "shaping.", "use_reward_gradient", "sample.",
-    "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio", "train.timestep_fraction", "drtune.", "eval.",
-    "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob", "eval_forward_kl", "forward_kl.",
+    "use_lora", "lora.", "prompts.", "negative_prompt", "reward_fn.", "reward_model.", "shaping.",
+    "use_reward_gradient", "sample.", "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio",
+    "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob",
+    "eval_forward_kl", "forward_kl.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names

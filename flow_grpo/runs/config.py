@@ -18,8 +18,8 @@ from flow_grpo.recipes.base import by_present_names, get_config, leaves
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, flatten, run_config
 
 # Keys, and groups of them, whose values may be paths.
-PATHS = ("pretrained.model", "prompts.", "reward_model.", "eval.judge", "eval.modes", "diversity.model",
-         "diversity.pretrained")  # fmt: skip
+PATHS = ("pretrained.model", "pretrained.lora", "prompts.", "reward_model.", "eval.judge", "eval.modes",
+         "diversity.model", "diversity.pretrained")  # fmt: skip
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int | None = 1) -> ConfigDict:

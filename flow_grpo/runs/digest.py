@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ml_collections import ConfigDict, FrozenConfigDict
+
 from flow_grpo.files import read_object, sha256
+from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
+from flow_grpo.models.pipeline_files import family_of
 from flow_grpo.paths import find
 from flow_grpo.runs.saved import checkpoint_state
 
@@ -17,17 +22,19 @@ INDEX = "model_index.json"
 NOT_CONTENT = "scheduler"  # settings of the sampler, not of the weights
 
 
-def base_digest(model: str, revision: str = "") -> str | None:
-    """SHA-256 over the files of a pipeline's parts; None for a hub's model that is not in its cache.
+def base_digest(pretrained: ConfigDict | FrozenConfigDict) -> str | None:
+    """SHA-256 over the files of a pipeline's parts, and of the LoRA that is merged into it.
 
-    Large files of the hub's cache are links to names that are their digests: those are not read.
+    None for a hub's model that is not in its cache. Large files of that cache are links to names that are their
+    digests: those are not read, nor are the parts that `config.pretrained.skip` leaves out.
 
     Args:
-        model: folder or hub id, as `config.pretrained.model`.
+        pretrained: `config.pretrained`.
 
     Raises:
         ConfigError: a file cannot be read.
     """
+    model, revision = pretrained.model, pretrained.revision
     folder = Path(find(model))
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -36,16 +43,25 @@ def base_digest(model: str, revision: str = "") -> str | None:
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
-    files = _files(folder)
+    files = _files(folder, pretrained.skip)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(_digest, files)
         lines = [f"{file.relative_to(folder).as_posix()} {found}\n" for file, found in zip(files, digests, strict=True)]
+    if pretrained.lora:
+        lines += [f"lora {sha256(file)}\n" for file in _lora_files(Path(find(pretrained.lora)))]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
+def _lora_files(path: Path) -> list[Path]:
+    """The weights of a LoRA, and the settings beside them."""
+    file = read_lora(path).path
+    return [file, *(settings for settings in [file.parent / PEFT_CONFIG] if settings.is_file())]
+
+
+def _files(folder: Path, skip: Sequence[str]) -> list[Path]:
     """What a pipeline loads of its parts: the folders that its index names."""
-    parts = [name for name in read_object(folder / INDEX) if (folder / name).is_dir() and name != NOT_CONTENT]
+    unread = {NOT_CONTENT, *(family_of(folder).without(skip) if skip else ())}
+    parts = [name for name in read_object(folder / INDEX) if (folder / name).is_dir() and name not in unread]
     return sorted(f for part in parts for f in (folder / part).rglob("*") if f.suffix in READ and f.is_file())
 
 
@@ -56,6 +72,12 @@ def _digest(file: Path) -> str:
         if re.fullmatch(r"[0-9a-f]{64}", target):
             return target
     return sha256(file)
+
+
+def base_words(pretrained: ConfigDict | FrozenConfigDict) -> str:
+    """The base model, as sentences of its mismatch begin."""
+    merged = f", with config.pretrained.lora = {pretrained.lora!r}," if pretrained.lora else ""
+    return f"config.pretrained.model = {pretrained.model!r}{merged}"
 
 
 def base_mismatch(checkpoint: Path, digest: str | None) -> str | None:

@@ -22,8 +22,8 @@ from flow_grpo.runs.history import deciding_metric, salvage_history
 
 PATIENCE, DROP, FLOOR = "guard.patience", "guard.max_drop", "guard.diversity_floor"
 WHY = {
-    PATIENCE: "{metric} {value:.4f} is no better than {best:.4f} of epoch {epoch}, {count} evaluations before "
-    "({guard} = {setting})",
+    PATIENCE: "{metric} {value:.4f} is no better than {best:.4f} of epoch {epoch} (evaluations since then: "
+    "{count}; {guard} = {setting})",
     DROP: "{metric} {value:.4f} is below {limit:.4f}, its best, {best:.4f} of epoch {epoch}, less {guard} = {setting}",
     FLOOR: "{metric} {value:.4f} is below {limit:.4f}, the base's {best:.4f} times {guard} = {setting}",
 }

@@ -12,12 +12,15 @@ from tqdm import tqdm
 
 @dataclass
 class Counters:
-    """What training has spent so far, over all processes; evaluation is not counted."""
+    """What training has spent so far, over all processes; evaluation is not counted.
+
+    Seconds and evaluations include what a method, or the forward KL, draws of the base model: once a run.
+    """
 
     epoch: int = 0  # epochs completed
     seconds: float = 0.0
     network_evaluations: int = 0  # transformer forwards x images
-    images: int = 0  # images sampled
+    images: int = 0  # images sampled to train on; base images are not among them
     updates: int = 0  # optimizer steps taken
     nonfinite_updates: int = 0  # updates skipped for a non-finite loss or gradient
     groups: int = 0  # prompts drawn: the position in the stream of prompts

@@ -24,6 +24,8 @@ def weights_record(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
     """The keys that decide whether a checkpoint's weights fit a run, with their values; plain data for state.json."""
     record: dict[str, Any] = {
         "pretrained.model": Path(config.pretrained.model).name,  # the folder may have moved
+        "pretrained.lora": Path(config.pretrained.lora).name,
+        "pretrained.skip": list(config.pretrained.skip),
         "mixed_precision": config.mixed_precision,
         "train.ema": config.train.ema,
         "use_lora": config.use_lora,
@@ -36,7 +38,7 @@ def weights_record(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
 
 def weights_mismatch(config: ConfigDict | FrozenConfigDict, state: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """The first key whose value, and the value that a checkpoint was made with, differ; None: its weights fit."""
-    made_with = state["weights"]
+    made_with = {"pretrained.lora": "", "pretrained.skip": [], **state["weights"]}  # of before there were these two
     differing = ((k, v, made_with.get(k)) for k, v in weights_record(config).items() if made_with.get(k) != v)
     return next(differing, None)
 

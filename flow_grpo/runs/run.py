@@ -28,7 +28,7 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import write_atomically
 from flow_grpo.messages import say
 from flow_grpo.runs.dashboard import Description, pixels_of
-from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.digest import base_digest, base_mismatch, base_words
 from flow_grpo.runs.environment import write_records
 from flow_grpo.runs.evaluations import LABELS, read_record
 from flow_grpo.runs.folder import (
@@ -85,6 +85,7 @@ class Run:
         self._opened: OpenFolder | None = None  # of the main process
         self._failure = ""  # why the main process can no longer write metrics
         self._told: set[str] = set()
+        self._uncounted = 0.0  # seconds
         self._logged = False  # whether there is a history, which must not vanish
         self._start_trackers: Callable[[], list[Board]] | None = None  # of the main process, until it has been called
         self.folder, self.resumed, self.checkpoint = self.from_main(self._open)
@@ -118,8 +119,7 @@ class Run:
     @cached_property
     def base_sha256(self) -> str | None:
         """Digest of the base model's files; None where they cannot be found."""
-        pretrained = self.settings.config.pretrained
-        return base_digest(pretrained.model, pretrained.revision)
+        return base_digest(self.settings.config.pretrained)
 
     # --- metrics and images ---------------------------------------------------------------------------
 
@@ -283,11 +283,22 @@ class Run:
         Collective: every process must enter it, and all are given the main process's time, so that they take the
         same decision on `config.max_seconds`. A block that raises is not counted.
         """
-        start = time.perf_counter()
+        start, self._uncounted = self._now(), 0.0
         yield
+        self.counters.seconds += self._broadcast(self._now() - start - self._uncounted)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Within `timer`: the wall time of a block that only does again what the run has paid for."""
+        start = self._now()
+        yield
+        self._uncounted += self._now() - start
+
+    def _now(self) -> float:
+        """Seconds, once the GPU's queue is empty."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
-        self.counters.seconds += self._broadcast(time.perf_counter() - start)
+        return time.perf_counter()
 
     def finish(self, exit_code: int = 0) -> None:
         """Close the trackers, leave the process group, and unlock the folder. Nothing can be logged afterwards.
@@ -339,7 +350,7 @@ class Run:
     def _check_base(self, checkpoint: Path) -> None:
         """ConfigError if the checkpoint is of other base weights than those in the configuration's folder."""
         if problem := base_mismatch(checkpoint, self.base_sha256):
-            raise ConfigError(f"config.pretrained.model = {self.settings.config.pretrained.model!r} {problem}")
+            raise ConfigError(f"{base_words(self.settings.config.pretrained)} {problem}")
 
     def _begin(self) -> str:
         """Write the records and choose the trackers; the run's id."""

@@ -14,7 +14,7 @@ from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.launch import launch, one_of_many
 from flow_grpo.methods.base import Method
 from flow_grpo.policy import Policy
-from flow_grpo.prompts import PromptDataset
+from flow_grpo.prompts import PromptDataset, training_prompts
 from flow_grpo.rewards import WeightedReward, build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.stopping import watching
@@ -62,8 +62,10 @@ def open_training(config: ConfigDict) -> Iterator[Training]:
     with watching() as stop, one_of_many(stop):
         settings, accelerator = launch(config)
         config = settings.config
-        prompts, test_prompts = PromptDataset.load(config.prompts.train), PromptDataset.load(config.prompts.test)
+        prompts, test_prompts = training_prompts(config), PromptDataset.load(config.prompts.test)
         with Run(settings, accelerator, stop) as run:
+            if said := words.unread_negatives(config):
+                run.tell(said)
             reward = build_reward(config, accelerator.device)
             policy = Policy.load(settings, accelerator)
             evaluators = build_evaluators(policy, reward, settings, run)

@@ -12,6 +12,7 @@ from flow_grpo.evaluators.evaluation import Evaluator, evaluate
 from flow_grpo.page.build import build_page
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
+from flow_grpo.recipes.base import ENDLESS
 from flow_grpo.rewards import WeightedReward
 from flow_grpo.runs.evaluations import copy_base
 from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
@@ -23,8 +24,6 @@ from flow_grpo.settings import Settings
 from flow_grpo.training import words as training_words
 from flow_grpo.training.checkpoint import Saver, Score, best_checkpoint, scores_of
 from flow_grpo.training.performance import performance
-
-ENDLESS = 100_000  # epochs, of a run that the clock is meant to end
 
 TrainEpoch = Callable[[Policy, PromptDataset, WeightedReward, Settings, Run], dict[str, float]]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.runs.digest import base_digest, base_mismatch
+from flow_grpo.runs.digest import base_digest, base_mismatch, base_words
 from flow_grpo.runs.resuming import weights_mismatch
 from flow_grpo.runs.saved import checkpoint_damage, checkpoint_state, finished_checkpoints
 
@@ -47,7 +47,7 @@ def choose_models(run: Path, chosen: str, config: ConfigDict, ema: bool) -> list
     models = [
         Model(found[step].name if step else "base", step, found[step] if step else None) for step in sorted(steps)
     ]
-    digest = base_digest(config.pretrained.model, config.pretrained.revision)
+    digest = base_digest(config.pretrained)
     for model in models:
         _check_weights(model, config, digest)
     return models
@@ -79,7 +79,7 @@ def _check_weights(model: Model, config: ConfigDict, digest: str | None) -> None
             f"config.{key} of the run is {value!r}, but the checkpoint {model.folder} was made with {made_with!r}."
         )
     if problem := base_mismatch(model.folder, digest):
-        raise ConfigError(f"config.pretrained.model = {config.pretrained.model!r} of the run {problem}")
+        raise ConfigError(f"{base_words(config.pretrained)} of the run {problem}")
 
 
 def load_weights(policy: Policy, model: Model, base: Sequence[Tensor], ema: bool) -> None:

@@ -6,7 +6,9 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+from ml_collections import FrozenConfigDict
 
+from flow_grpo.prompts import PromptDataset
 from flow_grpo.runs.folder import PAGE_FILE
 from flow_grpo.runs.record import Record
 
@@ -21,6 +23,9 @@ STOPPED = "ended early, after epoch {epoch}: {why}; {best}"
 BEST, NO_BEST = "the best checkpoint is {path}", "no checkpoint is called the best"
 NOT_BETTER = "no checkpoint is better than the base model, {value:.4f}"
 UNKNOWN_BASE = "the base model's {diversity} is not known: guard.diversity_floor watches nothing"
+UNREAD_NEGATIVES = (
+    "the negative prompts in {path} are not read: without guidance ({key} = 1) there is nothing to lead away from"
+)
 GO_ON = "go on with `fme train --resume {folder}`"
 BASE, EPOCH = "base model", "epoch {epoch}, {seconds:.0f} s"
 REWARD, REWARD_CHANGE = "reward {reward:.4f}", " ({difference:+.4f} ± {half:.4f})"
@@ -44,6 +49,15 @@ def stopped(epoch: int, why: str, best: Path | None, unbeaten: float | None) -> 
     """What a guard says that ends a run; `unbeaten`: the base model's value, where no checkpoint has a higher one."""
     words = NO_BEST if best is None else BEST.format(path=best)
     return STOPPED.format(epoch=epoch, why=why, best=words if unbeaten is None else NOT_BETTER.format(value=unbeaten))
+
+
+def unread_negatives(config: FrozenConfigDict) -> str:
+    """What is said of a file whose prompts have negative ones that nothing reads; empty: there is none."""
+    for name, kind in (("train", "sample"), ("test", "eval")):
+        path = config.prompts[name]
+        if config[kind].guidance_scale == 1 and PromptDataset.load(path).negatives:
+            return UNREAD_NEGATIVES.format(path=path, key=f"config.{kind}.guidance_scale")
+    return ""
 
 
 def go_on(folder: Path) -> str:

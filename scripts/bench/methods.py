@@ -98,7 +98,7 @@ def _epoch_of(name: str, folder: str, accelerator: Accelerator, stack: ExitStack
     from flow_grpo import places
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
-    from flow_grpo.recipes.sd3 import get_config
+    from flow_grpo.recipes.registry import get_config
     from flow_grpo.rewards import build_reward
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import resolve
@@ -176,7 +176,7 @@ def _base_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from flow_grpo.evaluators.evaluation import draw_samples, sample_evaluators
     from flow_grpo.policy import ImageModel, load_pretrained
     from flow_grpo.prompts import PromptDataset
-    from flow_grpo.recipes.sd3 import get_config
+    from flow_grpo.recipes.registry import get_config
     from flow_grpo.rewards import build_reward
     from flow_grpo.runs.progress import Bars
     from flow_grpo.settings import resolve

@@ -149,7 +149,7 @@ def _over_both(share: Share, n: int, m: int) -> Interval:
 
 def recipe(changes: Mapping[str, Any]) -> ConfigDict:
     """The study's GRPO, with some keys changed."""
-    from flow_grpo.recipes.sd3 import get_config
+    from flow_grpo.recipes.registry import get_config
 
     config = get_config(RECIPE)
     config.update_from_flattened_dict({**plan.GRPO, "seed": SEED, "num_threads": 1, **changes})

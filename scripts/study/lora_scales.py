@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.recipes.registry import get_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 

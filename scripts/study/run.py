@@ -46,7 +46,7 @@ def state_of(run: StudyRun, out: Path) -> State:
 
     Raises ConfigError where the folder is damaged.
     """
-    from flow_grpo.recipes.sd3 import get_config
+    from flow_grpo.recipes.registry import get_config
     from flow_grpo.runs.config import read_config
     from flow_grpo.runs.folder import flatten
     from flow_grpo.runs.guards import early_stop

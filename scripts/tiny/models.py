@@ -60,12 +60,12 @@ def build_clip_tokenizer(corpus: Sequence[str], length: int = PROMPT_LENGTH) -> 
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
 
 
-def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
+def learn_merges(words: Counter[str], end: str = END) -> list[tuple[str, str]]:
     """Byte-pair encoding (arXiv 1508.07909) to its end: merge the commonest pair until each word is one token.
 
     Ties go to the alphabet, so that every build is the same; those of the `tokenizers` library are not.
     """
-    spellings = {word: [*word[:-1], word[-1] + END] for word in words}
+    spellings = {word: [*word[:-1], word[-1] + end] for word in words}
     merges: list[tuple[str, str]] = []
     while True:
         pairs: Counter[tuple[str, str]] = Counter()

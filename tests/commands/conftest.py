@@ -8,7 +8,7 @@ import json
 import pytest
 
 from flow_grpo.commands import cli, train
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.recipes.registry import get_config
 from tests.synthetic_runs import ENVIRONMENT
 
 

@@ -11,7 +11,7 @@ import pytest
 from flow_grpo.commands import demo, main
 from flow_grpo.commands.demo import METHODS
 from flow_grpo.recipes.base import get_config as base_config
-from flow_grpo.recipes.sd3 import INTENDED_PROCESSES, NAMES, get_config
+from flow_grpo.recipes.registry import INTENDED_PROCESSES, NAMES, get_config
 from flow_grpo.settings import resolve
 from tests.synthetic_runs import write_run
 

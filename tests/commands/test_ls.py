@@ -6,7 +6,7 @@ import pytest
 
 from flow_grpo.commands import ls
 from flow_grpo.recipes.base import KEYS
-from flow_grpo.recipes.sd3 import NAMES
+from flow_grpo.recipes.registry import NAMES
 from tests.commands.lines import fme, refusal
 from tests.synthetic_runs import write_run
 
@@ -35,7 +35,8 @@ def test_every_key_is_listed_with_its_default_and_meaning(capsys):
 
 def test_a_name_narrows_by_its_beginning_or_as_a_pattern(capsys):
     assert listed(capsys, "keys", "train.beta").splitlines()[1:] == [
-        "train.beta  0.0  weight of the KL divergence to the reference model", "    takes a number of at least 0",
+        "train.beta  0.0  weight of the KL divergence to the reference model",
+        "    takes 0, or a number from 1e-15 to 1e+12",
     ]  # fmt: skip
     assert listed(capsys, "keys", "*.batch_size").count("takes a whole number of at least 1") == 5
     assert listed(capsys, "recipes", "pickscore_sd3").startswith("sd35_grpo: ")

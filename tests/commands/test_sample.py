@@ -44,6 +44,27 @@ def test_a_runs_images_are_those_of_its_own_settings(config, build, capsys) -> N
         assert np.abs(image.astype(float) - 255 * reference.permute(1, 2, 0).numpy()).max() <= 1
 
 
+def test_a_negative_prompt_is_the_runs_or_the_one_that_is_given(config, build, random_models, capsys) -> None:
+    config.eval.guidance_scale, config.negative_prompt = 3.0, "a sandal"
+    parts = build(config)
+    Saver(parts.policy, parts.run, parts.settings).save(None)
+    few = ("a bag", "-n", "1")
+    (own,) = sample(parts.run.folder, *few, capsys=capsys)
+    (given,) = sample(parts.run.folder, *few, "--negative", "a boot", capsys=capsys)
+    pipeline = (random_models / "sd3", *few, "--steps", "4", "--guidance", "3")
+    for negative, expected in (("a sandal", own), ("a boot", given)):
+        assert np.array_equal(sample(*pipeline, "--negative", negative, capsys=capsys)[0], expected)
+    assert not np.array_equal(own, given)
+    sample(parts.run.folder, *few, "--guidance", "1", capsys=capsys)  # where the run's has no effect
+
+
+def test_a_negative_prompt_without_guidance_is_one_sentence(random_models, capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", str(random_models / "sd3"), "a bag", "--negative", "a boot"])
+    said = capsys.readouterr().err
+    assert said.startswith("error: --negative 'a boot' is what guidance leads away from, and there is none; --guidance")
+
+
 def test_a_lora_changes_the_pipelines_images(random_models, tmp_path, capsys) -> None:
     transformer = SD3Transformer2DModel.from_pretrained(random_models / "sd3" / "transformer")
     lora, model = kohya(tmp_path, random_lora(transformer)), random_models / "sd3"

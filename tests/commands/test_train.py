@@ -14,7 +14,7 @@ from flow_grpo.commands import train
 from flow_grpo.commands.train import as_typed
 from flow_grpo.errors import Interrupted, TrainingStopped
 from flow_grpo.recipes.base import leaves
-from flow_grpo.recipes.sd3 import NAMES, RECIPES, get_config
+from flow_grpo.recipes.registry import NAMES, RECIPES, get_config
 from flow_grpo.runs.folder import run_folder_of
 from flow_grpo.runs.lock import RunLock, command_line, is_locked
 from tests.commands.lines import ROOT, fme, refusal
@@ -74,7 +74,7 @@ def test_a_change_has_the_kind_of_its_key(change, value, started):
 
 def test_a_file_of_recipes_is_taken_as_the_scripts_take_it(started, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from flow_grpo.recipes.sd3 import get_config as base\n"
+        "from flow_grpo.recipes.registry import get_config as base\n"
         "def get_config(name):\n    config = base('tiny_grpo')\n    config.run_name = name\n    return config\n"
     )
     fme("train", f"{tmp_path / 'mine.py'}:there", "seed=3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from flow_grpo.evaluators.evaluation import (
     evaluate,
     image_grid,
     sample_evaluators,
+    setting_of,
 )
 from flow_grpo.paths import find
 from flow_grpo.runs import evaluations
@@ -318,3 +320,18 @@ def test_evaluators_are_those_configured(config, build):
     config.eval.judge, config.eval.modes, config.run_name = "", "", "other"
     parts = build(config)
     assert [e.name for e in sample_evaluators(parts.reward, parts.settings, torch.device("cpu"))] == ["reward"]
+
+
+def test_records_of_other_negative_prompts_are_of_another_setting_and_unread_ones_are_not(config, tmp_path):
+    """Of runs from before there were any, the setting stays."""
+    path = tmp_path / "prompts.jsonl"
+
+    def setting(guidance: float, default: str = "", own: str = "") -> str:
+        config.eval.guidance_scale, config.negative_prompt = guidance, default
+        path.write_text(json.dumps({"prompt": "a bag"} | ({"negative_prompt": own} if own else {})))
+        config.prompts.train = config.prompts.test = str(path)
+        return setting_of(config, ["a bag"])
+
+    assert setting(1.0) == setting(1.0, "blurry", "grey")
+    found = [setting(2.0), setting(2.0, "blurry"), setting(2.0, "", "blurry"), setting(2.0, "blurry", "grey")]
+    assert len({*found, setting(1.0)}) == 5

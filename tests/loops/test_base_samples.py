@@ -50,16 +50,25 @@ def test_it_is_measured_once_and_kept_with_the_run(anchored_config, build):
     parts = build(anchored_config)
     first = tilt(parts)
     spent = parts.policy.network_evaluations
+    parts.run.counters.epoch = 1
     assert tilt(parts) == first
     assert parts.policy.network_evaluations == spent == 3 * 12 * 4
     assert json.loads((parts.run.folder / TILT_FILE).read_text())["variance"] == first.variance
+
+
+def test_a_first_epoch_that_is_begun_again_pays_for_it_again_as_nothing_of_it_was_counted(anchored_config, build):
+    parts = build(anchored_config)
+    first = tilt(parts)
+    parts.policy.network_evaluations = 0
+    assert tilt(parts) == first
+    assert parts.policy.network_evaluations == 3 * 12 * 4
 
 
 def test_a_damaged_file_or_one_of_another_question_is_measured_anew(anchored_config, build):
     parts = build(anchored_config)
     first = tilt(parts)
     path = parts.run.folder / TILT_FILE
-    kept = json.loads(path.read_text())
+    kept, parts.run.counters.epoch = json.loads(path.read_text()), 1
     broken = [json.dumps(kept | change) for change in ({"variance": "x"}, {"variance": None}, {"strength": -5.0})]
     for content in ("{", json.dumps({"asked_for": {}, "strength": 3.0, "variance": 1.0}), *broken):
         path.write_text(content)
@@ -93,6 +102,33 @@ def test_the_strength_for_a_share_of_diversity_leaves_that_share(anchored_config
     anchored_config.anchored.target_diversity = 0.995
     parts = build(anchored_config)
     assert 0 < tilt(parts).strength < math.inf
+
+
+def test_a_share_that_the_base_samples_cannot_tell_from_one_is_refused_with_one_that_they_can(anchored_config, build):
+    anchored_config.anchored.target_diversity = 0.9999
+    parts = build(anchored_config)
+    with pytest.raises(
+        ConfigError, match=r"target_diversity = 0\.9999: .* near to 1 .* takes at most (0\.\d+)"
+    ) as error:
+        tilt(parts)
+    most = float(str(error.value).rstrip(".").split()[-1])
+    anchored_config.anchored.target_diversity, anchored_config.run_name = most, "other"
+    assert tilt(build(anchored_config)).strength > 0
+
+
+@pytest.mark.parametrize(("target", "value"), [("target_kl", 0.3), ("target_diversity", 0.995), ("variance", 0.0)])
+def test_the_strength_and_what_the_exact_law_makes_of_it_are_told(anchored_config, build, target, value, capsys):
+    anchored_config.anchored[target] = value
+    parts = build(anchored_config)
+    found = tilt(parts).strength
+    samples = draw_base_samples(parts.policy, parts.prompts, parts.reward, parts.settings, parts.run)
+    law, base = (frontier.point(samples.rewards, at) for at in (found, 0.0))
+    said = (
+        f"lambda {found:.3g}: the exact law has reward {law.reward:.4f} (base {base.reward:.4f}), at {law.kl:.3g} nats"
+    )
+    told = capsys.readouterr()
+    assert said in told.out + told.err
+    assert ("different images of 16" in told.out + told.err) == (target == "target_diversity")
 
 
 def test_a_target_that_the_base_samples_cannot_reach_is_told(anchored_config, build):

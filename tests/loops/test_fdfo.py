@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flow_grpo.errors import ConfigError
+from flow_grpo.errors import ConfigError, TrainingStopped
 from flow_grpo.loops import fdfo
 from flow_grpo.loops.collect import epoch_prompts, sample_images, sampling_minibatches
 from flow_grpo.metrics import MeanMetrics
@@ -174,6 +174,16 @@ def test_in_bf16_the_velocity_of_the_rollout_is_the_one_of_training(config, buil
     assert gradient(parts)[1]["ratio_error"] < 1e-3
 
 
+def test_a_ratio_off_by_rounding_names_the_epsilon_and_the_floor_that_would_bear_it(config, build):
+    cps(config).fdfo.epsilon, config.fdfo.floor = 1e-9, 0.0
+    parts = build(config)
+    perturb(parts.policy)
+    with pytest.raises(TrainingStopped) as error:
+        parts.train(fdfo)
+    for part in ("max_ratio_error = 1.0", "rounding", "fdfo.epsilon than 1e-09", "fdfo.floor than 0.0"):
+        assert part in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -181,7 +191,10 @@ def test_in_bf16_the_velocity_of_the_rollout_is_the_one_of_training(config, buil
         ({"sample.sde_type": "sde"}, ['sde_type = "sde"', '"cps"']),
         ({"sample.noise_level": 0.0}, ["noise_level = 0.0", "above 0"]),
         ({"sample.sde_window_size": 2}, ["sde_window_size = 2", "takes 0"]),
-        ({"train.advantage_mode": "negative"}, ['advantage_mode = "negative"', '"all"']),
+        (
+            {"train.advantage_mode": "negative"},
+            ["advantage_mode = 'negative'", "'grpo' or 'nft'", "'fdfo' it takes 'all'"],
+        ),
         ({"shaping.kind": "distance"}, ['shaping.kind = "distance"', "'fdfo'", '"vendi"']),
         ({"train.method": "grpo", "fdfo.floor": 0.5}, ["fdfo.floor = 0.5", "'fdfo'"]),
     ],

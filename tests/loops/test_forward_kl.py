@@ -100,14 +100,13 @@ def parts(config, build, request):
     return build(config)
 
 
-def test_the_images_are_the_base_models_without_guidance_and_cost_training_nothing(parts):
+def test_the_images_are_the_base_models_without_guidance(parts):
     policy = parts.policy
     before = draw_base_images(policy, parts.run)
     perturb(policy)
     after = draw_base_images(policy, parts.run)
     assert before.prompts == ("a bag", "a boot", "a red coat", "a sandal", "a bag", "a boot")
     assert torch.equal(after.latents, before.latents)
-    assert policy.network_evaluations == 0
     generator = keyed_generator(parts.settings.config.seed, "forward KL image", 4)
     velocity = policy.reference_velocity(policy.encode(["a bag"]), 1.0)
     x, sigmas = policy.noise([generator]), policy.sigmas(4).tolist()
@@ -115,6 +114,19 @@ def test_the_images_are_the_base_models_without_guidance_and_cost_training_nothi
         x = x + (after_it - sigma) * velocity(x, sigma)
     torch.testing.assert_close(before.latents[4:5], x, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before.latents[4], before.latents[0], atol=0.1)
+
+
+@pytest.mark.parametrize(("resumed", "epoch", "paid"), [(False, 0, True), (True, 0, True), (True, 1, False)])
+def test_a_run_pays_for_the_images_once_in_evaluations_and_seconds(parts, monkeypatch, resumed, epoch, paid):
+    """A session that goes on after the first epoch draws them again, and counts what an update costs without."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(parts.run, "_now", lambda: float(next(clock)))
+    parts.run.resumed, parts.run.counters.epoch = resumed, epoch
+    with parts.run.timer():
+        accumulate_forward_kl(parts.policy, parts.run, 0.5)
+    update = 8 * 2  # images, draws
+    assert parts.policy.network_evaluations == update + (6 * 4 if paid else 0)
+    assert parts.run.counters.seconds == (1.0 if paid else 2.0)  # 2: two readings more, less the 1 between them
 
 
 def test_an_update_adds_its_gradient_to_that_of_the_method_and_its_loss_to_the_methods(parts):

@@ -276,14 +276,14 @@ def test_the_decay_rises_to_its_end_or_is_constant(config):
 # --- settings --------------------------------------------------------------------------------------------
 
 CONTRADICTIONS = [
-    ("nft", {"train.ratio": "cfm"}, ['train.ratio = "cfm"', "'grpo'", '"sde"']),
+    ("nft", {"train.ratio": "cfm"}, ["train.ratio = 'cfm'", "'grpo'", "'sde'"]),
     ("awm", {"train.timestep_fraction": 0.5}, ["train.timestep_fraction = 0.5", "takes 1.0"]),
     ("par", {"sample.num_image_per_prompt": 1}, ["num_image_per_prompt = 1", "at least 2"]),
     ("nft", {"sample.sde_window_size": 2}, ["sde_window_size = 2", 'sde_type = "ode"', "takes 0"]),
     ("nft", {"forward.old_decay": 0.9}, ["forward.old_decay = 0.9", 'forward.old = "snapshot"', "takes 0.5"]),
     ("awm", {"forward.beta": 0.5}, ["forward.beta = 0.5", "'nft'", "takes 1.0"]),
     ("pepg", {"forward.beta": 0.5}, ["forward.beta = 0.5", "'nft'", "takes 1.0"]),
-    ("nft", {"forward.strength": 2.0}, ["forward.strength = 2.0", "PEPG and PAR", "takes 1.0"]),
+    ("nft", {"forward.strength": 2.0}, ["forward.strength = 2.0", "'pepg' or 'par'", "takes 1.0"]),
     ("grpo", {"sample.sde_type": "sde"}, ["forward.draws = 2", "'nft' or 'awm' or 'pepg' or 'par'", "takes 4"]),
 ]
 

@@ -9,7 +9,9 @@ from flow_grpo.errors import TrainingStopped
 from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.loops.update import apply_update
+from flow_grpo.rules import LARGEST, SMALLEST
 from flow_grpo.types import RewardBatch
+from tests.conftest import by_method
 
 
 class SpoiltReward:
@@ -45,6 +47,26 @@ def test_a_non_finite_reward_skips_the_update_and_training_goes_on(config, build
     assert parts.train(method)["skipped_updates"] == 0.0
     assert (parts.run.counters.updates, parts.run.counters.nonfinite_updates) == (1, 1)
     assert not all(torch.equal(a, b) for a, b in zip(parts.policy.trainable, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        ("nft", "train.adv_clip_max", SMALLEST),
+        ("grpo", "train.adam_epsilon", SMALLEST),
+        ("grpo", "train.beta", LARGEST),
+        ("nft", "forward.beta", LARGEST),
+        ("pepg", "forward.strength", LARGEST),
+        ("anchored", "anchored.strength", LARGEST),
+        ("adjoint_matching", "adjoint.strength", LARGEST),
+    ],
+)
+def test_at_the_ends_of_what_a_number_may_be_updates_are_finite(config, build, method, key, value):
+    by_method(config, method)
+    config.update_from_flattened_dict({key: value})
+    parts = build(config)
+    assert [parts.train()["skipped_updates"] for _ in range(2)] == [0.0, 0.0]
+    assert all(p.isfinite().all() for p in parts.policy.trainable)
 
 
 @METHODS

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.methods.registry import METHODS, check_method, check_read
-from flow_grpo.recipes.base import KEYS
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.methods.registry import METHODS, check_method, check_read, readers
+from flow_grpo.recipes.base import KEYS, SECTIONS
+from flow_grpo.recipes.registry import get_config
 
 CONTRADICTIONS = [
     ("tiny_drtune", {"flowbp.bias": 2.0}, ["flowbp.bias = 2.0", "'flowbp' or 'flowbp_lagrange'", "it takes 1.0"]),
@@ -44,6 +44,13 @@ CONTRADICTIONS = [
     ("tiny_fdfo", {"sample.num_steps": 1}, ["num_steps = 1", '"fdfo"', "at least 2"]),
     ("tiny_drtune", {"train.ratio": "cfm"}, ['ratio = "cfm"', "use_reward_gradient = True", '"sde"']),
     ("tiny_drtune", {"sample.sde_window_size": 2}, ["sde_window_size = 2", "use_reward_gradient = True", "takes 0"]),
+    ("tiny_nft", {"train.kl_space": "velocity"}, ["kl_space = 'velocity'", "train.method = 'grpo'; with 'nft'"]),
+    ("tiny_nft", {"forward.strength": 2.0}, ["strength = 2.0", "'pepg' or 'par'; with 'nft' it takes 1.0"]),
+    ("tiny_awm", {"forward.beta": 2.0}, ["beta = 2.0", "is for config.train.method = 'nft'; with 'awm' it takes 1.0"]),
+    (
+        "tiny_fdfo", {"train.advantage_std": "none"},
+        ["advantage_std = 'none'", "'grpo' or 'nft' or 'awm' or 'pepg' or 'par'; with 'fdfo' it takes 'group'"],
+    ),
     ("tiny_grpo", {"train.method": "refl"}, ["'refl' is of the other family", "use_reward_gradient = False", "'grpo'"]),
 ]  # fmt: skip
 
@@ -78,9 +85,44 @@ UNREAD = [
 
 @pytest.mark.parametrize(("recipe", "key"), UNREAD)
 def test_a_change_that_the_method_does_not_look_at_is_refused(recipe, key):
-    with pytest.raises(ConfigError, match=f"config.{key} = .* is not read by config.train.method"):
+    with pytest.raises(ConfigError, match=f"config.{key} = .* is not read by config.train.method") as error:
         check_read(get_config(recipe), ["train.learning_rate", key])
+    assert str(error.value).endswith(f"choose {' or '.join(map(repr, readers(key)))}.")
     check_read(get_config(recipe), ["train.learning_rate"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "other"),
+    [
+        ("tiny_grpo", {"train.ratio_probes": 4}, "train.ratio = 'sde'"),
+        ("tiny_grpo", {"guard.diversity": "rke"}, "guard.diversity_floor = 0.0"),
+        ("tiny_grpo", {"eval_forward_kl": True, "eval_freq": 0}, "eval_freq = 0"),
+        ("tiny_drtune", {"sample.noise_level": 0.3}, "sample.sde_type = 'ode'"),
+        ("tiny_anchored", {"anchored.strength": 50.0, "anchored.target_kl": 0.3}, "anchored.target_kl = 0.3"),
+    ],
+)
+def test_a_change_that_another_setting_makes_moot_names_both(recipe, changes, other):
+    config = get_config(recipe)
+    config.update_from_flattened_dict(changes)
+    key = next(iter(changes))
+    with pytest.raises(ConfigError, match=f"config.{key} = .*config.{other}.* or leave config.{key} out"):
+        check_read(config, changes)
+    check_read(config, ["train.learning_rate"])
+
+
+BY_REWARDS = next(keys for title, keys in SECTIONS.items() if title.startswith("by rewards alone"))
+
+
+@pytest.mark.parametrize("key", BY_REWARDS, ids=lambda key: key.name)
+def test_a_keys_meaning_names_the_methods_by_rewards_that_read_it(key):
+    family = {name: method.title for name, method in METHODS.items() if not method.reward_gradient}
+    head, colon, _ = key.meaning.partition(": ")
+    told = set(family.values())
+    if colon and head.startswith("all but "):
+        told -= set(head.removeprefix("all but ").split(", "))
+    elif colon:
+        told = set(head.split(", "))
+    assert told == {family[name] for name in readers(key.name)}
 
 
 @pytest.mark.parametrize("name", METHODS)

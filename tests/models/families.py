@@ -12,6 +12,10 @@ from typing import Any
 import torch
 
 from scripts.tiny import models as tiny_models
+from tests.models.tiny_flux import build_flux
+from tests.models.tiny_flux2_klein import build_flux2_klein
+from tests.models.tiny_qwen_image import build_qwen_image
+from tests.models.tiny_z_image import build_z_image
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Case:
     build: Callable[[], Any]  # its pipeline, with random weights, the same at every call
     guided: Callable[[float], Mapping[str, Any]]  # our guidance scale, not 1 -> the stock pipeline's arguments
     unguided: Mapping[str, Any] = field(default_factory=dict)  # the same at scale 1
+    max_sequence_length: int = 8  # tokens of a prompt, in which the longest of the tests has room
 
 
 def shake(transformer: torch.nn.Module) -> None:
@@ -40,6 +45,31 @@ def build_sd3() -> Any:
     return pipeline
 
 
+def shaken(build: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with a transformer whose every input matters."""
+
+    def build_shaken() -> Any:
+        pipeline = build()
+        shake(pipeline.transformer)
+        return pipeline
+
+    return build_shaken
+
+
+def true_guidance(scale: float) -> Mapping[str, Any]:
+    """Classifier-free guidance of pipelines whose `guidance_scale` is the distilled one (ours by default), or none."""
+    return {"true_cfg_scale": scale, "negative_prompt": ["", ""]}
+
+
+def added_guidance(scale: float) -> Mapping[str, Any]:
+    """Z-Image's: how much of the difference is added to the conditional velocity."""
+    return {"guidance_scale": scale - 1}
+
+
 CASES = (
     Case("sd3", build_sd3, lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
+    Case("flux", shaken(build_flux), true_guidance),
+    Case("flux2_klein", shaken(build_flux2_klein), lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
+    Case("qwen_image", shaken(build_qwen_image), true_guidance, max_sequence_length=32),
+    Case("z_image", shaken(build_z_image), added_guidance, {"guidance_scale": 0.0}, max_sequence_length=64),
 )  # fmt: skip

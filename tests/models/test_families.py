@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from flow_grpo.entropy import DivergenceEstimator, divergence
 from flow_grpo.evaluators.evaluation import evaluate
 from flow_grpo.evaluators.registry import build_evaluators
+from flow_grpo.models.loras import load_lora
+from flow_grpo.models.pipeline_files import expected_family
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.training import checkpoint
 from tests.conftest import by_method
+from tests.lora_writers import keyed, kohya, merge, random_lora, save
 from tests.models.families import CASES, Case
 from tests.test_divergence import exact_trace
 from tests.training.saving import train, weights
@@ -35,7 +39,8 @@ def saved(request, tmp_path_factory) -> tuple[Case, Path]:
 @pytest.fixture
 def small(config, saved):
     """`config` for the family's pipeline: images of 32 x 32, a batch of 4, 4 steps."""
-    config.pretrained.model = str(saved[1])
+    case, folder = saved
+    config.pretrained.model, config.max_sequence_length = str(folder), case.max_sequence_length
     config.sample.groups_per_epoch, config.eval.num_prompts = 2, 2
     return config
 
@@ -54,8 +59,8 @@ def stock_images(pipeline, case: Case, policy, scale: float):
     """Of PROMPTS, from the noise of `draw`, packed as the pipeline itself packs noise."""
     config, (height, width) = policy.settings.config, policy.settings.image_size
     arguments = case.unguided if scale == 1 else case.guided(scale)
-    return pipeline(
-        PROMPTS, generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
+    return pipeline(  # Z-Image's writes its template into the list
+        prompt=list(PROMPTS), generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
         max_sequence_length=config.max_sequence_length, output_type="pt", **arguments,
     ).images  # fmt: skip
 
@@ -143,8 +148,8 @@ def test_decoding_carries_a_gradient_to_every_latent(small, build):
 # --- the density -------------------------------------------------------------------------------------
 
 
-def test_the_divergence_is_the_exact_trace_in_float64(small, build):
-    policy = build(small).policy
+def field_in_float64(policy):
+    """The unguided velocity of a prompt, and a point of 16 x 16 pixels."""
     policy.transformer.double()
     embeds = policy.encode(PROMPTS[:1])
     pooled = embeds.pooled_prompt_embeds
@@ -159,8 +164,35 @@ def test_the_divergence_is_the_exact_trace_in_float64(small, build):
     def velocity(latents, sigma):
         return policy.family.velocity(policy.transformer, latents, sigma, embeds[[0] * len(latents)])
 
+    return velocity, x
+
+
+def test_the_divergence_is_the_exact_trace_in_float64(small, build):
+    velocity, x = field_in_float64(build(small).policy)
     found = divergence(velocity, x, 0.4, DivergenceEstimator(exact=True, chunk=1))
     torch.testing.assert_close(found.mean, exact_trace(velocity, x, 0.4), rtol=1e-9, atol=1e-9)
+
+
+def test_what_networks_compute_in_float32_moves_the_divergence_by_less_than_1e_5(small, build, monkeypatch):
+    """The variance of RMSNorm and rotary embeddings, whatever the weights; here the reference is float64 throughout."""
+    velocity, x = field_in_float64(build(small).policy)
+    found = divergence(velocity, x, 0.4, DivergenceEstimator(exact=True, chunk=1)).mean
+    keep_float64(monkeypatch)
+    units = torch.eye(x.numel(), dtype=torch.float64).view(-1, 1, *x.shape[1:])
+    with torch.no_grad():
+        wide = sum(((velocity(x + 1e-5 * z, 0.4) - velocity(x - 1e-5 * z, 0.4)) * z).sum() / 2e-5 for z in units)
+    torch.testing.assert_close(found, wide[None], rtol=1e-5, atol=1e-7)
+
+
+def keep_float64(monkeypatch):
+    """Casts of float64 to float32 do nothing."""
+    narrow, cast = torch.Tensor.float, torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        return tensor if tensor.dtype == torch.float64 and args == (torch.float32,) else cast(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
+    monkeypatch.setattr(torch.Tensor, "to", to)
 
 
 # --- training ----------------------------------------------------------------------------------------
@@ -204,6 +236,55 @@ def test_everything_is_evaluated(small, build):
     metrics = evaluate(parts.policy, parts.prompts, evaluators, parts.settings, parts.run, "eval").metrics
     for name in ("reward/total", "judge/accuracy", "diversity/vendi", "ode_log_prob/mean"):
         assert math.isfinite(metrics[f"eval/{name}"])
+
+
+def test_every_layer_of_the_familys_lora_has_a_gradient_and_checkpointing_does_not_change_it(small, build):
+    gradients = []
+    for checkpointing in (False, True):
+        small.gradient_checkpointing, small.run_name = checkpointing, f"checkpointing-{checkpointing}"
+        policy = build(small).policy
+        generator = torch.Generator().manual_seed(0)
+        for parameter in policy.trainable:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        velocity = policy.velocity(policy.encode(["a", "a red coat and a bag"]), 3.0)
+        velocity(policy.noise(draw(2)), 0.5).square().mean().backward()
+        gradients.append([parameter.grad for parameter in policy.trainable])
+    assert all(gradient.any() for gradient in gradients[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_modules_without_effect_have_no_gradient_and_the_others_have_one(small, build):
+    small.use_lora = False
+    policy = build(small).policy
+    policy.velocity(policy.encode(PROMPTS), 3.0)(policy.noise(draw(2)), 0.5).square().mean().backward()
+    dead = {name.removesuffix(".weight") for name, p in policy.named_trainable.items()
+            if name.endswith(".weight") and p.ndim == 2 and (p.grad is None or not p.grad.any())}  # fmt: skip
+    assert dead == set(policy.family.modules_without_effect())
+
+
+TRAINERS = {
+    "diffusers": lambda module, matrix: f"transformer.{module}.{matrix}.weight",
+    "peft": lambda module, matrix: f"base_model.model.{module}.{matrix}.weight",
+    "ai-toolkit": lambda module, matrix: f"diffusion_model.{module}.{matrix}.weight",
+    "kohya": None,
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_lora_of_another_trainer_is_loaded_whole_and_is_what_it_says(small, build, tmp_path, trainer):
+    small.use_lora = False
+    policy = build(small).policy
+    targets = expected_family(small.pretrained.model).lora_targets
+    modules = [name for name, _ in policy.transformer.named_modules() if name.endswith(targets)]
+    lora = random_lora(policy.transformer, alpha=4.0, modules=modules)
+    key, merged = TRAINERS[trainer], copy.deepcopy(policy.transformer)
+    merge(merged, lora)
+    loaded = load_lora(policy.transformer, save(tmp_path, keyed(lora, key)) if key else kohya(tmp_path, lora))
+    assert (loaded.layers, loaded.unknown) == (len(modules), ())
+    embeds, x = policy.encode(PROMPTS), policy.noise(draw(2))
+    with torch.no_grad():
+        base, theirs = (policy.family.velocity(network, x, 0.5, embeds) for network in (policy.transformer, merged))
+    assert (base - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 def test_a_lora_trained_here_gives_the_stock_pipeline_the_same_images(small, saved, build):

@@ -16,6 +16,7 @@ from flow_grpo.launch import _check_pipeline
 from flow_grpo.policy import load_pretrained
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards import build_reward
+from flow_grpo.runs.digest import base_digest
 from flow_grpo.settings import resolve
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -198,6 +199,40 @@ def test_a_pipeline_without_the_t5_runs_as_in_diffusers(config, model, build):
 def test_a_pipeline_without_another_part_is_refused(config, model):
     change(model / "model_index.json", text_encoder_2=[None, None])
     assert "has no text_encoder_2; only the T5" in refusal(config)
+
+
+def test_a_pipeline_can_be_used_without_its_t5_whose_files_are_not_read(config, model, build):
+    with_t5 = build(config).policy.encode(["a bag"])
+    config.pretrained.skip = ("text_encoder_3",)
+    shutil.rmtree(model / "text_encoder_3")
+    (model / "tokenizer_3/tokenizer.json").write_text("not JSON")
+    config.run_name = "without"
+    policy = build(config).policy
+    assert policy.pipeline.text_encoder_3 is None
+    assert policy.pipeline.tokenizer_3 is None
+    assert samples_differ(policy, model, text_encoder_3=None, tokenizer_3=None) < 1e-4
+    embeds = policy.encode(["a bag"])
+    assert embeds.prompt_embeds.shape == with_t5.prompt_embeds.shape
+    assert (embeds.prompt_embeds[:, -8:] == 0).all()
+    assert (with_t5.prompt_embeds[:, -8:] != 0).any()
+
+
+def test_the_digest_of_a_base_without_its_t5_is_of_the_other_parts(config, model):
+    whole = base_digest(config.pretrained)
+    config.pretrained.skip = ("text_encoder_3",)
+    without = base_digest(config.pretrained)
+    shutil.rmtree(model / "text_encoder_3")
+    assert base_digest(config.pretrained) == without != whole
+    change(model / "text_encoder/config.json", hidden_size=8)
+    assert base_digest(config.pretrained) != without
+
+
+@pytest.mark.parametrize("name", ["text_encoder_2", "vae", "tokenizer_3"])
+def test_other_parts_cannot_be_skipped(config, model, name):
+    config.pretrained.skip = (name,)
+    said = refusal(config)
+    assert f"config.pretrained.skip = ('{name}',)" in said
+    assert "it takes 'text_encoder_3'" in said
 
 
 # --- weights --------------------------------------------------------------------------------------------

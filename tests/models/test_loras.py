@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.lora_files import read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes, weight_matrices
-from flow_grpo.models.loras import load_lora
+from flow_grpo.models.loras import load_lora, merge_lora
 from tests.lora_writers import (
     MODULES,
     Layer,
@@ -115,6 +115,19 @@ def test_a_peft_file_of_another_name_has_its_folders_settings(stock, pipeline, t
     path = stock_peft(tmp_path, copy.deepcopy(stock.transformer), lora)
     (path / "adapter_model.safetensors").rename(path / "mine.safetensors")
     check(stock, pipeline, path / "mine.safetensors", lora)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_can_become_part_of_the_weights(stock, pipeline, tmp_path, dora) -> None:
+    lora = random_lora(stock.transformer, dora=dora)
+    loaded = merge_lora(pipeline.transformer, kohya(tmp_path, lora, dora=dora))
+    assert (loaded.layers, loaded.of) == (len(lora), len(lora))
+    reference = merged(stock, lora).transformer.state_dict()
+    found = pipeline.transformer.state_dict()
+    assert found.keys() == reference.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, reference[name], rtol=1e-5, atol=1e-6)
+    assert not pipeline.transformer._hf_peft_config_loaded
 
 
 def test_a_file_of_two_adapters_is_refused(stock, tmp_path) -> None:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 TINY = [name for name in RECIPES if name.startswith("tiny")]
 LARGE = [name for name in RECIPES if name not in TINY]
 FIRST = ("grpo", "drtune")  # whose recipes have names of their own
+OTHER_MODELS = ("flux", "flux2_klein", "qwen_image", "z_image")
 ASKED_FOR = {
     "tiny_sd3",
     "tiny_sd3_use_gradient",
@@ -38,6 +39,7 @@ ASKED_FOR = {
     "pickscore_sd3_fast_nocfg",
     "clipscore_sd3",
     *(f"{model}_sd3_{method}" for model in ("tiny", "pickscore") for method in METHODS if method not in FIRST),
+    *(f"pickscore_{model}_{method}" for model in OTHER_MODELS for method in ("grpo", "drtune", "anchored")),
 }
 
 
@@ -56,11 +58,12 @@ def test_the_recipes_that_were_asked_for_exist_and_say_how_many_processes_they_w
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_every_sd3_5_recipe_resolves_for_its_number_of_processes(name, tmp_path):
+def test_every_large_recipe_resolves_for_its_number_of_processes(name, tmp_path):
     config = with_prompts(get_config(name), tmp_path)
     settings = resolve(config, INTENDED_PROCESSES[name], cuda=True)
     assert settings.config.recipe == name
-    assert settings.config.pretrained.model == "stabilityai/stable-diffusion-3.5-medium"
+    is_sd3 = settings.config.pretrained.model == "stabilityai/stable-diffusion-3.5-medium"
+    assert is_sd3 == (not name.startswith(tuple(f"pickscore_{model}" for model in OTHER_MODELS)))
     assert settings.plan.images_per_update * settings.plan.updates * INTENDED_PROCESSES[name] == settings.plan.images
 
 
@@ -74,7 +77,8 @@ def test_a_recipe_for_four_gpus_refuses_to_start_on_one(name, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2, 4, 8, 16])
 def test_the_other_recipes_adapt_to_the_number_of_processes(name, processes, tmp_path):
     settings = resolve(with_prompts(get_config(name), tmp_path), processes, cuda=True)
-    assert settings.plan.images_per_process * processes == 1152
+    assert settings.plan.images_per_process * processes == (512 if "qwen" in name else 1152)
+    assert settings.plan.updates == 2
 
 
 @pytest.mark.parametrize("name", LARGE)

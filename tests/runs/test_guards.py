@@ -103,8 +103,8 @@ def test_the_sentence_names_metric_value_limit_and_key(tmp_path: Path) -> None:
         ),
         Stop(
             "guard.patience",
-            "eval_ema/judge/accuracy 0.7000 is no better than 0.9000 of epoch 10, 1 evaluations before "
-            "(guard.patience = 1)",
+            "eval_ema/judge/accuracy 0.7000 is no better than 0.9000 of epoch 10 (evaluations since "
+            "then: 1; guard.patience = 1)",
         ),
         Stop(
             "guard.diversity_floor",

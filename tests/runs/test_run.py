@@ -123,6 +123,20 @@ def test_the_timer_counts_the_block_and_nothing_outside_it(new_run: NewRun, monk
     assert run.counters.seconds == 5.0
 
 
+def test_what_is_uncounted_within_the_timer_is_left_out_of_that_block_alone(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = new_run(), [0.0]
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    with run.timer():
+        now[0] += 3.0
+        with run.uncounted():
+            now[0] += 100.0
+    with run.timer():
+        now[0] += 2.0
+    assert run.counters.seconds == 5.0
+
+
 # --- images ---------------------------------------------------------------------------------------------
 
 

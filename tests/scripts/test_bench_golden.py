@@ -44,6 +44,16 @@ def test_one_bit_more_or_less_is_not(tmp_path, other, said):
     assert said in difference(run_of(tmp_path / "a"), run_of(tmp_path / "b", **other))
 
 
+def test_a_metric_that_is_new_on_purpose_may_be_missing_in_the_older_tree_but_not_differ(tmp_path, monkeypatch):
+    monkeypatch.setattr(golden, "NEW", ("train/more",))
+    runs = [
+        run_of(tmp_path / f"{n}", LINE | extra) for n, extra in enumerate(({}, *({"train/more": x} for x in (1, 2))))
+    ]
+    assert difference(runs[0], runs[1]) == ""
+    assert "train/more" in difference(runs[1], runs[2])
+    assert "train/more" in difference(runs[1], runs[0])
+
+
 def test_renamed_keys_and_metrics_have_their_old_names_in_the_older_tree(tmp_path, monkeypatch):
     monkeypatch.setattr(golden, "KEYS", {"train.beta": ("train.kl", {0.25: "quarter"})})
     monkeypatch.setattr(golden, "METRICS", {"train/loss": "train/objective"})

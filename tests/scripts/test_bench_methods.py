@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flow_grpo.methods.registry import METHODS
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.recipes.registry import get_config
 from flow_grpo.settings import resolve
 from scripts.bench.methods import ENTRIES, SEEDS, plan
 from scripts.bench.methods_results import exact_share, outcome, summarise, table, title_of

@@ -27,6 +27,7 @@ from tests.training.saving import checkpoints, deterministic, names, save, train
 def test_resumed_equals_unbroken_bit_for_bit(config, build, method):
     by_method(config, method)
     config.train.updates_per_epoch, config.save_freq = 2, 1
+    config.train.update({"lr_scheduler": "cosine", "lr_warmup_steps": 1, "lr_total_steps": 9})
     config.train.beta = 0.0 if METHODS[method].needs_base else 0.05
     config.run_name, config.num_epochs = "unbroken", 4
     unbroken = train(config, build)

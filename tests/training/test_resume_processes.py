@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow_grpo.runs.evaluations import records_of
+from tests.conftest import PROMPTS
 from tests.resume_worker import CASES, EVALUATED, SHARDED
 
 WORKER = Path(__file__).parents[1] / "resume_worker.py"
@@ -33,6 +34,8 @@ def launch(processes: int, *arguments: str | Path | int) -> None:
 @pytest.fixture(scope="module")
 def runs(random_models, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs")
+    lines = [{"prompt": prompt, "weight": 1 + n, "category": n > 0} for n, prompt in enumerate(PROMPTS)]
+    (out / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     launch(1, random_models, out, "unbroken", 0, EPOCHS)
     for first, processes in enumerate((1, 2, 3, 1)):
         launch(processes, random_models, out, "broken", first, first + 1)

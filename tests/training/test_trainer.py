@@ -357,7 +357,9 @@ def test_a_guard_ends_a_run_as_its_last_epoch_does(guarded, build, capsys):
     saved = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
     assert saved == [name(1), name(3)]  # the best, whatever save_freq, and the last
     assert read_history(run.folder / "metrics.jsonl")[-1]["eval/judge/accuracy"] == 0.8
-    why = "eval/judge/accuracy 0.8000 is no better than 0.8000 of epoch 1, 2 evaluations before (guard.patience = 2)"
+    why = (
+        "eval/judge/accuracy 0.8000 is no better than 0.8000 of epoch 1 (evaluations since then: 2; guard.patience = 2)"
+    )
     best = run.folder / "checkpoints" / name(3)  # of equals the newest
     assert capsys.readouterr().err.count(f"ended early, after epoch 3: {why}; the best checkpoint is {best}") == 1
     page = (run.folder / "page.html").read_text()

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 
 from flow_grpo.recipes.base import leaves
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.recipes.registry import get_config
 from flow_grpo.statistics import CountedInterval, mean_interval
 from scripts.study.claims.claim import RUN, Claim
 from scripts.study.committed import Results
