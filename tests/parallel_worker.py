@@ -17,7 +17,7 @@ from flow_grpo.launch import launch
 from flow_grpo.methods.registry import method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.recipes.sd3 import get_config
+from flow_grpo.recipes.registry import get_config
 from flow_grpo.rewards import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
