@@ -46,6 +46,8 @@ class DivergenceEstimator:
             network, twice what its forward saves (a gradient in, one out), weights included. Not counted: what does not
             grow with the chunk (the forward itself, all n probes and products, the Jacobians of `exact`), and scratch
             memory of the kernels.
+        agreed: what follows from whether all is finite here. Where a forward waits for other processes, it asks them,
+            so that all go on, or none.
     """
 
     exact: bool = False
@@ -56,6 +58,7 @@ class DivergenceEstimator:
     hold: bool = False
     chunk: int = 0
     budget: int = 0
+    agreed: Callable[[bool], bool] = bool
 
     def __post_init__(self) -> None:
         if self.num_probes < 1:
@@ -156,9 +159,9 @@ def divergence(
         else:
             per_probe = _dot(probes, products)
             square = _dot(probes, multiply(products)) if squared else None
-    for found in (per_probe, square):
-        if found is not None and not torch.isfinite(found).all():
-            raise NonFiniteError(f"the divergence is not finite at sigma = {sigma}")
+    finite = all(torch.isfinite(found).all() for found in (per_probe, square) if found is not None)
+    if not estimator.agreed(finite):
+        raise NonFiniteError(f"the divergence is not finite at sigma = {sigma}")
     return Divergence(v, per_probe, square)
 
 
@@ -199,7 +202,7 @@ def _jacobian_products(
     if estimator.product == "vjp" or estimator.exact:
         return _reverse_mode(velocity, x, sigma, estimator, enable_grad)
     with torch.set_grad_enabled(enable_grad):
-        v = _checked(velocity(x, sigma), x, sigma)
+        v = _checked(velocity(x, sigma), x, sigma, estimator)
     if estimator.product == "jvp":
         return v, lambda probes: torch.stack([_forward_mode(velocity, x, sigma, z) for z in probes])
     h = estimator.step
@@ -215,7 +218,7 @@ def _reverse_mode(
     saved = _SavedBytes() if estimator.budget else nullcontext()
     with torch.enable_grad(), saved:
         x = x if enable_grad and x.requires_grad else x.detach().requires_grad_()
-        v = _checked(velocity(x, sigma), x, sigma)
+        v = _checked(velocity(x, sigma), x, sigma, estimator)
     chunk = estimator.chunk
     if isinstance(saved, _SavedBytes):
         chunk = estimator.budget // (3 * x.nbytes + 2 * saved.count)
@@ -274,9 +277,9 @@ def _forward_mode(velocity: VelocityFn, x: Tensor, sigma: float, z: Tensor) -> T
         ) from error
 
 
-def _checked(v: Tensor, x: Tensor, sigma: float) -> Tensor:
+def _checked(v: Tensor, x: Tensor, sigma: float, estimator: DivergenceEstimator) -> Tensor:
     if v.shape != x.shape:
         raise ValueError(f"the velocity has shape {tuple(v.shape)}; it must be that of x, {tuple(x.shape)}")
-    if not torch.isfinite(v).all():
+    if not estimator.agreed(bool(torch.isfinite(v).all())):
         raise NonFiniteError(f"the velocity is not finite at sigma = {sigma}")
     return v

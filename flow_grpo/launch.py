@@ -54,6 +54,7 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
         )
     settings = resolve(config, launched.num_processes, cuda)
     check_precision(settings.config.mixed_precision)
+    _check_torch(settings)
     if settings.config.num_threads > 0:
         torch.set_num_threads(settings.config.num_threads)
     diffusers.utils.logging.disable_progress_bar()  # our own bars tell what is worth telling
@@ -99,6 +100,12 @@ def is_lost_process(error: RuntimeError, num_processes: int) -> bool:
     if num_processes == 1 or isinstance(error, TrainingStopped):
         return False
     return isinstance(error, DistError) or any(words in str(error) for words in LOST_PROCESS)
+
+
+def _check_torch(settings: Settings) -> None:
+    """FSDP2 gives up the weights that are in no block only from 2.8 on; before, changed ones would not be seen."""
+    if settings.config.sharding == "full" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        raise ConfigError(f'config.sharding = "full" needs torch 2.8 or later; this is {torch.__version__}.')
 
 
 def _check_hub(settings: Settings) -> None:

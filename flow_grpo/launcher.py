@@ -16,6 +16,8 @@ from flow_grpo.errors import ConfigError
 TRUE, FALSE = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")
 HINT = "unset it, or start with `torchrun` or `accelerate launch` as in README.md"
 
+PLAIN = "scripts/accelerate_configs/fsdp2.yaml"
+
 # Ways of training that are not ours: gradients and weights would be shared among processes by somebody else.
 OTHER_TRAINERS = tuple(
     f"ACCELERATE_USE_{name}" for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
@@ -56,7 +58,8 @@ def read_launcher(environment: Mapping[str, str] = os.environ) -> Launched:
     for name in OTHER_TRAINERS:
         if environment.get(name, "").lower() not in ("", *FALSE):
             raise ConfigError(
-                f"{name}={environment[name]} is not supported: training is plain data parallel; unset it."
+                f"{name}={environment[name]} is not supported: training shares gradients and weights itself; start "
+                f"plain processes, as by {PLAIN}, with config.sharding=full where a model is too large for one GPU."
             )
     for name, harmless in HARMLESS.items():
         if name in environment and environment[name].lower() != harmless:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.loading import DTYPES, load_model
 from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.loras import merge_lora
+from flow_grpo.parallel import Replicated, Sharded, Weights, shard
 from flow_grpo.paths import find
 from flow_grpo.prompts import own_negatives
 from flow_grpo.randomness import keyed_generator
@@ -32,6 +34,8 @@ from flow_grpo.settings import Settings
 from flow_grpo.types import BaseImages, PromptEmbeds, Trajectory
 
 UNGUIDED = 1.0  # a guidance scale
+
+T = TypeVar("T")
 
 
 def load_pretrained(settings: Settings) -> ModelFamily:
@@ -53,12 +57,18 @@ class ImageModel:
         network_evaluations: transformer forwards times latents so far, on this process; both halves of a guided
             forward count.
         trained_evaluations: those of them that kept a graph for a backward pass.
+        sharded: whether every forward waits for all processes, each of which holds a part of the weights.
     """
+
+    sharded = False
 
     def __init__(self, family: ModelFamily, settings: Settings, accelerator: Accelerator) -> None:
         self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
         self.family = family
-        self.pipeline = family.pipeline.to(self.device)
+        self.pipeline = family.pipeline
+        for name, part in self.pipeline.components.items():
+            if isinstance(part, torch.nn.Module) and not (self.sharded and name == "transformer"):
+                part.to(self.device)  # a sharded transformer goes there in parts
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = family.transformer, family.vae
         self.network_evaluations = self.trained_evaluations = 0
@@ -74,6 +84,19 @@ class ImageModel:
         for module in self.pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
+
+    # --- processes ---------------------------------------------------------------------------------------
+
+    def stand_in(self, items: Sequence[T]) -> Sequence[T]:
+        """What a process that has none of the items runs the network on, for nothing: one, or none if it may wait."""
+        return items[:1] if self.sharded else items[:0]
+
+    def agreed(self, fine: bool) -> bool:
+        """Whether all processes are fine, if the network waits for all of them; else whether this one is."""
+        if not self.sharded:
+            return fine
+        answers = self.accelerator.gather(torch.tensor([int(fine)], device=self.device))
+        return bool(answers.all())
 
     # --- prompts, velocity, images -----------------------------------------------------------------------
 
@@ -206,11 +229,11 @@ class ImageModel:
 class Policy(ImageModel):
     """Everything of the model that the two training loops and the evaluation need.
 
-    Weights that are trained are float32; all others are frozen, in the dtype of `mixed_precision`. The transformer is
-    not wrapped for distributed training: `optimization.apply_update` averages gradients once per update.
+    Weights that are trained are float32; all others are frozen, in the dtype of `mixed_precision`.
 
     Attributes:
-        trainable, named_trainable: the trained parameters, in a fixed order; by their names.
+        weights: how the processes hold the transformer's weights.
+        trainable, named_trainable: what this process holds of the trained parameters, in a fixed order; by their names.
         optimizer: AdamW on them, prepared by accelerate.
         learning_rate: that of the update which so many were applied before.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
@@ -220,6 +243,7 @@ class Policy(ImageModel):
     """
 
     def __init__(self, family: ModelFamily, settings: Settings, accelerator: Accelerator) -> None:
+        self.sharded = settings.config.sharding == "full" and accelerator.num_processes > 1
         super().__init__(family, settings, accelerator)
         config = settings.config
         self.skipped_in_a_row = 0
@@ -234,7 +258,10 @@ class Policy(ImageModel):
             self._train_everything(keep_reference)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.named_trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        if self.sharded and self._reference is not None:
+            shard(self._reference, accelerator)
+        self.weights: Weights = (Sharded if self.sharded else Replicated)(self.transformer, accelerator)
+        self.named_trainable = self.weights.named
         self.trainable = list(self.named_trainable.values())
         self.optimizer = accelerator.prepare(self._adamw())
         self.learning_rate = learning_rates(settings)
@@ -315,15 +342,23 @@ class Policy(ImageModel):
 
     @contextmanager
     def old_weights(self) -> Iterator[None]:
-        """Use the old weights inside the block; no gradient may be taken there. Nothing is copied."""
+        """Use the old weights inside the block; no gradient may be taken there.
+
+        Nothing is copied, except where the weights are sharded: those are gathered from a fixed place.
+        """
         assert self.old is not None, "keep_old comes first"
-        current = [parameter.data for parameter in self.trainable]
-        for parameter, old in zip(self.trainable, self.old, strict=True):
-            parameter.data = old
+        current = [parameter.data.clone() if self.sharded else parameter.data for parameter in self.trainable]
+        self._set_trainable(self.old)
         try:
             yield
         finally:
-            for parameter, value in zip(self.trainable, current, strict=True):
+            self._set_trainable(current)
+
+    def _set_trainable(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.trainable, values, strict=True):
+            if self.sharded:
+                parameter.data.copy_(value)
+            else:
                 parameter.data = value
 
     def old_velocity(self, embeds: PromptEmbeds, guidance_scale: float) -> VelocityFn:

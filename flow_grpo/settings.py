@@ -82,6 +82,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     _check_values(config)
     _choose_lora_targets(config)
     _check_launch(config, num_processes, cuda)
+    _check_sharding(config)
     validate_rewards(config)
     _check_sampler(config)
     check_method(config)
@@ -113,6 +114,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
 # --- one value at a time --------------------------------------------------------------------------------
 
 BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
+TWICE_DIFFERENTIATED = ("ode_step", "ode_path")  # of train.ratio
 PAIRS_ARE_ALIKE = ("distance", "cluster", "entropy", "vendi")  # of two images, either is as far from the other
 
 FEATURES = ("distance", "cluster", "entropy", "vendi", *DIFFERENTIABLE)  # compare features of images
@@ -168,6 +170,22 @@ def _check_launch(config: ConfigDict, num_processes: int, cuda: bool) -> None:
         )
     if config.mixed_precision == "fp16" and not cuda:
         raise ConfigError('config.mixed_precision = "fp16" needs a GPU; it takes "no" or "bf16" on a CPU.')
+
+
+def _check_sharding(config: ConfigDict) -> None:
+    """Gathered weights are gone after a backward pass, and a gradient's overflow is seen where its part is."""
+    if config.sharding == "none":
+        return
+    if config.mixed_precision == "fp16":
+        raise ConfigError(
+            'config.mixed_precision = "fp16" has a loss scale that each process lowers by its own overflows, which '
+            'config.sharding = "full" cannot follow; it takes "bf16" or "no", or config.sharding = "none".'
+        )
+    if config.train.ratio in TWICE_DIFFERENTIATED:
+        raise ConfigError(
+            f'config.train.ratio = "{config.train.ratio}" differentiates the network twice, for which '
+            'config.sharding = "full" has given its weights away; it takes "sde" or "cfm", or config.sharding = "none".'
+        )
 
 
 def _check_sampler(config: ConfigDict) -> None:

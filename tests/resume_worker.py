@@ -23,6 +23,7 @@ CASES = {  # name -> (method, LoRA)
 }
 DRAWN = {"grpo_full": "weighted", "drtune_full": "balanced"}  # how prompts are drawn; the learning rate has a schedule
 EVALUATED = "grpo"  # the one that is evaluated after every epoch
+SHARDED = ("grpo", "nft", "grpo_full")  # whose broken runs are made with sharded weights too
 
 
 def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
@@ -54,11 +55,13 @@ def configuration(case: str, models: str, out: str, run_name: str, epochs: int):
 
 
 def main(models: str, out: str, name: str, first: str, last: str) -> None:
-    """Each case's run `<name>_<case>`, from epoch `first` to `last`."""
+    """Each case's run `<name>_<case>`, from epoch `first` to `last`; of broken ones, some as `sharded_<case>` too."""
     accelerator = None
-    for case in CASES:
-        run_name = f"{name}_{case}"
+    runs = [(name, case) for case in CASES] + [("sharded", case) for case in SHARDED if name == "broken"]
+    for kind, case in runs:
+        run_name = f"{kind}_{case}"
         config = configuration(case, models, out, run_name, int(last))
+        config.sharding = "full" if kind == "sharded" else "none"
         if int(first) > 0:
             config.resume_from = f"{out}/{run_name}"
         if accelerator is None:

@@ -53,8 +53,8 @@ REFUSED = [
     ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND=INDUCTOR would change"),
     ({"ACCELERATE_FP8_BACKEND": "TE"}, "ACCELERATE_FP8_BACKEND=TE"),
     ({"ACCELERATE_TORCH_DEVICE": "cuda:0"}, "ACCELERATE_TORCH_DEVICE=cuda:0 .* CUDA_VISIBLE_DEVICES"),
-    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true is not supported"),
-    ({"ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP=1"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true is not supported.*sharding=full"),
+    ({"ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP=1 .* plain processes, as by scripts/.*fsdp2.yaml"),
     ({"ACCELERATE_USE_MEGATRON_LM": "True"}, "ACCELERATE_USE_MEGATRON_LM=True"),
     ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "ACCELERATE_USE_PARALLELISM_CONFIG=true"),
     ({"ACCELERATE_USE_SAGEMAKER": "true"}, "ACCELERATE_USE_SAGEMAKER=true"),
@@ -112,6 +112,13 @@ def test_a_process_is_not_started_in_an_environment_that_is_refused(config, monk
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("flow_grpo.launch.Accelerator", lambda **_: pytest.fail("accelerate was set up"))
     with pytest.raises(ConfigError, match=message):
+        launch(config)
+
+
+def test_sharding_is_refused_where_torch_is_too_old_for_it(config, monkeypatch):
+    config.sharding = "full"
+    monkeypatch.setattr("torch.__version__", "2.7.1+cpu")
+    with pytest.raises(ConfigError, match=r'config\.sharding = "full" needs torch 2\.8 or later; this is 2\.7\.1'):
         launch(config)
 
 

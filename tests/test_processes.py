@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worker import NAMES
+from tests.worker import NAMES, SHARDED
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -22,7 +22,7 @@ def run_worker(processes: int, *arguments: str | Path) -> Path:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launcher, *map(str, arguments)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=WORKER.parent.parent)
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=WORKER.parent.parent)
     assert result.returncode == 0, result.stderr
     return Path(arguments[-1])
 
@@ -45,9 +45,17 @@ def test_one_and_two_processes_give_the_same_gradient_by_every_method(one_and_tw
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3, abs=1e-6)
 
 
-def test_one_and_two_processes_draw_the_same_samples(one_and_two):
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_processes_that_share_the_weights_give_the_gradient_of_one(one_and_two, name):
+    one, two = one_and_two[0][name], one_and_two[1][f"{name}_sharded"]
+    assert ((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()).item() < 1e-5
+    assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "grpo_sharded"])
+def test_one_and_two_processes_draw_the_same_samples(one_and_two, kind):
     """7 evaluation images, which two processes do not divide."""
-    one, two = (found["grpo"] for found in one_and_two)
+    one, two = one_and_two[0]["grpo"], one_and_two[1][kind]
     assert len(one["images"]) == len(two["images"]) == 7
     torch.testing.assert_close(two["images"], one["images"], rtol=0, atol=1e-5)
     torch.testing.assert_close(two["latents"], one["latents"], rtol=1e-5, atol=1e-5)

@@ -239,6 +239,8 @@ def test_a_value_out_of_range_is_refused_by_key_and_value(config, key, value):
 ODE_FORMS = ("ode_step", "ode_path")
 
 COMBINATIONS = [
+    ({"sharding": "half"}, ["sharding", "half", "none", "full"]),
+    ({"sharding": "full", "train.ratio": "ode_step"}, ["train.ratio", "ode_step", "sharding", "cfm", "none"]),
     ({"mixed_precision": "fp16"}, ["mixed_precision", "fp16", "GPU", "bf16"]),
     ({"num_processes": 2}, ["num_processes = 2", "but 1 started", "torchrun"]),
     ({"sample.sde_type": "ode"}, ['sde_type = "ode"', "log-probability", '"sde"']),
@@ -475,6 +477,11 @@ def test_what_can_work_is_accepted(config, changes):
     settings = resolved(config, changes)
     values = dict(leaves(ConfigDict(settings.config.to_dict())))
     assert {key: values[key] for key in changes} == changes
+
+
+def test_fp16_is_refused_where_weights_are_sharded(config):
+    with pytest.raises(ConfigError, match=r"config\.mixed_precision = \"fp16\" .* config\.sharding = \"full\" .*bf16"):
+        resolved(config, {"mixed_precision": "fp16", "sharding": "full"}, cuda=True)
 
 
 def test_fp16_is_accepted_on_a_gpu(config):

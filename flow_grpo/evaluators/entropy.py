@@ -83,7 +83,7 @@ def estimator_of(policy: Policy) -> DivergenceEstimator:
             f"config.entropy.num_probes = {config.num_probes} is not allowed with config.entropy.distribution = "
             f"'orthogonal'; latents have {dims} dimensions, in which at most so many directions are orthogonal."
         )
-    return DivergenceEstimator(num_probes=config.num_probes, distribution=config.distribution)
+    return DivergenceEstimator(num_probes=config.num_probes, distribution=config.distribution, agreed=policy.agreed)
 
 
 def probe_generators(seed: int, ids: Sequence[tuple[int, int]]) -> ProbeGenerators:
@@ -115,16 +115,21 @@ def prompt_log_densities(policy: Policy, prompts: Sequence[str], run: Run) -> Pr
     config = policy.settings.config.entropy
     ids = [(p, s) for p in range(len(prompts)) for s in range(config.num_image_per_prompt)]
     positions = list(range(len(ids)))[policy.accelerator.process_index :: policy.settings.num_processes]
-    batches = [positions[i : i + config.batch_size] for i in range(0, len(positions), config.batch_size)]
+    rounds = -(-len(ids) // (policy.settings.num_processes * config.batch_size))  # of the process that has most
+    batches = [positions[i * config.batch_size :][: config.batch_size] for i in range(rounds)]
     found: list[tuple[int, float, float]] = []
     broken: list[str] = []
     for batch in run.progress(batches, "log-densities"):
+        drawn = batch or policy.stand_in(range(len(ids)))
+        if not drawn:
+            continue
         try:
-            density = sample_log_density(policy, prompts, [ids[i] for i in batch])
+            density = sample_log_density(policy, prompts, [ids[i] for i in drawn])
         except NonFiniteError as error:  # the other processes wait below
             broken.append(str(error))
             break
-        found += zip(batch, density.log_prob.tolist(), density.probe_variance.tolist(), strict=True)
+        if batch:
+            found += zip(batch, density.log_prob.tolist(), density.probe_variance.tolist(), strict=True)
     if broken := gather_object(broken):
         raise NonFiniteError(broken[0])
     values = torch.tensor([value for _, *value in sorted(gather_object(found))], dtype=torch.float64)

@@ -109,13 +109,15 @@ def draw_samples(
     for number in run.progress(range(batches), "evaluation samples"):
         run.check_stop()
         batch = share[number * config.batch_size :][: config.batch_size]
-        if not batch:
+        drawn = batch or policy.stand_in(range(len(ids)))
+        if not drawn:
             continue
-        generators = evaluation_generators(config.seed, [ids[i] for i in batch])
+        generators = evaluation_generators(config.seed, [ids[i] for i in drawn])
         with torch.no_grad():
-            x_0 = policy.sample_ode([chosen[ids[i][0]] for i in batch], generators).final_latents
-            images.append(policy.decode(x_0).float().cpu())
-            latents.append(x_0.cpu())
+            x_0 = policy.sample_ode([chosen[ids[i][0]] for i in drawn], generators).final_latents
+            if batch:
+                images.append(policy.decode(x_0).float().cpu())
+                latents.append(x_0.cpu())
     return Samples(
         images=_gather_in_order(images, share),
         latents=_gather_in_order(latents, share),

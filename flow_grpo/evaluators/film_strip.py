@@ -94,12 +94,13 @@ def film_strip(policy: Policy, prompts: tuple[str, ...]) -> FilmStrip:
 class StepVisualizer:
     """Writes the strip and the curves of the first `config.entropy.num_strip_prompts` prompts; logs no metric.
 
-    Only the main process calls it: the strip is a handful of images, and nothing in it waits for other processes.
+    The strip is a handful of images. The main process follows it alone, unless the network waits for all of them.
     """
 
-    name, collective, request = "steps", False, None
+    name, request = "steps", None
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
+        self.collective = policy.sharded
         self.policy, self.run = policy, run
         self.freq = settings.config.visualize_steps_freq or settings.config.eval_freq
         self.num_prompts = settings.config.entropy.num_strip_prompts
@@ -112,7 +113,10 @@ class StepVisualizer:
         try:
             strip = film_strip(self.policy, prompts)
         except NonFiniteError as error:
-            warnings.warn(f"no film strip at epoch {step}: {error}", stacklevel=2)
+            if self.run.is_main:
+                warnings.warn(f"no film strip at epoch {step}: {error}", stacklevel=2)
+            return Measured()
+        if not self.run.is_main:
             return Measured()
         self._write(samples.label, step, prompts, strip)
         history = self._read(samples.label, step)

@@ -35,9 +35,10 @@ SAID = (
 class ForwardKLEvaluator:
     """`forward_kl/loss`, and `forward_kl/rise`: by how much it is above the base's, as a share of that."""
 
-    name, collective, request = "forward_kl", False, None
+    name, request = "forward_kl", None
 
     def __init__(self, policy: Policy, settings: Settings, run: Run) -> None:
+        self.collective = policy.sharded  # then all processes do the same
         self.policy, self.run, self.config = policy, run, settings.config
         self.freq = settings.config.eval_freq
         self._base: Tensor | None = None  # (N, C, h, w): the images, drawn when they are first needed

@@ -173,11 +173,13 @@ def draw_base_samples(
     encode = _encoder(config, policy) if config.anchored.target_diversity > 0 else None
     found = []
     for first in run.progress(range(0, len(chosen), accelerator.num_processes), "base samples"):
-        mine = chosen[first : first + accelerator.num_processes][accelerator.process_index :][:1]  # none, at the end
+        of_all = chosen[first : first + accelerator.num_processes]
+        mine = of_all[accelerator.process_index :][:1]  # none, at the end
         parts = []
         for numbers in torch.arange(config.anchored.base_images).split(config.train.batch_size):
             run.check_stop()  # collective: as often on every process
-            parts += [_some_of_prompt(policy, prompts, reward, settings, prompt, numbers, encode) for prompt in mine]
+            drawn = mine or policy.stand_in(of_all)
+            parts += [_some_of_prompt(policy, prompts, reward, settings, prompt, numbers, encode) for prompt in drawn]
         found += [(prompt, *_joined(parts)) for prompt in mine]
     rows = sorted(gather_object(found), key=lambda row: row[0])
     return BaseSamples(

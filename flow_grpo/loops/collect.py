@@ -261,3 +261,28 @@ def training_minibatches(settings: Settings, update: int, teaches: Tensor, recor
     else:
         chunks = [chunk if teaches[chunk].any() else chunk[:0] for chunk in whole]
     return chunks + [indices[:0]] * (len(whole) - len(chunks))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Images that go through the network together."""
+
+    positions: Tensor  # (B,) int64, among this process's images
+    counted: int  # how many of them teach: all, or none
+
+
+def in_step(policy: Policy, chunks: Sequence[Tensor], settings: Settings, update: int) -> list[Chunk]:
+    """The minibatches of `training_minibatches`, as many; empty ones are to be passed over. Collective.
+
+    Where the network waits for all processes, none is empty that is not so everywhere: an image takes its place, and
+    counts for nothing.
+    """
+    if not policy.sharded:
+        return [Chunk(chunk, len(chunk)) for chunk in chunks]
+    filled = torch.tensor([[int(len(chunk) > 0) for chunk in chunks]], device=policy.device)
+    anywhere = policy.accelerator.gather(filled).any(0).tolist()  # one for each chunk
+    spare = settings.plan.update_indices(update)[:1]
+    return [
+        Chunk(spare if taken and len(chunk) == 0 else chunk, len(chunk))
+        for chunk, taken in zip(chunks, anywhere, strict=True)
+    ]

@@ -22,6 +22,7 @@ from flow_grpo.loops.collect import (
     Images,
     epoch_prompts,
     gathered_rewards,
+    in_step,
     penalised_of,
     sample_images,
     sampling_minibatches,
@@ -96,21 +97,21 @@ def _train_update(
     steps = len(pairs.images.trajectory.sigmas) - 1
     loss, ratio_error = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
     teaches = (pairs.gain != 0) | (config.train.beta > 0 if pairs.penalised is None else pairs.penalised)
-    chunks = training_minibatches(settings, update, teaches, recorded=True)
-    metrics.add({"trained_fraction": sum(map(len, chunks)) / plan.images_per_update})
+    chunks = in_step(policy, training_minibatches(settings, update, teaches, recorded=True), settings, update)
+    metrics.add({"trained_fraction": sum(chunk.counted for chunk in chunks) / plan.images_per_update})
     logged = (*LOGGED, "kl") if config.train.beta > 0 else LOGGED
     metrics.add(dict.fromkeys(logged, 0.0), weight=0)  # other processes may train where this one does not
-    if not any(map(len, chunks)):
+    if not any(len(chunk.positions) for chunk in chunks):
         policy.accelerator.backward(0 * policy.trainable[0].sum())  # fp16's loss scaler must have seen a loss
     for chunk in run.progress(chunks, "training"):
         run.check_stop()
-        weight = len(chunk) / plan.images_per_update / steps
-        for step in range(steps) if len(chunk) else ():
-            terms = step_loss(policy, pairs, chunk, step, settings)
+        weight = chunk.counted / plan.images_per_update / steps
+        for step in range(steps) if len(chunk.positions) else ():
+            terms = step_loss(policy, pairs, chunk.positions, step, settings)
             policy.accelerator.backward(weight * terms["loss"])
             loss += weight * terms.pop("loss").detach()
             ratio_error = torch.maximum(ratio_error, terms.pop("ratio_error"))
-            metrics.add(terms, weight=len(chunk))
+            metrics.add(terms, weight=chunk.counted)
     if inner == update == 0:
         bound = config.train.max_ratio_error * config.fdfo.epsilon
         why = WHY_OFF.format(epsilon=config.fdfo.epsilon, floor=config.fdfo.floor)

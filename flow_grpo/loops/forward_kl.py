@@ -76,9 +76,10 @@ def draw_base_images(policy: Policy, run: Run) -> BaseImages:
     for part in run.progress(rounds, "base images"):
         run.check_stop()  # collective: as often on every process
         mine = part[accelerator.process_index :: accelerator.num_processes].tolist()
-        generators = [keyed_generator(config.seed, "forward KL image", n) for n in mine]
-        if mine:
-            latents = policy.sample_base([prompts[n] for n in mine], generators, config.sample.num_steps)
-            found += zip(mine, latents.cpu(), strict=True)
+        drawn = mine or policy.stand_in(part.tolist())
+        generators = [keyed_generator(config.seed, "forward KL image", n) for n in drawn]
+        if drawn:
+            latents = policy.sample_base([prompts[n] for n in drawn], generators, config.sample.num_steps)
+            found += zip(mine, latents[: len(mine)].cpu(), strict=True)
     images = sorted(gather_object(found), key=lambda image: image[0])
     return BaseImages(tuple(prompts), torch.stack([latents for _, latents in images]))

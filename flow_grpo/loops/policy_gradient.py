@@ -20,8 +20,10 @@ from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.likelihood_ratio import Action, Likelihood, RatioKeys, Score, likelihood_of
 from flow_grpo.loops.collect import (
+    Chunk,
     advantages_of,
     epoch_prompts,
+    in_step,
     penalised_of,
     sample_images,
     sampling_minibatches,
@@ -112,14 +114,14 @@ def _with_old_log_probs(policy: Policy, experience: Experience, settings: Settin
     for update in run.progress(range(plan.updates), "likelihoods"):
         passes = (_trained_slots(experience, settings, inner, update) for inner in range(config.train.num_inner_epochs))
         asked_for = sorted(set().union(*passes))
-        for chunk in _taught(experience, settings, update):
+        for chunk in _taught(policy, experience, settings, update):
             run.check_stop()
-            if len(chunk) == 0:
+            if len(chunk.positions) == 0:
                 continue
-            minibatch = _minibatch(policy, experience, chunk, config)
+            minibatch = _minibatch(policy, experience, chunk.positions, config)
             for slot in asked_for:
                 with torch.no_grad():
-                    old[chunk.to(old.device), slot] = minibatch.score(slot).log_prob.to(old.dtype)
+                    old[chunk.positions.to(old.device), slot] = minibatch.score(slot).log_prob.to(old.dtype)
     return experience
 
 
@@ -157,24 +159,24 @@ def _train_update(
     config, plan = settings.config, settings.plan
     slots = _trained_slots(experience, settings, inner, update)
     loss, ratio_error = torch.zeros((), device=policy.device), torch.zeros((), device=policy.device)
-    chunks = _taught(experience, settings, update)
-    metrics.add({"trained_fraction": sum(map(len, chunks)) / plan.images_per_update})
+    chunks = _taught(policy, experience, settings, update)
+    metrics.add({"trained_fraction": sum(chunk.counted for chunk in chunks) / plan.images_per_update})
     logged = (*LOGGED, "kl") if config.train.beta > 0 else LOGGED
     metrics.add(dict.fromkeys(logged, 0.0), weight=0)  # other processes may train where this one does not
-    if not any(map(len, chunks)):
+    if not any(len(chunk.positions) for chunk in chunks):
         policy.accelerator.backward(0 * policy.trainable[0].sum())  # fp16's loss scaler must have seen a loss
     for chunk in run.progress(chunks, "training"):
         run.check_stop()
-        if len(chunk) == 0:
+        if len(chunk.positions) == 0:
             continue
-        minibatch = _minibatch(policy, experience, chunk, config)
-        weight = len(chunk) / plan.images_per_update / len(slots)
+        minibatch = _minibatch(policy, experience, chunk.positions, config)
+        weight = chunk.counted / plan.images_per_update / len(slots)
         for slot in slots:
             terms = step_loss(minibatch, slot, config)
             policy.accelerator.backward(weight * terms["loss"])
             loss += weight * terms.pop("loss").detach()
             ratio_error = torch.maximum(ratio_error, terms.pop("ratio_error"))
-            metrics.add(terms, weight=len(chunk))
+            metrics.add(terms, weight=chunk.counted)
     if inner == update == 0:
         bound = config.train.max_ratio_error * config.train.clip_range
         why = WHY_OFF.format(clip_range=config.train.clip_range)
@@ -182,15 +184,16 @@ def _train_update(
     metrics.add(apply_update(policy, loss, run))
 
 
-def _taught(experience: Experience, settings: Settings, update: int) -> list[Tensor]:
-    """The minibatches of one update: of all images whose KL counts, and of those with an advantage.
+def _taught(policy: Policy, experience: Experience, settings: Settings, update: int) -> list[Chunk]:
+    """Collective: the minibatches of one update: of all images whose KL counts, and of those with an advantage.
 
     An image without either (NSR, PSR, a group of equal rewards) has no gradient, and pays for no forward.
     """
     config = settings.config
     held = config.train.beta > 0 if experience.penalised is None else experience.penalised
     teaches = (experience.advantages != 0) | held  # nan teaches, and is skipped as an update
-    return training_minibatches(settings, update, teaches, likelihood_of(config).recorded)
+    chunks = training_minibatches(settings, update, teaches, likelihood_of(config).recorded)
+    return in_step(policy, chunks, settings, update)
 
 
 def _trained_slots(experience: Experience, settings: Settings, inner: int, update: int) -> list[int]:

@@ -59,7 +59,7 @@ def densities_of(
     not finite, neither is the answer: such an update is skipped.
     """
     config, found = policy.settings.config, []
-    estimator = DivergenceEstimator(num_probes=config.shaping.probes)
+    estimator = DivergenceEstimator(num_probes=config.shaping.probes, agreed=policy.agreed)
     for chunk in torch.arange(len(prompts)).split(config.train.batch_size):
         velocity = policy.velocity(policy.encode([prompts[i] for i in chunk.tolist()]), config.sample.guidance_scale)
         x_0, ids = trajectory.final_latents[chunk.to(policy.device)], sample_ids[chunk].tolist()

@@ -38,8 +38,8 @@ def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
     if train.forward_kl > 0:
         anchor = accumulate_forward_kl(policy, run, train.forward_kl)
         loss, terms["forward_kl"] = loss + train.forward_kl * anchor, anchor.item()
-    mean_loss = _average_over_processes(policy, loss.detach())
-    grad_norm = policy.accelerator.clip_grad_norm_(policy.trainable, train.max_grad_norm)
+    mean_loss = policy.weights.average(loss.detach())
+    grad_norm = policy.weights.clip(train.max_grad_norm)
     finite = bool(torch.isfinite(mean_loss) and torch.isfinite(grad_norm))
     terms["learning_rate"] = policy.learning_rate(run.counters.updates)
     if finite:
@@ -51,22 +51,6 @@ def apply_update(policy: Policy, loss: Tensor, run: Run) -> dict[str, float]:
     if not finite and not _scale_lowered(policy, mean_loss):
         _count_nonfinite(policy, run, mean_loss.item(), grad_norm.item())
     return terms | {"loss": mean_loss.item(), "grad_norm": grad_norm.item(), "skipped_updates": float(not finite)}
-
-
-def _average_over_processes(policy: Policy, loss: Tensor) -> Tensor:
-    """Replace the gradients by their mean over processes, in one reduction; return the mean loss."""
-    for parameter in policy.trainable:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if policy.accelerator.num_processes == 1:
-        return loss
-    grads = [parameter.grad for parameter in policy.trainable]
-    flat = torch.cat([loss.reshape(1).to(grads[0].dtype), *(g.flatten() for g in grads)])
-    flat = policy.accelerator.reduce(flat, reduction="mean")
-    torch.nn.utils.vector_to_parameters(flat[1:], grads)
-    for parameter, grad in zip(policy.trainable, grads, strict=True):
-        parameter.grad = grad
-    return flat[0]
 
 
 def _scale_lowered(policy: Policy, loss: Tensor) -> bool:

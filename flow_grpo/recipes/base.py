@@ -165,6 +165,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             choice("no", "bf16", "fp16"),
             '"no", "bf16" or "fp16": dtype of the frozen weights and of autocast',
         ),
+        Key(
+            "sharding",
+            "none",
+            choice("none", "full"),
+            '"full": each process keeps a part of the transformer (FSDP2), for models too large for one GPU',
+        ),
         Key("allow_tf32", True, YES_OR_NO, "TF32 matrix products on GPUs"),
         Key("gradient_checkpointing", False, YES_OR_NO, "recompute the transformer's activations in the backward pass"),
         Key("prompt_cache_size", 1024, whole(1), "prompts whose embeddings are kept in memory"),

@@ -18,10 +18,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import strict_json, sync_tree
@@ -46,7 +48,19 @@ from flow_grpo.runs.saved import (
     set_aside,
 )
 from flow_grpo.settings import Settings
-from flow_grpo.training.state import TrainingState, collect, named_as, not_finite, read, restore, trained_tensors
+from flow_grpo.training.state import (
+    AVERAGE,
+    MOMENTS,
+    OLD,
+    WEIGHTS,
+    TrainingState,
+    collect,
+    gathered,
+    named_as,
+    not_finite,
+    read,
+    restore,
+)
 from flow_grpo.training.words import go_on
 
 TRAINED_ON = "/reward/total"  # end of the metric's name
@@ -110,15 +124,15 @@ class Saver:
         self.policy, self.run, self.settings = policy, run, settings
         self.owed = False
         self.updates = -1
-        self._last: TrainingState | None = None  # of the main process
+        self._last: TrainingState | None = None  # what this process holds of it
         self._score: Score | None = None  # of that state
         self._best: str | None = None  # of the main process: name of the best checkpoint
         self._is_record = False  # of the main process: whether the last one is better than all before
 
     def remember(self, evaluated: bool, score: Score | None = None) -> None:
-        """Keep a copy of the present state, from which `save_remembered` writes; only the main process needs it."""
-        if not self.run.is_main:
-            return
+        """Keep a copy of what this process holds of the present state, from which `save_remembered` writes."""
+        if not (self.run.is_main or self.policy.sharded):
+            return  # the main process holds all of it
         self._score = score
         if self._last is not None and self._last.counters == self.run.counters.state_dict():
             self._last = replace(self._last, evaluated=evaluated)  # the weights are the same
@@ -130,7 +144,8 @@ class Saver:
 
         Then those that are no longer kept are dropped. Weights that are not finite are not written.
         """
-        problem = self.run.from_main(lambda: self._attempt(score, evaluated=True))
+        state = gathered(self.policy, collect(self.policy, self.run, evaluated=True))
+        problem = self.run.from_main(lambda: self._attempt(state, score))
         self.owed = problem is not None
         if problem is None:
             self.updates = self.run.counters.updates
@@ -141,31 +156,39 @@ class Saver:
         return problem is None
 
     def save_remembered(self) -> str:
-        """Collective: go back to what was remembered and write it, unless it is saved already.
+        """Collective: write what was remembered, unless it is saved already; the counters go back to it.
 
         Returns:
             what there is to go on from, in words, the same on every process.
         """
-        return self.run.from_main(self._save_remembered)
+        if self._last is not None:
+            self.run.counters.load_state_dict(self._last.counters)
+        if self.run.from_main(self._holds_remembered):
+            return self.run.from_main(self._whole)
+        state = None if self._last is None else gathered(self.policy, self._last)
+        return self.run.from_main(lambda: self._save(state))
 
-    def _save_remembered(self) -> str:
-        run, state = self.run, self._last
-        assert state is not None, "remember comes first"
-        restore(self.policy, run, state, "the state of the last epoch")
-        folder = checkpoint_folder(run)
-        whole = f"checkpoint {run.counters.epoch} is whole; {go_on(run.folder)}"
-        if _holds(folder, state):
-            return whole
-        problem = self._attempt(self._score, state.evaluated)
+    def _holds_remembered(self) -> bool:
+        assert self._last is not None, "remember comes first"
+        return _holds(checkpoint_folder(self.run), self._last)
+
+    def _whole(self) -> str:
+        return f"checkpoint {self.run.counters.epoch} is whole; {go_on(self.run.folder)}"
+
+    def _save(self, state: TrainingState | None) -> str:
+        run = self.run
+        problem = self._attempt(state, self._score)
         if problem is None:
-            return whole
+            return self._whole()
         saved = finished_checkpoints(run.folder / CHECKPOINTS)
         kept = f"{saved[max(saved)].name} is the newest" if saved else "there is none"
         return f"its checkpoint could not be written ({problem}): {kept}"
 
-    def _attempt(self, score: Score | None, evaluated: bool) -> str | None:
-        """Write the checkpoint; what is in the way, in words."""
-        if broken := not_finite(trained_tensors(self.policy)):
+    def _attempt(self, state: TrainingState | None, score: Score | None) -> str | None:
+        """Of the main process: write the checkpoint of a whole state; what is in the way, in words."""
+        assert state is not None, "it is gathered on the main process"
+        trained = {k: v for k, v in state.tensors.items() if not k.startswith((MOMENTS, OLD))}
+        if broken := not_finite(trained):
             return f"{broken} is no longer finite"
         if not self.run.holds_folder():
             return f"{self.run.folder} is no longer the folder that this run began to write"
@@ -175,7 +198,7 @@ class Saver:
             folder.parent.mkdir(exist_ok=True)
             remove(partial)
             partial.mkdir()
-            self._write(partial, score, evaluated)
+            self._write(partial, state, score)
             replace_folder(partial, folder)
             self._drop_old(folder.parent)
         except (OSError, SafetensorError, ConfigError) as error:
@@ -183,17 +206,15 @@ class Saver:
             return f"{folder} cannot be written ({getattr(error, 'strerror', None) or first_line(error)})"
         return None
 
-    def _write(self, folder: Path, score: Score | None, evaluated: bool) -> None:
-        state = collect(self.policy, self.run, evaluated)
-        save_file({name: value.cpu().contiguous() for name, value in state.tensors.items()}, folder / TENSORS)
-        export(self.policy, folder, "")
+    def _write(self, folder: Path, state: TrainingState, score: Score | None) -> None:
+        save_file(dict(state.tensors), folder / TENSORS)
+        export(self.policy, folder, "", state.of(WEIGHTS))
         if self.policy.ema is not None:
-            with self.policy.ema_weights():
-                export(self.policy, folder, "_ema")
+            export(self.policy, folder, "_ema", state.of(AVERAGE))
         record = {
             "format": FORMAT,
             "counters": state.counters,
-            "evaluated": evaluated,
+            "evaluated": state.evaluated,
             "score": None if score is None else score.value,
             "score_of": None if score is None else score.metric,
             "best": self._best_with(folder, score),
@@ -287,14 +308,19 @@ def _holds(folder: Path, state: TrainingState) -> bool:
     return saved["counters"] == state.counters and saved.get("evaluated") == state.evaluated
 
 
-def export(policy: Policy, folder: Path, suffix: str) -> None:
-    """Write the current weights to `lora<suffix>/` in both formats, or to `transformer<suffix>/`."""
+def export(policy: Policy, folder: Path, suffix: str, trained: dict[str, Tensor]) -> None:
+    """Write trained weights, whole ones by their names, to `lora<suffix>/` in both formats, or `transformer<suffix>/`.
+
+    The policy's own may be parts.
+    """
     if not policy.settings.config.use_lora:
-        policy.transformer.save_pretrained(folder / f"transformer{suffix}")
+        whole: Any = policy.family.empty_transformer(policy.transformer.config)
+        whole.load_state_dict(policy.transformer.state_dict() | trained, assign=True)
+        whole.save_pretrained(folder / f"transformer{suffix}")
         return
     target = folder / f"lora{suffix}"
     adapter = policy.transformer.peft_config["default"]
-    weights = {name: value.detach().cpu() for name, value in get_peft_model_state_dict(policy.transformer).items()}
+    weights = get_peft_model_state_dict(policy.transformer, state_dict=trained)
     adapter.save_pretrained(target)
     save_file(
         {f"base_model.model.{name}": value for name, value in weights.items()}, target / "adapter_model.safetensors"

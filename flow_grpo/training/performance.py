@@ -35,7 +35,7 @@ def performance(policy: Policy, phases: Phases, images: int, seconds: float) -> 
     found = {f"perf/seconds_{name}": value for name, value in parts.items()}
     found |= {"perf/images_per_second": images / seconds, "perf/peak_memory_gib": phases.peak_memory_gib()}
     peak = peak_flops(policy.device, policy.settings.config.mixed_precision)
-    if peak:
+    if policy.agreed(peak > 0):  # the network is run
         used = (policy.network_evaluations + BACKWARD * policy.trained_evaluations) * flops_per_evaluation(policy)
         found["perf/mfu"] = used / seconds / peak
     return found

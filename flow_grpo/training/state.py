@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,16 @@ WEIGHTS, AVERAGE, OLD, MOMENTS = "weights", "average", "old", "optimizer"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that training changes, as it is kept on disk."""
+    """All that training changes: of whole tensors, as on disk, or of a process's parts of them."""
 
     tensors: Mapping[str, Tensor]  # by the names above
     plain: Mapping[str, Any]  # numbers of the average, the loss scaler and the policy
     counters: Mapping[str, int | float]
     evaluated: bool  # whether the evaluation that is due at this epoch has been made
+
+    def of(self, kind: str) -> dict[str, Tensor]:
+        """The tensors of one kind, by the names of the weights."""
+        return {k.removeprefix(f"{kind}."): v for k, v in self.tensors.items() if k.startswith(f"{kind}.")}
 
     def to_cpu(self) -> TrainingState:
         """A copy in main memory that training does not change."""
@@ -46,7 +50,7 @@ class TrainingState:
 
 
 def collect(policy: Policy, run: Run, evaluated: bool) -> TrainingState:
-    """The state as it is now; its tensors are those that training goes on to change."""
+    """This process's part of the state as it is now; its tensors are those that training goes on to change."""
     tensors = trained_tensors(policy)
     if policy.old is not None:
         tensors |= {f"{OLD}.{name}": value for name, value in zip(policy.named_trainable, policy.old, strict=True)}
@@ -61,8 +65,22 @@ def collect(policy: Policy, run: Run, evaluated: bool) -> TrainingState:
     return TrainingState(tensors, plain, run.counters.state_dict(), evaluated)
 
 
+def gathered(policy: Policy, state: TrainingState) -> TrainingState | None:
+    """Collective: the state whose parts the processes hold, in main memory of the main process; None on the others."""
+    tensors = {}
+    for key, part in state.tensors.items():
+        kind, _, name = key.partition(".")
+        if part.dim() == 0:  # a count of steps
+            tensors[key] = part.cpu()
+            continue
+        whole = policy.weights.whole(name.partition(".")[2] if kind == MOMENTS else name, part)
+        if whole is not None:
+            tensors[key] = whole.contiguous()
+    return replace(state, tensors=tensors) if policy.accelerator.is_main_process else None
+
+
 def restore(policy: Policy, run: Run, state: TrainingState, source: str) -> None:
-    """Set the policy and the run's counters to a state.
+    """Set the policy and the run's counters to a state of whole tensors.
 
     Learning rate and the like, and the decay of the average, stay those of the present configuration.
 
@@ -92,20 +110,23 @@ def restore(policy: Policy, run: Run, state: TrainingState, source: str) -> None
 
 
 def matching_weights(policy: Policy, tensors: Mapping[str, Tensor], kind: str, source: str) -> list[Tensor]:
-    """The tensors of one kind in the order of `policy.trainable`; ConfigError, naming `source`, unless each fits."""
+    """This process's parts of the whole tensors of one kind, in the order of `policy.trainable`.
+
+    Raises:
+        ConfigError: naming `source`, unless each fits.
+    """
     return [
-        _matching(tensors, f"{kind}.{name}", parameter, source) for name, parameter in policy.named_trainable.items()
+        policy.weights.part(name, _matching(tensors, f"{kind}.{name}", policy.weights.shape(name), source))
+        for name in policy.named_trainable
     ]
 
 
-def _matching(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, source: str) -> Tensor:
+def _matching(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, source: str) -> Tensor:
     value = tensors.get(name)
     if value is None:
         raise ConfigError(f"{source} has no {name}: it is of another model, or has no such weights.")
-    if value.shape != parameter.shape:
-        raise ConfigError(
-            f"{source}: {name} has the shape {tuple(value.shape)}, where the model has {tuple(parameter.shape)}."
-        )
+    if value.shape != shape:
+        raise ConfigError(f"{source}: {name} has the shape {tuple(value.shape)}, where the model has {tuple(shape)}.")
     if not value.is_floating_point():
         raise ConfigError(f"{source}: {name} holds {value.dtype} instead of floating-point numbers.")
     return value
@@ -120,14 +141,14 @@ def _moments(policy: Policy, tensors: Mapping[str, Tensor], source: str) -> dict
         if kind != MOMENTS:
             continue
         moment, _, name = rest.partition(".")
-        if name not in names or (value.dim() and value.shape != policy.named_trainable[name].shape):
+        if name not in names or (value.dim() and value.shape != policy.weights.shape(name)):
             raise ConfigError(f"{source}: {key} does not fit the model.")
-        found.setdefault(names[name], {})[moment] = value
+        found.setdefault(names[name], {})[moment] = policy.weights.part(name, value) if value.dim() else value
     return found
 
 
 def trained_tensors(policy: Policy) -> dict[str, Tensor]:
-    """The trained weights and their average, by their names in a checkpoint."""
+    """What this process holds of the trained weights and their average, by their names in a checkpoint."""
     tensors = {f"{WEIGHTS}.{name}": value.detach() for name, value in policy.named_trainable.items()}
     if policy.ema is not None:
         pairs = zip(policy.named_trainable, policy.ema.shadow_params, strict=True)

@@ -96,10 +96,6 @@ class _Pipeline:
     def __init__(self, transformer: nn.Module) -> None:
         self.components = {"transformer": transformer}
 
-    def to(self, device: torch.device) -> _Pipeline:
-        self.components["transformer"].to(device)
-        return self
-
     def set_progress_bar_config(self, **_: Any) -> None:
         """There is none."""
 

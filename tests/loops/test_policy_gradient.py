@@ -10,7 +10,7 @@ from flow_grpo.advantages import group_advantages
 from flow_grpo.diffusers_patch.step import step_coefficients
 from flow_grpo.errors import TrainingStopped
 from flow_grpo.loops import policy_gradient as grpo
-from flow_grpo.loops.collect import epoch_prompts
+from flow_grpo.loops.collect import Chunk, epoch_prompts
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.types import RewardBatch
 
@@ -271,9 +271,10 @@ def test_sampled_in_other_minibatches_bf16_would_not(config, build, monkeypatch)
 # --- images without an advantage ---------------------------------------------------------------------------
 
 
-def everything(experience, settings, update):
+def everything(policy, experience, settings, update):
     """Every image of an update, as if each had an advantage."""
-    return list(settings.plan.update_indices(update).split(settings.config.train.batch_size))
+    chunks = settings.plan.update_indices(update).split(settings.config.train.batch_size)
+    return [Chunk(chunk, len(chunk)) for chunk in chunks]
 
 
 def one_epoch(config, build, name):
@@ -305,7 +306,7 @@ def test_images_without_an_advantage_cost_nothing_and_change_nothing(config, bui
 def test_leaving_out_images_that_have_an_advantage_would_change_the_gradient(config, build, monkeypatch):
     """The broken twin."""
     whole, *_ = one_epoch(config, build, "whole")
-    monkeypatch.setattr(grpo, "_taught", lambda experience, settings, update: [torch.arange(4)])
+    monkeypatch.setattr(grpo, "_taught", lambda *_: [Chunk(torch.arange(4), 4)])
     broken, *_ = one_epoch(config, build, "broken")
     assert ((broken - whole).norm() / whole.norm()).item() > 0.1
 

@@ -238,9 +238,10 @@ def test_accelerate_reads_its_files_and_they_ask_for_plain_data_parallelism(path
     from accelerate.commands.config.config_args import load_config_from_file
 
     loaded = load_config_from_file(str(path))
-    distributed = path.stem.startswith("multi")
+    distributed = path.stem.startswith(("multi", "fsdp2"))
     assert loaded.distributed_type == ("MULTI_GPU" if distributed else "NO")
-    assert loaded.num_processes == {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 32}[path.stem]
+    expected = {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 32, "fsdp2": 8, "fsdp2_multi_node": 32}
+    assert loaded.num_processes == expected[path.stem]
     assert loaded.mixed_precision == "no"
     assert not loaded.fsdp_config
     assert not loaded.deepspeed_config
