@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.loading import DTYPES, load_model
 from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.loras import merge_lora
+from flow_grpo.models.prompt_encoder import PromptEncoder
 from flow_grpo.parallel import Replicated, Sharded, Weights, shard
 from flow_grpo.paths import find
 from flow_grpo.prompts import own_negatives
@@ -66,8 +67,10 @@ class ImageModel:
         self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
         self.family = family
         self.pipeline = family.pipeline
+        offload = settings.config.pretrained.offload_text
         for name, part in self.pipeline.components.items():
-            if isinstance(part, torch.nn.Module) and not (self.sharded and name == "transformer"):
+            away = (self.sharded and name == "transformer") or (offload and name.startswith("text_encoder"))
+            if isinstance(part, torch.nn.Module) and not away:
                 part.to(self.device)  # a sharded transformer goes there in parts
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = family.transformer, family.vae
@@ -77,7 +80,14 @@ class ImageModel:
         )
         self._freeze()
         self._negatives = own_negatives(settings.config)
-        self._encode_one = lru_cache(maxsize=settings.config.prompt_cache_size)(self._encode_uncached)
+        self._encoder = PromptEncoder(
+            family,
+            self.device,
+            max_sequence_length=settings.config.max_sequence_length,
+            dtype=DTYPES[settings.config.mixed_precision],
+            kept=settings.config.prompt_cache_size,
+            offload=offload,
+        )
 
     def _freeze(self) -> None:
         """No module trains, and none has dropout on."""
@@ -102,16 +112,14 @@ class ImageModel:
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embed prompts, each distinct one once: B of them -> (B, L, E), (B, P), and their negative prompts' texts."""
-        embeds = PromptEmbeds.cat([self._encode_one(prompt) for prompt in prompts])
-        return replace(embeds, negatives=tuple(map(self._negative_of, prompts)))
+        return replace(self._encoder(prompts), negatives=tuple(map(self._negative_of, prompts)))
+
+    def encode_ahead(self, prompts: Sequence[str]) -> None:
+        """Embed prompts, and their negative ones, that are about to be needed, all at once."""
+        self._encoder.ahead([*prompts, *map(self._negative_of, prompts)])
 
     def _negative_of(self, prompt: str) -> str:
         return self._negatives.get(prompt, self.settings.config.negative_prompt)
-
-    @torch.no_grad()
-    def _encode_uncached(self, prompt: str) -> PromptEmbeds:
-        config = self.settings.config
-        return self.family.encode(prompt, config.max_sequence_length).to(DTYPES[config.mixed_precision])
 
     def velocity(self, embeds: PromptEmbeds, guidance_scale: float, detach_unconditional: bool = False) -> VelocityFn:
         """The guided velocity v(x, sigma) of these prompts: (B, C, h, w) -> (B, C, h, w), float32."""

@@ -203,6 +203,7 @@ def _check_sampler(config: ConfigDict) -> None:
         )
     _check_sliding(config)
     _check_tuned_share(config)
+    _check_offload(config)
     size, (first, end) = sample.sde_window_size, sample.sde_window_range
     if size > sample.num_steps:
         raise ConfigError(
@@ -282,6 +283,17 @@ def _check_schedule(config: ConfigDict, plan: BatchPlan) -> None:
         raise ConfigError(
             f"config.train.learning_rate = {train.learning_rate} is not above {POLYNOMIAL_END}, at which {name} ends; "
             "it takes more."
+        )
+
+
+def _check_offload(config: ConfigDict) -> None:
+    """What an epoch embeds ahead must still be there when it is needed."""
+    most = 2 * config.sample.groups_per_epoch  # each may have its own negative prompt
+    if config.pretrained.offload_text and config.prompt_cache_size < most:
+        raise ConfigError(
+            f"config.prompt_cache_size = {config.prompt_cache_size} keeps fewer prompts than an epoch of "
+            f"config.sample.groups_per_epoch = {config.sample.groups_per_epoch} may need, for which "
+            f"config.pretrained.offload_text = True embeds them ahead; it takes at least {most}."
         )
 
 

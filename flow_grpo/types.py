@@ -36,11 +36,15 @@ class PromptEmbeds:
     def _values(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.prompt_embeds, self.pooled_prompt_embeds, self.mask
 
-    def to(self, dtype: torch.dtype) -> PromptEmbeds:
-        """The same numbers in another precision."""
-        pooled = self.pooled_prompt_embeds
-        pooled = None if pooled is None else pooled.to(dtype)
-        return replace(self, prompt_embeds=self.prompt_embeds.to(dtype), pooled_prompt_embeds=pooled)
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> PromptEmbeds:
+        """The same numbers in another precision, or elsewhere."""
+        pooled, mask = self.pooled_prompt_embeds, self.mask
+        return replace(
+            self,
+            prompt_embeds=self.prompt_embeds.to(device=device, dtype=dtype),
+            pooled_prompt_embeds=None if pooled is None else pooled.to(device=device, dtype=dtype),
+            mask=None if mask is None else mask.to(device=device),
+        )
 
     @staticmethod
     def cat(parts: Sequence[PromptEmbeds]) -> PromptEmbeds:

@@ -353,6 +353,10 @@ COMBINATIONS = [
         },
         ['shaping.kind = "log_rke"', "num_image_per_prompt = 2", "at least 4"],
     ),
+    (
+        {"pretrained.offload_text": True, "prompt_cache_size": 19},
+        ["prompt_cache_size = 19", "groups_per_epoch = 10", "offload_text = True", "at least 20"],
+    ),
     ({"shaping.kind": "vendi"}, ["shaping.weight = 0.0", 'shaping.kind = "vendi"', "above 0"]),
     (
         {"shaping.kind": "distance", "shaping.weight": 0.1},

@@ -104,6 +104,7 @@ def draw_samples(
             counts[text] = max(counts.get(text, 0), request.num_image_per_prompt)
     ids = [(p, s) for p, text in enumerate(chosen) for s in range(counts.get(text, 0))]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
+    policy.encode_ahead([chosen[ids[i][0]] for i in share])
     images, latents = [], []
     batches = -(-len(ids) // (settings.num_processes * config.batch_size))  # of the process that has most
     for number in run.progress(range(batches), "evaluation samples"):

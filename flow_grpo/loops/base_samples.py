@@ -171,6 +171,7 @@ def draw_base_samples(
     config, accelerator = settings.config, policy.accelerator
     chosen = list(range(min(config.anchored.base_prompts, len(prompts))))
     encode = _encoder(config, policy) if config.anchored.target_diversity > 0 else None
+    policy.encode_ahead([prompts.prompts[prompt] for prompt in chosen])
     found = []
     for first in run.progress(range(0, len(chosen), accelerator.num_processes), "base samples"):
         of_all = chosen[first : first + accelerator.num_processes]

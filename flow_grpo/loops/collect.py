@@ -101,6 +101,7 @@ def sample_images(
     config, epoch = settings.config, run.counters.epoch
     if chunks is None:
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
+    policy.encode_ahead(batch.prompts)
     extractor = extractor_of(config, policy.device)
     trajectories, totals, features, densities, held_out = [], [], [], [], []
     for chunk in run.progress(chunks, "sampling"):

@@ -81,6 +81,7 @@ def train_by(
     config, plan = settings.config, settings.plan
     epoch = run.counters.epoch
     batch = epoch_prompts(prompts, plan, config.seed, run.counters.groups, policy.accelerator.process_index)
+    policy.encode_ahead(batch.prompts)
     metrics = MeanMetrics()
     for update in run.progress(range(plan.updates), "updates"):
         gradient = draw(policy, settings, keyed_generator(config.seed, "drtune", epoch, update))

@@ -50,7 +50,7 @@ class Flux:
     def encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """The T5's tokens, (1, L, E) with padding, and the CLIP's pooled output, (1, P)."""
         prompt_embeds, pooled, _ = self.pipeline.encode_prompt(
-            prompt, device=self.pipeline.device, max_sequence_length=max_sequence_length
+            prompt, device=self.pipeline.text_encoder.device, max_sequence_length=max_sequence_length
         )
         return PromptEmbeds(prompt_embeds, pooled)
 

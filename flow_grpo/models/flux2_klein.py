@@ -39,7 +39,7 @@ class Flux2Klein:
     def encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """Three hidden layers of the Qwen3, joined: (1, L, 3 E), with the chat template's tokens and padding."""
         prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompt, device=self.pipeline.device, max_sequence_length=max_sequence_length
+            prompt, device=self.pipeline.text_encoder.device, max_sequence_length=max_sequence_length
         )
         return PromptEmbeds(prompt_embeds)
 

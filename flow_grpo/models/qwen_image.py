@@ -38,7 +38,7 @@ class QwenImage:
     def encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """The last hidden states after the template's own words: (1, L, E), with L the prompt's own length."""
         prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompt, device=self.pipeline.device, max_sequence_length=max_sequence_length
+            prompt, device=self.pipeline.text_encoder.device, max_sequence_length=max_sequence_length
         )
         mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
         return PromptEmbeds(prompt_embeds.to(self.transformer.dtype), mask=mask)

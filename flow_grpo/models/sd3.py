@@ -30,7 +30,7 @@ class SD3:
             prompt,
             None,
             None,
-            device=self.pipeline.device,
+            device=self.pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
         )

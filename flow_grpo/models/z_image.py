@@ -32,7 +32,7 @@ class ZImage:
         """The hidden states before the last layer, template included: (1, L, E), with L the prompt's own length."""
         (caption,), _ = self.pipeline.encode_prompt(
             prompt,
-            device=self.pipeline.device,
+            device=self.pipeline.text_encoder.device,
             do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length,
         )

@@ -150,6 +150,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             NOT_NEGATIVE,
             "guidance scale of models that take it as an input of the network, such as FLUX.1-dev; others ignore it",
         ),
+        Key(
+            "pretrained.offload_text",
+            False,
+            YES_OR_NO,
+            "text encoders come to the GPU once an epoch, for its prompts, and leave it again",
+        ),
         Key("resolution", 32, whole(1), "height and width of the images, in pixels"),
         Key("height", 0, whole(0), "height of the images, in pixels; 0: that of resolution"),
         Key("width", 0, whole(0), "width of the images, in pixels; 0: that of resolution"),
