@@ -250,7 +250,7 @@ MISTAKES = [
     (("tiny_grpo", "--resum", "x"), ["--resum"]),
     (("tiny_grpo", "--config.seed=1"), ["--config.seed=1"]),
     (("tiny_grpo", "--allow-changes"), ["--resume RUN"]),
-    (("--resume", "/nowhere"), ["error: --resume '/nowhere' holds no checkpoint"]),
+    (("--resume", "/nowhere"), ["error: --resume '/nowhere' does not exist"]),
     (("num_epochs=1",), ["takes a recipe"]),
     (("nowhere.py:x",), ["nowhere.py:x names no Python file"]),
     (("nowhere/config.json",), ["nowhere/config.json cannot be read"]),
