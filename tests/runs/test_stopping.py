@@ -17,6 +17,7 @@ from flow_grpo.launch import is_lost_process
 from flow_grpo.loops import drtune, fdfo, forward_process
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.runs import stopping
+from flow_grpo.runs.history import read_history
 from flow_grpo.runs.stopping import Reason, StopWatch, watching
 from flow_grpo.training import checkpoint
 from flow_grpo.training.state import TrainingState
