@@ -3,6 +3,8 @@
 The SD3.5 recipes use the published settings of Flow-GRPO (arXiv 2505.05470). Their prompts are not committed:
 `fme prompts --dataset yuvalkirstain/pickapic_v1_no_images --column caption --out assets/prompts/pickscore`.
 
+What to expect of each method on the tiny SD3, in reward and in diversity: docs/methods.md, "How they compare".
+
 Costs are counted, not measured: images and evaluations of the transformer (one image through it once; guidance
 doubles them) in one epoch over all processes, evaluation apart. `sampling` needs no gradient, `training` is a forward
 and a backward pass, `reference` is the forward pass of the KL divergence. `old` are those of a ratio whose old side the

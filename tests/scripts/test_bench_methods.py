@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,8 @@ from flow_grpo.settings import resolve
 from scripts.bench.methods import ENTRIES, SEEDS, plan
 from scripts.bench.methods_results import exact_share, outcome, summarise, table, title_of
 
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "assets/figures/methods"
 LAW = [
     {"strength": 0, "reward": 0.50, "judge": 0.8, "vendi": 3.2, "rke": 4.0, "kl": 0.0, "effective": 1000.0},
     {"strength": 60, "reward": 0.52, "judge": 0.9, "vendi": 2.8, "rke": 3.0, "kl": 0.3, "effective": 300.0},
@@ -95,3 +98,44 @@ def test_the_table_has_a_row_for_each_method_by_falling_reward(runs):
 def test_every_entry_has_a_title():
     assert all(title_of(name) for name in ENTRIES)
     assert len({title_of(name) for name in ENTRIES}) == len(ENTRIES)
+
+
+# --- the committed results ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def committed():
+    text = (RESULTS / "results.json").read_text(encoding="utf-8").replace("null", "NaN")
+    return {row["method"]: row for row in json.loads(text)["summary"]}
+
+
+def test_every_method_there_is_has_been_measured_with_three_seeds(committed):
+    assert set(METHODS) <= set(committed)
+    assert {row["seeds"] for row in committed.values()} == {3}
+
+
+def test_the_committed_table_is_what_the_results_say(committed):
+    law = json.loads((RESULTS / "curve.json").read_text(encoding="utf-8"))
+    assert table(list(committed.values()), law) == (RESULTS / "table.md").read_text(encoding="utf-8")
+
+
+def test_what_the_docs_say_of_the_methods_is_what_was_measured(committed):
+    """docs/methods.md, "How they compare"."""
+    text = " ".join((ROOT / "docs/methods.md").read_text(encoding="utf-8").split())
+    anchored, drtune, nft = committed["anchored"], committed["drtune"], committed["nft"]
+    for words in (
+        f"gains {anchored['gain']['mean']:.4f} and keeps {anchored['kept']['mean']:.0%}".replace("%", " %"),
+        f"+0.01 in {anchored['seconds_to']['0.01']['mean']:.0f} s, where DRTune needs "
+        f"{drtune['seconds_to']['0.01']['mean']:.0f} s",
+        f"it keeps {100 * committed['anchored_kl']['kept']['mean']:.0f} % of what its gain allows",
+        f"keeps {100 * committed['adjoint_matching']['kept']['mean']:.0f} % here",
+        f"+0.01 in {nft['seconds_to']['0.01']['mean']:.0f} s, with {100 * nft['kept']['mean']:.0f} % kept at the end",
+        f"GRPO gains {committed['grpo']['gain']['mean']:+.3f} in the time",
+    ):
+        assert words in text, words
+
+
+def test_without_an_anchor_every_gradient_method_collapses_and_the_anchored_one_does_not(committed):
+    free = [name for name, method in METHODS.items() if method.reward_gradient and not method.needs_base]
+    assert all(1.05 < committed[name]["vendi"]["mean"] < 1.55 for name in free)
+    assert committed["anchored"]["kept"]["mean"] > 0.95
