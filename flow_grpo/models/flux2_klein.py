@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
@@ -15,6 +11,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from flow_grpo.diffusers_patch.velocity import linear_guidance
 from flow_grpo.errors import ConfigError
+from flow_grpo.models.diffusers_model import DiffusersModel
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.types import PromptEmbeds
 
@@ -26,15 +23,13 @@ def positions(device: torch.device, *, rows: int = 1, columns: int = 1, words: i
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, rows, columns, words)))
 
 
-class Flux2Klein:
+class Flux2Klein(DiffusersModel):
     """A `ModelFamily`; see there what the methods are.
 
     Latents are (B, 4 C, h / 2, w / 2) of the VAE's (B, C, h, w): squares of 2 x 2 as channels, then normalised.
     """
 
-    def __init__(self, pipeline: Flux2KleinPipeline, distilled_guidance: float = 1.0) -> None:
-        self.pipeline: Any = pipeline
-        self.transformer, self.vae = self.pipeline.transformer, self.pipeline.vae
+    pipeline_class, transformer_class = Flux2KleinPipeline, Flux2Transformer2DModel
 
     def encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """Three hidden layers of the Qwen3, joined: (1, L, 3 E), with the chat template's tokens and padding."""
@@ -98,25 +93,3 @@ class Flux2Klein:
         mean, deviation = self._statistics()
         posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype) * 2 - 1).latent_dist
         return (pixel_unshuffle(posterior.mode().float(), SIDE) - mean) / deviation
-
-    def modules_without_effect(self) -> Sequence[str]:
-        """None: the prompt's stream ends in the single blocks, whose weights the image's tokens share."""
-        return ()
-
-    @classmethod
-    def empty_transformer(cls, settings: dict[str, Any]) -> nn.Module:
-        """On the meta device."""
-        with torch.device("meta"):  # shapes and names alone
-            return Flux2Transformer2DModel.from_config(settings)
-
-    @classmethod
-    def load_transformer(cls, folder: Path) -> tuple[nn.Module, Sequence[str]]:
-        """Safe tensors alone."""
-        found: Any = Flux2Transformer2DModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-        transformer, info = found
-        return transformer.to(torch.float32), sorted(info["missing_keys"])
-
-    @classmethod
-    def save_lora(cls, folder: Path, layers: dict[str, Tensor]) -> None:
-        """pytorch_lora_weights.safetensors."""
-        Flux2KleinPipeline.save_lora_weights(folder, transformer_lora_layers=layers)

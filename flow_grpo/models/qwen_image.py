@@ -6,8 +6,6 @@ Conventions are those of diffusers' QwenImagePipeline; docs/models.md lists them
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flow_grpo.diffusers_patch.velocity import linear_guidance
+from flow_grpo.models.diffusers_model import DiffusersModel
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.types import PromptEmbeds
 
@@ -28,12 +27,10 @@ LAST_BLOCK = (
 )  # what its text stream ends in
 
 
-class QwenImage:
+class QwenImage(DiffusersModel):
     """A `ModelFamily`; see there what the methods are."""
 
-    def __init__(self, pipeline: QwenImagePipeline, distilled_guidance: float = 1.0) -> None:
-        self.pipeline: Any = pipeline
-        self.transformer, self.vae = self.pipeline.transformer, self.pipeline.vae
+    pipeline_class, transformer_class = QwenImagePipeline, QwenImageTransformer2DModel
 
     def encode(self, prompt: str, max_sequence_length: int) -> PromptEmbeds:
         """The last hidden states after the template's own words: (1, L, E), with L the prompt's own length."""
@@ -100,24 +97,6 @@ class QwenImage:
         """Of the last block, what only its text stream, which is dropped, comes from."""
         last = len(self.transformer.transformer_blocks) - 1
         return [f"transformer_blocks.{last}.{name}" for name in LAST_BLOCK]
-
-    @classmethod
-    def empty_transformer(cls, settings: dict[str, Any]) -> nn.Module:
-        """On the meta device."""
-        with torch.device("meta"):  # shapes and names alone
-            return QwenImageTransformer2DModel.from_config(settings)
-
-    @classmethod
-    def load_transformer(cls, folder: Path) -> tuple[nn.Module, Sequence[str]]:
-        """Safe tensors alone."""
-        found: Any = QwenImageTransformer2DModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-        transformer, info = found
-        return transformer.to(torch.float32), sorted(info["missing_keys"])
-
-    @classmethod
-    def save_lora(cls, folder: Path, layers: dict[str, Tensor]) -> None:
-        """pytorch_lora_weights.safetensors."""
-        QwenImagePipeline.save_lora_weights(folder, transformer_lora_layers=layers)
 
 
 def pack(latents: Tensor) -> Tensor:
