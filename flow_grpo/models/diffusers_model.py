@@ -1,4 +1,4 @@
-"""What the families of diffusers have in common, or most of them: files, linear guidance, scale and shift of latents."""
+"""What the families of diffusers have in common, or most of them: files, linear guidance, scale and shift."""
 
 from __future__ import annotations
 
