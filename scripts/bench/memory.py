@@ -10,8 +10,8 @@ One image at a time, 512 and 1024 pixels, bf16, prompts of the longest length, g
 PickScore as the reward, no KL penalty (with it, full fine-tuning keeps a second copy of the transformer).
 
 Not counted: the CUDA context (about 0.5 GiB), what the allocator loses to fragments, workspaces of cuDNN and of
-attention kernels, and of several GPUs the buffers of NCCL. So a card counts as `USABLE` of its memory. What several GPUs
-share is not run: `sharding = "full"` is arithmetic on the same counts (`peaks`).
+attention kernels, and of several GPUs the buffers of NCCL. So a card counts as `USABLE` of its memory. What several
+GPUs share is not run: `sharding = "full"` is arithmetic on the same counts (`peaks`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ class Options:
     offload_text: bool = False  # pretrained.offload_text
     vae: str = "fp32"  # pretrained.vae_dtype
     offload_rewards: bool = False
-    adamw_8bit: bool = False
     gpus: int = 1  # that share the transformer, sharding = "full"
 
 
@@ -61,8 +60,7 @@ def peaks(row: Mapping[str, Any], method: str, options: Options, plain: bool = F
         plain: without gradient checkpointing.
     """
     held, extra = row["held"], row["extra"]
-    moments = held["moments"] // 4 if options.adamw_8bit else held["moments"]  # float32 -> a byte
-    own = held["transformer"] + moments + held["average"]
+    own = held["transformer"] + held["moments"] + held["average"]
     gradients, updating = held["gradients"], extra["updating"]
     if options.gpus > 1:
         own, gradients, updating = (value // options.gpus for value in (own, gradients, updating))
@@ -88,7 +86,7 @@ def card(peak: int) -> str:
 # --- counting -----------------------------------------------------------------------------------------------
 
 
-def count(model: Any, tuning: str, pixels: Sequence[int], measure: bool) -> list[dict[str, Any]]:
+def count(model: Any, tunings: Sequence[str], pixels: Sequence[int], measure: bool) -> list[dict[str, Any]]:
     """The rows of one model."""
     import torch
 
@@ -96,34 +94,26 @@ def count(model: Any, tuning: str, pixels: Sequence[int], measure: bool) -> list
 
     device = torch.device("cuda" if measure else "cpu")
     meter = memory_phases.measured if measure else memory_phases.counted
-    precision = torch.float32 if tuning == "full" else torch.bfloat16
     rows = []
     with memory_phases.real_or_not(measure):
         text = memory_phases.of_text(model, device, meter)
         reward = memory_models.build_reward(device)
         for size in pixels:
-            family = memory_models.build_family(model, device, precision)
-            parameters = memory_models.parameters(family.transformer)
-            vae = memory_phases.held(family.vae.parameters())
-            policy = memory_phases.policy_of(family, memory_models.settings(model, size, tuning), device)
-            trained = memory_phases.held(policy.trainable)
-            held = {
-                "transformer": memory_phases.held(policy.transformer.parameters()),
-                "gathered": memory_phases.gathered(policy.transformer),
-                "gradients": trained,
-                "moments": 2 * trained,
-                "average": memory_phases.held(policy.ema.shadow_params),
-                "vae_fp32": vae,
-                "vae_bf16": vae // 2,
-                "text": text["weights"],
-                "reward": memory_phases.held(reward.scorer.model.parameters()),
-            }
-            extra = {"encoding": text["encoding"], **memory_phases.of_policy(policy, reward, meter, tuning == "lora")}
-            rows.append(
-                {"model": model.name, "pixels": size, "tuning": tuning, "parameters": parameters,
-                 "trained": trained // 4, "guidance": policy.settings.config.sample.guidance_scale,
-                 "held": held, "extra": extra}
-            )  # fmt: skip
+            scoring: dict[str, int] = {}
+            for tuning in tunings:
+                precision = torch.float32 if tuning == "full" else torch.bfloat16
+                family = memory_models.build_family(model, device, precision)
+                parameters = memory_models.parameters(family.transformer)
+                policy = memory_phases.policy_of(family, memory_models.settings(model, size, tuning), device)
+                held = memory_phases.held_by(policy) | {"text": text["weights"]}
+                held["reward"] = memory_phases.held(reward.scorer.model.parameters())
+                scoring = scoring or memory_phases.of_scoring(policy, reward, meter)  # the same for all
+                extra = {"encoding": text["encoding"], **scoring}
+                extra |= memory_phases.of_training(policy, meter, plain=tuning == "lora")
+                rows.append(
+                    {"model": model.name, "pixels": size, "tuning": tuning, "parameters": parameters,
+                     "guidance": policy.settings.config.sample.guidance_scale, "held": held, "extra": extra}
+                )  # fmt: skip
     return rows
 
 
@@ -154,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = Path(args.out)
     if not args.table:
+        import diffusers
         import torch
 
         from scripts.bench.memory_models import MODELS
@@ -168,11 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("--measure needs a GPU, and torch finds none.", file=sys.stderr)
             return 2
         torch.set_num_threads(1)
+        diffusers.logging.set_verbosity_error()  # it warns of every change of dtype
         begun, cpu, rows = time.monotonic(), time.process_time(), []
         for model in [model for model in MODELS if not args.models or model.name in args.models]:
-            for tuning in args.tunings:
-                rows += count(model, tuning, args.pixels, args.measure)
-                logging.info("%s, %s: %.0f s", model.name, tuning, time.monotonic() - begun)
+            rows += count(model, args.tunings, args.pixels, args.measure)
+            logging.info("%s: %.0f s", model.name, time.monotonic() - begun)
         results = {
             "command": " ".join(["python scripts/bench/memory.py", *(arguments or sys.argv[1:])]),
             "torch": torch.__version__,

@@ -256,7 +256,8 @@ def full_mask(tokens: int, device: str) -> Tensor:
 def build_reward(device: torch.device, dtype: torch.dtype = torch.float32) -> PickScore:
     """PickScore as `ClipScorer` loads it, without tokenizer: the features of every text are zeros."""
     scorer: Any = ClipScorer.__new__(ClipScorer)
-    scorer.device, scorer.model = device, _pickscore().to(device, dtype).eval().requires_grad_(False)
+    scorer.device, scorer.offload = device, False
+    scorer.model = _pickscore().to(device, dtype).eval().requires_grad_(False)
     scorer.image_path = ImagePath(224, (224, 224), (0.5,) * 3, (0.5,) * 3)
     scorer._text_feature = lambda text: torch.zeros(1024, dtype=dtype, device=device)
     return PickScore(scorer)

@@ -284,18 +284,37 @@ def policy_of(family: Any, config: Any, device: torch.device) -> Policy:
     return Policy(family, settings, accelerator)
 
 
-def of_policy(policy: Policy, reward: PickScore, meter: Meter, plain: bool) -> dict[str, int]:
-    """What each phase takes beyond weights, gradients, moments and averages, which are all there by then.
+def held_by(policy: Policy) -> dict[str, int]:
+    """Bytes of what stays from phase to phase."""
+    trained, vae = held(policy.trainable), sum(parameter.numel() for parameter in policy.vae.parameters())
+    return {
+        "transformer": held(policy.transformer.parameters()),
+        "gathered": gathered(policy.transformer),
+        "gradients": trained,
+        "moments": 2 * trained,
+        "average": 0 if policy.ema is None else held(policy.ema.shadow_params),
+        "vae_fp32": 4 * vae,
+        "vae_bf16": 2 * vae,
+    }
+
+
+def of_scoring(policy: Policy, reward: PickScore, meter: Meter) -> dict[str, int]:
+    """What decoding and scoring takes beyond the weights, by the VAE's dtype."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        policy.vae.to(dtype)
+        found[f"decoding_{name}"] = meter(decoding(policy, reward, gradient=False))
+        found[f"decoding_gradient_{name}"] = meter(decoding(policy, reward, gradient=True))
+    return found
+
+
+def of_training(policy: Policy, meter: Meter, plain: bool) -> dict[str, int]:
+    """What the other phases take beyond weights, gradients, moments and averages, which are all there by then.
 
     Args:
         plain: count training without gradient checkpointing, too.
     """
     found = {"sampling": meter(sampling(policy))}
-    for dtype in (torch.float32, torch.bfloat16):
-        policy.vae.to(dtype)
-        name = "fp32" if dtype == torch.float32 else "bf16"
-        found[f"decoding_{name}"] = meter(decoding(policy, reward, gradient=False))
-        found[f"decoding_gradient_{name}"] = meter(decoding(policy, reward, gradient=True))
     for group in policy.optimizer.param_groups:
         group["foreach"] = True  # as on GPUs
     for parameter in policy.trainable:
