@@ -139,6 +139,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("pretrained.vae_dtype", "fp32", choice("fp32", "bf16"), '"fp32" or "bf16": dtype of the autoencoder'),
         Key(
+            "pretrained.vae_checkpointing",
+            False,
+            YES_OR_NO,
+            "a reward's gradient decodes the image once more, block by block, and keeps less; not for Qwen-Image",
+        ),
+        Key(
             "pretrained.text_dtype",
             "",
             choice("", "fp32", "bf16", "fp16"),

@@ -57,14 +57,14 @@ class ClipScorer:
         try:
             self.image_path = ImagePath.load(source)
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-            self.model: Any = _load_frozen(find(model), DTYPES[dtype])  # a CLIPModel
+            self.model: Any = _load_frozen(
+                find(model), self.device if not offload else "cpu", DTYPES[dtype]
+            )  # a CLIPModel
         except ConfigError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = one_line(str(error), REASON_LENGTH) or type(error).__name__
             raise ConfigError(f"{model!r} cannot be loaded as a CLIP with its processor: {reason}") from error
-        if not offload:
-            self.model = self.model.to(self.device)
         self._text_feature = lru_cache(maxsize=TEXT_CACHE_SIZE)(self._encode_text)
 
     @property
@@ -129,7 +129,7 @@ def copied_to(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
             values.update(own)
 
 
-def _load_frozen(model: str, dtype: torch.dtype) -> CLIPModel:
+def _load_frozen(model: str, device: torch.device | str, dtype: torch.dtype) -> CLIPModel:
     """Refuses weights that lack a part: the library would fill it with random numbers and only warn."""
     loaded: Any = CLIPModel.from_pretrained(model, output_loading_info=True)
     clip, info = loaded
@@ -140,7 +140,7 @@ def _load_frozen(model: str, dtype: torch.dtype) -> CLIPModel:
     scale = clip.logit_scale.detach().float()
     clip.to(dtype)
     clip.logit_scale.data = scale  # one number, to whose exponential every score is proportional
-    return clip.eval().requires_grad_(False)
+    return clip.to(device).eval().requires_grad_(False)
 
 
 class _ClipReward:

@@ -13,7 +13,7 @@ from tests.models.families import build_sd3
 from tests.velocities import PeakMemory
 
 CPU = torch.device("cpu")
-TOLERANCE = 0.02  # of a phase: kernels of real tensors may make a temporary that their shapes do not tell of
+TOLERANCE = 1e-3  # of a phase; here they are the same to the byte, but a kernel may make a temporary of its own
 
 
 def tiny_model() -> memory_models.Model:
@@ -63,7 +63,7 @@ def phases(meter, tuning: str) -> dict[str, int]:
 def test_bytes_without_data_are_those_of_real_tensors(tuning):
     real, counted = phases(of_real_tensors, tuning), phases(memory_phases.counted, tuning)
     assert counted == pytest.approx(real, rel=TOLERANCE)
-    assert phases(counted_without_frees, tuning) != pytest.approx(real, rel=10 * TOLERANCE)
+    assert phases(counted_without_frees, tuning) != pytest.approx(real, rel=0.5)
 
 
 def test_gradient_checkpointing_is_counted():
