@@ -117,15 +117,15 @@ def count(model: Any, tunings: Sequence[str], pixels: Sequence[int], measure: bo
     return rows
 
 
-def table(results: Mapping[str, Any]) -> str:
-    """Markdown."""
+def rendered(template: str, results: Mapping[str, Any]) -> str:
+    """Markdown: memory.md.j2, everything; hardware.md.j2, the page of the documentation."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(  # Markdown: nothing is escaped
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.get_template("memory.md.j2").render(
+    return environment.get_template(template).render(
         results=results, peaks=peaks, card=card, ways=WAYS, methods=METHODS, tunings=TUNINGS, phases=PHASES,
         options=Options, cards=CARDS, usable=USABLE, gib=lambda size: f"{size / GIB:.1f}",
     )  # fmt: skip
@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tunings", nargs="*", default=tuple(TUNINGS), choices=TUNINGS)
     parser.add_argument("--measure", action="store_true", help="on a GPU, random weights")
     parser.add_argument("--table", action="store_true", help="only write table.md again, from results.json")
+    parser.add_argument("--page", default="", help="write the page of the documentation, too")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     out = Path(args.out)
@@ -175,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    (out / "table.md").write_text(table(results), encoding="utf-8")
+    (out / "table.md").write_text(rendered("memory.md.j2", results), encoding="utf-8")
+    if args.page:
+        Path(args.page).write_text(rendered("hardware.md.j2", results), encoding="utf-8")
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,9 +137,17 @@ def test_a_card_is_the_smallest_that_leaves_a_tenth(gib, expected):
 def test_the_table_has_a_line_for_each_row_and_method():
     row = ROW | {"model": "SD3", "pixels": 512, "tuning": "lora", "parameters": 2e9}
     results = {"command": "c", "torch": "2", "device": "", "seconds": 1.0, "cpu_seconds": 1.0, "rows": [row]}
-    text = memory.table(results)
+    text = memory.rendered("memory.md.j2", results)
     assert text.count("| SD3 | 2.00 B | LoRA |") == 2
     assert "Counted, not measured" in text
+
+
+def test_the_pages_are_those_of_the_committed_results():
+    root = Path(__file__).parents[2]
+    folder = root / "assets/figures/memory"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert memory.rendered("memory.md.j2", results) == (folder / "table.md").read_text(encoding="utf-8")
+    assert memory.rendered("hardware.md.j2", results) == (root / "docs/hardware.md").read_text(encoding="utf-8")
 
 
 def test_bad_input_is_one_sentence(capsys):
