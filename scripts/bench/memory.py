@@ -114,6 +114,7 @@ def count(model: Any, tunings: Sequence[str], pixels: Sequence[int], measure: bo
                     {"model": model.name, "pixels": size, "tuning": tuning, "parameters": parameters,
                      "guidance": policy.settings.config.sample.guidance_scale, "held": held, "extra": extra}
                 )  # fmt: skip
+                del family, policy  # before the next is made
     return rows
 
 
