@@ -74,6 +74,8 @@ class ImageModel:
                 part.to(self.device)  # a sharded transformer goes there in parts
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer, self.vae = family.transformer, family.vae
+        if settings.config.pretrained.vae_checkpointing:
+            self.vae.enable_gradient_checkpointing()
         self.network_evaluations = self.trained_evaluations = 0
         self._reference: torch.nn.Module | None = (
             None  # the pretrained transformer, where it is not this one's LoRA off

@@ -309,6 +309,11 @@ def _check_model(config: ConfigDict) -> None:
         check_pipeline(model, config.pretrained.skip)
         if config.use_lora and (shapes := transformer_shapes(model)):
             check_lora_targets(modules_of(shapes), config.lora.target_modules)
+    if config.pretrained.vae_checkpointing and not expected_family(str(model)).vae_checkpoints:
+        raise ConfigError(
+            f"config.pretrained.vae_checkpointing = True: the VAE of {config.pretrained.model} keeps its activations; "
+            "it takes False."
+        )
     pixels, largest = image_sides(model)
     for side, pixels_along in zip(("height", "width"), image_size(config), strict=True):
         if pixels_along % pixels or pixels_along > largest:

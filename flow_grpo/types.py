@@ -74,7 +74,7 @@ class Trajectory:
     latents: Tensor  # (B, T + 1, C, h, w): x at sigmas[0], ..., sigmas[T]
     sigmas: Tensor  # (T + 1,), decreasing to 0
     stochastic_steps: tuple[int, ...]  # the W step indices that drew noise, ascending
-    means: Tensor  # (B, W, C, h, w): a x + b v of each stochastic step
+    means: Tensor | None  # (B, W, C, h, w): a x + b v of each stochastic step; None: nobody asked for them
     log_probs: Tensor  # (B, W): log-density of each stochastic step, averaged over the C h w dimensions
 
     @property
@@ -84,15 +84,17 @@ class Trajectory:
 
     def __getitem__(self, index: Any) -> Trajectory:
         """Select images by slice, list or index tensor."""
-        return replace(self, latents=self.latents[index], means=self.means[index], log_probs=self.log_probs[index])
+        means = None if self.means is None else self.means[index]
+        return replace(self, latents=self.latents[index], means=means, log_probs=self.log_probs[index])
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
-        """Concatenate the images of rollouts that took the same steps."""
+        """Concatenate the images of rollouts that took the same steps, and all kept their means or none did."""
+        means = [part.means for part in parts if part.means is not None]
         return replace(
             parts[0],
             latents=torch.cat([part.latents for part in parts]),
-            means=torch.cat([part.means for part in parts]),
+            means=torch.cat(means) if means else None,
             log_probs=torch.cat([part.log_probs for part in parts]),
         )
 

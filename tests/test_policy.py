@@ -12,6 +12,7 @@ from diffusers import StableDiffusion3Pipeline
 from flow_grpo.errors import ConfigError
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.types import PromptEmbeds
+from tests.velocities import PeakMemory
 
 
 @pytest.fixture
@@ -87,6 +88,24 @@ def test_an_autoencoder_in_bf16_decodes_to_float32_within_its_rounding(config, b
     difference = (images[0] - images[1]).abs()
     assert 0 < difference.mean() < 0.005
     assert difference.max() < 0.06
+
+
+def test_a_checkpointed_decode_has_the_same_gradient_and_keeps_less(config, build):
+    config.resolution, found, peaks = 64, [], []
+    for checkpointing in (False, True):
+        config.pretrained.vae_checkpointing, config.run_name = checkpointing, str(checkpointing)
+        policy = build(config).policy
+        latents = policy.noise(draw(1)).requires_grad_()
+        with PeakMemory() as memory:
+            images = policy.decode(latents)
+            weights = torch.linspace(-1, 1, images.numel()).view_as(images)
+            (gradient,) = torch.autograd.grad((weights * images).sum(), latents)
+        found.append((images.detach(), gradient))
+        peaks.append(memory.peak)
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-6)
+    assert found[0][1].abs().max() > 0.01
+    assert peaks[1] < 0.75 * peaks[0]  # without checkpointing the same run keeps every activation
 
 
 def test_a_prompt_is_encoded_once(policy):

@@ -565,3 +565,9 @@ def test_the_latest_finished_checkpoint_is_found_from_the_run_its_folder_or_itse
     assert find_checkpoint(str(checkpoints / "checkpoint-000002")) == checkpoints / "checkpoint-000002"
     with pytest.raises(ConfigError, match="holds no checkpoint"):
         find_checkpoint(str(checkpoints / "checkpoint-000012"))
+
+
+def test_a_vae_that_cannot_be_checkpointed_is_refused(config):
+    config.pretrained.model, config.pretrained.vae_checkpointing = "Qwen/Qwen-Image", True
+    with pytest.raises(ConfigError, match=r"vae_checkpointing = True: the VAE of Qwen/Qwen-Image .* takes False"):
+        resolve(config, 1, cuda=True)

@@ -45,11 +45,15 @@ class PeakMemory(TorchDispatchMode):
         self.live, self.peak = {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
         self.live = {key: kept for key, kept in self.live.items() if not kept[0].expired()}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self._add((args, kwargs), 0)  # what was there before
+        result = function(*args, **(kwargs or {}))
+        self._add(result, 1)
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
         return result
+
+    def _add(self, values, counted):
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live.setdefault(storage._cdata, (StorageWeakRef(storage), counted * storage.nbytes()))

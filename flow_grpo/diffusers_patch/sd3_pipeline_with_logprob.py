@@ -33,6 +33,7 @@ def pipeline_with_logprob(
     window: Sequence[int] | None = None,
     generators: list[torch.Generator] | None = None,
     enable_grad: bool = False,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Sample x_0 from x_1 = `latents`.
 
@@ -44,6 +45,7 @@ def pipeline_with_logprob(
         window: steps that may be stochastic, the others are ODE steps (Flow-GRPO-Fast, MixGRPO); None: all.
         generators: one per image, from which the noise of its steps is drawn in order.
         enable_grad: keep the autograd graph of the whole rollout.
+        keep_means: of the stochastic steps, as large as their latents; else the trajectory has none.
 
     Returns:
         The trajectory, in float32 (float64 if the latents are): the precision in which its log-probabilities are.
@@ -59,13 +61,14 @@ def pipeline_with_logprob(
     for taken in rollout(velocity, x, levels, steps, generators=generators, enable_grad=enable_grad):
         states.append(taken.next_latents)
         if taken.index in noisy:
-            means.append(taken.mean)
+            if keep_means:
+                means.append(taken.mean)
             with torch.set_grad_enabled(enable_grad):
                 log_probs.append(step_log_prob(taken.next_latents, taken.mean, taken.coefficients.s, sde_type))
     return Trajectory(
         latents=torch.stack(states, 1),
         sigmas=sigmas,
         stochastic_steps=tuple(noisy),
-        means=torch.stack(means, 1) if means else x.new_zeros(len(x), 0, *x.shape[1:]),
+        means=torch.stack(means, 1) if means else None,
         log_probs=torch.stack(log_probs, 1) if log_probs else x.new_zeros(len(x), 0),
     )

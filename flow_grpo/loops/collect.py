@@ -91,12 +91,14 @@ def sample_images(
     metrics: MeanMetrics,
     chunks: Sequence[Tensor] | None = None,
     starts: Tensor | None = None,
+    keep_means: bool = False,
 ) -> Images:
     """Sample this process's images by `config.sample` and the present weights, and score them.
 
     Args:
         chunks: positions in the batch that are sampled together, each once; None: `sample.batch_size` consecutive ones.
         starts: (N,) int64: images of the same number begin at the same noise; None: each at its own.
+        keep_means: of the stochastic steps, as large as the latents themselves.
     """
     config, epoch = settings.config, run.counters.epoch
     if chunks is None:
@@ -109,7 +111,7 @@ def sample_images(
         prompts = [batch.prompts[i] for i in chunk.tolist()]
         begins = None if starts is None else starts[chunk]
         with run.phase("sampling"):
-            trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins)
+            trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins, keep_means)
         with run.phase("scoring"), torch.no_grad():
             images = policy.decode(trajectory.final_latents)
             metadata = [batch.metadata[i] for i in chunk.tolist()]
@@ -132,7 +134,13 @@ def sample_images(
 
 
 def _sample(
-    policy: Policy, prompts: Sequence[str], sample_ids: Tensor, settings: Settings, epoch: int, starts: Tensor | None
+    policy: Policy,
+    prompts: Sequence[str],
+    sample_ids: Tensor,
+    settings: Settings,
+    epoch: int,
+    starts: Tensor | None,
+    keep_means: bool,
 ) -> Trajectory:
     """The rollout of some images; their first noise is keyed by `starts` where there are any, all else by image."""
     config = settings.config
@@ -149,6 +157,7 @@ def _sample(
         noise_level=config.sample.noise_level,
         window=sde_window(settings, epoch),
         generators=generators,
+        keep_means=keep_means,
     )
 
 

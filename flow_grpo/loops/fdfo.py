@@ -65,7 +65,8 @@ def train_epoch(
     batch = epoch_prompts(prompts, plan, config.seed, run.counters.groups, policy.accelerator.process_index)
     metrics = MeanMetrics()
     chunks = sampling_minibatches(settings, len(batch), recorded=True)
-    images = sample_images(policy, batch, reward, settings, run, metrics, chunks, starts=batch.sample_ids // 2)
+    starts = batch.sample_ids // 2
+    images = sample_images(policy, batch, reward, settings, run, metrics, chunks, starts, keep_means=True)
     run.counters.images += plan.images
     pairs = paired(policy, images, config.fdfo.floor, metrics)
     pairs = replace(pairs, penalised=penalised_of(policy, images, settings, metrics))
@@ -154,6 +155,7 @@ def rollout_velocity(trajectory: Trajectory, step: int, noise_level: float) -> T
     sigma, after = trajectory.sigmas[step].item(), trajectory.sigmas[step + 1].item()
     coefficients = step_coefficients("cps", sigma, after, noise_level)
     if step in trajectory.stochastic_steps:
+        assert trajectory.means is not None, "the rollout keeps them"
         mean = trajectory.means[:, trajectory.stochastic_steps.index(step)]
     else:
         mean = trajectory.latents[:, step + 1]

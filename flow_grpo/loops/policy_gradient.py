@@ -88,7 +88,8 @@ def collect(
     """
     recorded = likelihood_of(settings.config).recorded
     chunks = sampling_minibatches(settings, len(batch), recorded)
-    images = sample_images(policy, batch, reward, settings, run, metrics, chunks)
+    keep_means = settings.config.train.ratio_normalization
+    images = sample_images(policy, batch, reward, settings, run, metrics, chunks, keep_means=keep_means)
     experience = Experience(
         batch.prompts,
         batch.sample_ids,
@@ -231,7 +232,7 @@ def step_loss(minibatch: Minibatch, slot: int, config: FrozenConfigDict) -> dict
     terms = {"ratio_error": log_ratio.detach().expm1().abs().max()}
     scale = 1.0
     if train.ratio_normalization:
-        log_ratio, scale = _normalized(log_ratio, minibatch.trajectory.means[:, slot], score.action)
+        log_ratio, scale = _normalized(log_ratio, minibatch.trajectory.means, slot, score.action)
     clipped = policy_loss(log_ratio, minibatch.advantages, train.clip_range)
     terms |= {
         "loss": scale * clipped.loss,
@@ -248,11 +249,12 @@ def step_loss(minibatch: Minibatch, slot: int, config: FrozenConfigDict) -> dict
     return terms
 
 
-def _normalized(log_ratio: Tensor, mean_old: Tensor, action: Action | None) -> tuple[Tensor, float]:
+def _normalized(log_ratio: Tensor, means: Tensor | None, slot: int, action: Action | None) -> tuple[Tensor, float]:
     """GRPO-Guard's normalised log-ratio of a step, (B,), and the scale 1 / -dt of its loss."""
     assert action is not None, "settings.resolve refuses this option for every other likelihood"
+    assert means is not None, "the rollout keeps them"
     sigma, sigma_next = action.levels
-    return normalized_log_ratio(log_ratio, action.step.mean, mean_old, action.step.std), 1 / (sigma - sigma_next)
+    return normalized_log_ratio(log_ratio, action.step.mean, means[:, slot], action.step.std), 1 / (sigma - sigma_next)
 
 
 def _reference_kl(minibatch: Minibatch, action: Action, config: FrozenConfigDict) -> Tensor:

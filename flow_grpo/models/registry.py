@@ -53,6 +53,7 @@ class Family:
     num_steps: int = 28  # with the next two: of the stock pipeline's own call
     guidance_scale: float = 7.0
     max_sequence_length: int = 256
+    vae_checkpoints: bool = True  # whether diffusers' VAE can run its decoder again in the backward pass
     unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
     fixed: Mapping[str, Rule] = field(default_factory=dict)  # settings of the transformer that its pipeline needs so
 
@@ -129,6 +130,7 @@ QWEN_IMAGE = Family(
     per_channel={"latents_mean": FINITE, "latents_std": POSITIVE},
     num_steps=50,
     guidance_scale=4.0,
+    vae_checkpoints=False,
     max_sequence_length=512,
     fixed={
         "patch_size": only(2, "2, the side of its tokens"),

@@ -139,6 +139,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("pretrained.vae_dtype", "fp32", choice("fp32", "bf16"), '"fp32" or "bf16": dtype of the autoencoder'),
         Key(
+            "pretrained.vae_checkpointing",
+            False,
+            YES_OR_NO,
+            "a reward's gradient decodes the image once more, block by block, and keeps less; not for Qwen-Image",
+        ),
+        Key(
             "pretrained.text_dtype",
             "",
             choice("", "fp32", "bf16", "fp16"),
@@ -212,6 +218,13 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
     ),
     "rewards: the training reward is the sum of weight * reward over the non-zero weights": (
+        Key("reward_dtype", "fp32", choice("fp32", "bf16"), '"fp32" or "bf16": dtype of the rewards\' networks'),
+        Key(
+            "offload_rewards",
+            False,
+            YES_OR_NO,
+            "the rewards' weights stay in main memory, and are copied to the GPU while images are scored",
+        ),
         *(Key(f"reward_fn.{reward.name}", 0.0, FINITE, reward.meaning) for reward in REWARDS.values()),
         *(
             Key(
@@ -558,7 +571,8 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # On resuming a run, a change of these would change what is drawn or measured from there on.
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision",
-    "use_lora", "lora.", "prompts.", "negative_prompt", "reward_fn.", "reward_model.", "shaping.",
+    "use_lora", "lora.", "prompts.", "negative_prompt", "reward_fn.", "reward_model.", "reward_dtype",
+    "shaping.",
     "use_reward_gradient", "sample.", "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio",
     "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob",
     "eval_forward_kl", "forward_kl.",

@@ -45,7 +45,7 @@ class RewardSpec:
     differentiable: bool
     meaning: str  # what it is, in a few words
     factory: str  # makes the RewardModel; is called with the loaded scorer, or with nothing
-    scorer: str | None = None  # loads config.reward_model.<name>: scorer(checkpoint, device); None: no checkpoint
+    scorer: str | None = None  # loads config.reward_model.<name>, called as `load_scorer` says; None: no checkpoint
     model: str = ""  # the default of config.reward_model.<name>
 
 
@@ -154,15 +154,22 @@ def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple
         return factory()
     key = (spec.scorer, config.reward_model[spec.name])
     if key not in scorers:
-        scorers[key] = load_scorer(f"config.reward_model.{spec.name}", *key, device)
+        options = {"dtype": config.reward_dtype, "offload": config.offload_rewards}
+        scorers[key] = load_scorer(f"config.reward_model.{spec.name}", *key, device, options)
     return factory(scorers[key])
 
 
-def load_scorer(subject: str, place: str, model: str, device: Any) -> Any:
-    """What the class at `place` makes of a model; ConfigError, beginning with `subject`, if that cannot be loaded."""
+def load_scorer(subject: str, place: str, model: str, device: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """What the class at `place` makes of a model: scorer(model, device, **options).
+
+    Rewards hand it the options `dtype` and `offload`, of `config.reward_dtype` and `config.offload_rewards`.
+
+    Raises:
+        ConfigError: beginning with `subject`, if it cannot be loaded.
+    """
     scorer = places.load(place)
     try:
-        return scorer(model, device)
+        return scorer(model, device, **(options or {}))
     except ConfigError as error:
         raise ConfigError(f"{subject}: {error}") from error
     except LOADING_ERRORS as error:

@@ -5,6 +5,7 @@ import torch
 
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob, stochastic_steps
 from flow_grpo.diffusers_patch.sd3_sde_with_logprob import sde_step_with_logprob
+from flow_grpo.types import Trajectory
 
 SIGMAS = torch.linspace(1, 0, 6, dtype=torch.float64)
 
@@ -43,7 +44,7 @@ def test_the_ode_rollout_is_eulers_method():
 
 @pytest.mark.parametrize("kind", ["sde", "dance", "cps"])
 def test_stored_states_reproduce_every_log_prob_and_mean(kind):
-    trajectory = roll(kind)
+    trajectory = roll(kind, keep_means=True)
     for slot, i in enumerate(trajectory.stochastic_steps):
         x = trajectory.latents[:, i]
         step = sde_step_with_logprob(
@@ -52,6 +53,16 @@ def test_stored_states_reproduce_every_log_prob_and_mean(kind):
         )  # fmt: skip
         assert torch.equal(step.log_prob, trajectory.log_probs[:, slot])
         assert torch.equal(step.mean, trajectory.means[:, slot])
+
+
+def test_means_are_kept_only_when_asked_for_and_change_nothing_else():
+    without, kept = roll("sde"), roll("sde", keep_means=True)
+    assert without.means is None
+    assert without[:1].means is None
+    assert Trajectory.cat([without, without]).means is None
+    assert Trajectory.cat([kept[:1], kept[1:]]).means.equal(kept.means)
+    assert without.latents.equal(kept.latents)
+    assert without.log_probs.equal(kept.log_probs)
 
 
 def test_outside_the_window_steps_are_deterministic():

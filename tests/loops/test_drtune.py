@@ -399,3 +399,15 @@ def test_a_dozen_updates_raise_the_reward(config, build):
     parts = build(config)
     rewards = [parts.train(drtune)["reward"] for _ in range(12)]
     assert min(rewards[-3:]) > max(rewards[:3]) + 0.001
+
+
+def test_offloaded_rewards_and_a_checkpointed_decode_train_the_same(config, build):
+    config.use_reward_gradient = True
+    metrics = []
+    for spared in (False, True):
+        config.offload_rewards = config.pretrained.vae_checkpointing = spared
+        config.run_name = f"run-{spared}"
+        metrics.append(build(config).train(drtune))
+    assert metrics[0]["grad_norm"] > 0
+    assert metrics[0]["reward"] == pytest.approx(metrics[1]["reward"], rel=1e-5)
+    assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4)

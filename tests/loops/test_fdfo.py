@@ -30,7 +30,7 @@ def images_of(parts):
     batch = epoch_prompts(parts.prompts, parts.settings.plan, parts.settings.config.seed, 0, 0)
     chunks = sampling_minibatches(parts.settings, len(batch), recorded=True)
     arguments = parts.policy, batch, parts.reward, parts.settings, parts.run, MeanMetrics(), chunks
-    return sample_images(*arguments, starts=batch.sample_ids // 2)
+    return sample_images(*arguments, starts=batch.sample_ids // 2, keep_means=True)
 
 
 def pairs_of(parts, floor=1e-4):

@@ -95,3 +95,58 @@ def test_a_nan_image_makes_only_its_own_score_nan(scorer: ClipScorer) -> None:
     images[1, 0, 3, 3] = math.nan
     for reward in (PickScore(scorer), JpegCompressibility()):
         assert reward(images, ["a bag"] * 4, NO_METADATA * 4).isnan().tolist() == [False, True, False, False]
+
+
+# --- dtype, and where the weights are ---------------------------------------------------------------------
+
+ROUNDING = {
+    "rtol": 1e-4,
+    "atol": 1e-5,
+}  # float32: a copy may lie otherwise in memory, and be multiplied by another kernel
+
+
+def gradient_of(scorer: ClipScorer, before_backward=lambda: None) -> tuple[torch.Tensor, torch.Tensor]:
+    images = make_images(32, 32).requires_grad_()
+    scores = scorer.logits(images, ["a bag", "a boot", "a coat", "a bag"])
+    before_backward()
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    return scores.detach(), gradient
+
+
+def zero(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = torch.zeros_like(parameter)
+
+
+def test_offloaded_weights_give_the_same_scores_and_gradients(scorer: ClipScorer, checkpoint: str) -> None:
+    for kept, offloaded in zip(gradient_of(scorer), gradient_of(ClipScorer(checkpoint, offload=True)), strict=True):
+        torch.testing.assert_close(offloaded, kept, **ROUNDING)
+
+
+def test_an_offloaded_model_has_its_own_weights_back_after_every_use(checkpoint: str) -> None:
+    offloaded, inside = ClipScorer(checkpoint, offload=True), []
+    before = list(offloaded.model.parameters())
+    offloaded.model.vision_model.register_forward_hook(lambda module, *_: inside.extend(module.parameters()))
+    offloaded.logits(make_images(32, 32), ["a bag"] * 4)
+    assert all(a is b for a, b in zip(before, offloaded.model.parameters(), strict=True))
+    assert not {id(tensor) for tensor in inside} & {id(tensor) for tensor in before}
+
+
+def test_the_graph_keeps_the_copies_that_its_backward_pass_needs(scorer: ClipScorer, checkpoint: str) -> None:
+    _, right = gradient_of(scorer)
+    offloaded, in_place = ClipScorer(checkpoint, offload=True), ClipScorer(checkpoint)
+    _, found = gradient_of(offloaded, lambda: zero(offloaded.model))
+    _, broken = gradient_of(in_place, lambda: zero(in_place.model))  # weights that have left before the backward pass
+    torch.testing.assert_close(found, right, **ROUNDING)
+    assert (broken - right).abs().max() > 0.01 * right.abs().max()
+
+
+def test_bf16_scores_are_float32_and_differ_by_its_rounding(scorer: ClipScorer, checkpoint: str) -> None:
+    half = ClipScorer(checkpoint, dtype="bf16")
+    assert {parameter.dtype for parameter in half.model.vision_model.parameters()} == {torch.bfloat16}
+    assert torch.equal(half.logit_scale, scorer.logit_scale)
+    (scores, gradient), (exact, exact_gradient) = gradient_of(half), gradient_of(scorer)
+    assert scores.dtype == gradient.dtype == torch.float32
+    assert not torch.equal(scores, exact)
+    torch.testing.assert_close(scores / 100, exact / 100, rtol=0, atol=4 * 2**-8)  # cosines; bf16 has 8 bits
+    assert torch.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.99

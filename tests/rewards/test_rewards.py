@@ -32,6 +32,15 @@ def test_total_is_the_weighted_sum_of_the_terms(scorer: ClipScorer, checkpoint: 
     assert reward.total.dtype == torch.float32
 
 
+def test_the_configuration_says_how_and_where_rewards_compute(checkpoint: str) -> None:
+    config = make_config(checkpoint, pickscore=1.0)
+    for dtype, offload in (("fp32", False), ("bf16", True)):
+        config.reward_dtype, config.offload_rewards = dtype, offload
+        scorer = build_reward(config, "cpu").models["pickscore"].scorer
+        assert scorer.model.visual_projection.weight.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        assert scorer.offload is offload
+
+
 def test_rewards_with_one_checkpoint_share_one_scorer(checkpoint: str, tmp_path: Path) -> None:
     config = make_config(checkpoint, pickscore=1.0, clipscore=1.0)
     models = build_reward(config, "cpu").models
