@@ -3,7 +3,7 @@
     python scripts/bench/memory.py [--out assets/figures/memory] [--models SD3.5-medium ...] [--measure]
 
 It writes `results.json` and `table.md`. Nothing is loaded and no GPU is needed: the package's own code runs on tensors
-without data, whose bytes are counted (memory_phases.py says how), at sizes typed from the published config.json files
+without data, whose bytes are counted (memory_phases.py says how), at sizes typed by hand
 (memory_models.py). With `--measure`, on a GPU, the same code runs on random weights, and torch's allocator is asked.
 
 One image at a time, 512 and 1024 pixels, bf16, prompts of the longest length, guidance and LoRA of each model's recipe,
