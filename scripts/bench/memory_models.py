@@ -1,8 +1,8 @@
 """The published sizes of six models and of PickScore, and their modules without weights.
 
-The numbers are those of each repository's config.json as far as it is known; typed by hand, as no repository could be fetched
-here. What is left to the library's default is what the default was made for. `Model.published` is what the model is
-said to have, in billions of parameters of its transformer; tests compare.
+The numbers are those of each repository's config.json as far as it is known; they were typed by hand, as no repository
+could be fetched here. What is left to the library's default is what the default was made for. `Model.published` is what
+the model is said to have, in billions of parameters of its transformer; tests compare.
 """
 
 from __future__ import annotations
