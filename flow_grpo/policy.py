@@ -141,7 +141,8 @@ class ImageModel:
         def velocity(latents: Tensor, sigma: float) -> Tensor:
             count = len(latents) * (2 if guided else 1)
             self.network_evaluations += count
-            self.trained_evaluations += count if torch.is_grad_enabled() else 0
+            if torch.is_grad_enabled():
+                self.trained_evaluations += len(latents) if detach_unconditional else count
             with self.accelerator.autocast():
                 return guided_velocity(
                     network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional, self.family.guide

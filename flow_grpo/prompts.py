@@ -102,7 +102,7 @@ def _categories(dataset: PromptDataset, path: str, key: str) -> list[list[int]]:
     found: dict[str | int, list[int]] = {}
     for place, metadata in enumerate(dataset.metadata):
         category = metadata.get(key)
-        if not isinstance(category, str | int):
+        if not isinstance(category, str | int) or isinstance(category, bool):
             raise ConfigError(
                 f"prompt {place + 1} of {path} has no {key!r} that is text or a whole number, which config.sample."
                 'prompt_sampling = "balanced" goes by; it takes one in every line, or another config.sample.'

@@ -27,6 +27,7 @@ from flow_grpo.models.pipeline_files import (
     check_skip,
     expected_family,
     image_sides,
+    takes_distilled_guidance,
     takes_guidance,
 )
 from flow_grpo.paths import find, identity
@@ -288,11 +289,14 @@ def _check_schedule(config: ConfigDict, plan: BatchPlan) -> None:
 
 def _check_offload(config: ConfigDict) -> None:
     """What an epoch embeds ahead must still be there when it is needed."""
-    most = 2 * config.sample.groups_per_epoch  # each may have its own negative prompt
+    most, also = 2 * config.sample.groups_per_epoch, ""  # each may have its own negative prompt
+    if config.train.forward_kl > 0:
+        most += config.forward_kl.images
+        also = f" and config.forward_kl.images = {config.forward_kl.images}"
     if config.pretrained.offload_text and config.prompt_cache_size < most:
         raise ConfigError(
             f"config.prompt_cache_size = {config.prompt_cache_size} keeps fewer prompts than an epoch of "
-            f"config.sample.groups_per_epoch = {config.sample.groups_per_epoch} may need, for which "
+            f"config.sample.groups_per_epoch = {config.sample.groups_per_epoch}{also} may need, for which "
             f"config.pretrained.offload_text = True embeds them ahead; it takes at least {most}."
         )
 
@@ -325,7 +329,12 @@ def _check_model(config: ConfigDict) -> None:
 
 
 def _check_guidance(config: ConfigDict) -> None:
-    """A distilled pipeline draws without classifier-free guidance."""
+    """A distilled pipeline draws without classifier-free guidance, and others take no scale as an input."""
+    if not takes_distilled_guidance(find(config.pretrained.model)):
+        takes_only(
+            config, "pretrained.distilled_guidance", KEYS["pretrained.distilled_guidance"].default,
+            f"is no input of {config.pretrained.model}",
+        )  # fmt: skip
     if takes_guidance(find(config.pretrained.model)):
         return
     for key, value in leaves(config):

@@ -353,6 +353,7 @@ COMBINATIONS = [
         },
         ['shaping.kind = "log_rke"', "num_image_per_prompt = 2", "at least 4"],
     ),
+    ({"pretrained.distilled_guidance": 7.0}, ["distilled_guidance = 7.0", "is no input of", "it takes 3.5"]),
     (
         {"pretrained.offload_text": True, "prompt_cache_size": 19},
         ["prompt_cache_size = 19", "groups_per_epoch = 10", "offload_text = True", "at least 20"],

@@ -110,6 +110,7 @@ def draw_samples(
     for number in run.progress(range(batches), "evaluation samples"):
         run.check_stop()
         batch = share[number * config.batch_size :][: config.batch_size]
+        policy.encode_ahead([chosen[ids[i][0]] for i in batch])  # again, where there are more than are kept
         drawn = batch or policy.stand_in(range(len(ids)))
         if not drawn:
             continue

@@ -35,6 +35,7 @@ TILT_FILE = "tilt.json"
 SET_SIZE, REPEATS = 16, 50  # images of a set whose diversity is measured, and sets, of each prompt
 TILT = "lambda {strength:.3g}: the exact law has reward {reward:.4f} (base {base:.4f}), at {kl:.3g} nats from the base"
 TILT_VENDI = "{tilt}, and {vendi:.3f} different images of {n} (base {base:.3f})"
+DRAWN = "drawn"  # in the question of a tilt.json
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,16 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     negatives = {"": config.negative_prompt, **own_negatives(config)}
     if config.sample.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
         question["negatives"] = negatives
-    return question | {"models": models, "features": features, "size": list(image_size(config))}
+    height, width = image_size(config)
+    size = height if height == width else [height, width]
+    return question | {"models": models, "features": features, "resolution": size, DRAWN: _drawn(config)}
+
+
+def _drawn(config: FrozenConfigDict) -> dict[str, Any]:
+    """How precisely, and on what terms, the model draws."""
+    names = ("revision", "distilled_guidance", "vae_dtype", "text_dtype")
+    of_model = {name: config.pretrained[name] for name in names}
+    return of_model | {name: config[name] for name in ("max_sequence_length", "mixed_precision")}
 
 
 def _kept(path: Path, asked_for: dict[str, Any]) -> Tilt | None:
@@ -110,7 +120,10 @@ def _kept(path: Path, asked_for: dict[str, Any]) -> Tilt | None:
     except ConfigError:
         return None
     values: list[Any] = [kept.get(name) for name in ("strength", "variance")]
-    if kept.get("asked_for") != asked_for or not all(map(POSITIVE.accepts, values)):
+    question = kept.get("asked_for")
+    if isinstance(question, dict) and DRAWN not in question:  # of a run of before it was noted
+        question[DRAWN] = asked_for[DRAWN]
+    if question != asked_for or not all(map(POSITIVE.accepts, values)):
         return None
     return Tilt(float(values[0]), float(values[1]))
 

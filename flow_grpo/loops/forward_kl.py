@@ -71,6 +71,7 @@ def draw_base_images(policy: Policy, run: Run) -> BaseImages:
     config, accelerator = policy.settings.config, policy.accelerator
     known = PromptDataset.load(config.prompts.train).prompts
     prompts = [known[n % len(known)] for n in range(config.forward_kl.images)]
+    policy.encode_ahead(prompts)
     found: list[tuple[int, Tensor]] = []
     rounds = torch.arange(len(prompts)).split(config.sample.batch_size * accelerator.num_processes)
     for part in run.progress(rounds, "base images"):

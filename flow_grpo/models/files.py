@@ -17,6 +17,7 @@ from flow_grpo.files import open_regular, read_object
 
 # What diffusers, transformers and torch end with when a folder's settings or weights are damaged, or do not fit.
 LOADING_ERRORS = (
+    ImportError,
     OSError,
     ValueError,
     TypeError,

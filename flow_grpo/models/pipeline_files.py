@@ -115,6 +115,14 @@ def takes_guidance(model: str) -> bool:
     return not (key and pipeline_index(folder).get(key))
 
 
+def takes_distilled_guidance(model: str) -> bool:
+    """Whether the transformer of a folder, or of a hub id as far as it is known, takes a guidance scale as an input."""
+    key, folder = expected_family(model).guidance_key, Path(model)
+    if not key or not folder.is_dir():
+        return bool(key)
+    return _setting(folder / "transformer/config.json", key, YES_OR_NO, default=False)
+
+
 def _known_folder(model: str) -> Path | None:
     """The folder of a pipeline, or the one in the cache with the index of a hub id."""
     from huggingface_hub import try_to_load_from_cache  # models are mostly folders

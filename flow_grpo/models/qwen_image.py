@@ -38,7 +38,7 @@ class QwenImage(DiffusersModel):
             prompt, device=self.pipeline.text_encoder.device, max_sequence_length=max_sequence_length
         )
         mask = torch.ones(prompt_embeds.shape[:2], dtype=torch.bool, device=prompt_embeds.device)
-        return PromptEmbeds(prompt_embeds.to(self.transformer.dtype), mask=mask)
+        return PromptEmbeds(prompt_embeds, mask=mask)
 
     @staticmethod
     def velocity(transformer: nn.Module, latents: Tensor, sigma: float, embeds: PromptEmbeds) -> Tensor:

@@ -54,6 +54,7 @@ class Family:
     guidance_scale: float = 7.0
     max_sequence_length: int = 256
     vae_checkpoints: bool = True  # whether diffusers' VAE can run its decoder again in the backward pass
+    guidance_key: str = ""  # of the transformer: whether it takes a guidance scale as an input; empty: it takes none
     unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
     fixed: Mapping[str, Rule] = field(default_factory=dict)  # settings of the transformer that its pipeline needs so
 
@@ -86,6 +87,7 @@ FLUX = Family(
     packing=2,
     token_side=2,
     guidance_scale=1.0,
+    guidance_key="guidance_embeds",
     max_sequence_length=512,
 )
 

@@ -31,7 +31,7 @@ class ZImage(DiffusersModel):
             max_sequence_length=max_sequence_length,
         )
         mask = torch.ones(1, len(caption), dtype=torch.bool, device=caption.device)
-        return PromptEmbeds(caption[None].to(self.transformer.dtype), mask=mask)
+        return PromptEmbeds(caption[None], mask=mask)
 
     @staticmethod
     def velocity(transformer: nn.Module, latents: Tensor, sigma: float, embeds: PromptEmbeds) -> Tensor:

@@ -21,14 +21,14 @@ PEAK_FLOPS: Mapping[str, float] = {
     "L40S": 3.62e14,
     "RTX 4090": 1.65e14,
 }
-BACKWARD = 2  # a backward pass costs so many forwards
 
 
 def performance(policy: Policy, phases: Phases, images: int, seconds: float) -> dict[str, float]:
     """The metrics `perf/...` of an epoch, of the main process; `images` are those of all processes.
 
-    `seconds_training` is what neither sampling nor scoring took. `mfu`, the share of the GPU's peak that the network's
-    own FLOPs make up, is left out where the peak is not known.
+    `seconds_training` is what neither sampling nor scoring took: all of it where the gradient of a reward is followed,
+    which does the three in one. `mfu`, the share of the GPU's peak that the network's own FLOPs make up, is left out
+    where the peak is not known; activations that are computed again do not count.
     """
     parts = phases.seconds
     parts["training"] = max(seconds - sum(parts.values()), 0.0)
@@ -36,7 +36,9 @@ def performance(policy: Policy, phases: Phases, images: int, seconds: float) -> 
     found |= {"perf/images_per_second": images / seconds, "perf/peak_memory_gib": phases.peak_memory_gib()}
     peak = peak_flops(policy.device, policy.settings.config.mixed_precision)
     if policy.agreed(peak > 0):  # the network is run
-        used = (policy.network_evaluations + BACKWARD * policy.trained_evaluations) * flops_per_evaluation(policy)
+        # a backward pass is a forward's worth of products with activations, and one with weights if they are trained
+        backward = 1 if policy.settings.config.use_lora else 2
+        used = (policy.network_evaluations + backward * policy.trained_evaluations) * flops_per_evaluation(policy)
         found["perf/mfu"] = used / seconds / peak
     return found
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from flow_grpo.errors import ConfigError
 from flow_grpo.models.flux import Flux, image_positions, pack, unpack
 from tests.models.families import shake
 from tests.models.test_families import EXACTLY_AS_STOCK, PROMPTS, draw, our_images
@@ -47,8 +48,14 @@ def test_another_distilled_guidance_gives_other_images(config, build, folders):
 
 
 def test_a_model_without_distilled_guidance_ignores_it(config, build, folders):
-    ours, theirs = images_of_both(config, build, folders / "schnell", 1.5, 3.5)
+    ours, theirs = images_of_both(config, build, folders / "schnell", 3.5, 1.5)
     assert (ours - theirs).abs().max() < EXACTLY_AS_STOCK
+
+
+def test_a_distilled_scale_that_a_model_does_not_take_is_refused(config, build, folders):
+    config.pretrained.model, config.pretrained.distilled_guidance = str(folders / "schnell"), 1.5
+    with pytest.raises(ConfigError, match=r"distilled_guidance = 1\.5 is no input of .*schnell; it takes 3\.5"):
+        build(config)
 
 
 def test_larger_images_have_a_larger_shift():

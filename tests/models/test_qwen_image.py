@@ -101,8 +101,8 @@ def test_its_sides_are_multiples_of_a_token(folder):
 
 
 BAD = [
-    ("vae", "latents_std", [1.0, 1.0, 1.0], "it takes a list of 4, each a number above 0"),
-    ("vae", "latents_std", [1.0, 1.0, 0.0, 1.0], "it takes a list of 4, each a number above 0"),
+    ("vae", "latents_std", [1.0, 1.0, 1.0], "it takes a list of 4, each a number from 1e-15"),
+    ("vae", "latents_std", [1.0, 1.0, 0.0, 1.0], "it takes a list of 4, each a number from 1e-15"),
     ("vae", "latents_mean", None, "it takes a list of 4, each a finite number"),
     ("vae", "temperal_downsample", [1, 1], "it takes a list of one or more of true and false"),
     ("transformer", "in_channels", 4, "it takes 16, as the VAE's latents have"),

@@ -39,12 +39,16 @@ def test_phases_add_up_and_begin_anew(monkeypatch):
     assert phases.seconds == {}
 
 
-def test_a_forward_and_a_backward_pass_count_as_three_forwards(config, build, monkeypatch):
+@pytest.mark.parametrize(("use_lora", "backward"), [(True, 1), (False, 2)])
+def test_a_backward_pass_counts_once_for_activations_and_once_for_weights_that_are_trained(
+    config, build, monkeypatch, use_lora, backward
+):
+    config.use_lora = use_lora
     policy = build(config).policy
     monkeypatch.setattr(module, "peak_flops", lambda device, precision: 1e12)
     policy.network_evaluations, policy.trained_evaluations = 100, 40
     found = performance(policy, Phases(policy.device), images=8, seconds=2.0)
-    assert found["perf/mfu"] == pytest.approx((100 + 2 * 40) * flops_per_evaluation(policy) / 2.0 / 1e12)
+    assert found["perf/mfu"] == pytest.approx((100 + backward * 40) * flops_per_evaluation(policy) / 2.0 / 1e12)
 
 
 def test_the_flops_of_a_forward_are_those_of_its_products(config, build):
@@ -70,6 +74,8 @@ def test_graphs_are_counted_where_there_is_one(config, build):
     with torch.no_grad():
         policy.velocity(embeds, 3.0)(x, 0.5)
     assert (policy.network_evaluations, policy.trained_evaluations) == (4, 2)
+    policy.velocity(embeds, 3.0, detach_unconditional=True)(x, 0.5)
+    assert (policy.network_evaluations, policy.trained_evaluations) == (6, 3)
 
 
 @pytest.mark.parametrize(
