@@ -75,6 +75,22 @@ def test_a_damaged_file_or_one_of_another_question_is_measured_anew(anchored_con
         assert tilt(parts) == first
 
 
+def test_one_of_before_precision_was_noted_is_kept_and_one_of_another_precision_is_not(anchored_config, build):
+    parts = build(anchored_config)
+    first, parts.run.counters.epoch = tilt(parts), 1
+    path = parts.run.folder / TILT_FILE
+    kept = json.loads(path.read_text())
+    spent = parts.policy.network_evaluations
+    old = {name: value for name, value in kept["asked_for"].items() if name != "drawn"}
+    path.write_text(json.dumps(kept | {"asked_for": old}))
+    assert tilt(parts) == first
+    assert parts.policy.network_evaluations == spent
+    other = kept["asked_for"] | {"drawn": kept["asked_for"]["drawn"] | {"mixed_precision": "bf16"}}
+    path.write_text(json.dumps(kept | {"asked_for": other}))
+    assert tilt(parts) == first
+    assert parts.policy.network_evaluations > spent
+
+
 def test_a_variance_that_is_given_is_taken_whether_base_images_are_drawn_or_not(anchored_config, build):
     anchored_config.anchored.variance = 3.0
     assert tilt(build(anchored_config)).variance == 3.0
