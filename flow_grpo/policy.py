@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor
 
+from flow_grpo.compilation import Compiled, batch_sizes, is_compiled
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, blended_velocity, guided_velocity
 from flow_grpo.errors import ConfigError
@@ -78,6 +79,7 @@ class ImageModel:
         self._reference: torch.nn.Module | None = (
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
+        self._compiled: Compiled | None = None
         self._freeze()
         self._negatives = own_negatives(settings.config)
         self._encoder = PromptEncoder(
@@ -94,6 +96,10 @@ class ImageModel:
         for module in self.pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
+
+    def eager(self) -> AbstractContextManager[None]:
+        """Where the network is differentiated in another way than by one backward pass: nothing compiled runs."""
+        return nullcontext() if self._compiled is None else self._compiled.eager()
 
     # --- processes ---------------------------------------------------------------------------------------
 
@@ -266,6 +272,9 @@ class Policy(ImageModel):
             self._train_everything(keep_reference)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if is_compiled(settings):
+            held = (self.transformer, self._reference)
+            self._compiled = Compiled([module for module in held if module is not None], batch_sizes(settings))
         if self.sharded and self._reference is not None:
             shard(self._reference, accelerator)
         self.weights: Weights = (Sharded if self.sharded else Replicated)(self.transformer, accelerator)

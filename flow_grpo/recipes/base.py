@@ -178,6 +178,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             '"full": each process keeps a part of the transformer (FSDP2), for models too large for one GPU',
         ),
         Key("allow_tf32", True, YES_OR_NO, "TF32 matrix products on GPUs"),
+        Key(
+            "compile",
+            "off",
+            choice("off", "on", "auto"),
+            '"on": compile the transformer, block by block, minutes at the start; "auto": where a long run pays for it',
+        ),
         Key("gradient_checkpointing", False, YES_OR_NO, "recompute the transformer's activations in the backward pass"),
         Key("prompt_cache_size", 1024, whole(1), "prompts whose embeddings are kept in memory"),
         Key("use_lora", True, YES_OR_NO, "False: fine-tune every weight of the transformer"),
