@@ -80,6 +80,7 @@ class ImageModel:
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
         self._compiled: Compiled | None = None
+        self._precision = ""  # of autocast, where it is not the run's
         self._freeze()
         self._negatives = own_negatives(settings.config)
         self._encoder = PromptEncoder(
@@ -146,12 +147,26 @@ class ImageModel:
             count = len(latents) * (2 if guided else 1)
             self.network_evaluations += count
             self.trained_evaluations += count if torch.is_grad_enabled() else 0
-            with self.accelerator.autocast():
+            with self._autocast():
                 return guided_velocity(
                     network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional, self.family.guide
                 )
 
         return velocity
+
+    @contextmanager
+    def in_precision(self, precision: str) -> Iterator[None]:
+        """Inside, the network computes by autocast in "bf16"; "": as the run does. Velocities stay float32."""
+        before, self._precision = self._precision, precision
+        try:
+            yield
+        finally:
+            self._precision = before
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self._precision:
+            return torch.autocast(self.device.type, DTYPES[self._precision])
+        return self.accelerator.autocast()
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""

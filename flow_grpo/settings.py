@@ -103,6 +103,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
     _check_model(config)
+    _check_attention(config)
     _check_guidance(config)
     _check_start(config)
     _check_scorers(config)
@@ -344,6 +345,16 @@ def _check_model(config: ConfigDict) -> None:
                 f"config.{side if config[side] else 'resolution'} = {pixels_along} does not fit the model "
                 f"{config.pretrained.model}; it takes a multiple of {pixels}{limit}."
             )
+
+
+def _check_attention(config: ConfigDict) -> None:
+    """The family's attention can be computed in another way, where one is asked for."""
+    chosen, family = config.pretrained.attention, expected_family(find(config.pretrained.model))
+    if chosen and not family.attention:
+        raise ConfigError(
+            f"config.pretrained.attention = {chosen!r} has no effect on {family.words}, whose attention is torch's; it "
+            'takes "".'
+        )
 
 
 def _check_guidance(config: ConfigDict) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flow_grpo.methods.registry import METHODS
+from flow_grpo.models.registry import ATTENTIONS
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.rules import (
     BELOW_ONE,
@@ -149,6 +150,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             3.5,
             NOT_NEGATIVE,
             "guidance scale of models that take it as an input of the network, such as FLUX.1-dev; others ignore it",
+        ),
+        Key(
+            "pretrained.attention",
+            "",
+            choice(*ATTENTIONS),
+            f"diffusers' name of what computes attention: {', '.join(ATTENTIONS[1:])}; not SD3's; empty: torch chooses",
         ),
         Key(
             "pretrained.offload_text",
