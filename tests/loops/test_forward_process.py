@@ -294,11 +294,14 @@ def test_with_a_rollout_in_bf16_only_the_sampler_computes_in_it(config, build, m
 
 # --- settings --------------------------------------------------------------------------------------------
 
+GRPO_IN_BF16 = {
+    "forward.draws": 4, "forward.weight": "1", "forward.rollout": "bf16", "sample.sde_type": "sde",
+}  # fmt: skip
 CONTRADICTIONS = [
     ("nft", {"train.ratio": "cfm"}, ["train.ratio = 'cfm'", "'grpo'", "'sde'"]),
     ("awm", {"train.timestep_fraction": 0.5}, ["train.timestep_fraction = 0.5", "takes 1.0"]),
     ("par", {"sample.num_image_per_prompt": 1}, ["num_image_per_prompt = 1", "at least 2"]),
-    ("grpo", {"forward.draws": 4, "forward.rollout": "bf16", "sample.sde_type": "sde"}, ["forward.rollout = 'bf16'"]),
+    ("grpo", GRPO_IN_BF16, ["forward.rollout = 'bf16'"]),
     ("nft", {"sample.sde_window_size": 2}, ["sde_window_size = 2", 'sde_type = "ode"', "takes 0"]),
     ("nft", {"forward.old_decay": 0.9}, ["forward.old_decay = 0.9", 'forward.old = "snapshot"', "takes 0.5"]),
     ("awm", {"forward.beta": 0.5}, ["forward.beta = 0.5", "'nft'", "takes 1.0"]),
