@@ -156,6 +156,14 @@ def test_auto_compiles_a_long_run_and_no_short_one(config, monkeypatch):
     assert not is_compiled(resolve(config, 1, cuda=False))
 
 
+def test_of_a_full_fine_tuning_the_frozen_copy_is_compiled_too(config, build):
+    config.compile, config.use_lora, config.train.beta = "on", False, 0.1
+    policy = build(config).policy
+    for transformer in (policy.transformer, policy._reference):
+        assert all(block.forward.__wrapped__.__self__ is block for block in blocks_of(transformer))
+    assert policy.transformer is not policy._reference
+
+
 def test_nothing_is_compiled_unless_it_is_asked_for(config, build):
     assert build(config).policy._compiled is None
 

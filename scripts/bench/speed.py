@@ -11,7 +11,8 @@
   as the epoch was counted to make. They decode nothing, score nothing, guide nothing, step nothing, and never compile.
 - An evaluation's bare calls are those of its sampler. Those of the log-densities are a forward and a product with J for
   each probe.
-- A first epoch is left out; of a compiled network, what it takes longer is the compiling.
+- A first epoch is left out; of a compiled network, what it takes longer is the compiling, without that of torch's own
+  worker processes, or the reading of what torch has kept.
 
 Writes results.json and table.md into assets/figures/speed.
 """
