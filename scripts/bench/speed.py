@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "assets/figures/speed"
-GRPO, DRTUNE = "tiny_grpo", "tiny_drtune"
+GRPO, NFT, DRTUNE = "tiny_grpo", "tiny_nft", "tiny_drtune"
 ROUNDS, QUICK_ROUNDS = 7, 3
 PROBES = 4  # of a log-density
 
@@ -59,6 +59,8 @@ CASES: Mapping[str, Case] = {
     "GRPO": Case(GRPO),
     "GRPO, guided": Case(GRPO, {"sample.guidance_scale": 4.5}),
     "GRPO, compiled": Case(GRPO, {"compile": "on"}),
+    "NFT": Case(NFT),
+    "NFT, rollout in bf16": Case(NFT, {"forward.rollout": "bf16"}),
     "DRTune, one pass": Case(DRTUNE),
     "DRTune, two passes": Case(DRTUNE, {"drtune.two_pass": True}),
     "log-densities": Case(GRPO, {"entropy.num_probes": PROBES}, "entropy"),
