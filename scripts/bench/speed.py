@@ -294,6 +294,13 @@ def main() -> int:
     return 0
 
 
+def _command(arguments: argparse.Namespace) -> str:
+    """What makes the results again, wherever they are written."""
+    against = f" --against {arguments.against}" if arguments.against else ""
+    only = "".join(f" {name!r}" for name in arguments.only)
+    return f"python scripts/bench/speed.py{' --quick' * arguments.quick}{against}{' --only' * bool(only)}{only}"
+
+
 def write(arguments: argparse.Namespace, rounds: int) -> None:
     """Time what was asked for, and write results and table."""
     from flow_grpo.commands.cli import one_sentence_errors
@@ -309,7 +316,7 @@ def write(arguments: argparse.Namespace, rounds: int) -> None:
             rows = compare(names, rounds, other)
         results = {
             "machine": cpu_model(), "load": load, "rounds": rounds, "against": arguments.against, "rows": rows,
-            "command": " ".join(["python", "scripts/bench/speed.py", *sys.argv[1:]]),
+            "command": _command(arguments),
         }  # fmt: skip
         arguments.out.mkdir(parents=True, exist_ok=True)
         write_atomically(arguments.out / "results.json", strict_json(results, indent=1) + "\n")
