@@ -143,6 +143,12 @@ class Sharded:
         return full.cpu() if self.accelerator.is_main_process else None
 
 
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """The blocks that a transformer is made of, as diffusers' classes name them."""
+    kinds = transformer._no_split_modules or ()
+    return [module for module in transformer.modules() if type(module).__name__ in kinds]
+
+
 def shard(transformer: Any, accelerator: Accelerator) -> DeviceMesh:
     """Share a transformer's weights among all processes: block by block, then what is in none of them.
 
@@ -151,8 +157,7 @@ def shard(transformer: Any, accelerator: Accelerator) -> DeviceMesh:
     ignores it on CPUs without a word.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    units = transformer._no_split_modules or ()
-    for module in [m for m in transformer.modules() if type(m).__name__ in units]:
+    for module in blocks_of(transformer):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
     # The rest, too, is given up after its forward: else it would outlive a change of the parts, as by averaged weights.
     fully_shard(transformer, mesh=mesh, reshard_after_forward=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -16,6 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor
 
+from flow_grpo.compilation import Compiled, batch_sizes, is_compiled
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, blended_velocity, guided_velocity
 from flow_grpo.errors import ConfigError
@@ -80,6 +81,8 @@ class ImageModel:
         self._reference: torch.nn.Module | None = (
             None  # the pretrained transformer, where it is not this one's LoRA off
         )
+        self._compiled: Compiled | None = None
+        self._precision = ""  # of autocast, where it is not the run's
         self._freeze()
         self._negatives = own_negatives(settings.config)
         self._encoder = PromptEncoder(
@@ -96,6 +99,10 @@ class ImageModel:
         for module in self.pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
+
+    def eager(self) -> AbstractContextManager[None]:
+        """Where the network is differentiated in another way than by one backward pass: nothing compiled runs."""
+        return nullcontext() if self._compiled is None else self._compiled.eager()
 
     # --- processes ---------------------------------------------------------------------------------------
 
@@ -143,12 +150,26 @@ class ImageModel:
             self.network_evaluations += count
             if torch.is_grad_enabled():
                 self.trained_evaluations += len(latents) if detach_unconditional else count
-            with self.accelerator.autocast():
+            with self._autocast():
                 return guided_velocity(
                     network, latents, sigma, embeds, negative, guidance_scale, detach_unconditional, self.family.guide
                 )
 
         return velocity
+
+    @contextmanager
+    def in_precision(self, precision: str) -> Iterator[None]:
+        """Inside, the network computes by autocast in "bf16"; "": as the run does. Velocities stay float32."""
+        before, self._precision = self._precision, precision
+        try:
+            yield
+        finally:
+            self._precision = before
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self._precision:
+            return torch.autocast(self.device.type, DTYPES[self._precision])
+        return self.accelerator.autocast()
 
     def sigmas(self, num_steps: int) -> Tensor:
         """Noise levels of a sampler of `num_steps` steps, by the pipeline's own scheduler: (num_steps + 1,)."""
@@ -269,6 +290,9 @@ class Policy(ImageModel):
             self._train_everything(keep_reference)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if is_compiled(settings):
+            held = (self.transformer, self._reference)
+            self._compiled = Compiled([module for module in held if module is not None], batch_sizes(settings))
         if self.sharded and self._reference is not None:
             shard(self._reference, accelerator)
         self.weights: Weights = (Sharded if self.sharded else Replicated)(self.transformer, accelerator)
@@ -320,6 +344,7 @@ class Policy(ImageModel):
             betas=(train.adam_beta1, train.adam_beta2),
             weight_decay=train.adam_weight_decay,
             eps=train.adam_epsilon,
+            fused=True if self.device.type == "cuda" else None,  # one kernel instead of a dozen
         )
 
     # --- averaged weights --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ class Settings:
         return _total_updates(self.config, self.plan)
 
     @property
+    def can_compile(self) -> bool:
+        """Whether nothing stands against compiling the transformer."""
+        return not _against_compiling(self.config)
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
         return image_size(self.config)
@@ -84,6 +90,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     _choose_lora_targets(config)
     _check_launch(config, num_processes, cuda)
     _check_sharding(config)
+    _check_compile(config)
     validate_rewards(config)
     _check_sampler(config)
     check_method(config)
@@ -97,6 +104,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
     _check_model(config)
+    _check_attention(config)
     _check_guidance(config)
     _check_start(config)
     _check_scorers(config)
@@ -187,6 +195,26 @@ def _check_sharding(config: ConfigDict) -> None:
             f'config.train.ratio = "{config.train.ratio}" differentiates the network twice, for which '
             'config.sharding = "full" has given its weights away; it takes "sde" or "cfm", or config.sharding = "none".'
         )
+
+
+def _check_compile(config: ConfigDict) -> None:
+    if config.compile == "on" and (reason := _against_compiling(config)):
+        raise ConfigError(f'config.compile = "on" {reason}, or config.compile = "off".')
+
+
+def _against_compiling(config: ConfigDict | FrozenConfigDict) -> str:
+    """Why the transformer's blocks cannot be compiled, and what would work; empty: they can."""
+    if config.sharding == "full":
+        return 'is not for blocks whose weights come and go, by config.sharding = "full"; that takes "none"'
+    if config.train.ratio in TWICE_DIFFERENTIATED:
+        return (
+            "has no second derivative, which "
+            f'config.train.ratio = "{config.train.ratio}" takes of the network; that takes "sde" or "cfm"'
+        )
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"needs a C++ compiler, and there is no {compiler}; install one, or name it in the environment's CXX"
+    return ""
 
 
 def _check_sampler(config: ConfigDict) -> None:
@@ -326,6 +354,16 @@ def _check_model(config: ConfigDict) -> None:
                 f"config.{side if config[side] else 'resolution'} = {pixels_along} does not fit the model "
                 f"{config.pretrained.model}; it takes a multiple of {pixels}{limit}."
             )
+
+
+def _check_attention(config: ConfigDict) -> None:
+    """The family's attention can be computed in another way, where one is asked for."""
+    chosen, family = config.pretrained.attention, expected_family(find(config.pretrained.model))
+    if chosen and not family.attention:
+        raise ConfigError(
+            f"config.pretrained.attention = {chosen!r} has no effect on {family.words}, whose attention is torch's; it "
+            'takes "".'
+        )
 
 
 def _check_guidance(config: ConfigDict) -> None:

@@ -319,3 +319,19 @@ def test_old_weights_come_back_after_an_error_too(policy):
     with pytest.raises(KeyError):
         breaks_off()
     assert current == [p.data_ptr() for p in policy.trainable]
+
+
+# --- precision ------------------------------------------------------------------------------------------
+
+
+def test_in_bf16_velocities_are_rounded_and_float32_and_afterwards_they_are_as_before(policy):
+    velocity, x = policy.velocity(policy.encode(["a bag", "a boot"]), 1.0), policy.noise(draw(2))
+    before = velocity(x, 0.5)
+    with policy.in_precision("bf16"):
+        rounded = velocity(x, 0.5)
+    with policy.in_precision(""):
+        assert torch.equal(velocity(x, 0.5), before)
+    assert torch.equal(velocity(x, 0.5), before)
+    assert rounded.dtype == torch.float32
+    error = ((rounded - before).norm() / before.norm()).item()
+    assert 1e-4 < error < 3e-2

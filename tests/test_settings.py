@@ -183,6 +183,8 @@ BAD_VALUES = [
     ("trackers", ("mlflow",)),
     ("resolution", 0),
     ("max_sequence_length", 513),
+    ("compile", "yes"),
+    ("pretrained.attention", "sage"),
     ("mixed_precision", "fp8"),
     ("lora.rank", 0),
     ("lora.target_modules", ("",)),

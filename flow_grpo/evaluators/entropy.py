@@ -96,14 +96,15 @@ def sample_log_density(policy: Policy, prompts: Sequence[str], ids: Sequence[tup
     config = policy.settings.config
     velocity = policy.velocity(policy.encode([prompts[p] for p, _ in ids]), config.eval.guidance_scale)
     noise = policy.noise(evaluation_generators(config.eval.seed, ids))
-    return ode_log_density(
-        velocity,
-        noise,
-        policy.sigmas(config.eval.num_steps),
-        estimator_of(policy),
-        probe_generators(config.eval.seed, ids),
-        solver=config.entropy.solver,
-    )
+    with policy.eager():
+        return ode_log_density(
+            velocity,
+            noise,
+            policy.sigmas(config.eval.num_steps),
+            estimator_of(policy),
+            probe_generators(config.eval.seed, ids),
+            solver=config.entropy.solver,
+        )
 
 
 def prompt_log_densities(policy: Policy, prompts: Sequence[str], run: Run) -> PromptLogDensities:

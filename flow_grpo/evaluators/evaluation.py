@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
-from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator
+from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator, SharedFeatures
 from flow_grpo.files import strict_json
 from flow_grpo.paths import find
 from flow_grpo.policy import ImageModel, Policy
@@ -58,16 +58,17 @@ def evaluate(
     tested = test_request(prompts, settings)
     requests = [tested, *(evaluator.request for evaluator in evaluators if evaluator.request)]
     samples = draw_samples(policy, prompts, settings, run, requests, prefix)
+    views = {request: view(samples, request) for request in requests}  # who asks for the same sees the same
     found: list[tuple[Samples, Measured]] = []
     for evaluator in run.progress(evaluators, "evaluating"):
         run.check_stop()
         if run.is_main or evaluator.collective:
-            seen = view(samples, evaluator.request or tested)
+            seen = views[evaluator.request or tested]
             with run.writing(f"what {evaluator.name} keeps of an evaluation"):
                 found.append((seen, evaluator.evaluate(seen)))
     if not run.is_main:
         return Evaluation()
-    run.log_image(prefix, image_grid(view(samples, tested), settings.config), run.counters.epoch)
+    run.log_image(prefix, image_grid(views[tested], settings.config), run.counters.epoch)
     record = _against_base(record_of(samples, found, run.counters, setting_of(settings.config, prompts.prompts)), run)
     if run.holds_folder():  # else `log` tells
         with run.writing(str(record_path(run.folder, record.label, record.epoch))):
@@ -271,9 +272,10 @@ def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.
         scorer: ClipScorer = load_scorer("config.eval.judge", CLIP_SCORER, config.judge, device)
         trained = {os.path.realpath(find(model)) for model in trained_models(settings.config)}
         independent = os.path.realpath(find(config.judge)) not in trained
-        evaluators.append(JudgeEvaluator(scorer, config.batch_size, freq, config.judge, independent))
+        features = SharedFeatures(scorer, config.batch_size)
+        evaluators.append(JudgeEvaluator(features, freq, config.judge, independent))
         if config.modes:
-            evaluators.append(ModeEvaluator.load(scorer, config.modes, config.batch_size, freq))
+            evaluators.append(ModeEvaluator.load(features, config.modes, freq))
     return evaluators
 
 

@@ -78,7 +78,8 @@ def film_strip(policy: Policy, prompts: tuple[str, ...]) -> FilmStrip:
 
     def measured(x: Tensor, sigma: float) -> Tensor:
         probes = draw_probes(x, estimator, generators(len(divergences)))
-        found = divergence(velocity, x, sigma, estimator, probes)
+        with policy.eager():
+            found = divergence(velocity, x, sigma, estimator, probes)
         divergences.append(found.mean)
         return found.velocity
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,6 +40,23 @@ class RewardEvaluator:
         return Measured(means, rewards=found)
 
 
+class SharedFeatures:
+    """A scorer's features of the images of an evaluation: embedded once for all evaluators that share this."""
+
+    def __init__(self, scorer: ClipScorer, batch_size: int) -> None:
+        self.scorer, self.batch_size = scorer, batch_size
+        self._samples: Callable[[], Samples | None] = lambda: None  # the last ones, as long as they are there
+        self._features = torch.empty(0)
+
+    def __call__(self, samples: Samples) -> Tensor:
+        """(N, d)."""
+        if self._samples() is not samples:
+            slices = _slices(len(samples.images), self.batch_size)
+            parts = [self.scorer.image_features(samples.images[part]) for part in slices]
+            self._samples, self._features = weakref.ref(samples), torch.cat(parts)
+        return self._features
+
+
 class JudgeEvaluator:
     """How well a CLIP that is not the reward recognises each image's prompt among the evaluated ones.
 
@@ -48,18 +66,16 @@ class JudgeEvaluator:
 
     name, collective, request = "judge", False, None
 
-    def __init__(
-        self, scorer: ClipScorer, batch_size: int, freq: int = 1, model: str = "", independent: bool = True
-    ) -> None:
+    def __init__(self, features: SharedFeatures, freq: int = 1, model: str = "", independent: bool = True) -> None:
         """`model`: its name; `independent`: no reward that is trained on comes from it."""
-        self.scorer, self.batch_size, self.freq = scorer, batch_size, freq
+        self.features, self.scorer, self.freq = features, features.scorer, freq
         self.model, self.independent = model, independent
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> Measured:
         """Over all samples; of each, the prompt that is guessed, and the probability of its own."""
         candidates = tuple(dict.fromkeys(samples.prompts))
-        similarity = similarities(self.scorer, samples.images, candidates, self.batch_size)  # (N, candidates)
+        similarity = (self.features(samples) @ self.scorer.text_features(candidates).T).cpu()  # (N, candidates)
         own = torch.tensor([candidates.index(prompt) for prompt in samples.prompts])
         finite, guess = similarity.isfinite().all(1), similarity.argmax(1)  # (N,)
         metrics = {
@@ -81,16 +97,14 @@ class ModeEvaluator:
 
     name, collective, request = "modes", False, None
 
-    def __init__(
-        self, scorer: ClipScorer, modes: Mapping[str, Mapping[str, str]], batch_size: int, freq: int = 1
-    ) -> None:
+    def __init__(self, features: SharedFeatures, modes: Mapping[str, Mapping[str, str]], freq: int = 1) -> None:
         """`modes`: prompt -> mode -> the caption that describes it."""
-        self.scorer, self.modes, self.batch_size, self.freq = scorer, modes, batch_size, freq
+        self.features, self.scorer, self.modes, self.freq = features, features.scorer, modes, freq
 
     @classmethod
-    def load(cls, scorer: ClipScorer, path: str, batch_size: int, freq: int = 1) -> ModeEvaluator:
+    def load(cls, features: SharedFeatures, path: str, freq: int = 1) -> ModeEvaluator:
         """Read the modes from a JSON file; ConfigError if it holds something else."""
-        return cls(scorer, read_modes(Path(path), "config.eval.modes: "), batch_size, freq)
+        return cls(features, read_modes(Path(path), "config.eval.modes: "), freq)
 
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> Measured:
@@ -99,9 +113,9 @@ class ModeEvaluator:
         for prompt in dict.fromkeys(samples.prompts):
             if not self.modes.get(prompt):
                 continue
-            images = samples.images[[i for i, other in enumerate(samples.prompts) if other == prompt]]
+            features = self.features(samples)[[i for i, other in enumerate(samples.prompts) if other == prompt]]
             names, captions = zip(*self.modes[prompt].items(), strict=True)
-            found = similarities(self.scorer, images, captions, self.batch_size)
+            found = features @ self.scorer.text_features(captions).T  # (n, captions)
             best, unknown = found.argmax(1), 0.0 if found.isfinite().all() else math.nan
             for index, name in enumerate(names):
                 counts[name] = counts.get(name, 0.0) + int((best == index).sum()) + unknown
@@ -110,13 +124,6 @@ class ModeEvaluator:
         total = sum(counts.values())
         shares = {f"modes/{name}": count / total for name, count in counts.items()}
         return Measured(shares | {"modes/entropy": float(entropy(list(counts.values())))})
-
-
-def similarities(scorer: ClipScorer, images: Tensor, texts: Sequence[str], batch_size: int) -> Tensor:
-    """Cosine of every image (N, 3, H, W) with every text: (N, texts), on the CPU."""
-    text_features = scorer.text_features(texts)
-    parts = [scorer.image_features(images[part]) @ text_features.T for part in _slices(len(images), batch_size)]
-    return torch.cat(parts).cpu()
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:

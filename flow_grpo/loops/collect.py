@@ -92,6 +92,7 @@ def sample_images(
     chunks: Sequence[Tensor] | None = None,
     starts: Tensor | None = None,
     keep_means: bool = False,
+    precision: str = "",
 ) -> Images:
     """Sample this process's images by `config.sample` and the present weights, and score them.
 
@@ -99,6 +100,7 @@ def sample_images(
         chunks: positions in the batch that are sampled together, each once; None: `sample.batch_size` consecutive ones.
         starts: (N,) int64: images of the same number begin at the same noise; None: each at its own.
         keep_means: of the stochastic steps, as large as the latents themselves.
+        precision: of the network while it samples, where nothing recorded is compared with; "": that of the run.
     """
     config, epoch = settings.config, run.counters.epoch
     if chunks is None:
@@ -110,7 +112,7 @@ def sample_images(
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
         begins = None if starts is None else starts[chunk]
-        with run.phase("sampling"):
+        with run.phase("sampling"), policy.in_precision(precision):
             trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins, keep_means)
         with run.phase("scoring"), torch.no_grad():
             images = policy.decode(trajectory.final_latents)

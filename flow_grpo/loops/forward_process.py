@@ -51,7 +51,7 @@ def train_epoch(
     metrics = MeanMetrics()
     policy.keep_old()
     with policy.old_weights():
-        images = sample_images(policy, batch, reward, settings, run, metrics)
+        images = sample_images(policy, batch, reward, settings, run, metrics, precision=config.forward.rollout)
     run.counters.images += plan.images
     advantages = advantages_of(policy, images, settings, metrics)
     penalised = penalised_of(policy, images, settings, metrics)

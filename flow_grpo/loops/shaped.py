@@ -68,7 +68,8 @@ def densities_of(
             return [keyed_generator(config.seed, "density probe", epoch, image, evaluation) for image in ids]
 
         try:
-            density = ode_log_density(velocity, x_0, trajectory.sigmas.flip(0), estimator, probes).nats_per_dim
+            with policy.eager():
+                density = ode_log_density(velocity, x_0, trajectory.sigmas.flip(0), estimator, probes).nats_per_dim
         except NonFiniteError:
             density = x_0.new_full((len(x_0),), math.nan, dtype=torch.float64)
         found.append(density)

@@ -30,6 +30,12 @@ KEYS = (
         NOT_NEGATIVE,
         'of "ema": the decay of epoch e is min(this * e, old_decay), e from 0; 0: always old_decay',
     ),
+    Key(
+        "forward.rollout",
+        "",
+        choice("", "bf16"),
+        '"bf16": autocast of the network while it samples, steps in float32; empty: as mixed_precision has it',
+    ),
     Key("forward.eta", 0.0, NOT_NEGATIVE, "weight of |v - v_old|^2, which holds to the old weights"),
     Key("forward.beta", 1.0, POSITIVE, "NFT: v_plus/minus = v_old +- beta (v - v_old)"),
     Key("forward.strength", 1.0, POSITIVE, "PEPG, PAR: lambda of the target p_old exp(lambda A)"),

@@ -33,7 +33,8 @@ def load_model(pretrained: Any, precision: str) -> ModelFamily:
     """Load the pipeline of `config.pretrained`, each part in its dtype.
 
     Args:
-        pretrained: `model`, a folder or hub id; `revision`; `skip`; `vae_dtype`; `text_dtype`; `distilled_guidance`.
+        pretrained: `model`, a folder or hub id; `revision`; `skip`; `vae_dtype`; `text_dtype`; `distilled_guidance`;
+            `attention`.
         precision: "no", "bf16" or "fp16": of the transformer, and of text encoders whose dtype is not given.
 
     Text encoders in `skip` are None then, as stock pipelines take them, and their files are neither fetched nor read.
@@ -64,8 +65,18 @@ def load_model(pretrained: Any, precision: str) -> ModelFamily:
             f"pretrained.model {model!r} is not whole: {missing[0]} is the first of {len(missing)} weights "
             "that it lacks."
         )
+    if pretrained.attention:
+        _choose_attention(pipeline.transformer, pretrained.attention)
     check_scheduler(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
     return class_of(family)(pipeline, pretrained.distilled_guidance)
+
+
+def _choose_attention(transformer: Any, name: str) -> None:
+    """By diffusers; ConfigError where the library or the GPU that it needs is missing."""
+    try:
+        transformer.set_attention_backend(name)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"config.pretrained.attention = {name!r} cannot be had here: {first_line(error)}") from None
 
 
 def _load_parts(

@@ -11,6 +11,11 @@ from typing import Any
 
 from flow_grpo.rules import FINITE, POSITIVE, YES_OR_NO, Rule, each, only, whole
 
+# Of diffusers' names for what computes attention those that have a backward pass; "": torch chooses.
+ATTENTIONS = (
+    "", "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flash", "_flash_3",
+    "xformers",
+)  # fmt: skip
 CHANNELS = each(whole(1), "a list of one or more whole numbers", low=1)
 
 
@@ -56,6 +61,7 @@ class Family:
     vae_checkpoints: bool = True  # whether diffusers' VAE can run its decoder again in the backward pass
     guidance_key: str = ""  # of the transformer: whether it takes a guidance scale as an input; empty: it takes none
     unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
+    attention: bool = True  # whether its attention can be computed by another library than torch
     fixed: Mapping[str, Rule] = field(default_factory=dict)  # settings of the transformer that its pipeline needs so
 
     def without(self, skip: Sequence[str]) -> set[str]:
@@ -73,6 +79,7 @@ SD3 = Family(
     clips={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     optional={"text_encoder_3": "tokenizer_3"},
     optional_words="the T5, text_encoder_3,",
+    attention=False,
     side_key="pos_embed_max_size",
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flow_grpo.methods.registry import METHODS
+from flow_grpo.models.registry import ATTENTIONS
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.rules import (
     BELOW_ONE,
@@ -157,6 +158,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "guidance scale of models that take it as an input of the network, such as FLUX.1-dev; others ignore it",
         ),
         Key(
+            "pretrained.attention",
+            "",
+            choice(*ATTENTIONS),
+            f"diffusers' name of what computes attention: {', '.join(ATTENTIONS[1:])}; not SD3's; empty: torch chooses",
+        ),
+        Key(
             "pretrained.offload_text",
             False,
             YES_OR_NO,
@@ -184,6 +191,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             '"full": each process keeps a part of the transformer (FSDP2), for models too large for one GPU',
         ),
         Key("allow_tf32", True, YES_OR_NO, "TF32 matrix products on GPUs"),
+        Key(
+            "compile",
+            "off",
+            choice("off", "on", "auto"),
+            '"on": compile the transformer, block by block, minutes at the start; "auto": where a long run pays for it',
+        ),
         Key("gradient_checkpointing", False, YES_OR_NO, "recompute the transformer's activations in the backward pass"),
         Key("prompt_cache_size", 1024, whole(1), "prompts whose embeddings are kept in memory"),
         Key("use_lora", True, YES_OR_NO, "False: fine-tune every weight of the transformer"),

@@ -124,11 +124,16 @@ def _nearest_levels(levels: Tensor) -> Tensor:
 
 
 def check_images(images: Tensor, taker: str = "a reward") -> None:
-    """Raise ValueError unless images are float (B, 3, H, W) in [0, 1]; NaN passes and makes that image's reward NaN."""
+    """Raise ValueError unless images are float (B, 3, H, W) in [0, 1]; NaN passes and makes that image's reward NaN.
+
+    The values are looked at on the CPU alone; on a GPU images come from the decoder, which keeps them in [0, 1].
+    """
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or not images.is_floating_point():
         raise ValueError(
             f"{taker} takes float images of shape (B, 3, H, W), got {images.dtype} of shape {tuple(images.shape)}"
         )
+    if images.device.type != "cpu":  # looking would wait for all that the device has still to do
+        return
     low, high = (bound.item() for bound in torch.aminmax(images.detach()))
     if low < 0 or high > 1:
         raise ValueError(f"{taker} takes images in [0, 1], got values from {low} to {high}")

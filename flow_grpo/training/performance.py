@@ -57,7 +57,7 @@ def flops_per_evaluation(policy: Policy) -> float:
     embeds = policy.encode([""])
     x = torch.zeros(1, *policy.latent_shape, device=policy.device)
     before = policy.network_evaluations
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), policy.eager(), FlopCounterMode(display=False) as counter:
         policy.velocity(embeds, 1.0)(x, 0.5)
     policy.network_evaluations = before
     return float(counter.get_total_flops())

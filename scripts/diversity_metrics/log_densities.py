@@ -68,14 +68,15 @@ def data_log_densities(policy: Policy, latents: Tensor, prompts: Sequence[str]) 
     config, found = policy.settings.config, []
     for start in range(0, len(latents), config.entropy.batch_size):
         part = range(start, min(start + config.entropy.batch_size, len(latents)))
-        density = ode_log_density(
-            policy.velocity(policy.encode([prompts[i] for i in part]), config.eval.guidance_scale),
-            latents[part.start : part.stop],
-            policy.sigmas(config.eval.num_steps).flip(0),
-            estimator_of(policy),
-            image_probes(config.eval.seed, part),
-            solver=config.entropy.solver,
-        )
+        with policy.eager():
+            density = ode_log_density(
+                policy.velocity(policy.encode([prompts[i] for i in part]), config.eval.guidance_scale),
+                latents[part.start : part.stop],
+                policy.sigmas(config.eval.num_steps).flip(0),
+                estimator_of(policy),
+                image_probes(config.eval.seed, part),
+                solver=config.entropy.solver,
+            )
         columns = (density.log_prob, density.nats_per_dim, density.bits_per_dim, density.probe_standard_error)
         names = ("log_prob", "nats_per_dim", "bits_per_dim", "probe_standard_error")
         rows = zip(*(column.tolist() for column in columns), strict=True)

@@ -18,6 +18,7 @@ from flow_grpo.evaluators.evaluation import (
     Measured,
     ModeEvaluator,
     RewardEvaluator,
+    SharedFeatures,
     draw_samples,
     evaluate,
     image_grid,
@@ -57,21 +58,53 @@ def painted(colours, prompts):
 
 def test_judge_accuracy_counts_images_nearest_their_own_prompt():
     samples = painted(["red", "green", "red", "green"], ["a red bag", "a red bag", "a green bag", "a green bag"])
-    metrics = JudgeEvaluator(ColourScorer(), batch_size=3).evaluate(samples).metrics
+    metrics = JudgeEvaluator(SharedFeatures(ColourScorer(), 3)).evaluate(samples).metrics
     assert metrics == {"judge/accuracy": 0.5, "judge/similarity": 0.5}
 
 
 def test_modes_are_counted_among_the_prompts_that_have_them():
     samples = painted(["red", "red", "red", "blue", "green"], ["a bag"] * 4 + ["a green boot"])
     modes = {"a bag": {"red": "a red bag", "green": "a green bag", "blue": "a blue bag"}}
-    metrics = ModeEvaluator(ColourScorer(), modes, batch_size=2).evaluate(samples).metrics
+    metrics = ModeEvaluator(SharedFeatures(ColourScorer(), 2), modes).evaluate(samples).metrics
     shares = {"modes/red": 0.75, "modes/green": 0.0, "modes/blue": 0.25}
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert metrics == pytest.approx(shares | {"modes/entropy": entropy})
 
 
 def test_without_known_modes_nothing_is_claimed():
-    assert ModeEvaluator(ColourScorer(), {}, 2).evaluate(painted(["red"], ["a red bag"])) == Measured()
+    assert ModeEvaluator(SharedFeatures(ColourScorer(), 2), {}).evaluate(painted(["red"], ["a red bag"])) == Measured()
+
+
+class CountingScorer(ColourScorer):
+    """Which also counts the images that it was shown."""
+
+    seen = 0
+
+    def image_features(self, images):
+        self.seen += len(images)
+        return super().image_features(images)
+
+
+def test_judge_and_modes_embed_an_image_once_in_an_evaluation_and_anew_in_the_next():
+    scorer, modes = CountingScorer(), {"a red bag": {"red": "a red bag", "blue": "a blue bag"}}
+    features = SharedFeatures(scorer, 2)
+    evaluators = JudgeEvaluator(features), ModeEvaluator(features, modes)
+    for colours, accuracy, blue, seen in ((["red"] * 3, 1.0, 0.0, 3), (["red", "red", "blue"], 2 / 3, 1 / 3, 6)):
+        samples = painted(colours, ["a red bag", "a red bag", "a red bag"])
+        metrics = {k: v for evaluator in evaluators for k, v in evaluator.evaluate(samples).metrics.items()}
+        assert metrics["modes/blue"] == pytest.approx(blue)
+        assert metrics["judge/similarity"] == pytest.approx(accuracy)
+        assert scorer.seen == seen
+
+
+def test_in_an_evaluation_the_judge_sees_every_image_once(config, build):
+    parts = build(config)
+    evaluators = sample_evaluators(parts.reward, parts.settings, parts.policy.device)
+    judge, modes = evaluators[1:]
+    shown, embed = [], judge.scorer.image_features
+    judge.scorer.image_features = lambda images: shown.append(len(images)) or embed(images)
+    evaluate(parts.policy, parts.prompts, [judge, modes], parts.settings, parts.run, "eval")
+    assert sum(shown) == len(PROMPTS) * config.eval.num_image_per_prompt
 
 
 # --- samples that are not finite -------------------------------------------------------------------------
@@ -84,7 +117,7 @@ def broken(samples):
 
 def test_a_judge_that_sees_an_image_of_nan_claims_nothing():
     samples = broken(painted(["red", "green"], ["a red bag", "a green bag"]))
-    metrics = JudgeEvaluator(ColourScorer(), batch_size=3).evaluate(samples).metrics
+    metrics = JudgeEvaluator(SharedFeatures(ColourScorer(), 3)).evaluate(samples).metrics
     assert set(metrics) == {"judge/accuracy", "judge/similarity"}
     assert all(map(math.isnan, metrics.values()))
 
@@ -92,7 +125,7 @@ def test_a_judge_that_sees_an_image_of_nan_claims_nothing():
 def test_an_image_of_nan_is_in_no_mode():
     samples = broken(painted(["red", "blue"], ["a bag"] * 2))
     modes = {"a bag": {"red": "a red bag", "blue": "a blue bag"}}
-    metrics = ModeEvaluator(ColourScorer(), modes, batch_size=2).evaluate(samples).metrics
+    metrics = ModeEvaluator(SharedFeatures(ColourScorer(), 2), modes).evaluate(samples).metrics
     assert set(metrics) == {"modes/red", "modes/blue", "modes/entropy"}
     assert all(map(math.isnan, metrics.values()))
 
@@ -124,7 +157,7 @@ def test_weights_of_nan_give_metrics_of_nan_and_the_run_goes_on(config, build):
 def test_a_file_that_holds_no_modes_is_one_sentence(tmp_path, text, sentence):
     (tmp_path / "modes.json").write_bytes(text)
     with pytest.raises(ConfigError, match=f"^config.eval.modes: .*{sentence}"):
-        ModeEvaluator.load(ColourScorer(), str(tmp_path / "modes.json"), 2)
+        ModeEvaluator.load(SharedFeatures(ColourScorer(), 2), str(tmp_path / "modes.json"))
 
 
 # --- the record ------------------------------------------------------------------------------------------
@@ -177,7 +210,7 @@ def test_what_is_logged_are_the_means_of_what_is_recorded(measured):
 
 def test_the_judges_probability_is_the_softmax_at_its_scale():
     samples = painted(["red", "green", "blue"], ["a red bag", "a green bag", "a green bag"])
-    judge = JudgeEvaluator(ColourScorer(), 2, model="x", independent=False).evaluate(samples).judge
+    judge = JudgeEvaluator(SharedFeatures(ColourScorer(), 2), model="x", independent=False).evaluate(samples).judge
     chance = math.exp(10) / (math.exp(10) + 1)
     assert judge.probability == pytest.approx([chance, chance, 0.5])
     assert (judge.guess, judge.model, judge.independent) == ([0, 1, 0], "x", False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flow_grpo import policy as policy_module
 from flow_grpo.errors import ConfigError
 from flow_grpo.forward_process import Point, Velocities, nft_loss, noised, stratified_times
 from flow_grpo.loops import forward_process
@@ -251,8 +252,8 @@ def test_the_averaged_old_weights_sample_the_images(config, build):
     batch = epoch_prompts(parts.prompts, parts.settings.plan, parts.settings.config.seed, 0, 0)
     seen = []
 
-    def spy(*arguments):
-        images = sample_images(*arguments)
+    def spy(*arguments, **keywords):
+        images = sample_images(*arguments, **keywords)
         seen.append(images.trajectory.final_latents)
         return images
 
@@ -273,12 +274,34 @@ def test_the_decay_rises_to_its_end_or_is_constant(config):
     assert [old_decay(config.forward, epoch) for epoch in (0, 1, 3, 4, 100)] == [0.0, 0.125, 0.375, 0.5, 0.5]
 
 
+def test_with_a_rollout_in_bf16_only_the_sampler_computes_in_it(config, build, monkeypatch):
+    forward(config, "nft").forward.rollout = "bf16"
+    parts = build(config)
+    guided, used = policy_module.guided_velocity, []
+
+    def spy(network, latents, *rest):
+        used.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        assert latents.dtype == torch.float32
+        return guided(network, latents, *rest)
+
+    monkeypatch.setattr(policy_module, "guided_velocity", spy)
+    parts.train(forward_process)
+    steps = config.sample.num_steps
+    assert used[:steps] == [(False, True)] * steps
+    assert not any(autocast for _, autocast in used[steps:])
+    assert (True, False) in used
+
+
 # --- settings --------------------------------------------------------------------------------------------
 
+GRPO_IN_BF16 = {
+    "forward.draws": 4, "forward.weight": "1", "forward.rollout": "bf16", "sample.sde_type": "sde",
+}  # fmt: skip
 CONTRADICTIONS = [
     ("nft", {"train.ratio": "cfm"}, ["train.ratio = 'cfm'", "'grpo'", "'sde'"]),
     ("awm", {"train.timestep_fraction": 0.5}, ["train.timestep_fraction = 0.5", "takes 1.0"]),
     ("par", {"sample.num_image_per_prompt": 1}, ["num_image_per_prompt = 1", "at least 2"]),
+    ("grpo", GRPO_IN_BF16, ["forward.rollout = 'bf16'"]),
     ("nft", {"sample.sde_window_size": 2}, ["sde_window_size = 2", 'sde_type = "ode"', "takes 0"]),
     ("nft", {"forward.old_decay": 0.9}, ["forward.old_decay = 0.9", 'forward.old = "snapshot"', "takes 0.5"]),
     ("awm", {"forward.beta": 0.5}, ["forward.beta = 0.5", "'nft'", "takes 1.0"]),

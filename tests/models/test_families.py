@@ -10,8 +10,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from flow_grpo.compilation import Compiled
 from flow_grpo.entropy import DivergenceEstimator, divergence
+from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.evaluation import evaluate
 from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.models.loras import load_lora
@@ -311,3 +314,58 @@ def test_resumed_equals_unbroken_bit_for_bit(small, build):
     small.resume_from, small.num_epochs = str(broken.run.folder), 2
     resumed = train(small, build)
     assert all(torch.equal(a, b) for a, b in zip(weights(resumed), weights(unbroken), strict=True))
+
+
+# --- speed ----------------------------------------------------------------------------------------------
+
+
+def velocity_and_gradient(policy):
+    velocity = policy.velocity(policy.encode(PROMPTS), 1.0)(policy.noise(draw(2)), 0.5)
+    return velocity.detach(), *torch.autograd.grad(velocity.square().mean(), policy.trainable, allow_unused=True)
+
+
+def test_compiled_blocks_give_the_velocity_and_the_gradients_of_the_eager_ones(small, build):
+    policy = build(small).policy
+    with torch.no_grad():
+        for i, parameter in enumerate(policy.trainable):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=keyed_generator(0, "weights", i))
+    eager = velocity_and_gradient(policy)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")  # torch's graphs, run as they are: what inductor is given
+    policy._compiled = Compiled([policy.transformer], [len(PROMPTS)], backend=counter)
+    for one, other in zip(velocity_and_gradient(policy), eager, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    assert counter.frame_count > 0
+
+
+def test_the_attention_that_is_asked_for_computes_the_same(small, saved, build):
+    case, _ = saved
+    if case.name == "sd3":  # its attention is torch's own, with none to choose
+        small.pretrained.attention = "_native_math"
+        with pytest.raises(ConfigError, match=r"pretrained\.attention = '_native_math' has no effect on an SD3"):
+            build(small)
+        return
+    usual = velocity_and_gradient(build(small).policy)[0]
+    small.pretrained.attention = "_native_math"
+    policy = build(small).policy
+    try:
+        torch.testing.assert_close(velocity_and_gradient(policy)[0], usual, rtol=1e-4, atol=1e-5)
+        chosen = {m.processor._attention_backend for m in policy.transformer.modules() if hasattr(m, "processor")}
+        assert {backend.value for backend in chosen} == {"_native_math"}
+    finally:
+        policy.transformer.reset_attention_backend()  # diffusers keeps it for the whole process, too
+
+
+def test_an_attention_whose_library_is_missing_is_one_sentence(small, saved, build, monkeypatch):
+    case, _ = saved
+    small.pretrained.attention = "xformers"
+
+    def missing(backend):
+        raise RuntimeError(f"{backend} needs a library\nand more")
+
+    monkeypatch.setattr("diffusers.models.attention_dispatch._check_attention_backend_requirements", missing)
+    words = "no effect on" if case.name == "sd3" else "'xformers' cannot be had here: .* needs a library$"
+    with pytest.raises(ConfigError, match=words):
+        build(small)
