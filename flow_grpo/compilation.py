@@ -32,12 +32,12 @@ def is_compiled(settings: Settings) -> bool:
     "auto" counts the sampler's evaluations of the whole run, not those that are left: resumed and unbroken runs do the
     same. A run that the clock ends has no such count, and is not compiled.
     """
-    config, plan = settings.config, settings.plan
+    config = settings.config
     if config.compile != "auto":
         return bool(config.compile == "on")
     if config.max_seconds > 0 or not settings.can_compile:
         return False
-    images = config.num_epochs * plan.images_per_process
+    images = config.num_epochs * settings.plan.images_per_process
     return images * config.sample.num_steps * _halves(settings) >= PAYS_FROM
 
 

@@ -87,7 +87,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     """
     config = _with_home_expanded(config)
     _check_values(config)
-    _choose_lora_targets(config)
+    choose_lora_targets(config)
     _check_launch(config, num_processes, cuda)
     _check_sharding(config)
     _check_compile(config)
@@ -160,7 +160,7 @@ def _with_home_expanded(config: ConfigDict) -> ConfigDict:
     return copied
 
 
-def _choose_lora_targets(config: ConfigDict) -> None:
+def choose_lora_targets(config: ConfigDict) -> None:
     """Where none are named, those of the model's family."""
     if not config.lora.target_modules:
         family = expected_family(find(config.pretrained.model))

@@ -175,6 +175,7 @@ def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: 
     from flow_grpo.metrics import MeanMetrics
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.randomness import keyed_generator
+    from flow_grpo.runs.phases import Phases
     from flow_grpo.runs.run import Counters
     from flow_grpo.types import PromptBatch
 
@@ -187,7 +188,10 @@ def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: 
         sample_ids=torch.arange(size),
         group_ids=torch.zeros(size, dtype=torch.int64),
     )
-    run = SimpleNamespace(counters=Counters(epoch=number), progress=lambda items, _: items, check_stop=lambda: None)
+    run = SimpleNamespace(
+        counters=Counters(epoch=number), progress=lambda items, _: items, check_stop=lambda: None,
+        phase=Phases(torch.device("cpu")),
+    )  # fmt: skip
     return collect(policy, batch, reward, settings, cast("Any", run), MeanMetrics())
 
 

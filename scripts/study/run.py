@@ -52,6 +52,7 @@ def state_of(run: StudyRun, out: Path) -> State:
     from flow_grpo.runs.guards import early_stop
     from flow_grpo.runs.resuming import is_over
     from flow_grpo.runs.saved import CHECKPOINTS, checkpoint_state, find_checkpoint, finished_checkpoints
+    from flow_grpo.settings import choose_lora_targets
 
     folder = out / run.name
     if not finished_checkpoints(folder / CHECKPOINTS):
@@ -62,6 +63,8 @@ def state_of(run: StudyRun, out: Path) -> State:
         raise ConfigError(f"{str(error).rstrip('.')}; move {folder} away to train this run again.") from None
     expected = get_config(run.recipe)
     expected.update_from_flattened_dict(run.settings)
+    for settings in (config, expected):  # as a run notes them
+        choose_lora_targets(settings)
     if _trained(config) != _trained(expected):
         return State.NEW
     epoch, seconds = state["counters"]["epoch"], state["counters"]["seconds"]

@@ -78,6 +78,19 @@ def overrides(models: Path, logdir: Path) -> list[str]:
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
+# The script, given first, with learning rates that the settings would refuse.
+UNCHECKED_RATE = """
+import runpy, sys
+from dataclasses import replace
+from flow_grpo.recipes.base import KEYS
+from flow_grpo.rules import POSITIVE
+KEYS["train.learning_rate"] = replace(KEYS["train.learning_rate"], rule=POSITIVE)
+sys.argv = sys.argv[1:]
+sys.path[0] = "scripts/train"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def execute(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -147,8 +160,8 @@ def test_a_run_that_cannot_go_on_ends_with_one_sentence_and_keeps_its_checkpoint
         "--config.eval_freq=0", "--config.train.max_nonfinite_updates=3",
     ]  # fmt: skip
     assert execute(sys.executable, *arguments, "--config.num_epochs=1").returncode == 0
-    absurd = ["--config.train.learning_rate=1e30", "--config.num_epochs=30", f"--config.resume_from={tmp_path / 'run'}"]
-    result = execute(sys.executable, *arguments, *absurd)
+    absurd = ["--config.train.learning_rate=1e12", "--config.num_epochs=30", f"--config.resume_from={tmp_path / 'run'}"]
+    result = execute(sys.executable, "-c", UNCHECKED_RATE, *arguments, *absurd)
     assert result.returncode == 1
     assert "3 updates in a row" in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr

@@ -34,7 +34,10 @@ def launch(processes: int, *arguments: str | Path | int) -> None:
 @pytest.fixture(scope="module")
 def runs(random_models, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs")
-    lines = [{"prompt": prompt, "weight": 1 + n, "category": n > 0} for n, prompt in enumerate(PROMPTS)]
+    lines = [
+        {"prompt": prompt, "weight": 1 + n, "category": "first" if n == 0 else "other"}
+        for n, prompt in enumerate(PROMPTS)
+    ]
     (out / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     launch(1, random_models, out, "unbroken", 0, EPOCHS)
     for first, processes in enumerate((1, 2, 3, 1)):
