@@ -6,23 +6,11 @@ import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from flow_grpo.models.diffusers_model import DiffusersModel
+from flow_grpo.models.packing import SIDE, pack, unpack
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.types import PromptEmbeds
-
-SIDE = 2  # of the square of latents that is one token
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latents (B, C, h, w) -> tokens (B, (h / 2) (w / 2), 4 C), row by row."""
-    return pixel_unshuffle(latents, SIDE).flatten(2).mT
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens -> latents (B, C, height, width): `pack` undone."""
-    return pixel_shuffle(tokens.mT.unflatten(2, (height // SIDE, width // SIDE)), SIDE)
 
 
 def image_positions(height: int, width: int, device: torch.device) -> Tensor:

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from flow_grpo.diffusers_patch.velocity import linear_guidance
 from flow_grpo.models.diffusers_model import DiffusersModel
+from flow_grpo.models.packing import SIDE, pack, unpack
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.types import PromptEmbeds
 
-SIDE = 2  # of a token, in latents
 LAST_BLOCK = (
     "attn.add_q_proj",
     "attn.to_add_out",
@@ -97,13 +96,3 @@ class QwenImage(DiffusersModel):
         """Of the last block, what only its text stream, which is dropped, comes from."""
         last = len(self.transformer.transformer_blocks) - 1
         return [f"transformer_blocks.{last}.{name}" for name in LAST_BLOCK]
-
-
-def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> tokens, row by row: (B, h w / 4, 4 C)."""
-    return F.pixel_unshuffle(latents, SIDE).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`: (B, h w / 4, 4 C) -> (B, C, h, w)."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // SIDE, width // SIDE)), SIDE)

@@ -13,12 +13,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.files import read_object, sha256
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
-from flow_grpo.models.pipeline_files import family_of
+from flow_grpo.models.pipeline_files import INDEX, family_of
 from flow_grpo.paths import find
 from flow_grpo.runs.saved import checkpoint_state
 
 READ = (".safetensors", ".bin", ".json", ".model", ".txt")  # weights, configurations, vocabularies
-INDEX = "model_index.json"
 NOT_CONTENT = "scheduler"  # settings of the sampler, not of the weights
 
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import FluxPipeline
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.models.flux import Flux, image_positions, pack, unpack
+from flow_grpo.models.flux import Flux, image_positions
+from flow_grpo.models.packing import pack, unpack
 from tests.models.families import shake
 from tests.models.test_families import EXACTLY_AS_STOCK, PROMPTS, draw, our_images
 from tests.models.tiny_flux import build_flux

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.models.packing import pack, unpack
 from flow_grpo.models.pipeline_files import check_pipeline, image_sides
-from flow_grpo.models.qwen_image import QwenImage, pack, unpack
+from flow_grpo.models.qwen_image import QwenImage
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.types import PromptEmbeds
 from tests.models.families import shake
