@@ -27,7 +27,7 @@ from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.pipeline_files import family_of, pixels_per_token
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.paths import find
-from flow_grpo.rewards import REWARDS, reward_names
+from flow_grpo.rewards.registry import REWARDS, reward_names
 from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.settings import Settings, resolve
 

@@ -34,7 +34,8 @@ from flow_grpo.models.pipeline_files import (
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
-from flow_grpo.rewards.registry import REWARDS, check_checkpoint, reward_names, reward_weights, validate_rewards
+from flow_grpo.rewards.checks import check_checkpoint, validate_rewards
+from flow_grpo.rewards.registry import REWARDS, reward_names, reward_weights
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume

@@ -17,7 +17,7 @@ from flow_grpo import places
 from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset, training_prompts
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings, resolve
 from scripts.tiny import models as tiny_models

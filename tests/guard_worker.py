@@ -8,7 +8,7 @@ from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import get_config
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.training.trainer import fit
 

@@ -90,7 +90,8 @@ import numpy as np
 import torch
 from flow_grpo.diversity import rke, rke_score, vendi, vendi_score
 from flow_grpo.entropy import DivergenceEstimator, differential_entropy, ode_log_density
-from flow_grpo.rewards import REWARDS, build_reward
+from flow_grpo.rewards.building import build_reward
+from flow_grpo.rewards.registry import REWARDS
 
 for eye in (np.eye(4), torch.eye(4)):
     assert abs(vendi_score(eye) - 4) < 1e-9 and abs(vendi.vendi_score(eye) - 4) < 1e-9

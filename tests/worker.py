@@ -13,7 +13,7 @@ from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.registry import get_config
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 

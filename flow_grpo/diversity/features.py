@@ -25,7 +25,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_json
 from flow_grpo.models.files import LOADING_ERRORS
 from flow_grpo.paths import find
-from flow_grpo.rewards.registry import check_checkpoint
+from flow_grpo.rewards.checks import check_checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict, FrozenConfigDict
 
     from flow_grpo.policy import Policy
-    from flow_grpo.rewards import WeightedReward
+    from flow_grpo.rewards.building import WeightedReward
     from flow_grpo.runs.record import Distances
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import Settings

@@ -29,7 +29,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators, keyed_generator
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.statistics import Estimate

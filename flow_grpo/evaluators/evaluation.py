@@ -29,9 +29,9 @@ from flow_grpo.paths import find
 from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import evaluation_generators
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward, load_scorer
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.rewards.registry import CLIP_SCORER, load_scorer, reward_weights, trained_models
+from flow_grpo.rewards.registry import CLIP_SCORER, reward_weights, trained_models
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import read_record, record_path, write_record
 from flow_grpo.runs.progress import Counters

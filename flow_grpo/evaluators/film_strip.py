@@ -38,7 +38,7 @@ from flow_grpo.figure_text import optional_figure, sheet_text
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.policy import Policy
 from flow_grpo.randomness import evaluation_generators
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.folder import IMAGE_FOLDER
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings

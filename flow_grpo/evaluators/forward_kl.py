@@ -20,7 +20,7 @@ from flow_grpo.evaluators.base import Evaluator, Measured
 from flow_grpo.forward_process import Point, matching_errors, noised, stratified_times
 from flow_grpo.policy import UNGUIDED, Policy
 from flow_grpo.randomness import evaluation_generators, keyed_generator
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.types import Samples

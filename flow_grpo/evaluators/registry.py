@@ -13,7 +13,7 @@ from flow_grpo import places
 if TYPE_CHECKING:
     from flow_grpo.evaluators.base import Evaluator
     from flow_grpo.policy import Policy
-    from flow_grpo.rewards import WeightedReward
+    from flow_grpo.rewards.building import WeightedReward
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import Settings
 

@@ -12,7 +12,7 @@ from scipy.stats import entropy
 from torch import Tensor
 
 from flow_grpo.evaluators.base import Measured
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.runs.record import Judged
 from flow_grpo.settings import read_modes

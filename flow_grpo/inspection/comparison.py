@@ -38,7 +38,7 @@ from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.models.loras import Loaded, load_lora
 from flow_grpo.policy import ImageModel, load_pretrained
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import write_record
 from flow_grpo.runs.progress import Bars, Counters

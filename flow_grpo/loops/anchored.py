@@ -24,7 +24,7 @@ from flow_grpo.loops.drtune import Chain, detached_gradient, drawn_chain, equall
 from flow_grpo.loops.reward_gradient import Gradient, Objective, Value, train_by
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 

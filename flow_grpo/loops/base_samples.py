@@ -26,7 +26,7 @@ from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.rules import POSITIVE
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings, image_size

@@ -28,7 +28,7 @@ from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import balanced_stream, keyed_generator, keyed_stream, sample_generators, weighted_stream
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.shaping import density_bonus, disagreement, gate

@@ -33,7 +33,7 @@ from flow_grpo.losses import finite_difference_log_ratio, finite_difference_loss
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.types import Trajectory

@@ -15,7 +15,7 @@ from flow_grpo.launch import launch, one_of_many
 from flow_grpo.methods.base import Method
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset, training_prompts
-from flow_grpo.rewards import WeightedReward, build_reward
+from flow_grpo.rewards.building import WeightedReward, build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.stopping import watching
 from flow_grpo.settings import Settings

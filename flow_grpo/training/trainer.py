@@ -13,7 +13,7 @@ from flow_grpo.page.build import build_page
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import ENDLESS
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.evaluations import copy_base
 from flow_grpo.runs.folder import EVALUATIONS, PAGE_FILE, flatten, run_folder_of
 from flow_grpo.runs.guards import FLOOR, Stop, base_diversity, early_stop, held_out, is_new_best

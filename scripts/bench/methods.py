@@ -99,7 +99,7 @@ def _epoch_of(name: str, folder: str, accelerator: Accelerator, stack: ExitStack
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.recipes.registry import get_config
-    from flow_grpo.rewards import build_reward
+    from flow_grpo.rewards.building import build_reward
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import resolve
 
@@ -177,7 +177,7 @@ def _base_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from flow_grpo.policy import ImageModel, load_pretrained
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.recipes.registry import get_config
-    from flow_grpo.rewards import build_reward
+    from flow_grpo.rewards.building import build_reward
     from flow_grpo.runs.progress import Bars
     from flow_grpo.settings import resolve
 

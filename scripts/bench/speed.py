@@ -123,7 +123,7 @@ def _prepared(case: Case) -> Iterator[tuple[Policy, Callable[[], object], Callab
     from flow_grpo.policy import Policy
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.recipes.registry import get_config
-    from flow_grpo.rewards import build_reward
+    from flow_grpo.rewards.building import build_reward
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import resolve
 

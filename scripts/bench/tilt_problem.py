@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flow_grpo.diffusers_patch.velocity import linear_guidance
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.rewards import WeightedReward
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.types import PromptEmbeds
 from scripts.diversity_metrics.toy_flows import GaussianFlow, MixtureFlow, MlpFlow
 

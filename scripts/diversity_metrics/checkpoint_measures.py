@@ -45,7 +45,7 @@ from flow_grpo.files import strict_json, write_atomically
 from flow_grpo.launch import launch
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import write_record
 from flow_grpo.runs.folder import EVALUATIONS, IMAGE_FOLDER, flatten

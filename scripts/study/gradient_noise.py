@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from flow_grpo.loops.policy_gradient import Experience
     from flow_grpo.policy import Policy
-    from flow_grpo.rewards import WeightedReward
+    from flow_grpo.rewards.building import WeightedReward
     from flow_grpo.settings import Settings
 
 RECIPE, SEED = "tiny_sd3", plan.SEARCH_SEED  # a seed that no claim uses
@@ -248,7 +248,7 @@ def measure(batches: int, exact_batches: int) -> list[dict[str, Any]]:
 
     from flow_grpo.launch import launch
     from flow_grpo.policy import Policy
-    from flow_grpo.rewards import build_reward
+    from flow_grpo.rewards.building import build_reward
 
     settings, accelerator = launch(recipe({}))
     policy, reward = Policy.load(settings, accelerator), build_reward(settings.config, accelerator.device)

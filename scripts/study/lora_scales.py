@@ -78,7 +78,7 @@ class TrainedModel:
         from flow_grpo.launch import launch
         from flow_grpo.policy import Policy
         from flow_grpo.prompts import PromptDataset
-        from flow_grpo.rewards import build_reward
+        from flow_grpo.rewards.building import build_reward
         from flow_grpo.runs.run import Run
 
         settings, accelerator = launch(config)

@@ -15,7 +15,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.launch import _check_pipeline
 from flow_grpo.policy import load_pretrained
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.digest import base_digest
 from flow_grpo.settings import resolve
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPProcessor
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.rewards.clip import ClipScorer, PickScore
 from flow_grpo.rewards.image_path import ImagePath, check_images
 from flow_grpo.rewards.jpeg import JpegCompressibility

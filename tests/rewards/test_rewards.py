@@ -14,7 +14,8 @@ import torch
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.rewards import build_reward, validate_rewards
+from flow_grpo.rewards.building import build_reward
+from flow_grpo.rewards.checks import validate_rewards
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.jpeg import JpegIncompressibility
 from tests.pictures import make_images

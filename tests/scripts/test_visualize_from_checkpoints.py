@@ -31,7 +31,7 @@ from flow_grpo.evaluators.evaluation import test_request as evaluated_request
 from flow_grpo.evaluators.film_strip import GAP, HEADER, LEFT, film_strip
 from flow_grpo.loops import drtune
 from flow_grpo.policy import Policy
-from flow_grpo.rewards import build_reward
+from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.evaluations import records_of
 from flow_grpo.runs.progress import Bars
 from flow_grpo.runs.record import Record
