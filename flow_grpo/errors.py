@@ -16,6 +16,10 @@ class TrainingStopped(RuntimeError):
     exit_code = 1
 
 
+class RewardFailed(TrainingStopped):
+    """A reward has no scores for some images; says which reward, and why. A run saves its last finished epoch."""
+
+
 class Interrupted(Exception):
     """Somebody asked the process to stop, and it has saved what there was (exit code 128 + signal)."""
 
