@@ -47,7 +47,7 @@ def test_a_score_is_the_last_number_of_the_text(text, number):
 
 @pytest.mark.parametrize("answer", [said("very nice"), said(""), {"choices": []}, {}, [], said(None)])
 def test_an_answer_without_a_number_is_refused(answer):
-    with pytest.raises(ValueError, match="no number|another form|no text"):
+    with pytest.raises(ValueError, match=r"no number|another form|no text"):
         number_in(answer)
 
 
@@ -58,7 +58,7 @@ def test_yes_is_summed_over_its_spellings_and_weighed_against_no():
 
 @pytest.mark.parametrize("answer", [likely(Maybe=-0.1), said("Yes"), {}])
 def test_an_answer_with_neither_yes_nor_no_is_refused(answer):
-    with pytest.raises(ValueError, match="neither yes nor no|no log-probabilities|another form"):
+    with pytest.raises(ValueError, match=r"neither yes nor no|no log-probabilities|another form"):
         chance_of_yes(answer)
 
 
