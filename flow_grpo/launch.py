@@ -27,7 +27,7 @@ from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.pipeline_files import family_of, pixels_per_token
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.paths import find
-from flow_grpo.rewards.registry import REWARDS, reward_names
+from flow_grpo.rewards.chosen import checkpoints_in_use
 from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.settings import Settings, resolve
 
@@ -111,15 +111,13 @@ def _check_torch(settings: Settings) -> None:
 def _check_hub(settings: Settings) -> None:
     """What is no folder must be on the hub, or in its cache."""
     config = settings.config
-    wanted = {"pretrained.model": (config.pretrained.model, "model_index.json", config.pretrained.revision)}
-    models = {
-        f"reward_model.{name}": config.reward_model[name] for name in reward_names(config) if REWARDS[name].scorer
-    }
-    models |= {"eval.judge": config.eval.judge} if config.eval.judge else {}
+    wanted = [("pretrained.model", config.pretrained.model, "model_index.json", config.pretrained.revision)]
+    models = checkpoints_in_use(config)
+    models += [("eval.judge", config.eval.judge)] if config.eval.judge else []
     if config.eval_diversity and config.diversity.extractor != "open_clip":
-        models["diversity.model"] = config.diversity.model
-    wanted |= {key: (model, "config.json", "") for key, model in models.items()}
-    for key, (model, file, revision) in wanted.items():
+        models.append(("diversity.model", config.diversity.model))
+    wanted += [(key, model, "config.json", "") for key, model in models]
+    for key, model, file, revision in wanted:
         if not os.path.isdir(find(model)):
             check_on_hub(model, file, revision, f"config.{key} = ")
 

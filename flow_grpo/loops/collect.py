@@ -17,6 +17,7 @@ from torch import Tensor
 from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
 from flow_grpo.batching import BatchPlan
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
+from flow_grpo.diffusers_patch.velocity import VelocityFn
 from flow_grpo.loops.shaped import (
     densities_of,
     extractor_of,
@@ -32,7 +33,7 @@ from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.shaping import density_bonus, disagreement, gate
-from flow_grpo.types import PromptBatch, Trajectory
+from flow_grpo.types import PromptBatch, RewardBatch, Trajectory
 
 # --- prompts --------------------------------------------------------------------------------------------
 
@@ -107,22 +108,30 @@ def sample_images(
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     policy.encode_ahead(batch.prompts)
     extractor = extractor_of(config, policy.device)
-    trajectories, totals, features, densities, held_out = [], [], [], [], []
+    composition = run.composition
+    trajectories, scored, base, features, densities, held_out = [], [], [], [], [], []
     for chunk in run.progress(chunks, "sampling"):
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
         begins = None if starts is None else starts[chunk]
         with run.phase("sampling"), policy.in_precision(precision):
-            trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins, keep_means)
+            velocity = policy.velocity(policy.encode(prompts), config.sample.guidance_scale)
+            trajectory = _sample(policy, velocity, batch.sample_ids[chunk], settings, epoch, begins, keep_means)
         with run.phase("scoring"), torch.no_grad():
             images = policy.decode(trajectory.final_latents)
-            metadata = [batch.metadata[i] for i in chunk.tolist()]
-            scores = reward(images, prompts, metadata)
+            metadata, ids = [batch.metadata[i] for i in chunk.tolist()], batch.sample_ids[chunk]
+            scores = composition.score(reward, images, prompts, metadata, epoch, ids)
             if names := config.shaping.gate_rewards:
                 terms = reward.terms(names, images, prompts, metadata)
                 held_out.append(torch.stack([terms[name] for name in names], 1))
+        if composition.rates:
+            with run.phase("sampling"), policy.in_precision(precision):
+                velocity = policy.reference_velocity(policy.encode(prompts), config.sample.guidance_scale)
+                ends = _sample(policy, velocity, ids, settings, epoch, begins, keep_means=False).final_latents
+            with run.phase("scoring"), torch.no_grad():
+                base.append(composition.score(reward, policy.decode(ends), prompts, metadata, epoch, ids))
         trajectories.append(trajectory)
-        totals.append(scores.total)
+        scored.append(scores)
         if extractor is not None:
             features.append(features_of(extractor, images))
         if config.shaping.kind == "density":
@@ -132,12 +141,47 @@ def sample_images(
     if (order.diff() != 1).any():  # back to that of the sample ids
         trajectory = trajectory[order]
     found = (torch.cat(part)[order] if part else None for part in (features, densities, held_out))
-    return Images(batch, epoch, trajectory, torch.cat(totals)[order], *found)
+    totals = composed(policy, joined(scored, order), joined(base, order) if base else None, run, metrics)
+    return Images(batch, epoch, trajectory, totals, *found)
+
+
+def joined(parts: Sequence[RewardBatch], order: Tensor | None = None) -> RewardBatch:
+    """The rewards of batches put together, and in another order."""
+    chosen = slice(None) if order is None else order
+    terms = {name: torch.cat([part.terms[name] for part in parts])[chosen] for name in parts[0].terms}
+    return RewardBatch(torch.cat([part.total for part in parts])[chosen], terms)
+
+
+def composed(policy: Policy, scores: RewardBatch, base: RewardBatch | None, run: Run, metrics: MeanMetrics) -> Tensor:
+    """Collective: the objective (N,) of this process's images, by scales and multipliers that have seen all of them.
+
+    The spread of every reward is logged, and what it is multiplied by where that changes.
+
+    Args:
+        base: the rewards of the base model's images of the same prompts and noise; None: there is no constraint.
+    """
+    composition, all_terms = run.composition, gathered(policy, scores)
+    metrics.add({f"reward/{name}/std": values.std(correction=0) for name, values in all_terms.items()})
+    if not composition.is_scaled:
+        return scores.total
+    composition.see(all_terms)
+    if base is not None:
+        metrics.add(composition.hold(gathered(policy, base), all_terms))
+    metrics.add({f"reward/{name}/factor": factor for name, factor in composition.factors().items()})
+    return composition.total(scores.terms)
+
+
+def gathered(policy: Policy, scores: RewardBatch) -> dict[str, Tensor]:
+    """Collective: each reward of all processes' images."""
+    if not scores.terms:
+        return {}
+    everywhere = policy.accelerator.gather(torch.stack(list(scores.terms.values()), 1))  # (N, terms)
+    return dict(zip(scores.terms, everywhere.unbind(1), strict=True))
 
 
 def _sample(
     policy: Policy,
-    prompts: Sequence[str],
+    velocity: VelocityFn,
     sample_ids: Tensor,
     settings: Settings,
     epoch: int,
@@ -152,7 +196,7 @@ def _sample(
     else:
         noise = policy.noise(sample_generators(config.seed, "start", epoch, starts))
     return pipeline_with_logprob(
-        policy.velocity(policy.encode(prompts), config.sample.guidance_scale),
+        velocity,
         noise,
         policy.sigmas(config.sample.num_steps),
         sde_type=config.sample.sde_type,

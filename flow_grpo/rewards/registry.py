@@ -1,7 +1,8 @@
-"""Which rewards there are, and which of them a configuration uses.
+"""Which rewards there are; chosen.py says which of them a configuration uses.
 
-To add a reward: write its class (see `RewardModel`) and add one entry to `REWARDS`: its weight is then a key. This
-module is imported while the configuration is checked, so nothing heavy is imported at its top.
+To add a reward: write its class (see `RewardModel`) and add one entry to `REWARDS`: its weight is then a key. One's own
+needs no entry: `config.reward_files` (own_files.py) says where it is. This module is imported while the configuration
+is checked, so nothing heavy is imported at its top.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ Metadata = Sequence[Mapping[str, Any]]
 
 
 class RewardModel(Protocol):
-    """One reward. `differentiable` promises a gradient at every pixel that the reward looks at."""
+    """One reward."""
 
-    name: str
-    differentiable: bool
+    @property
+    def name(self) -> str:
+        """As `config.reward_fn` has it."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a gradient at every pixel that the reward looks at."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1], B prompts, B metadata -> (B,) float32; ValueError for others."""
@@ -77,19 +83,3 @@ REWARDS: dict[str, RewardSpec] = {
         ),
     )
 }
-
-
-def reward_weights(config: Any) -> dict[str, float]:
-    """The non-zero weights of `config.reward_fn`, in its order."""
-    return {name: float(weight) for name, weight in config.reward_fn.items() if weight != 0}
-
-
-def reward_names(config: Any) -> tuple[str, ...]:
-    """The rewards in use, each once: those trained on, then those of the gate and of `config.eval.rewards`."""
-    return tuple(dict.fromkeys([*reward_weights(config), *config.shaping.gate_rewards, *config.eval.rewards]))
-
-
-def trained_models(config: Any) -> set[str]:
-    """The checkpoints of the rewards that training sees: those that are trained on, and those of the gate."""
-    names = (*reward_weights(config), *config.shaping.gate_rewards)
-    return {config.reward_model[name] for name in names if REWARDS[name].scorer is not None}

@@ -27,6 +27,9 @@ from tqdm import tqdm
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import write_atomically
 from flow_grpo.messages import say
+from flow_grpo.rewards import own_files
+from flow_grpo.rewards.chosen import is_own, reward_names
+from flow_grpo.rewards.composition import Composition
 from flow_grpo.runs.dashboard import Description, pixels_of
 from flow_grpo.runs.digest import base_digest, base_mismatch, base_words
 from flow_grpo.runs.environment import write_records
@@ -66,6 +69,7 @@ class Run:
     `finish`. With `config.resume_from` inside a run folder and no other `config.run_name`, that folder is appended to.
 
     Attributes:
+        composition: what training makes of several rewards, as far as the run has come.
         checkpoint: the one to go on from, whole; None: training begins.
         resumed: whether the folder is an earlier run's that goes on.
 
@@ -80,6 +84,7 @@ class Run:
         self.accelerator = accelerator
         self.is_main: bool = accelerator.is_main_process
         self.counters = Counters()
+        self.composition = Composition(settings.config)
         self.phase = Phases(accelerator.device)
         self._stop = stop or StopWatch({})
         self._opened: OpenFolder | None = None  # of the main process
@@ -120,6 +125,13 @@ class Run:
     def base_sha256(self) -> str | None:
         """Digest of the base model's files; None where they cannot be found."""
         return base_digest(self.settings.config.pretrained)
+
+    @cached_property
+    def reward_sha256(self) -> dict[str, str]:
+        """Digests of the files of one's own rewards, by name."""
+        config = self.settings.config
+        own = [name for name in reward_names(config) if is_own(config, name)]
+        return {name: own_files.digest(config.reward_files[name]) for name in own}
 
     # --- metrics and images ---------------------------------------------------------------------------
 

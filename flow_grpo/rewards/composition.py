@@ -1,0 +1,183 @@
+"""What training makes of several rewards: weights, running scales, constraints (docs/rewards.md).
+
+The objective is
+
+    sum over rewards i of w_i R_i / s_i  +  sum over constraints j of lambda_j R_j / s_j,
+
+s_i the standard deviation of R_i over all the images of the run so far, or 1 without `config.reward_normalise`; s_j
+always that deviation. A constraint asks that the mean of R_j is no less than on the base model's images of the same
+prompts and noise. Its multiplier lambda_j begins at 0 and ascends the dual,
+
+    lambda_j <- max(0, lambda_j + rate_j (mean of R_j on the base's images - mean on the policy's) / s_j),
+
+and s and lambda are constants of the gradient. What is evaluated is always the plain sum of w_i R_i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flow_grpo.randomness import sample_generators
+from flow_grpo.rewards.augmentation import augmented
+from flow_grpo.rewards.building import WeightedReward, in_batch
+from flow_grpo.rewards.chosen import constraint_rates, reward_weights, trained_rewards
+from flow_grpo.rewards.registry import Metadata
+from flow_grpo.types import RewardBatch
+
+NEGLIGIBLE = 1e-7  # a standard deviation below this share of the mean is rounding
+
+
+@dataclass
+class Moments:
+    """Of all numbers that were added, but for those that are not finite (Welford, Technometrics 4, 1962; float64)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of the squared differences from the mean
+
+    def add(self, values: Tensor) -> None:
+        """Take (N,) more, of all processes: two sets of numbers are joined by Chan's formula."""
+        new = values.detach().double().cpu()
+        new = new[new.isfinite()]
+        if len(new) == 0:
+            return
+        mean, squares = new.mean().item(), (new - new.mean()).square().sum().item()
+        total, apart = self.count + len(new), mean - self.mean
+        self.squares += squares + apart**2 * self.count * len(new) / total
+        self.mean += apart * len(new) / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """What rewards are divided by: the standard deviation, or 1 where there is none."""
+        std = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return std if std > NEGLIGIBLE * abs(self.mean) else 1.0
+
+
+class Composition:
+    """How the rewards of a configuration make the objective, and what of it changes as training goes on."""
+
+    def __init__(self, config: Any) -> None:
+        self.weights, self.rates = reward_weights(config), constraint_rates(config)
+        self.names = trained_rewards(config)
+        self.normalise, self.augment, self.seed = config.reward_normalise, config.reward_augment, config.seed
+        self.moments = {name: Moments() for name in self.names if self.normalise or name in self.rates}
+        self.multipliers = dict.fromkeys(self.rates, 0.0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the objective is the plain weighted sum, of the images as they are."""
+        return not (self.normalise or self.rates or self.augment)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the objective changes with what has been seen."""
+        return bool(self.moments)
+
+    @property
+    def lacks_scale(self) -> bool:
+        """Whether rewards are to be divided by the deviation of images, and there are none yet."""
+        return self.normalise and any(self.moments[name].count == 0 for name in self.weights)
+
+    def factors(self) -> dict[str, float]:
+        """What each reward is multiplied by at present."""
+        found = dict.fromkeys(self.names, 0.0)
+        for name, weight in self.weights.items():
+            found[name] += weight / (self.moments[name].std if self.normalise else 1.0)
+        for name, multiplier in self.multipliers.items():
+            found[name] += multiplier / self.moments[name].std
+        return found
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The objective of images, (B,), from their rewards."""
+        parts = [factor * terms[name] for name, factor in self.factors().items() if factor != 0]
+        return torch.stack(parts).sum(0)
+
+    def score(
+        self,
+        reward: WeightedReward,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Metadata,
+        epoch: int,
+        sample_ids: Tensor,
+    ) -> RewardBatch:
+        """The objective of images that training has made (B, 3, H, W), with gradient, and its rewards, unweighted.
+
+        Args:
+            sample_ids: (B,): their numbers in the epoch, by which the changes of `config.reward_augment` are keyed.
+
+        Raises:
+            RewardFailed: naming the batch.
+        """
+        with in_batch(f"in epoch {epoch + 1}, batch of the images {_numbers(sample_ids)},"):
+            if self.is_plain:
+                return reward(images, prompts, metadata)
+            if self.augment:
+                images = augmented(images, sample_generators(self.seed, "augment", epoch, sample_ids), self.augment)
+            terms = reward.terms(self.names, images, prompts, metadata)
+        return RewardBatch(self.total(terms), terms)
+
+    def see(self, terms: Mapping[str, Tensor]) -> None:
+        """Take the rewards (N,) of more images, of all processes, into the scales."""
+        for name, moments in self.moments.items():
+            moments.add(terms[name])
+
+    def hold(self, base: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> dict[str, float]:
+        """Move the multipliers by the constraints' rewards (N,) of the base's images and of the policy's.
+
+        Those are of the same prompts and noise, one by one; pairs that are not finite are left out. Returns what is
+        logged.
+        """
+        logged: dict[str, float] = {}
+        for name, rate in self.rates.items():
+            apart = (base[name] - terms[name]).double()
+            apart = apart[apart.isfinite()]
+            gap = apart.mean().item() if len(apart) else 0.0
+            moved = self.multipliers[name] + rate * gap / self.moments[name].std
+            self.multipliers[name] = max(0.0, moved)
+            logged |= {f"reward/{name}/below_base": gap, f"reward/{name}/multiplier": self.multipliers[name]}
+        return logged
+
+    # --- in a checkpoint --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        moments = {name: asdict(moments) for name, moments in self.moments.items()}
+        return {"moments": moments, "multipliers": dict(self.multipliers)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Those of the rewards that are still there; what it lacks begins anew."""
+        for name in self.moments.keys() & state.get("moments", {}).keys():
+            self.moments[name] = Moments(**state["moments"][name])
+        for name in self.multipliers.keys() & state.get("multipliers", {}).keys():
+            self.multipliers[name] = float(state["multipliers"][name])
+
+
+def gradient_shares(images: Tensor, terms: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """|g_i| / sum_j |g_j|, g_i the gradient of factor_i R_i at the images, in the norm over all of them: scalars.
+
+    One backward pass through each reward's network, none through what made the images. Rewards without a factor are 0.
+
+    Args:
+        images: (B, 3, H, W), in the graph of the terms, which is kept.
+    """
+    norms = {name: images.new_zeros(()) for name in terms}
+    for name, score in terms.items():
+        if factors[name] != 0 and score.requires_grad:
+            (gradient,) = torch.autograd.grad(factors[name] * score.sum(), images, retain_graph=True)
+            norms[name] = gradient.norm()
+    whole = torch.stack(list(norms.values())).sum()
+    return {name: norm / whole for name, norm in norms.items()}
+
+
+def _numbers(ids: Tensor) -> str:
+    """3, or 3 to 9."""
+    low, high = int(ids.min()), int(ids.max())
+    return str(low) if low == high else f"{low} to {high}"
