@@ -35,7 +35,7 @@ from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.checks import check_checkpoint, validate_rewards
-from flow_grpo.rewards.registry import REWARDS, reward_names, reward_weights
+from flow_grpo.rewards.registry import REWARDS, reward_names, reward_weights, spec_of_key
 from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
@@ -402,13 +402,14 @@ def _check_start(config: ConfigDict) -> None:
 
 
 def _check_scorers(config: ConfigDict) -> None:
-    """The folders of the CLIPs, and of the extractor of features, are whole."""
+    """The folders of the rewards' models, of the judge, and of the extractor of features, are whole."""
     models = {
         f"reward_model.{name}": config.reward_model[name] for name in reward_names(config) if REWARDS[name].scorer
     }
     models |= {"eval.judge": config.eval.judge} if config.eval.judge else {}
     for key, model in models.items():
-        _check_folder(key, model, CLIP_NEEDS)
+        spec = spec_of_key(key)
+        _check_folder(key, model, spec.needs if spec else CLIP_NEEDS)
     if config.eval_diversity and config.diversity.extractor != "open_clip":
         _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
 

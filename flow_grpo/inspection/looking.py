@@ -38,7 +38,7 @@ from flow_grpo.settings import image_size, resolve
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
          "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "eval.",
-         "diversity.")  # fmt: skip
+         "diversity.", "targets.")  # fmt: skip
 HUB_SIDE = 1024  # pixels, as diffusers' pipelines draw
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
@@ -353,7 +353,7 @@ def reward_of(text: str, side: int) -> tuple[str, str]:
             f"--reward {text} is not allowed; it takes NAME or NAME=MODEL, NAME one of {', '.join(REWARDS)}."
         )
     if REWARDS[name].scorer != CLIP_SCORER:
-        return name, ""
+        return name, model if REWARDS[name].scorer else ""
     default = get_config().reward_model[name] if side <= SMALL else sd3.PICKSCORE if name == "pickscore" else sd3.CLIP
     return name, model or default
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
 
 def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple[str, str], Any]) -> RewardModel:
     factory = places.load(spec.factory)
+    if spec.option:
+        return factory(attrgetter(spec.option)(config))
     if spec.scorer is None:
         return factory()
     key = (spec.scorer, config.reward_model[spec.name])
