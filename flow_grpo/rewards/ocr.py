@@ -36,6 +36,8 @@ class Ocr:
             params={
                 "Global.log_level": "critical",
                 "Global.use_cls": False,  # no search for words that stand on their heads, as in Flow-GRPO
+                "Det.limit_type": "max",  # words are looked for at the image's own size, up to so many pixels
+                "Det.limit_side_len": 960,
                 "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
             }
         )
