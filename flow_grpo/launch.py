@@ -28,6 +28,7 @@ from flow_grpo.models.pipeline_files import family_of, pixels_per_token
 from flow_grpo.models.scheduler import noise_levels
 from flow_grpo.paths import find
 from flow_grpo.rewards.chosen import checkpoints_in_use
+from flow_grpo.rewards.registry import spec_of_key
 from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.settings import Settings, resolve
 
@@ -116,7 +117,8 @@ def _check_hub(settings: Settings) -> None:
     models += [("eval.judge", config.eval.judge)] if config.eval.judge else []
     if config.eval_diversity and config.diversity.extractor != "open_clip":
         models.append(("diversity.model", config.diversity.model))
-    wanted += [(key, model, "config.json", "") for key, model in models]
+    files = {key: spec.hub_file for key, _ in models if (spec := spec_of_key(key))}
+    wanted += [(key, model, files.get(key, "config.json"), "") for key, model in models]
     for key, model, file, revision in wanted:
         if not os.path.isdir(find(model)):
             check_on_hub(model, file, revision, f"config.{key} = ")

@@ -43,6 +43,7 @@ from flow_grpo.rewards.chosen import (
     trained_rewards,
 )
 from flow_grpo.rewards.own_files import in_full
+from flow_grpo.rewards.registry import spec_of_key
 from flow_grpo.rules import FILLED, FINITE, NOT_NEGATIVE, TEXT, Rule
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
@@ -418,11 +419,12 @@ def _check_start(config: ConfigDict) -> None:
 
 
 def _check_scorers(config: ConfigDict) -> None:
-    """The folders of the CLIPs, and of the extractor of features, are whole."""
+    """The folders of the rewards' models, of the judge, and of the extractor of features, are whole."""
     models = checkpoints_in_use(config)
     models += [("eval.judge", config.eval.judge)] if config.eval.judge else []
     for key, model in models:
-        _check_folder(key, model, CLIP_NEEDS)
+        spec = spec_of_key(key)
+        _check_folder(key, model, spec.needs if spec else CLIP_NEEDS)
     if config.eval_diversity and config.diversity.extractor != "open_clip":
         _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
 

@@ -40,7 +40,7 @@ from flow_grpo.settings import image_size, resolve
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
          "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "reward_files.",
-         "reward_ensemble", "eval.", "diversity.")  # fmt: skip
+         "reward_ensemble", "eval.", "diversity.", "targets.")  # fmt: skip
 HUB_SIDE = 1024  # pixels, as diffusers' pipelines draw
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval

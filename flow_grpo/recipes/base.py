@@ -26,6 +26,7 @@ from flow_grpo.rules import (
     Key,
     Rule,
     choice,
+    colour,
     each,
     folder,
     number,
@@ -240,6 +241,8 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             YES_OR_NO,
             "the rewards' weights stay in main memory, and are copied to the GPU while images are scored",
         ),
+        Key("targets.colour", "", colour("empty"), "for target_colour; empty: of each prompt, the first that it names"),
+        Key("targets.brightness", 0.5, number("a number from 0 to 1", lambda x: 0 <= x <= 1), "for target_brightness"),
         *(Key(f"reward_fn.{reward.name}", 0.0, FINITE, reward.meaning) for reward in REWARDS.values()),
         *(
             Key(
@@ -638,7 +641,7 @@ SEEN = (
     "reward_ensemble", "reward_normalise", "reward_constraint.", "reward_augment", "shaping.",
     "use_reward_gradient", "sample.", "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio",
     "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob",
-    "eval_forward_kl", "forward_kl.",
+    "eval_forward_kl", "forward_kl.", "targets.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names

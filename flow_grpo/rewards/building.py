@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -137,6 +138,8 @@ def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
 
 def _build_model(spec: RewardSpec, config: Any, scorer: LoadScorer) -> RewardModel:
     factory: Callable[..., RewardModel] = places.load(spec.factory)
+    if spec.option:
+        return factory(attrgetter(spec.option)(config))
     if spec.scorer is None:
         return factory()
     key = f"config.reward_model.{spec.name}"

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flow_grpo.models.files import CLIP_NEEDS, Needs
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,9 +41,12 @@ class RewardSpec:
     name: str
     differentiable: bool
     meaning: str  # what it is, in a few words
-    factory: str  # makes the RewardModel; is called with the loaded scorer, or with nothing
+    factory: str  # makes the RewardModel; is called with the loaded scorer, with the value of `option`, or with nothing
     scorer: str | None = None  # loads config.reward_model.<name>, called as `load_scorer` says; None: no checkpoint
     model: str = ""  # the default of config.reward_model.<name>
+    needs: Needs = CLIP_NEEDS  # the files of a folder that is its model
+    hub_file: str = "config.json"  # a file that each such model on the hub has
+    option: str = ""  # the key of a setting of its own
     extra: str = ""  # the extra of pyproject.toml that installs `packages`
     packages: tuple[str, ...] = ()  # modules that it needs beside the project's dependencies
     bounds: str = "any number"  # what its scores may be, and are mostly
@@ -49,6 +54,10 @@ class RewardSpec:
 
 
 CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
+# Weights that are one file, by the names they were published under, the usual one first.
+HPS_FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt", "open_clip_model.safetensors")
+IMAGE_REWARD_FILES = ("ImageReward.pt",)
+AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
 REWARDS: dict[str, RewardSpec] = {
     spec.name: spec
@@ -60,6 +69,8 @@ REWARDS: dict[str, RewardSpec] = {
             "flow_grpo.rewards.clip:PickScore",
             CLIP_SCORER,
             "assets/tiny_pickscore",
+            bounds="-3.8 to 3.8; mostly 0.7 to 0.9",
+            licence="code MIT; weights without one",
         ),
         RewardSpec(
             "clipscore",
@@ -68,18 +79,100 @@ REWARDS: dict[str, RewardSpec] = {
             "flow_grpo.rewards.clip:ClipScore",
             CLIP_SCORER,
             "assets/tiny_pickscore",
+            bounds="-3.3 to 3.3; mostly 0.7 to 1.1",
+            licence="of the CLIP chosen; OpenAI's is MIT",
+        ),
+        RewardSpec(
+            "hpsv2",
+            True,
+            "HPSv2.1's cos(image, prompt)",
+            "flow_grpo.rewards.hpsv2:HPSv2",
+            "flow_grpo.rewards.hpsv2:HpsScorer",
+            "xswu/HPSv2",
+            needs=(HPS_FILES,),
+            hub_file=HPS_FILES[0],
+            bounds="-1 to 1; mostly 0.2 to 0.35",
+            licence="Apache-2.0",
+        ),
+        RewardSpec(
+            "imagereward",
+            True,
+            "ImageReward's mark, of mean 0 and std 1",
+            "flow_grpo.rewards.imagereward:ImageReward",
+            "flow_grpo.rewards.imagereward:ImageRewardScorer",
+            "THUDM/ImageReward",
+            needs=(IMAGE_REWARD_FILES,),
+            hub_file=IMAGE_REWARD_FILES[0],
+            bounds="any number; mostly -2.5 to 2",
+            licence="Apache-2.0",
+        ),
+        RewardSpec(
+            "aesthetic",
+            True,
+            "LAION's aesthetic mark; no prompt is read",
+            "flow_grpo.rewards.aesthetic:Aesthetic",
+            "flow_grpo.rewards.aesthetic:AestheticScorer",
+            "trl-lib/ddpo-aesthetic-predictor",
+            needs=(AESTHETIC_FILES,),
+            hub_file=AESTHETIC_FILES[0],
+            bounds="any number; mostly 4 to 7",
+            licence="head Apache-2.0, CLIP MIT",
+        ),
+        RewardSpec(
+            "siglip",
+            True,
+            "SigLIP's logit of image and prompt",
+            "flow_grpo.rewards.siglip:SiglipScore",
+            "flow_grpo.rewards.siglip:SiglipScorer",
+            "google/siglip2-so400m-patch14-384",
+            bounds="any number; above 0 they fit",
+            licence="Apache-2.0",
+        ),
+        RewardSpec(
+            "ocr",
+            False,
+            "the share of the quoted words that can be read; no gradient",
+            "flow_grpo.rewards.ocr:Ocr",
+            extra="ocr",
+            packages=("rapidocr", "onnxruntime", "rapidfuzz"),
+            bounds="0 to 1",
+            licence="Apache-2.0",
         ),
         RewardSpec(
             "jpeg_compressibility",
             False,
             "-kilobytes of the JPEG; no gradient",
             "flow_grpo.rewards.jpeg:JpegCompressibility",
+            bounds="below 0",
         ),
         RewardSpec(
             "jpeg_incompressibility",
             False,
             "kilobytes of the JPEG; no gradient",
             "flow_grpo.rewards.jpeg:JpegIncompressibility",
+            bounds="above 0",
+        ),
+        RewardSpec(
+            "target_colour",
+            True,
+            "-distance of the mean colour to targets.colour",
+            "flow_grpo.rewards.targets:TargetColour",
+            option="targets.colour",
+            bounds="-1.73 to 0",
+        ),
+        RewardSpec(
+            "target_brightness",
+            True,
+            "-distance of the mean brightness to targets.brightness",
+            "flow_grpo.rewards.targets:TargetBrightness",
+            option="targets.brightness",
+            bounds="-1 to 0",
         ),
     )
 }
+
+
+def spec_of_key(key: str) -> RewardSpec | None:
+    """The reward whose model a setting names, as "reward_model.hpsv2" does; None for another setting."""
+    group, _, name = key.partition(".")
+    return REWARDS[name] if group == "reward_model" else None
