@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -20,7 +21,9 @@ from flow_grpo.evaluators.evaluation import evaluate
 from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.models.loras import load_lora
 from flow_grpo.models.pipeline_files import expected_family
+from flow_grpo.models.registry import UNMASKED
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.settings import resolve
 from flow_grpo.training import checkpoint
 from tests.conftest import by_method
 from tests.lora_writers import keyed, kohya, merge, random_lora, save
@@ -362,6 +365,22 @@ def test_compiled_blocks_give_the_velocity_and_the_gradients_of_the_eager_ones(s
     assert counter.frame_count > 0
 
 
+def test_prompts_of_other_lengths_compile_nothing_anew(small, build, monkeypatch):
+    monkeypatch.setattr("flow_grpo.policy.is_compiled", lambda settings: True)
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr("flow_grpo.policy.Compiled", partial(Compiled, backend=counter))
+    small.sample.batch_size = small.train.batch_size = 2
+    policy = build(small).policy
+    torch._dynamo.reset()
+    x, counts = policy.noise(draw(2)), []
+    with torch.no_grad():
+        for prompts in (PROMPTS, ["a", "a bag"], ["a red coat and a bag", "a"]):
+            policy.velocity(policy.encode(prompts), 1.0)(x, 0.5)
+            counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts == counts[:1] * 3
+
+
 def test_the_attention_that_is_asked_for_computes_the_same(small, saved, build):
     case, _ = saved
     if case.name == "sd3":  # its attention is torch's own, with none to choose
@@ -378,6 +397,18 @@ def test_the_attention_that_is_asked_for_computes_the_same(small, saved, build):
         assert {backend.value for backend in chosen} == {"_native_math"}
     finally:
         policy.transformer.reset_attention_backend()  # diffusers keeps it for the whole process, too
+
+
+@pytest.mark.parametrize("name", UNMASKED)
+def test_an_attention_without_masks_is_not_for_families_whose_prompts_differ_in_length(small, saved, name):
+    case, _ = saved
+    small.pretrained.attention = name
+    if case.name in ("flux", "flux2_klein"):
+        resolve(small, 1, cuda=False)
+        return
+    words = "has no effect on" if case.name == "sd3" else f"{name!r} takes no mask, which .* it takes .*native"
+    with pytest.raises(ConfigError, match=words):
+        resolve(small, 1, cuda=False)
 
 
 def test_an_attention_whose_library_is_missing_is_one_sentence(small, saved, build, monkeypatch):
