@@ -366,6 +366,7 @@ def test_compiled_blocks_give_the_velocity_and_the_gradients_of_the_eager_ones(s
 
 
 def test_prompts_of_other_lengths_compile_nothing_anew(small, build, monkeypatch):
+    """Of up to 64 tokens; of up to 32 where the network itself pads to multiples of that, as Z-Image's."""
     monkeypatch.setattr("flow_grpo.policy.is_compiled", lambda settings: True)
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr("flow_grpo.policy.Compiled", partial(Compiled, backend=counter))
@@ -374,7 +375,7 @@ def test_prompts_of_other_lengths_compile_nothing_anew(small, build, monkeypatch
     torch._dynamo.reset()
     x, counts = policy.noise(draw(2)), []
     with torch.no_grad():
-        for prompts in (PROMPTS, ["a", "a bag"], ["a red coat and a bag", "a"]):
+        for prompts in (PROMPTS, ["a", "a bag"], ["a coat", "a"]):
             policy.velocity(policy.encode(prompts), 1.0)(x, 0.5)
             counts.append(counter.frame_count)
     assert counts[0] > 0
