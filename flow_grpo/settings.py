@@ -368,8 +368,8 @@ def _check_attention(config: ConfigDict) -> None:
     if chosen in UNMASKED and family.masks:
         others = ", ".join(f'"{name}"' for name in ATTENTIONS if name not in UNMASKED)
         raise ConfigError(
-            f"config.pretrained.attention = {chosen!r} takes no mask, which {family.words} has for prompts of different "
-            f"lengths; it takes {others}."
+            f"config.pretrained.attention = {chosen!r} takes no mask, which {family.words} has for prompts of "
+            f"different lengths; it takes {others}."
         )
 
 

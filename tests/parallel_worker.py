@@ -64,7 +64,7 @@ TRAININGS: dict[str, tuple[str, Change]] = {
     "full": ("grpo", full),
     "uneven": ("grpo", uneven),
     "averaged": ("nft", averaged),
-    **{family: ("grpo", of_family) for family in OTHER_FAMILIES},
+    **dict.fromkeys(OTHER_FAMILIES, ("grpo", of_family)),
 }
 
 

@@ -4,8 +4,9 @@ fme sample logs/RUN "a red sneaker" -n 8           by its newest checkpoint, wit
 fme sample LORA "a red sneaker" --base MODEL       a LoRA of any trainer on a pipeline
 fme sample MODEL "a red sneaker"                   a pipeline: folder or hub id
 
-Precision, size, steps, guidance and negative prompt are the run's, or else the pipeline's; a prompt that has a negative
-one of its own in the run's prompt files is led away from that. Image s of one seed has the same noise with every model. Nothing is overwritten.
+Precision, size, steps, guidance and negative prompt are the run's, or else the pipeline's; a prompt with a negative one
+of its own, in the run's prompt files, is led away from that. Image s of one seed has the same noise with every model.
+Nothing is overwritten.
 """
 
 from __future__ import annotations
