@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor
 
-from flow_grpo.compilation import Compiled, batch_sizes, is_compiled
+from flow_grpo.compilation import TOKENS, Compiled, batch_sizes, is_compiled
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, blended_velocity, guided_velocity
 from flow_grpo.errors import ConfigError
@@ -92,6 +92,7 @@ class ImageModel:
             dtype=DTYPES[settings.config.mixed_precision],
             kept=settings.config.prompt_cache_size,
             offload=offload,
+            multiple=TOKENS if is_compiled(settings) else 1,
         )
 
     def _freeze(self) -> None:

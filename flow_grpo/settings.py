@@ -31,6 +31,7 @@ from flow_grpo.models.pipeline_files import (
     takes_distilled_guidance,
     takes_guidance,
 )
+from flow_grpo.models.registry import ATTENTIONS, UNMASKED
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
@@ -364,6 +365,12 @@ def _check_attention(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.pretrained.attention = {chosen!r} has no effect on {family.words}, whose attention is torch's; it "
             'takes "".'
+        )
+    if chosen in UNMASKED and family.masks:
+        others = ", ".join(f'"{name}"' for name in ATTENTIONS if name not in UNMASKED)
+        raise ConfigError(
+            f"config.pretrained.attention = {chosen!r} takes no mask, which {family.words} has for prompts of "
+            f"different lengths; it takes {others}."
         )
 
 

@@ -25,6 +25,7 @@ from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
 from flow_grpo.models.pipeline_files import expected_family, takes_guidance, vae_factor
 from flow_grpo.paths import find
+from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import get_config, leaves
 from flow_grpo.rewards.registry import CLIP_SCORER, REWARDS
@@ -83,6 +84,7 @@ class Options:
     batch_size: int | None = None
     ema: bool = False
     measured: bool = True  # False: nothing is, and neither features, reward nor judge are asked for
+    prompt: str = ""  # that is drawn, where nothing is measured
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,9 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     """
     values = _values_of(thing)
     config = _config(thing, values, options)
+    guidance = config.eval.guidance_scale if options.guidance is None else options.guidance
+    if values is not None and options.prompt and options.negative is None and guidance != 1:
+        config.negative_prompt = _own_negative(values, options.prompt, config.negative_prompt)
     _set_options(config, options)
     _settle_negative(config, options)
     rewarded = _set_reward(config, values, options)
@@ -287,6 +292,17 @@ def _settle_negative(config: ConfigDict, options: Options) -> None:
             "another number than 1."
         )
     config.negative_prompt = ""
+
+
+def _own_negative(values: Mapping[str, Any], prompt: str, default: str) -> str:
+    """That of a prompt's own line in the prompt files of a run, as far as they are still there; else the default."""
+    for key in ("prompts.train", "prompts.test", "prompts.eval_diversity"):
+        path = str(values.get(key, ""))
+        if not os.path.exists(find(path)):
+            say(f"{path!r}, config.{key} of the run, is not here: the negative prompts of its lines are not known.")
+        elif prompt in (negatives := PromptDataset.load(path).negatives):
+            return negatives[prompt]
+    return default
 
 
 def set_features(config: ConfigDict, text: str) -> None:

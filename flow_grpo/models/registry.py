@@ -16,6 +16,7 @@ ATTENTIONS = (
     "", "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flash", "_flash_3",
     "xformers",
 )  # fmt: skip
+UNMASKED = ("_native_flash", "flash", "_flash_3")  # of those, what takes no mask
 CHANNELS = each(whole(1), "a list of one or more whole numbers", low=1)
 
 
@@ -62,6 +63,7 @@ class Family:
     guidance_key: str = ""  # of the transformer: whether it takes a guidance scale as an input; empty: it takes none
     unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
     attention: bool = True  # whether its attention can be computed by another library than torch
+    masks: bool = False  # whether its attention has a mask, as prompts differ in length
     fixed: Mapping[str, Rule] = field(default_factory=dict)  # settings of the transformer that its pipeline needs so
 
     def without(self, skip: Sequence[str]) -> set[str]:
@@ -137,6 +139,7 @@ QWEN_IMAGE = Family(
     channels_key="z_dim",
     scale_keys=(),
     per_channel={"latents_mean": FINITE, "latents_std": POSITIVE},
+    masks=True,
     num_steps=50,
     guidance_scale=4.0,
     vae_checkpoints=False,
@@ -157,6 +160,7 @@ Z_IMAGE = Family(
     pixels_per_token=16,
     lora_targets=("attention.to_k", "attention.to_out.0", "attention.to_q", "attention.to_v"),  # of diffusers' example
     token_side=2,
+    masks=True,
     num_steps=50,
     guidance_scale=6.0,  # the stock one, 5, plus 1
     max_sequence_length=512,
