@@ -114,6 +114,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
     check_guards(config)
+    checkpoint = checkpoint_to_resume(config.resume_from) if config.resume_from else None
     check_checkpoint("config.pretrained.model", config.pretrained.model)
     if fetch:  # once nothing else is wrong: the hub may take its time
         _fetch(config)
@@ -122,8 +123,8 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
     _check_attention(config)
     _check_start(config)
     _check_scorers(config)
-    if config.resume_from:
-        check_resume(config, checkpoint_to_resume(config.resume_from))
+    if checkpoint is not None:
+        check_resume(config, checkpoint)
     return Settings(FrozenConfigDict(config), plan, num_processes)
 
 
@@ -307,7 +308,7 @@ def _check_schedule(config: ConfigDict, plan: BatchPlan) -> None:
             "that the clock ends; it takes config.train.lr_total_steps, or fewer epochs."
         )
     total = _total_updates(config, plan)
-    if train.lr_warmup_steps >= total:
+    if train.lr_warmup_steps >= max(total, 1):
         raise ConfigError(
             f"config.train.lr_warmup_steps = {train.lr_warmup_steps} does not end before the {total} updates of "
             f"config.{'train.lr_total_steps' if train.lr_total_steps else 'num_epochs'}; it takes fewer."

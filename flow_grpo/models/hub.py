@@ -43,9 +43,8 @@ def folder_of(model: str, revision: str = "", file: str = INDEX) -> Path | None:
 
 def has_weights(folder: Path) -> bool:
     """Whether a model's weights lie in a folder, every shard of them."""
-    shards = {
-        file for index in folder.glob("*.index.json") for file in read_object(index).get("weight_map", {}).values()
-    }
+    maps = [read_object(index).get("weight_map", {}) for index in folder.glob("*.index.json")]
+    shards = {str(file) for weights in maps for file in weights.values()}
     return any(any(folder.glob(name)) for name in WEIGHTS) and all((folder / shard).is_file() for shard in shards)
 
 
@@ -85,7 +84,7 @@ def fetch_more(subject: str, model: str, folder: Path, files: Iterable[str]) -> 
 
 
 def require(subject: str, model: str) -> None:
-    """A model that is no pipeline is a folder, or in the cache with its weights, or on the hub; its settings are fetched.
+    """Of a model that is no pipeline, nor a folder, nor in the cache with its weights: fetch its settings.
 
     Raises:
         ConfigError: as `fetch`.

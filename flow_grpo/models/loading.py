@@ -94,7 +94,7 @@ def check_prompt_length(model: str, folder: Path, length: int) -> None:
         before = len(tokenizer(text.partition(MARK)[0])["input_ids"])
     except LOADING_ERRORS as error:
         raise ConfigError(
-            f"pretrained.model {model!r} has a tokenizer that cannot be used: {first_line(error)}"
+            f"config.pretrained.model = {model!r} has a tokenizer that cannot be used: {first_line(error)}"
         ) from error
     if length <= before:
         raise ConfigError(

@@ -57,7 +57,7 @@ DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shiftin
 
 
 def fetch_pipeline(model: str, revision: str = "", skip: Sequence[str] = (), subject: str = f"{KEY} = ") -> None:
-    """Have the small files of a hub id in the hub's cache, but for parts in `skip`; the hub is not asked for a whole one.
+    """Have the small files of a hub id in the hub's cache, but for parts in `skip`; nobody is asked for a whole one.
 
     Raises:
         ConfigError: it is neither on the hub nor, whole, in its cache, begun by `subject`; or of no known family.
