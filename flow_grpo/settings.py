@@ -20,6 +20,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method, method_of
+from flow_grpo.models import hub
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_files import read_lora
 from flow_grpo.models.lora_places import check_lora_targets, match, modules_of, transformer_shapes
@@ -27,9 +28,11 @@ from flow_grpo.models.pipeline_files import (
     check_pipeline,
     check_skip,
     expected_family,
+    fetch_pipeline,
     image_sides,
     takes_distilled_guidance,
     takes_guidance,
+    whole_folder,
 )
 from flow_grpo.models.registry import ATTENTIONS, UNMASKED
 from flow_grpo.paths import find, identity
@@ -76,20 +79,21 @@ def image_size(config: ConfigDict | FrozenConfigDict) -> tuple[int, int]:
     return config.height or config.resolution, config.width or config.resolution
 
 
-def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
+def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = False) -> Settings:
     """Check everything that can be checked before a model loads, and derive the batch arithmetic.
 
     Args:
         config: every key of config/base.py.
         num_processes: processes that were started.
         cuda: whether they run on GPUs.
+        fetch: models of the hub are looked for there, and their small files fetched to be checked as a folder's are;
+            else nobody is asked, and only what is in the hub's cache is checked.
 
     Raises:
         ConfigError: for the first mistake found.
     """
     config = _with_home_expanded(config)
     _check_values(config)
-    choose_lora_targets(config)
     _check_launch(config, num_processes, cuda)
     _check_sharding(config)
     _check_compile(config)
@@ -105,11 +109,6 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     _check_schedule(config, plan)
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
-    _check_model(config)
-    _check_attention(config)
-    _check_guidance(config)
-    _check_start(config)
-    _check_scorers(config)
     _check_shaping(config)
     _check_gate(config)
     _check_forward_kl(config)
@@ -117,8 +116,17 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
     check_guards(config)
-    if config.resume_from:
-        check_resume(config, checkpoint_to_resume(config.resume_from))
+    checkpoint = checkpoint_to_resume(config.resume_from) if config.resume_from else None
+    check_checkpoint("config.pretrained.model", config.pretrained.model)
+    if fetch:  # once nothing else is wrong: the hub may take its time
+        _fetch(config)
+    choose_lora_targets(config)
+    _check_model(config)
+    _check_attention(config)
+    _check_start(config)
+    _check_scorers(config)
+    if checkpoint is not None:
+        check_resume(config, checkpoint)
     return Settings(FrozenConfigDict(config), plan, num_processes)
 
 
@@ -165,7 +173,7 @@ def _with_home_expanded(config: ConfigDict) -> ConfigDict:
 def choose_lora_targets(config: ConfigDict) -> None:
     """Where none are named, those of the model's family."""
     if not config.lora.target_modules:
-        family = expected_family(find(config.pretrained.model))
+        family = expected_family(config.pretrained.model, config.pretrained.revision)
         with config.unlocked():
             config.lora.target_modules = family.lora_targets
 
@@ -301,10 +309,11 @@ def _check_schedule(config: ConfigDict, plan: BatchPlan) -> None:
             f"{name} falls until the last update, which config.num_epochs = {config.num_epochs} does not tell of a run "
             "that the clock ends; it takes config.train.lr_total_steps, or fewer epochs."
         )
-    elif train.lr_warmup_steps >= (total := _total_updates(config, plan)):
+    total = _total_updates(config, plan)
+    if train.lr_warmup_steps >= max(total, 1):
         raise ConfigError(
-            f"config.train.lr_warmup_steps = {train.lr_warmup_steps} does not end before the schedule's {total} "
-            "updates (config.train.lr_total_steps, or those of config.num_epochs); it takes fewer."
+            f"config.train.lr_warmup_steps = {train.lr_warmup_steps} does not end before the {total} updates of "
+            f"config.{'train.lr_total_steps' if train.lr_total_steps else 'num_epochs'}; it takes fewer."
         )
     if train.lr_scheduler != "cosine_with_restarts":
         takes_only(config, "train.lr_num_cycles", 1, f'is of "cosine_with_restarts", not of {name}')
@@ -334,21 +343,37 @@ def _check_offload(config: ConfigDict) -> None:
 # --- files ----------------------------------------------------------------------------------------------
 
 
+def _fetch(config: ConfigDict) -> None:
+    """The small files of models of the hub; ConfigError for one that is neither there nor in its cache."""
+    pretrained = config.pretrained
+    fetch_pipeline(pretrained.model, pretrained.revision, pretrained.skip)
+    for key, (model, _) in _scorers(config).items():
+        hub.require(f"config.{key} = ", model)
+
+
 def _check_model(config: ConfigDict) -> None:
-    """The model is a hub id, or a folder with a pipeline of a known family that can make images of this size."""
-    check_checkpoint("config.pretrained.model", config.pretrained.model)
-    model = Path(find(config.pretrained.model))
-    check_skip(model, config.pretrained.skip)
-    if model.is_dir():
-        check_pipeline(model, config.pretrained.skip)
-        if config.use_lora and (shapes := transformer_shapes(model)):
-            check_lora_targets(modules_of(shapes), config.lora.target_modules)
-    if config.pretrained.vae_checkpointing and not expected_family(str(model)).vae_checkpoints:
+    """The model is a pipeline of a known family that can make images of this size, as far as its files are here."""
+    pretrained = config.pretrained
+    check_skip(pretrained.model, pretrained.skip, pretrained.revision)
+    if pretrained.vae_checkpointing and not expected_family(pretrained.model, pretrained.revision).vae_checkpoints:
         raise ConfigError(
-            f"config.pretrained.vae_checkpointing = True: the VAE of {config.pretrained.model} keeps its activations; "
-            "it takes False."
+            f"config.pretrained.vae_checkpointing = True: the VAE of {pretrained.model} keeps its activations; it "
+            "takes False."
         )
-    pixels, largest = image_sides(model)
+    folder = hub.folder_of(pretrained.model, pretrained.revision)
+    if folder is None:
+        return
+    whole = whole_folder(pretrained.model, pretrained.revision, pretrained.skip) is not None
+    with hub.told_by_id(pretrained.model, folder):
+        check_pipeline(folder, pretrained.skip, whole)
+        if config.use_lora and whole and (shapes := transformer_shapes(folder)):
+            check_lora_targets(modules_of(shapes), config.lora.target_modules)
+        _check_sides(config, folder)
+        _check_guidance(config, folder)
+
+
+def _check_sides(config: ConfigDict, folder: Path) -> None:
+    pixels, largest = image_sides(folder)
     for side, pixels_along in zip(("height", "width"), image_size(config), strict=True):
         if pixels_along % pixels or pixels_along > largest:
             limit = "" if largest == math.inf else f", at most {largest}"
@@ -360,11 +385,12 @@ def _check_model(config: ConfigDict) -> None:
 
 def _check_attention(config: ConfigDict) -> None:
     """The family's attention can be computed in another way, where one is asked for."""
-    chosen, family = config.pretrained.attention, expected_family(find(config.pretrained.model))
-    if chosen and not family.attention:
+    pretrained = config.pretrained
+    family = expected_family(pretrained.model, pretrained.revision)
+    if pretrained.attention and not family.attention:
         raise ConfigError(
-            f"config.pretrained.attention = {chosen!r} has no effect on {family.words}, whose attention is torch's; it "
-            'takes "".'
+            f"config.pretrained.attention = {pretrained.attention!r} has no effect on {family.words}, whose attention "
+            'is torch\'s; it takes "".'
         )
     if chosen in UNMASKED and family.masks:
         others = ", ".join(f'"{name}"' for name in ATTENTIONS if name not in UNMASKED)
@@ -374,14 +400,14 @@ def _check_attention(config: ConfigDict) -> None:
         )
 
 
-def _check_guidance(config: ConfigDict) -> None:
+def _check_guidance(config: ConfigDict, folder: Path) -> None:
     """A distilled pipeline draws without classifier-free guidance, and others take no scale as an input."""
-    if not takes_distilled_guidance(find(config.pretrained.model)):
+    if not takes_distilled_guidance(folder):
         takes_only(
             config, "pretrained.distilled_guidance", KEYS["pretrained.distilled_guidance"].default,
             f"is no input of {config.pretrained.model}",
         )  # fmt: skip
-    if takes_guidance(find(config.pretrained.model)):
+    if takes_guidance(folder):
         return
     for key, value in leaves(config):
         if key.endswith(".guidance_scale") and value != 1:
@@ -391,7 +417,7 @@ def _check_guidance(config: ConfigDict) -> None:
 
 
 def _check_start(config: ConfigDict) -> None:
-    """The LoRA that is merged into the model can be read, and is of this transformer, where that is a folder."""
+    """The LoRA that is merged into the model can be read, and is of this transformer, where that is here."""
     if not config.pretrained.lora:
         return
     path = Path(find(config.pretrained.lora))
@@ -401,23 +427,34 @@ def _check_start(config: ConfigDict) -> None:
             "folder of a LoRA."
         )
     try:
-        file, shapes = read_lora(path), transformer_shapes(Path(find(config.pretrained.model)))
-        if shapes:
+        pretrained = config.pretrained
+        file, folder = read_lora(path), whole_folder(pretrained.model, pretrained.revision, pretrained.skip)
+        if folder is not None and (shapes := transformer_shapes(folder)):
             match(file, shapes)
     except ConfigError as error:
         raise ConfigError(f"config.pretrained.lora: {error}") from None
 
 
 def _check_scorers(config: ConfigDict) -> None:
-    """The folders of the CLIPs, and of the extractor of features, are whole."""
-    models = {
-        f"reward_model.{name}": config.reward_model[name] for name in reward_names(config) if REWARDS[name].scorer
+    """The folders of the CLIPs, and of the extractors of features, are whole."""
+    for key, (model, needs) in _scorers(config).items():
+        if os.path.isdir(found := find(model)):
+            check_files(Path(found), f"config.{key}: ", needs)
+
+
+def _scorers(config: ConfigDict) -> dict[str, tuple[str, Needs]]:
+    """The models that look at images, by key, and what a folder of each needs."""
+    rewards = [name for name in reward_names(config) if REWARDS[name].scorer]
+    models: dict[str, tuple[str, Needs]] = {
+        f"reward_model.{name}": (config.reward_model[name], CLIP_NEEDS) for name in rewards
     }
-    models |= {"eval.judge": config.eval.judge} if config.eval.judge else {}
-    for key, model in models.items():
-        _check_folder(key, model, CLIP_NEEDS)
+    if config.eval.judge:
+        models["eval.judge"] = config.eval.judge, CLIP_NEEDS
     if config.eval_diversity and config.diversity.extractor != "open_clip":
-        _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
+        models["diversity.model"] = config.diversity.model, MODEL_NEEDS
+    if config.shaping.kind in FEATURES and config.shaping.extractor not in ("pixels", "open_clip"):
+        models["shaping.model"] = config.shaping.model, MODEL_NEEDS
+    return models
 
 
 def _check_shaping(config: ConfigDict) -> None:
@@ -530,7 +567,6 @@ def _check_encoder(config: ConfigDict) -> None:
         return
     if extractor != "open_clip":
         check_checkpoint("config.shaping.model", model)
-        _check_folder("shaping.model", model, MODEL_NEEDS)
     others = {f"reward_model.{name}": config.reward_model.get(name, "") for name in reward_names(config)}
     others |= {"eval.judge": config.eval.judge} | (
         {"diversity.model": config.diversity.model} if config.eval_diversity else {}
@@ -541,12 +577,6 @@ def _check_encoder(config: ConfigDict) -> None:
                 f"config.shaping.model = {model!r} is also config.{key}, by which the run is rewarded or measured; it "
                 'takes another encoder, or "" with config.shaping.extractor = "pixels".'
             )
-
-
-def _check_folder(key: str, model: str, needs: Needs) -> None:
-    """A folder has what it needs; a hub id is asked for when the processes start."""
-    if os.path.isdir(found := find(model)):
-        check_files(Path(found), f"config.{key}: ", needs)
 
 
 def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:

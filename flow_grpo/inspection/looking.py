@@ -6,7 +6,6 @@ by itself (SD3 with 28 steps and guidance 7), or, up to SMALL pixels, as the emb
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +19,10 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
 from flow_grpo.messages import say
-from flow_grpo.models.files import check_on_hub
+from flow_grpo.models import hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
-from flow_grpo.models.pipeline_files import expected_family, takes_guidance, vae_factor
+from flow_grpo.models.pipeline_files import family_of, fetch_pipeline, takes_guidance, vae_factor, whole_folder
 from flow_grpo.paths import find
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes import sd3
@@ -40,7 +39,6 @@ from flow_grpo.settings import image_size, resolve
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
          "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "eval.",
          "diversity.")  # fmt: skip
-HUB_SIDE = 1024  # pixels, as diffusers' pipelines draw
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
@@ -130,7 +128,7 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     _set_options(config, options)
     _settle_negative(config, options)
     rewarded = _set_reward(config, values, options)
-    resolve(config, 1, cuda=True)
+    resolve(config, 1, cuda=True, fetch=True)
     model = _model_of(thing, config, options)
     _check_loras(model)
     base = _base_of(thing, against, model, config, options)
@@ -170,7 +168,7 @@ def _base_of(
         theirs.resolution, theirs.height, theirs.width = config.resolution, config.height, config.width
     _settle_negative(theirs, options)
     _set_reward(theirs, values, options)
-    resolve(theirs, 1, cuda=True)
+    resolve(theirs, 1, cuda=True, fetch=True)
     base = _model_of(against, theirs, Options(ema=options.ema))
     _check_loras(base)
     return (base,)
@@ -192,7 +190,7 @@ def folder_config(options: Options, side: int) -> tuple[ConfigDict, bool]:
         set_features(config, options.features)
     check_features(config, side)
     rewarded = _set_reward(config, None, options, side)
-    resolve(config, 1, cuda=True)
+    resolve(config, 1, cuda=True, fetch=True)
     return config, rewarded
 
 
@@ -231,28 +229,27 @@ def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) ->
 
 def _foreign(pipeline: str) -> ConfigDict:
     """As the pipeline itself draws; as the tiny SD3 is drawn where it is that small."""
-    if not os.path.isdir(find(pipeline)):
-        check_on_hub(pipeline, INDEX)
+    fetch_pipeline(pipeline, subject="")
+    folder = hub.folder_of(pipeline)
+    assert folder is not None, "it was fetched"
     config = get_config()
     config.pretrained.model, config.eval.judge = pipeline, ""
     config.eval.modes = ""
-    config.resolution = _side_of(find(pipeline))
+    with hub.told_by_id(pipeline, folder):
+        config.resolution, family, guided = _side_of(folder), family_of(folder), takes_guidance(folder)
     if config.resolution > SMALL:
-        family, guided = expected_family(find(pipeline)), takes_guidance(find(pipeline))
         config.eval.num_steps, config.eval.guidance_scale = family.num_steps, family.guidance_scale if guided else 1.0
         config.max_sequence_length, config.eval.batch_size = family.max_sequence_length, LARGE_BATCH
     return config
 
 
-def _side_of(folder: str) -> int:
+def _side_of(folder: Path) -> int:
     """The images' side in pixels."""
-    if not os.path.isdir(folder):
-        return HUB_SIDE
-    transformer = read_object(Path(folder, "transformer/config.json"), "config.pretrained.model: ")
+    transformer = read_object(folder / "transformer/config.json", "config.pretrained.model: ")
     side = transformer.get("sample_size", 128)
     if type(side) is not int or side < 1:
         raise ConfigError(f"{folder}/transformer/config.json says sample_size: {side!r:.60}, not a whole number.")
-    return vae_factor(Path(folder)) * side
+    return vae_factor(folder) * side
 
 
 def _set_options(config: ConfigDict, options: Options) -> None:
@@ -444,8 +441,9 @@ def _with_loras(name: str, loras: tuple[Path, ...]) -> str:
 
 
 def _check_loras(model: Model) -> None:
-    """Each fits the pipeline, where that is a folder; the hub's is known when it is loaded."""
-    shapes = transformer_shapes(Path(find(model.pipeline)))
+    """Each fits the pipeline, where that is here; one that is still to be fetched is known when it is loaded."""
+    folder = whole_folder(model.pipeline, model.revision, model.skip) if model.loras else None
+    shapes = {} if folder is None else transformer_shapes(folder)
     for path in model.loras if shapes else ():
         try:
             match(read_lora(path), shapes)
