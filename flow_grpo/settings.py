@@ -386,11 +386,11 @@ def _check_sides(config: ConfigDict, folder: Path) -> None:
 def _check_attention(config: ConfigDict) -> None:
     """The family's attention can be computed in another way, where one is asked for."""
     pretrained = config.pretrained
-    family = expected_family(pretrained.model, pretrained.revision)
-    if pretrained.attention and not family.attention:
+    chosen, family = pretrained.attention, expected_family(pretrained.model, pretrained.revision)
+    if chosen and not family.attention:
         raise ConfigError(
-            f"config.pretrained.attention = {pretrained.attention!r} has no effect on {family.words}, whose attention "
-            'is torch\'s; it takes "".'
+            f"config.pretrained.attention = {chosen!r} has no effect on {family.words}, whose attention is torch's; it "
+            'takes "".'
         )
     if chosen in UNMASKED and family.masks:
         others = ", ".join(f'"{name}"' for name in ATTENTIONS if name not in UNMASKED)

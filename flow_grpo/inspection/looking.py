@@ -6,6 +6,7 @@ by itself (SD3 with 28 steps and guidance 7), or, up to SMALL pixels, as the emb
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

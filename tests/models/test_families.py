@@ -366,7 +366,10 @@ def test_compiled_blocks_give_the_velocity_and_the_gradients_of_the_eager_ones(s
 
 
 def test_prompts_of_other_lengths_compile_nothing_anew(small, build, monkeypatch):
-    """Of up to 64 tokens; of up to 32 where the network itself pads to multiples of that, as Z-Image's."""
+    """Of up to 64 tokens; of up to 32 where the network itself pads to multiples of that, as Z-Image's.
+
+    One more graph is allowed: of prompts that differ in length, which have a mask in some networks.
+    """
     monkeypatch.setattr("flow_grpo.policy.is_compiled", lambda settings: True)
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr("flow_grpo.policy.Compiled", partial(Compiled, backend=counter))
@@ -379,7 +382,8 @@ def test_prompts_of_other_lengths_compile_nothing_anew(small, build, monkeypatch
             policy.velocity(policy.encode(prompts), 1.0)(x, 0.5)
             counts.append(counter.frame_count)
     assert counts[0] > 0
-    assert counts == counts[:1] * 3
+    assert counts[1] - counts[0] in (0, 1)
+    assert counts[2] == counts[1]
 
 
 def test_the_attention_that_is_asked_for_computes_the_same(small, saved, build):
