@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -65,6 +68,15 @@ def test_the_flops_of_a_forward_are_those_of_its_products(config, build):
     flops = flops_per_evaluation(policy)
     assert policy.network_evaluations == 0
     assert sum(counted) < flops < 1.5 * sum(counted)
+
+
+def test_what_is_counted_of_a_policy_does_not_keep_it_in_memory(config, build):
+    parts = build(config)
+    assert flops_per_evaluation(parts.policy) == flops_per_evaluation(parts.policy)
+    gone = weakref.ref(parts.policy)
+    del parts.policy
+    gc.collect()
+    assert gone() is None
 
 
 def test_graphs_are_counted_where_there_is_one(config, build):
