@@ -2,8 +2,8 @@
 
 8 bits are those of bitsandbytes (arXiv 2110.02861): each 256 consecutive values of a moment share a float32 `absmax`,
 and a byte each says which of 256 fixed shares of it they are. Weights of fewer than 4096 values keep float32 moments.
-torchao has such an optimizer, too, but compiles it anew for every shape of a weight, minutes on a CPU, and its 0.18
-cannot be imported by diffusers 0.42.
+torchao has such an optimizer, too, but compiles it for each shape of a weight, minutes on a CPU, and diffusers 0.42
+cannot use torchao 0.18, which it says in every command.
 """
 
 from __future__ import annotations

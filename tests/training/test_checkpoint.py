@@ -109,9 +109,7 @@ def test_another_optimizer_does_not_go_on_from_its_moments(config, build):
     config.save_freq, config.num_epochs = 1, 1
     folder = train(config, build, grpo).run.folder
     config.resume_from, config.num_epochs, config.train.optimizer = str(folder), 2, "adamw_8bit"
-    with pytest.raises(
-        ConfigError, match=r"config\.train\.optimizer = 'adamw_8bit' .* 'adamw'; resume with"
-    ):
+    with pytest.raises(ConfigError, match=r"config\.train\.optimizer = 'adamw_8bit' .* 'adamw'; resume with"):
         build(config)
 
 
