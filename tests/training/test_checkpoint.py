@@ -76,9 +76,7 @@ def with_8_bits(config):
     config.use_lora, config.train.optimizer, config.train.updates_per_epoch = False, "adamw_8bit", 2
 
 
-@pytest.mark.parametrize("method", ["grpo", "drtune"])
-def test_resumed_equals_unbroken_with_moments_of_8_bits(config, build, method):
-    by_method(config, method)
+def test_resumed_equals_unbroken_with_moments_of_8_bits(config, build):
     with_8_bits(config)
     config.save_freq, config.num_epochs, config.run_name = 1, 3, "unbroken"
     unbroken = train(config, build)
@@ -94,15 +92,17 @@ def test_resumed_equals_unbroken_with_moments_of_8_bits(config, build, method):
 
 @pytest.mark.parametrize("method", ["grpo", "drtune"])
 def test_moments_of_8_bits_train_almost_as_those_of_32(config, build, method):
-    """Of what two epochs, four updates, have changed, the distance between the two is below a fifth."""
+    """Of what an epoch, two updates, has changed, the distance between the two is below a twentieth; 0.012 and 0.015."""
     by_method(config, method)
     with_8_bits(config)
+    config.num_epochs = 1
     start, ends = weights(build(config)), {}
     for name in ("adamw", "adamw_8bit"):
         config.run_name = config.train.optimizer = name
         ends[name] = [end - begun for end, begun in zip(weights(train(config, build)), start, strict=True)]
     ours, theirs = (torch.cat([change.flatten() for change in ends[name]]) for name in ("adamw_8bit", "adamw"))
-    assert 0 < (ours - theirs).norm() / theirs.norm() < 0.2
+    distance = (ours - theirs).norm() / theirs.norm()
+    assert 0 < distance < 0.05
 
 
 def test_another_optimizer_does_not_go_on_from_its_moments(config, build):
