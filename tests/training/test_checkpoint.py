@@ -92,7 +92,7 @@ def test_resumed_equals_unbroken_with_moments_of_8_bits(config, build):
 
 @pytest.mark.parametrize("method", ["grpo", "drtune"])
 def test_moments_of_8_bits_train_almost_as_those_of_32(config, build, method):
-    """Of what an epoch, two updates, has changed, the distance between the two is below a twentieth; 0.012 and 0.015."""
+    """Of what an epoch, two updates, has changed, the two are apart by 0.012 and 0.015."""
     by_method(config, method)
     with_8_bits(config)
     config.num_epochs = 1
