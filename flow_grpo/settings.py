@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -97,6 +98,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
     _check_launch(config, num_processes, cuda)
     _check_sharding(config)
     _check_compile(config)
+    _check_optimizer(config)
     validate_rewards(config)
     _check_sampler(config)
     check_method(config)
@@ -210,6 +212,22 @@ def _check_sharding(config: ConfigDict) -> None:
 def _check_compile(config: ConfigDict) -> None:
     if config.compile == "on" and (reason := _against_compiling(config)):
         raise ConfigError(f'config.compile = "on" {reason}, or config.compile = "off".')
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    """8 bits need their package, and whole weights: an absmax is of 256 values, which a cut would go through."""
+    if config.train.optimizer != "adamw_8bit":
+        return
+    if config.sharding == "full":
+        raise ConfigError(
+            'config.train.optimizer = "adamw_8bit" is not for weights that config.sharding = "full" cuts into parts; '
+            'it takes "adamw", whose moments are cut with them, or config.sharding = "none".'
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'config.train.optimizer = "adamw_8bit" needs bitsandbytes, which is not installed: `pip install '
+            "'flow-matching-entropy[8bit]'`; without it, it takes \"adamw\"."
+        )
 
 
 def _against_compiling(config: ConfigDict | FrozenConfigDict) -> str:

@@ -257,6 +257,7 @@ ODE_FORMS = ("ode_step", "ode_path")
 COMBINATIONS = [
     ({"sharding": "half"}, ["sharding", "half", "none", "full"]),
     ({"sharding": "full", "train.ratio": "ode_step"}, ["train.ratio", "ode_step", "sharding", "cfm", "none"]),
+    ({"sharding": "full", "train.optimizer": "adamw_8bit"}, ["train.optimizer", "adamw_8bit", "sharding", '"none"']),
     ({"mixed_precision": "fp16"}, ["mixed_precision", "fp16", "GPU", "bf16"]),
     ({"num_processes": 2}, ["num_processes = 2", "but 1 started", "torchrun"]),
     ({"sample.sde_type": "ode"}, ['sde_type = "ode"', "log-probability", '"sde"']),
@@ -510,6 +511,14 @@ def test_what_can_work_is_accepted(config, changes):
 def test_fp16_is_refused_where_weights_are_sharded(config):
     with pytest.raises(ConfigError, match=r"config\.mixed_precision = \"fp16\" .* config\.sharding = \"full\" .*bf16"):
         resolved(config, {"mixed_precision": "fp16", "sharding": "full"}, cuda=True)
+
+
+def test_8_bits_without_their_package_are_refused_and_the_extra_is_named(config, monkeypatch):
+    monkeypatch.setattr("flow_grpo.settings.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        resolved(config, {"train.optimizer": "adamw_8bit"})
+    for part in ('config.train.optimizer = "adamw_8bit"', "bitsandbytes", "'flow-matching-entropy[8bit]'", '"adamw"'):
+        assert part in sentence(error)
 
 
 def test_fp16_is_accepted_on_a_gpu(config):

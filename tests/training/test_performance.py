@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -75,6 +78,15 @@ def test_the_flops_of_a_forward_are_twice_its_multiplications_counted_by_hand(co
     lora = 2 * 16 * rank * ((32 + 32) + (128 + 32))
     assert flops_per_evaluation(policy) == 2 * (products_by_hand(policy.transformer.config, tokens=16, words=16) + lora)
     assert policy.network_evaluations == 0
+
+
+def test_what_is_counted_of_a_policy_does_not_keep_it_in_memory(config, build):
+    parts = build(config)
+    assert flops_per_evaluation(parts.policy) == flops_per_evaluation(parts.policy)
+    gone = weakref.ref(parts.policy)
+    del parts.policy
+    gc.collect()
+    assert gone() is None
 
 
 def test_graphs_are_counted_where_there_is_one(config, build):
