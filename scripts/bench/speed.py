@@ -254,7 +254,7 @@ def write(arguments: argparse.Namespace) -> None:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()), "tree")
         other = stack.enter_context(worktree(arguments.against, place)) if arguments.against else None
         for name in names:
-            row = timed(name, rounds, other if name in CASES else None)
+            row = timed(name, rounds, other if ALL[name].before else None)
             results["rows"].append(row)
             results["load_after"] = os.getloadavg()[0]
             print(f"{name:<24} {json.dumps(row)}", flush=True)
