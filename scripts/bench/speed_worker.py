@@ -176,6 +176,15 @@ def inputs(policy: Policy, size: int) -> dict[str, Any]:
     }
 
 
+def _reward_of(config: Any, device: Any) -> Any:
+    """The rewards of a configuration, also in a tree before they were built in a module of its own."""
+    try:
+        from flow_grpo.rewards.building import build_reward
+    except ModuleNotFoundError:
+        from flow_grpo.rewards import build_reward  # type: ignore[attr-defined,no-redef]
+    return build_reward(config, device)
+
+
 @contextmanager
 def worker_of(case: Case, alone: bool = False) -> Iterator[Worker]:
     """A worker, once everything in it is warm. `alone`: what is timed, without the calls of its models."""
@@ -190,10 +199,6 @@ def worker_of(case: Case, alone: bool = False) -> Iterator[Worker]:
     from flow_grpo.settings import resolve
 
     try:
-        from flow_grpo.rewards.building import build_reward
-    except ModuleNotFoundError:  # of a tree before there was this module
-        from flow_grpo.rewards import build_reward  # type: ignore[attr-defined,no-redef]
-    try:
         from flow_grpo.recipes.registry import get_config
     except ModuleNotFoundError:  # an older tree
         from config.grpo import get_config
@@ -206,7 +211,7 @@ def worker_of(case: Case, alone: bool = False) -> Iterator[Worker]:
         accelerator = Accelerator(cpu=True)
         settings = resolve(config, processes, cuda=False)
         with Run(settings, accelerator) as run:
-            policy, reward = Policy.load(settings, accelerator), build_reward(settings.config, accelerator.device)
+            policy, reward = Policy.load(settings, accelerator), _reward_of(settings.config, accelerator.device)
             prompts = PromptDataset.load(config.prompts.train)
             judge: Any = None
             if case.what == "epoch":
