@@ -23,6 +23,9 @@ from flow_grpo.settings import Settings
 # "auto" compiles from so many evaluations of a process on. The tiny SD3 on one core, the smallest network there is:
 # 84 s of compiling are won back after 84 s / 0.2 ms = 420,000 forwards. A larger network wins more by each.
 PAYS_FROM = 500_000
+TOKENS = (
+    64  # prompts that differ in length are padded to multiples of it, so that not each length is a graph of its own
+)
 GRAPHS = 64  # of one kind of block, at most; torch's 8 are fewer than sizes x LoRA x gradient
 
 

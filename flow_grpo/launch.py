@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 import diffusers
 import torch
@@ -21,14 +20,12 @@ from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.files import read_object
 from flow_grpo.launcher import check_precision, read_launcher
 from flow_grpo.messages import say
-from flow_grpo.models.files import LOADING_ERRORS, check_on_hub, first_line
-from flow_grpo.models.loading import class_of
+from flow_grpo.models import hub
+from flow_grpo.models.files import LOADING_ERRORS, first_line
+from flow_grpo.models.loading import check_prompt_length, class_of
 from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.pipeline_files import family_of, pixels_per_token
 from flow_grpo.models.scheduler import noise_levels
-from flow_grpo.paths import find
-from flow_grpo.rewards.chosen import checkpoints_in_use
-from flow_grpo.rewards.registry import spec_of_key
 from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.settings import Settings, resolve
 
@@ -53,14 +50,13 @@ def launch(config: ConfigDict) -> tuple[Settings, Accelerator]:
             f"LOCAL_WORLD_SIZE={launched.local_processes} processes share {gpus} GPUs of this machine; start at most "
             "one for each, or set ACCELERATE_USE_CPU=true."
         )
-    settings = resolve(config, launched.num_processes, cuda)
+    settings = resolve(config, launched.num_processes, cuda, fetch=True)
     check_precision(settings.config.mixed_precision)
     _check_torch(settings)
     if settings.config.num_threads > 0:
         torch.set_num_threads(settings.config.num_threads)
     diffusers.utils.logging.disable_progress_bar()  # our own bars tell what is worth telling
     transformers.utils.logging.disable_progress_bar()
-    _check_hub(settings)
     _check_pipeline(settings)
     if launched.num_processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # set by hand, or by a cluster
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -109,27 +105,13 @@ def _check_torch(settings: Settings) -> None:
         raise ConfigError(f'config.sharding = "full" needs torch 2.8 or later; this is {torch.__version__}.')
 
 
-def _check_hub(settings: Settings) -> None:
-    """What is no folder must be on the hub, or in its cache."""
-    config = settings.config
-    wanted = [("pretrained.model", config.pretrained.model, "model_index.json", config.pretrained.revision)]
-    models = checkpoints_in_use(config)
-    models += [("eval.judge", config.eval.judge)] if config.eval.judge else []
-    if config.eval_diversity and config.diversity.extractor != "open_clip":
-        models.append(("diversity.model", config.diversity.model))
-    files = {key: spec.hub_file for key, _ in models if (spec := spec_of_key(key))}
-    wanted += [(key, model, files.get(key, "config.json"), "") for key, model in models]
-    for key, model, file, revision in wanted:
-        if not os.path.isdir(find(model)):
-            check_on_hub(model, file, revision, f"config.{key} = ")
-
-
 def _check_pipeline(settings: Settings) -> None:
-    """What its own classes make of the settings in a pipeline's folder; that of a hub id is checked when it loads."""
+    """What its own classes make of a pipeline's settings."""
     config = settings.config
-    folder = Path(find(config.pretrained.model))
-    if not os.path.isdir(folder):
-        return
+    pretrained = config.pretrained
+    folder = hub.folder_of(pretrained.model, pretrained.revision)
+    if folder is None:  # the hub's cache was emptied since
+        raise ConfigError(f"config.pretrained.model = {pretrained.model!r} is no longer in the hub's cache.")
     files = (folder / "scheduler/scheduler_config.json", folder / "transformer/config.json")
     scheduler_settings, transformer_settings = (read_object(file, "config.pretrained.model: ") for file in files)
     try:
@@ -137,13 +119,14 @@ def _check_pipeline(settings: Settings) -> None:
         transformer = class_of(family_of(folder)).empty_transformer(transformer_settings)
     except LOADING_ERRORS as error:
         raise ConfigError(
-            f"config.pretrained.model: {folder} has settings that make no model: {first_line(error)}"
+            f"config.pretrained.model: {pretrained.model} has settings that make no model: {first_line(error)}"
         ) from error
     height, width = (side // pixels_per_token(folder) for side in settings.image_size)
     for steps in (config.sample.num_steps, config.eval.num_steps):
         noise_levels(scheduler, steps, height * width)
     if config.use_lora:
         check_lora_targets((name for name, _ in transformer.named_modules()), config.lora.target_modules)
+    check_prompt_length(pretrained.model, folder, config.max_sequence_length)
 
 
 def _check_launcher(accelerator: Accelerator, num_processes: int) -> None:

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from torch import Tensor
 
-from flow_grpo.compilation import Compiled, batch_sizes, is_compiled
+from flow_grpo.compilation import TOKENS, Compiled, batch_sizes, is_compiled
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn, blended_velocity, guided_velocity
 from flow_grpo.errors import ConfigError
@@ -27,6 +27,7 @@ from flow_grpo.models.loading import DTYPES, load_model
 from flow_grpo.models.lora_places import check_lora_targets
 from flow_grpo.models.loras import merge_lora
 from flow_grpo.models.prompt_encoder import PromptEncoder
+from flow_grpo.optimizers import make_optimizer
 from flow_grpo.parallel import Replicated, Sharded, Weights, shard
 from flow_grpo.paths import find
 from flow_grpo.prompts import own_negatives
@@ -93,6 +94,7 @@ class ImageModel:
             dtype=DTYPES[settings.config.mixed_precision],
             kept=settings.config.prompt_cache_size,
             offload=offload,
+            multiple=TOKENS if is_compiled(settings) else 1,
         )
 
     def _freeze(self) -> None:
@@ -267,7 +269,7 @@ class Policy(ImageModel):
     Attributes:
         weights: how the processes hold the transformer's weights.
         trainable, named_trainable: what this process holds of the trained parameters, in a fixed order; by their names.
-        optimizer: AdamW on them, prepared by accelerate.
+        optimizer: `train.optimizer` on them, prepared by accelerate.
         learning_rate: that of the update which so many were applied before.
         ema: `diffusers.training_utils.EMAModel` of them, or None.
         base_images: what the forward KL holds the weights to; None: not drawn, or not asked for.
@@ -300,7 +302,7 @@ class Policy(ImageModel):
         self.weights: Weights = (Sharded if self.sharded else Replicated)(self.transformer, accelerator)
         self.named_trainable = self.weights.named
         self.trainable = list(self.named_trainable.values())
-        self.optimizer = accelerator.prepare(self._adamw())
+        self.optimizer = accelerator.prepare(make_optimizer(self.trainable, config.train, self.device.type))
         self.learning_rate = learning_rates(settings)
         self.ema = EMAModel(self.trainable, decay=config.train.ema_decay) if config.train.ema else None
 
@@ -337,17 +339,6 @@ class Policy(ImageModel):
         if keep_reference:
             self._reference = copy.deepcopy(self.transformer)
         self.transformer.requires_grad_(True)
-
-    def _adamw(self) -> torch.optim.AdamW:
-        train = self.settings.config.train
-        return torch.optim.AdamW(
-            self.trainable,
-            lr=train.learning_rate,
-            betas=(train.adam_beta1, train.adam_beta2),
-            weight_decay=train.adam_weight_decay,
-            eps=train.adam_epsilon,
-            fused=True if self.device.type == "cuda" else None,  # one kernel instead of a dozen
-        )
 
     # --- averaged weights --------------------------------------------------------------------------------
 

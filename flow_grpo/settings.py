@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -20,6 +21,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method, method_of
+from flow_grpo.models import hub
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
 from flow_grpo.models.lora_files import read_lora
 from flow_grpo.models.lora_places import check_lora_targets, match, modules_of, transformer_shapes
@@ -27,10 +29,13 @@ from flow_grpo.models.pipeline_files import (
     check_pipeline,
     check_skip,
     expected_family,
+    fetch_pipeline,
     image_sides,
     takes_distilled_guidance,
     takes_guidance,
+    whole_folder,
 )
+from flow_grpo.models.registry import ATTENTIONS, UNMASKED
 from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
@@ -83,13 +88,15 @@ def image_size(config: ConfigDict | FrozenConfigDict) -> tuple[int, int]:
     return config.height or config.resolution, config.width or config.resolution
 
 
-def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
+def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = False) -> Settings:
     """Check everything that can be checked before a model loads, and derive the batch arithmetic.
 
     Args:
         config: every key of config/base.py.
         num_processes: processes that were started.
         cuda: whether they run on GPUs.
+        fetch: models of the hub are looked for there, and their small files fetched to be checked as a folder's are;
+            else nobody is asked, and only what is in the hub's cache is checked.
 
     Raises:
         ConfigError: for the first mistake found.
@@ -97,10 +104,10 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     config = _with_paths_in_full(config)
     _check_values(config)
     find_announced(config)
-    choose_lora_targets(config)
     _check_launch(config, num_processes, cuda)
     _check_sharding(config)
     _check_compile(config)
+    _check_optimizer(config)
     validate_rewards(config)
     _check_sampler(config)
     check_method(config)
@@ -113,11 +120,6 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     _check_schedule(config, plan)
     if config.shaping.kind in DIFFERENTIABLE:
         _check_whole_groups(config, plan)
-    _check_model(config)
-    _check_attention(config)
-    _check_guidance(config)
-    _check_start(config)
-    _check_scorers(config)
     _check_shaping(config)
     _check_gate(config)
     _check_composition(config)
@@ -126,8 +128,17 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool) -> Settings:
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
     check_guards(config)
-    if config.resume_from:
-        check_resume(config, checkpoint_to_resume(config.resume_from))
+    checkpoint = checkpoint_to_resume(config.resume_from) if config.resume_from else None
+    check_checkpoint("config.pretrained.model", config.pretrained.model)
+    if fetch:  # once nothing else is wrong: the hub may take its time
+        _fetch(config)
+    choose_lora_targets(config)
+    _check_model(config)
+    _check_attention(config)
+    _check_start(config)
+    _check_scorers(config)
+    if checkpoint is not None:
+        check_resume(config, checkpoint)
     return Settings(FrozenConfigDict(config), plan, num_processes)
 
 
@@ -181,7 +192,7 @@ def _with_paths_in_full(config: ConfigDict) -> ConfigDict:
 def choose_lora_targets(config: ConfigDict) -> None:
     """Where none are named, those of the model's family."""
     if not config.lora.target_modules:
-        family = expected_family(find(config.pretrained.model))
+        family = expected_family(config.pretrained.model, config.pretrained.revision)
         with config.unlocked():
             config.lora.target_modules = family.lora_targets
 
@@ -218,6 +229,22 @@ def _check_sharding(config: ConfigDict) -> None:
 def _check_compile(config: ConfigDict) -> None:
     if config.compile == "on" and (reason := _against_compiling(config)):
         raise ConfigError(f'config.compile = "on" {reason}, or config.compile = "off".')
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    """8 bits need their package, and whole weights: an absmax is of 256 values, which a cut would go through."""
+    if config.train.optimizer != "adamw_8bit":
+        return
+    if config.sharding == "full":
+        raise ConfigError(
+            'config.train.optimizer = "adamw_8bit" is not for weights that config.sharding = "full" cuts into parts; '
+            'it takes "adamw", whose moments are cut with them, or config.sharding = "none".'
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            'config.train.optimizer = "adamw_8bit" needs bitsandbytes, which is not installed: `pip install '
+            "'flow-matching-entropy[8bit]'`; without it, it takes \"adamw\"."
+        )
 
 
 def _against_compiling(config: ConfigDict | FrozenConfigDict) -> str:
@@ -317,10 +344,11 @@ def _check_schedule(config: ConfigDict, plan: BatchPlan) -> None:
             f"{name} falls until the last update, which config.num_epochs = {config.num_epochs} does not tell of a run "
             "that the clock ends; it takes config.train.lr_total_steps, or fewer epochs."
         )
-    elif train.lr_warmup_steps >= (total := _total_updates(config, plan)):
+    total = _total_updates(config, plan)
+    if train.lr_warmup_steps >= max(total, 1):
         raise ConfigError(
-            f"config.train.lr_warmup_steps = {train.lr_warmup_steps} does not end before the schedule's {total} "
-            "updates (config.train.lr_total_steps, or those of config.num_epochs); it takes fewer."
+            f"config.train.lr_warmup_steps = {train.lr_warmup_steps} does not end before the {total} updates of "
+            f"config.{'train.lr_total_steps' if train.lr_total_steps else 'num_epochs'}; it takes fewer."
         )
     if train.lr_scheduler != "cosine_with_restarts":
         takes_only(config, "train.lr_num_cycles", 1, f'is of "cosine_with_restarts", not of {name}')
@@ -350,21 +378,37 @@ def _check_offload(config: ConfigDict) -> None:
 # --- files ----------------------------------------------------------------------------------------------
 
 
+def _fetch(config: ConfigDict) -> None:
+    """The small files of models of the hub; ConfigError for one that is neither there nor in its cache."""
+    pretrained = config.pretrained
+    fetch_pipeline(pretrained.model, pretrained.revision, pretrained.skip)
+    for key, model, _, file in _scorers(config):
+        hub.require(f"config.{key} = ", model, file)
+
+
 def _check_model(config: ConfigDict) -> None:
-    """The model is a hub id, or a folder with a pipeline of a known family that can make images of this size."""
-    check_checkpoint("config.pretrained.model", config.pretrained.model)
-    model = Path(find(config.pretrained.model))
-    check_skip(model, config.pretrained.skip)
-    if model.is_dir():
-        check_pipeline(model, config.pretrained.skip)
-        if config.use_lora and (shapes := transformer_shapes(model)):
-            check_lora_targets(modules_of(shapes), config.lora.target_modules)
-    if config.pretrained.vae_checkpointing and not expected_family(str(model)).vae_checkpoints:
+    """The model is a pipeline of a known family that can make images of this size, as far as its files are here."""
+    pretrained = config.pretrained
+    check_skip(pretrained.model, pretrained.skip, pretrained.revision)
+    if pretrained.vae_checkpointing and not expected_family(pretrained.model, pretrained.revision).vae_checkpoints:
         raise ConfigError(
-            f"config.pretrained.vae_checkpointing = True: the VAE of {config.pretrained.model} keeps its activations; "
-            "it takes False."
+            f"config.pretrained.vae_checkpointing = True: the VAE of {pretrained.model} keeps its activations; it "
+            "takes False."
         )
-    pixels, largest = image_sides(model)
+    folder = hub.folder_of(pretrained.model, pretrained.revision)
+    if folder is None:
+        return
+    whole = whole_folder(pretrained.model, pretrained.revision, pretrained.skip) is not None
+    with hub.told_by_id(pretrained.model, folder):
+        check_pipeline(folder, pretrained.skip, whole)
+        if config.use_lora and whole and (shapes := transformer_shapes(folder)):
+            check_lora_targets(modules_of(shapes), config.lora.target_modules)
+        _check_sides(config, folder)
+        _check_guidance(config, folder)
+
+
+def _check_sides(config: ConfigDict, folder: Path) -> None:
+    pixels, largest = image_sides(folder)
     for side, pixels_along in zip(("height", "width"), image_size(config), strict=True):
         if pixels_along % pixels or pixels_along > largest:
             limit = "" if largest == math.inf else f", at most {largest}"
@@ -376,22 +420,29 @@ def _check_model(config: ConfigDict) -> None:
 
 def _check_attention(config: ConfigDict) -> None:
     """The family's attention can be computed in another way, where one is asked for."""
-    chosen, family = config.pretrained.attention, expected_family(find(config.pretrained.model))
+    pretrained = config.pretrained
+    chosen, family = pretrained.attention, expected_family(pretrained.model, pretrained.revision)
     if chosen and not family.attention:
         raise ConfigError(
             f"config.pretrained.attention = {chosen!r} has no effect on {family.words}, whose attention is torch's; it "
             'takes "".'
         )
+    if chosen in UNMASKED and family.masks:
+        others = ", ".join(f'"{name}"' for name in ATTENTIONS if name not in UNMASKED)
+        raise ConfigError(
+            f"config.pretrained.attention = {chosen!r} takes no mask, which {family.words} has for prompts of "
+            f"different lengths; it takes {others}."
+        )
 
 
-def _check_guidance(config: ConfigDict) -> None:
+def _check_guidance(config: ConfigDict, folder: Path) -> None:
     """A distilled pipeline draws without classifier-free guidance, and others take no scale as an input."""
-    if not takes_distilled_guidance(find(config.pretrained.model)):
+    if not takes_distilled_guidance(folder):
         takes_only(
             config, "pretrained.distilled_guidance", KEYS["pretrained.distilled_guidance"].default,
             f"is no input of {config.pretrained.model}",
         )  # fmt: skip
-    if takes_guidance(find(config.pretrained.model)):
+    if takes_guidance(folder):
         return
     for key, value in leaves(config):
         if key.endswith(".guidance_scale") and value != 1:
@@ -401,7 +452,7 @@ def _check_guidance(config: ConfigDict) -> None:
 
 
 def _check_start(config: ConfigDict) -> None:
-    """The LoRA that is merged into the model can be read, and is of this transformer, where that is a folder."""
+    """The LoRA that is merged into the model can be read, and is of this transformer, where that is here."""
     if not config.pretrained.lora:
         return
     path = Path(find(config.pretrained.lora))
@@ -411,22 +462,34 @@ def _check_start(config: ConfigDict) -> None:
             "folder of a LoRA."
         )
     try:
-        file, shapes = read_lora(path), transformer_shapes(Path(find(config.pretrained.model)))
-        if shapes:
+        pretrained = config.pretrained
+        file, folder = read_lora(path), whole_folder(pretrained.model, pretrained.revision, pretrained.skip)
+        if folder is not None and (shapes := transformer_shapes(folder)):
             match(file, shapes)
     except ConfigError as error:
         raise ConfigError(f"config.pretrained.lora: {error}") from None
 
 
 def _check_scorers(config: ConfigDict) -> None:
-    """The folders of the rewards' models, of the judge, and of the extractor of features, are whole."""
-    models = checkpoints_in_use(config)
-    models += [("eval.judge", config.eval.judge)] if config.eval.judge else []
-    for key, model in models:
+    """The folders of the models that look at images are whole."""
+    for key, model, needs, _ in _scorers(config):
+        if os.path.isdir(found := find(model)):
+            check_files(Path(found), f"config.{key}: ", needs)
+
+
+def _scorers(config: ConfigDict) -> list[tuple[str, str, Needs, str]]:
+    """The models that look at images: key, model, what a folder of it needs, and a file that it has on the hub."""
+    models: list[tuple[str, str, Needs, str]] = []
+    for key, model in checkpoints_in_use(config):
         spec = spec_of_key(key)
-        _check_folder(key, model, spec.needs if spec else CLIP_NEEDS)
+        models.append((key, model, spec.needs, spec.hub_file))
+    if config.eval.judge:
+        models.append(("eval.judge", config.eval.judge, CLIP_NEEDS, hub.SETTINGS))
     if config.eval_diversity and config.diversity.extractor != "open_clip":
-        _check_folder("diversity.model", config.diversity.model, MODEL_NEEDS)
+        models.append(("diversity.model", config.diversity.model, MODEL_NEEDS, hub.SETTINGS))
+    if config.shaping.kind in FEATURES and config.shaping.extractor not in ("pixels", "open_clip"):
+        models.append(("shaping.model", config.shaping.model, MODEL_NEEDS, hub.SETTINGS))
+    return models
 
 
 def _check_shaping(config: ConfigDict) -> None:
@@ -553,7 +616,6 @@ def _check_encoder(config: ConfigDict) -> None:
         return
     if extractor != "open_clip":
         check_checkpoint("config.shaping.model", model)
-        _check_folder("shaping.model", model, MODEL_NEEDS)
     others = [*checkpoints_in_use(config), ("eval.judge", config.eval.judge)]
     others += [("diversity.model", config.diversity.model)] if config.eval_diversity else []
     for key, other in others:
@@ -562,12 +624,6 @@ def _check_encoder(config: ConfigDict) -> None:
                 f"config.shaping.model = {model!r} is also config.{key}, by which the run is rewarded or measured; it "
                 'takes another encoder, or "" with config.shaping.extractor = "pixels".'
             )
-
-
-def _check_folder(key: str, model: str, needs: Needs) -> None:
-    """A folder has what it needs; a hub id is asked for when the processes start."""
-    if os.path.isdir(found := find(model)):
-        check_files(Path(found), f"config.{key}: ", needs)
 
 
 def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:

@@ -57,6 +57,11 @@ class PromptEmbeds:
         embeds, pooled, mask = (None if column[0] is None else torch.cat(column) for column in columns)
         return PromptEmbeds(embeds, pooled, mask, negatives)  # type: ignore[arg-type]
 
+    def padded(self, multiple: int) -> PromptEmbeds:
+        """The same prompts, of a length that is a multiple of so many tokens; as it is where there is no mask."""
+        length = self.prompt_embeds.shape[1]
+        return self._padded(length + -length % multiple)
+
     def _padded(self, length: int) -> PromptEmbeds:
         missing = length - self.prompt_embeds.shape[1]
         if not missing or self.mask is None:

@@ -25,6 +25,7 @@ from flow_grpo.training.performance import flops_per_evaluation
 from flow_grpo.training.state import collect, gathered
 
 EPOCHS = 2
+OTHER_FAMILIES = ("flux", "qwen_image")
 
 
 # --- what is trained ------------------------------------------------------------------------------------
@@ -51,12 +52,19 @@ def averaged(config: ConfigDict) -> None:
     config.forward.old, config.forward.old_decay, config.forward.old_decay_ramp = "ema", 0.5, 0.0
 
 
+def of_family(config: ConfigDict) -> None:
+    """GRPO under guidance on another family's model, an image each."""
+    config.sample.guidance_scale, config.sample.num_steps, config.max_sequence_length = 2.0, 2, 64
+    config.sample.groups_per_epoch = 1
+
+
 Change = Callable[[ConfigDict], None]
 TRAININGS: dict[str, tuple[str, Change]] = {
     "guided": ("drtune", guided),
     "full": ("grpo", full),
     "uneven": ("grpo", uneven),
     "averaged": ("nft", averaged),
+    **dict.fromkeys(OTHER_FAMILIES, ("grpo", of_family)),
 }
 
 
@@ -87,6 +95,8 @@ def configuration(name: str, models: str, logdir: str, run_name: str) -> ConfigD
     config = get_config(f"tiny_{method}")
     config.logdir, config.run_name, config.trackers = logdir, run_name, ()
     config.pretrained.model, config.reward_model.pickscore = f"{models}/sd3", f"{models}/clip"
+    if name in OTHER_FAMILIES:
+        config.pretrained.model = f"{models}/{name}"
     config.prompts.train = config.prompts.test = f"{models}/prompts.txt"
     config.eval.judge, config.eval.modes, config.eval_diversity = "", "", False
     config.eval.num_prompts, config.eval.num_image_per_prompt, config.eval.batch_size = 1, 7, 1

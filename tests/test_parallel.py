@@ -11,17 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel_worker import BROKEN, TRAININGS
+from tests.models.families import CASES
+from tests.parallel_worker import BROKEN, OTHER_FAMILIES, TRAININGS
 from tests.test_processes import run_worker
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 ROUNDING = 2e-6  # of weights that have moved by 1e-3
+OF_FAMILIES = 1e-5  # in guidance of other families: AdamW divides by gradients that are nearly 0
 
 
 @pytest.fixture(scope="module")
 def found(random_models, tmp_path_factory) -> dict[tuple[str, str], dict[str, Any]]:
     """By training and sharding, or broken twin; a process that waits for ever ends in a timeout."""
-    file = run_worker(3, WORKER, random_models, tmp_path_factory.mktemp("parallel") / "found.pt")
+    folder = tmp_path_factory.mktemp("parallel")
+    for case in CASES:
+        case.build().save_pretrained(folder / "models" / case.name)
+    for name in ("clip", "prompts.txt"):
+        (folder / "models" / name).symlink_to(random_models / name)
+    file = run_worker(3, WORKER, folder / "models", folder / "found.pt")
     return torch.load(file, weights_only=True)
 
 
@@ -37,7 +44,7 @@ def test_sharded_and_replicated_trainings_end_with_the_same_weights_and_metrics(
     replicated, sharded = found[name, "none"], found[name, "full"]
     moved = [v for k, v in replicated["tensors"].items() if k.startswith("weights.") and ".lora_B." in k]
     assert name == "full" or max(value.abs().max().item() for value in moved) > 5e-4
-    assert distance(replicated, sharded) < ROUNDING
+    assert distance(replicated, sharded) < (OF_FAMILIES if name in OTHER_FAMILIES else ROUNDING)
     assert sharded["metrics"] == pytest.approx(replicated["metrics"], rel=1e-3, abs=1e-5)
 
 

@@ -28,16 +28,30 @@ GRID = [
 ]
 
 
+STUB_WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a file of no tensors
+STUB_TOKENIZER = '{"added_tokens": []}'
+
+
 def write_model(folder: Path) -> str:
-    """The JSON files of a pipeline with the shape of the tiny SD3."""
+    """A pipeline with the shape of the tiny SD3, without T5; its weights and vocabularies are stubs."""
     files = {
-        "model_index.json": {"_class_name": "StableDiffusion3Pipeline"},
+        "scheduler/scheduler_config.json": {},
         "transformer/config.json": {"patch_size": 2, "pos_embed_max_size": 16},
         "vae/config.json": {"block_out_channels": [16, 32, 64]},
+        "text_encoder/config.json": {},
+        "text_encoder_2/config.json": {},
+        "tokenizer/tokenizer_config.json": {"model_max_length": 77},
+        "tokenizer_2/tokenizer_config.json": {"model_max_length": 77},
     }
+    parts = {Path(name).parts[0]: ["library", "Class"] for name in files}
+    parts["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    files["model_index.json"] = {"_class_name": "StableDiffusion3Pipeline", **parts}
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content))
+    for part in parts:
+        (folder / part / "model.safetensors").write_bytes(STUB_WEIGHTS)
+        (folder / part / "tokenizer.json").write_text(STUB_TOKENIZER)
     return str(folder)
 
 
@@ -49,8 +63,8 @@ def config(tmp_path: Path) -> ConfigDict:
     clip = tmp_path / "clip"
     clip.mkdir()
     for name in ("config.json", "preprocessor_config.json", "tokenizer.json"):
-        (clip / name).write_text('{"added_tokens": []}')
-    (clip / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        (clip / name).write_text(STUB_TOKENIZER)
+    (clip / "model.safetensors").write_bytes(STUB_WEIGHTS)
     config.reward_model.pickscore = config.reward_model.clipscore = config.eval.judge = str(clip)
     config.reward_fn.pickscore = 1.0
     for name in ("train", "test"):
@@ -243,6 +257,7 @@ ODE_FORMS = ("ode_step", "ode_path")
 COMBINATIONS = [
     ({"sharding": "half"}, ["sharding", "half", "none", "full"]),
     ({"sharding": "full", "train.ratio": "ode_step"}, ["train.ratio", "ode_step", "sharding", "cfm", "none"]),
+    ({"sharding": "full", "train.optimizer": "adamw_8bit"}, ["train.optimizer", "adamw_8bit", "sharding", '"none"']),
     ({"mixed_precision": "fp16"}, ["mixed_precision", "fp16", "GPU", "bf16"]),
     ({"num_processes": 2}, ["num_processes = 2", "but 1 started", "torchrun"]),
     ({"sample.sde_type": "ode"}, ['sde_type = "ode"', "log-probability", '"sde"']),
@@ -295,7 +310,15 @@ COMBINATIONS = [
     ),
     (
         {"train.lr_scheduler": "linear", "train.lr_warmup_steps": 20, "num_epochs": 10},
-        ["lr_warmup_steps = 20", "20 updates", "lr_total_steps", "num_epochs"],
+        ["lr_warmup_steps = 20", "20 updates", "num_epochs"],
+    ),
+    (
+        {"train.lr_scheduler": "constant_with_warmup", "train.lr_warmup_steps": 20, "num_epochs": 10},
+        ["lr_warmup_steps = 20", "20 updates", "num_epochs"],
+    ),
+    (
+        {"train.lr_scheduler": "cosine", "train.lr_warmup_steps": 7, "train.lr_total_steps": 7},
+        ["lr_warmup_steps = 7", "7 updates", "lr_total_steps"],
     ),
     ({"train.lr_scheduler": "linear", "train.lr_num_cycles": 2}, ["lr_num_cycles = 2", "restarts", "takes 1"]),
     ({"train.lr_scheduler": "linear", "train.lr_power": 2.0}, ["lr_power = 2.0", "polynomial", "takes 1.0"]),
@@ -305,7 +328,6 @@ COMBINATIONS = [
     ({"eval.rewards": ("clipscor",)}, ["eval.rewards", "clipscore"]),
     ({"resolution": 36}, ["resolution = 36", "multiple of 8", "at most 128"]),
     ({"resolution": 136}, ["resolution = 136", "at most 128"]),
-    ({"resolution": 24 * 11, "pretrained.model": "org/name"}, ["resolution = 264", "multiple of 16"]),
     ({"eval.num_prompts": 4}, ["eval.num_prompts = 4", "3 prompts", "1 to 3"]),
     ({"eval.modes": "nowhere.json"}, ["eval.modes", "nowhere.json"]),
     ({"pretrained.model": "assets/nowhere"}, ["pretrained.model", "assets/nowhere", "directory"]),
@@ -489,6 +511,14 @@ def test_what_can_work_is_accepted(config, changes):
 def test_fp16_is_refused_where_weights_are_sharded(config):
     with pytest.raises(ConfigError, match=r"config\.mixed_precision = \"fp16\" .* config\.sharding = \"full\" .*bf16"):
         resolved(config, {"mixed_precision": "fp16", "sharding": "full"}, cuda=True)
+
+
+def test_8_bits_without_their_package_are_refused_and_the_extra_is_named(config, monkeypatch):
+    monkeypatch.setattr("flow_grpo.settings.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        resolved(config, {"train.optimizer": "adamw_8bit"})
+    for part in ('config.train.optimizer = "adamw_8bit"', "bitsandbytes", "'flow-matching-entropy[8bit]'", '"adamw"'):
+        assert part in sentence(error)
 
 
 def test_fp16_is_accepted_on_a_gpu(config):

@@ -143,7 +143,7 @@ def configure(
     elif allow_changes:
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
     if check:
-        resolve(config, read_launcher().num_processes, cuda=True)
+        resolve(config, read_launcher().num_processes, cuda=True, fetch=True)
         check_read(config, changes)
         if os.environ.get("RANK", "0") == "0":  # others may find the folder that this one has just made
             check_name(config)

@@ -4,8 +4,9 @@ fme sample logs/RUN "a red sneaker" -n 8           by its newest checkpoint, wit
 fme sample LORA "a red sneaker" --base MODEL       a LoRA of any trainer on a pipeline
 fme sample MODEL "a red sneaker"                   a pipeline: folder or hub id
 
-Precision, size, steps, guidance and negative prompt (the settings', not that of a line of a prompt file) are the run's,
-or else the pipeline's. Image s of one seed has the same noise with every model. Nothing is overwritten.
+Precision, size, steps, guidance and negative prompt are the run's, or else the pipeline's; a prompt with a negative one
+of its own, in the run's prompt files, is led away from that. Image s of one seed has the same noise with every model.
+Nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{thing.text} holds images; `fme check` looks at them, and a model is needed to draw.")
     if not prompt or (fault := text_fault(prompt)):
         raise ConfigError(f"the prompt {'is empty' if not prompt else fault}.")
-    options = replace(options_of(arguments), measured=False)
+    options = replace(options_of(arguments), measured=False, prompt=prompt)
     with told_as_given(options), new_folder(arguments.out, PLACE / thing.name) as out:
         look = look_at(thing, None, options)
         from flow_grpo.inspection.comparison import draw_prompt  # torch, once the input is known to be good

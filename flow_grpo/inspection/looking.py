@@ -20,11 +20,12 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
 from flow_grpo.messages import say
-from flow_grpo.models.files import check_on_hub
+from flow_grpo.models import hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
-from flow_grpo.models.pipeline_files import expected_family, takes_guidance, vae_factor
+from flow_grpo.models.pipeline_files import family_of, fetch_pipeline, takes_guidance, vae_factor, whole_folder
 from flow_grpo.paths import find
+from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes import sd3
 from flow_grpo.recipes.base import declare, get_config, leaves
 from flow_grpo.rewards.chosen import known_rewards, split_models
@@ -41,7 +42,6 @@ from flow_grpo.settings import image_size, resolve
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
          "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "reward_files.",
          "reward_ensemble", "eval.", "diversity.", "targets.")  # fmt: skip
-HUB_SIDE = 1024  # pixels, as diffusers' pipelines draw
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
@@ -85,6 +85,7 @@ class Options:
     batch_size: int | None = None
     ema: bool = False
     measured: bool = True  # False: nothing is, and neither features, reward nor judge are asked for
+    prompt: str = ""  # that is drawn, where nothing is measured
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,13 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     """
     values = _values_of(thing)
     config = _config(thing, values, options)
+    guidance = config.eval.guidance_scale if options.guidance is None else options.guidance
+    if values is not None and options.prompt and options.negative is None and guidance != 1:
+        config.negative_prompt = _own_negative(values, options.prompt, config.negative_prompt)
     _set_options(config, options)
     _settle_negative(config, options)
     rewarded = _set_reward(config, values, options)
-    resolve(config, 1, cuda=True)
+    resolve(config, 1, cuda=True, fetch=True)
     model = _model_of(thing, config, options)
     _check_loras(model)
     base = _base_of(thing, against, model, config, options)
@@ -168,7 +172,7 @@ def _base_of(
         theirs.resolution, theirs.height, theirs.width = config.resolution, config.height, config.width
     _settle_negative(theirs, options)
     _set_reward(theirs, values, options)
-    resolve(theirs, 1, cuda=True)
+    resolve(theirs, 1, cuda=True, fetch=True)
     base = _model_of(against, theirs, Options(ema=options.ema))
     _check_loras(base)
     return (base,)
@@ -190,7 +194,7 @@ def folder_config(options: Options, side: int) -> tuple[ConfigDict, bool]:
         set_features(config, options.features)
     check_features(config, side)
     rewarded = _set_reward(config, None, options, side)
-    resolve(config, 1, cuda=True)
+    resolve(config, 1, cuda=True, fetch=True)
     return config, rewarded
 
 
@@ -229,28 +233,27 @@ def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) ->
 
 def _foreign(pipeline: str) -> ConfigDict:
     """As the pipeline itself draws; as the tiny SD3 is drawn where it is that small."""
-    if not os.path.isdir(find(pipeline)):
-        check_on_hub(pipeline, INDEX)
+    fetch_pipeline(pipeline, subject="")
+    folder = hub.folder_of(pipeline)
+    assert folder is not None, "it was fetched"
     config = get_config()
     config.pretrained.model, config.eval.judge = pipeline, ""
     config.eval.modes = ""
-    config.resolution = _side_of(find(pipeline))
+    with hub.told_by_id(pipeline, folder):
+        config.resolution, family, guided = _side_of(folder), family_of(folder), takes_guidance(folder)
     if config.resolution > SMALL:
-        family, guided = expected_family(find(pipeline)), takes_guidance(find(pipeline))
         config.eval.num_steps, config.eval.guidance_scale = family.num_steps, family.guidance_scale if guided else 1.0
         config.max_sequence_length, config.eval.batch_size = family.max_sequence_length, LARGE_BATCH
     return config
 
 
-def _side_of(folder: str) -> int:
+def _side_of(folder: Path) -> int:
     """The images' side in pixels."""
-    if not os.path.isdir(folder):
-        return HUB_SIDE
-    transformer = read_object(Path(folder, "transformer/config.json"), "config.pretrained.model: ")
+    transformer = read_object(folder / "transformer/config.json", "config.pretrained.model: ")
     side = transformer.get("sample_size", 128)
     if type(side) is not int or side < 1:
         raise ConfigError(f"{folder}/transformer/config.json says sample_size: {side!r:.60}, not a whole number.")
-    return vae_factor(Path(folder)) * side
+    return vae_factor(folder) * side
 
 
 def _set_options(config: ConfigDict, options: Options) -> None:
@@ -290,6 +293,17 @@ def _settle_negative(config: ConfigDict, options: Options) -> None:
             "another number than 1."
         )
     config.negative_prompt = ""
+
+
+def _own_negative(values: Mapping[str, Any], prompt: str, default: str) -> str:
+    """That of a prompt's own line in the prompt files of a run, as far as they are still there; else the default."""
+    for key in ("prompts.train", "prompts.test", "prompts.eval_diversity"):
+        path = str(values.get(key, ""))
+        if not os.path.exists(find(path)):
+            say(f"{path!r}, config.{key} of the run, is not here: the negative prompts of its lines are not known.")
+        elif prompt in (negatives := PromptDataset.load(path).negatives):
+            return negatives[prompt]
+    return default
 
 
 def set_features(config: ConfigDict, text: str) -> None:
@@ -436,8 +450,9 @@ def _with_loras(name: str, loras: tuple[Path, ...]) -> str:
 
 
 def _check_loras(model: Model) -> None:
-    """Each fits the pipeline, where that is a folder; the hub's is known when it is loaded."""
-    shapes = transformer_shapes(Path(find(model.pipeline)))
+    """Each fits the pipeline, where that is here; one that is still to be fetched is known when it is loaded."""
+    folder = whole_folder(model.pipeline, model.revision, model.skip) if model.loras else None
+    shapes = {} if folder is None else transformer_shapes(folder)
     for path in model.loras if shapes else ():
         try:
             match(read_lora(path), shapes)

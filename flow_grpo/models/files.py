@@ -1,4 +1,4 @@
-"""Whether a model can be loaded: a folder, told from its small files and the headers of its weights, or one of the hub.
+"""Whether a model's folder can be loaded, told from its small files and the headers of its weights.
 
 No model loads for it. What is not found here is found when the model loads: see `LOADING_ERRORS`.
 """
@@ -29,7 +29,6 @@ LOADING_ERRORS = (
     SafetensorError,
 )
 
-HUB_SECONDS = 10.0  # to wait for an answer
 # What a folder needs: of each group, one.
 Needs = Sequence[Sequence[str]]
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -57,6 +56,11 @@ SETTINGS = {  # files that are JSON objects, with a key that they cannot do with
 }
 
 
+def small(needs: Needs) -> list[str]:
+    """The files among them that are fetched before a model of the hub loads: those that have one name."""
+    return [names[0] for names in needs if len(names) == 1]
+
+
 def check_files(folder: Path, subject: str, needs: Needs) -> None:
     """ConfigError, beginning with `subject`, if a file that is needed is not there, or one that is there is damaged."""
     for names in needs:
@@ -72,23 +76,6 @@ def check_files(folder: Path, subject: str, needs: Needs) -> None:
 def first_line(error: BaseException) -> str:
     """What a library says of the first thing that is wrong."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def check_on_hub(model: str, file: str, revision: str = "", subject: str = "") -> None:
-    """What is no folder is on the hub, or in its cache: ask once for a small file that every such model has.
-
-    Raises:
-        ConfigError: it is not, or the hub does not answer; `subject` begins the sentence.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache  # models are mostly folders
-
-    try:
-        if not isinstance(try_to_load_from_cache(model, file, revision=revision or None), str):
-            get_hf_file_metadata(hf_hub_url(model, file, revision=revision or None), timeout=HUB_SECONDS)
-    except Exception as error:  # also those of the HTTP library below
-        raise ConfigError(
-            f"{subject}{model!r} is no folder here, and cannot be fetched from the hub: {first_line(error)}"
-        ) from error
 
 
 def _check_header(path: Path, subject: str) -> None:

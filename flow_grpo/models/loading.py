@@ -16,11 +16,12 @@ from flow_grpo import places
 from flow_grpo.errors import ConfigError
 from flow_grpo.models.base import ModelFamily
 from flow_grpo.models.files import LOADING_ERRORS, first_line
-from flow_grpo.models.pipeline_files import check_scheduler, family_of
+from flow_grpo.models.pipeline_files import check_scheduler, expected_family, family_of, pipeline_index
 from flow_grpo.models.registry import Family
 from flow_grpo.paths import find
 
 DTYPES = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MARK = "prompt"  # a prompt, to be found in its chat
 NETWORKS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")  # the parts that have weights
 
 
@@ -51,7 +52,8 @@ def load_model(pretrained: Any, precision: str) -> ModelFamily:
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             folder = find(model)
             if not os.path.isdir(folder):
-                nothing: dict[str, Any] = dict.fromkeys(pretrained.skip)
+                without = expected_family(model, pretrained.revision).without(pretrained.skip)
+                nothing: dict[str, Any] = dict.fromkeys(without)
                 folder = diffusers.DiffusionPipeline.download(folder, revision=pretrained.revision or None, **nothing)
             family = family_of(Path(folder))
             words = family.words
@@ -69,6 +71,36 @@ def load_model(pretrained: Any, precision: str) -> ModelFamily:
         _choose_attention(pipeline.transformer, pretrained.attention)
     check_scheduler(pipeline.scheduler.config, type(pipeline.scheduler).__name__)
     return class_of(family)(pipeline, pretrained.distilled_guidance)
+
+
+def check_prompt_length(model: str, folder: Path, length: int) -> None:
+    """A chat template's words before the prompt leave some of the `length` tokens that a text encoder is given.
+
+    Args:
+        model: what the tokenizer is loaded from: a folder, or a hub id whose small files are in `folder`.
+
+    Raises:
+        ConfigError: they do not, or there is no such tokenizer.
+    """
+    family = family_of(folder)
+    if family.chat is None:
+        return
+    library, kind = pipeline_index(folder)["tokenizer"]
+    place = {} if os.path.isdir(find(model)) else {"revision": folder.name}
+    try:
+        tokenizer = getattr(import_module(library), kind).from_pretrained(find(model), subfolder="tokenizer", **place)
+        chat = [{"role": "user", "content": MARK}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **family.chat)
+        before = len(tokenizer(text.partition(MARK)[0])["input_ids"])
+    except LOADING_ERRORS as error:
+        raise ConfigError(
+            f"config.pretrained.model = {model!r} has a tokenizer that cannot be used: {first_line(error)}"
+        ) from error
+    if length <= before:
+        raise ConfigError(
+            f"config.max_sequence_length = {length} leaves nothing of a prompt, which {family.words} reads after "
+            f"{before} tokens of its chat template; it takes at least {before + 1}."
+        )
 
 
 def _choose_attention(transformer: Any, name: str) -> None:

@@ -1,4 +1,7 @@
-"""Whether the folder of a pipeline fits the code of its family, told from its small files. Torch is not imported."""
+"""Whether a pipeline fits the code of its family, told from its small files. Torch is not imported.
+
+Of a hub id these are fetched first, into the hub's cache: `fetch_pipeline`.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from typing import Any
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
-from flow_grpo.models.files import PART_NEEDS, Needs, check_files
+from flow_grpo.models import hub
+from flow_grpo.models.files import PART_NEEDS, WEIGHTS, Needs, check_files, small
+from flow_grpo.models.hub import INDEX
 from flow_grpo.models.registry import FAMILIES, Family, published_family
+from flow_grpo.paths import find
 from flow_grpo.rules import (
     FINITE,
     POSITIVE,
@@ -26,8 +32,8 @@ from flow_grpo.rules import (
     whole,
 )
 
-INDEX = "model_index.json"
-PIPELINE = "config.pretrained.model: "  # what sentences about its files begin with
+KEY = "config.pretrained.model"
+PIPELINE = f"{KEY}: "  # what sentences about its files begin with
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effect, or are the scheduler's to check
     "num_train_timesteps": only(1000, "1000, in which the pipelines count time"),
@@ -41,6 +47,7 @@ SCHEDULER_RULES: Mapping[str, Rule] = {  # of a pipeline's; others have no effec
     "shift_terminal": or_null(number("a number from 0 to below 1", lambda x: 0 <= x < 1)),
     "time_shift_type": choice("exponential", "linear"),
 }
+NONE = [None, None]  # in the index: a part that is missing
 DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shifting
     "base_shift": FINITE,
     "max_shift": FINITE,
@@ -49,28 +56,60 @@ DYNAMIC_SHIFT_RULES: Mapping[str, Rule] = {  # besides, with use_dynamic_shiftin
 }
 
 
-def check_pipeline(model: Path, skip: Sequence[str] = ()) -> None:
-    """The folder is a pipeline's of a known family, with all the parts it names, whole, and a scheduler that is ours.
+def fetch_pipeline(model: str, revision: str = "", skip: Sequence[str] = (), subject: str = f"{KEY} = ") -> None:
+    """Have the small files of a hub id in the hub's cache, but for parts in `skip`; nobody is asked for a whole one.
+
+    Raises:
+        ConfigError: it is neither on the hub nor, whole, in its cache, begun by `subject`; or of no known family.
+    """
+    if whole_folder(model, revision, skip) is not None:
+        return
+    folder = hub.fetch(subject, model, revision)
+    with hub.told_by_id(model, folder):
+        needs = _needs(folder, skip)
+    hub.fetch_more(subject, model, folder, [f"{name}/{file}" for name in needs for file in small(needs[name])])
+
+
+def whole_folder(model: str, revision: str = "", skip: Sequence[str] = ()) -> Path | None:
+    """A pipeline's folder, or that of the hub's cache, where that has all that loads, and not the small files alone."""
+    folder = hub.folder_of(model, revision)
+    if folder is None or os.path.isdir(find(model)):
+        return folder
+    with hub.told_by_id(model, folder):
+        needs = _needs(folder, skip)
+    files = all((folder / name / file).is_file() for name in needs for file in small(needs[name]))
+    weights = (hub.has_weights(folder / name) for name in needs if WEIGHTS in needs[name])
+    return folder if files and all(weights) else None
+
+
+def _needs(folder: Path, skip: Sequence[str]) -> dict[str, Needs]:
+    """Of each part that loads, the files."""
+    family, index = family_of(folder), pipeline_index(folder)
+    names = [name for name in family.parts if name not in family.without(skip) and index.get(name, NONE) != NONE]
+    return {name: PART_NEEDS[name.split("_")[0]] for name in names}
+
+
+def check_pipeline(model: Path, skip: Sequence[str] = (), whole: bool = True) -> None:
+    """The folder is a pipeline's of a known family, with all the parts it takes, and a scheduler that is ours.
 
     Args:
         skip: text encoders that are done without, as `check_skip` allows.
+        whole: every file is looked for; else, of a hub id, the small ones.
 
     Raises:
         ConfigError: for the first thing that is not so.
     """
-    family = family_of(model)
-    index = {name: part for name, part in pipeline_index(model).items() if name not in family.without(skip)}
-    for name, part in index.items():
-        if (needs := PART_NEEDS.get(name.split("_")[0])) is not None:
-            _check_part(model, name, part, needs, family)
+    family, index = family_of(model), pipeline_index(model)
+    without = family.without(skip)
+    for name in family.parts:
+        if name not in without:
+            _check_part(model, name, index.get(name, NONE), family, whole)
     for tokenizer, encoder in family.clips.items():
-        if tokenizer in index:
-            _check_length(model, tokenizer, encoder)
+        _check_length(model, tokenizer, encoder)
     for encoder, tokenizer in family.optional.items():
-        if not index.get(tokenizer, [None])[0] and index.get(encoder, [None])[0]:
+        if encoder not in without and not index.get(tokenizer, NONE)[0] and index.get(encoder, NONE)[0]:
             raise ConfigError(f"{PIPELINE}{model} has a {encoder} without a {tokenizer}.")
-    if "scheduler" in index:
-        check_scheduler(read_object(model / "scheduler/scheduler_config.json", PIPELINE), index["scheduler"][1])
+    check_scheduler(read_object(model / "scheduler/scheduler_config.json", PIPELINE), index["scheduler"][1])
     _check_latents(model, family)
 
 
@@ -84,9 +123,9 @@ def family_of(model: Path) -> Family:
     return FAMILIES[kind]
 
 
-def check_skip(model: Path, skip: Sequence[str]) -> None:
+def check_skip(model: str, skip: Sequence[str], revision: str = "") -> None:
     """ConfigError for a name that is none of the text encoders which a family can do without."""
-    family = expected_family(str(model))
+    family = expected_family(model, revision)
     for name in skip:
         if name not in family.optional:
             others = " or ".join(map(repr, family.optional)) or "none"
@@ -96,53 +135,30 @@ def check_skip(model: Path, skip: Sequence[str]) -> None:
             )
 
 
-def expected_family(model: str) -> Family:
-    """The family of a folder; of a hub id whose index is in the cache, or which is known; else SD3.
+def expected_family(model: str, revision: str = "") -> Family:
+    """The family of a folder, or of a hub id; of one that `fetch_pipeline` was not asked for, by its name, or SD3.
 
     Raises:
-        ConfigError: the folder's, or the index's, class is of none.
+        ConfigError: the class in its index is of none.
     """
-    folder = _known_folder(model)
+    folder = hub.folder_of(model, revision)
     return published_family(model) if folder is None else family_of(folder)
 
 
-def takes_guidance(model: str) -> bool:
-    """Whether classifier-free guidance has an effect; True of a hub id whose index is not in the cache."""
-    folder = _known_folder(model)
-    if folder is None:
-        return True
+def takes_guidance(folder: Path) -> bool:
+    """Whether classifier-free guidance has an effect."""
     key = family_of(folder).unguided_key
     return not (key and pipeline_index(folder).get(key))
 
 
-def takes_distilled_guidance(model: str) -> bool:
-    """Whether the transformer of a folder, or of a hub id as far as it is known, takes a guidance scale as an input."""
-    key, folder = expected_family(model).guidance_key, Path(model)
-    if not key or not folder.is_dir():
-        return bool(key)
-    return _setting(folder / "transformer/config.json", key, YES_OR_NO, default=False)
-
-
-def _known_folder(model: str) -> Path | None:
-    """The folder of a pipeline, or the one in the cache with the index of a hub id."""
-    from huggingface_hub import try_to_load_from_cache  # models are mostly folders
-
-    if os.path.isdir(model):
-        return Path(model)
-    try:
-        index = try_to_load_from_cache(model, INDEX)
-    except (OSError, ValueError):  # no name that the hub or the disk could have
-        return None
-    return Path(index).parent if isinstance(index, str) else None
+def takes_distilled_guidance(folder: Path) -> bool:
+    """Whether the transformer takes a guidance scale as an input."""
+    key = family_of(folder).guidance_key
+    return bool(key) and _setting(folder / "transformer/config.json", key, YES_OR_NO, default=False)
 
 
 def image_sides(model: Path) -> tuple[int, float]:
-    """Images have sides that are multiples of the first number of pixels, and at most the second.
-
-    Of a hub id, whose files are not here, what its family's published models have.
-    """
-    if not model.is_dir():
-        return expected_family(str(model)).pixels_per_token, math.inf
+    """Images have sides that are multiples of the first number of pixels, and at most the second."""
     pixels, key = pixels_per_token(model), family_of(model).side_key
     if not key:
         return pixels, math.inf
@@ -193,12 +209,12 @@ def _setting(path: Path, key: str, rule: Rule, default: Any) -> Any:
 
 def pipeline_index(model: Path) -> dict[str, Any]:
     """What model_index.json says: the class of the pipeline, and name: [library, class] of its parts."""
-    if not os.path.lexists(model / "model_index.json"):
+    if not os.path.lexists(model / INDEX):
         raise ConfigError(
             f"config.pretrained.model = {str(model)!r} has no model_index.json; it takes the folder of a "
             f"{' or '.join(FAMILIES)}."
         )
-    return read_object(model / "model_index.json", PIPELINE)
+    return read_object(model / INDEX, PIPELINE)
 
 
 def _check_length(model: Path, tokenizer: str, encoder: str) -> None:
@@ -207,12 +223,13 @@ def _check_length(model: Path, tokenizer: str, encoder: str) -> None:
     _setting(model / tokenizer / "tokenizer_config.json", "model_max_length", whole(1, longest), default=None)
 
 
-def _check_part(model: Path, name: str, part: Any, needs: Needs, family: Family) -> None:
+def _check_part(model: Path, name: str, part: Any, family: Family, whole: bool) -> None:
     """One entry of model_index.json: [library, class], or [null, null] for none."""
-    if not (isinstance(part, list) and len(part) == 2 and (part == [None, None] or all(map(is_text, part)))):
-        raise ConfigError(f"{PIPELINE}{model / 'model_index.json'} says {name!r}: {part!r:.200}; it takes two texts.")
-    if part != [None, None]:
-        check_files(model / name, PIPELINE, needs)
+    if not (isinstance(part, list) and len(part) == 2 and (part == NONE or all(map(is_text, part)))):
+        raise ConfigError(f"{PIPELINE}{model / INDEX} says {name!r}: {part!r:.200}; it takes two texts.")
+    if part != NONE:
+        needs = PART_NEEDS[name.split("_")[0]]
+        check_files(model / name, PIPELINE, needs if whole else [[file] for file in small(needs)])
     elif name not in (*family.optional, *family.optional.values()):
         others = f"only {family.optional_words} may be missing" if family.optional else "no part may be missing"
         raise ConfigError(f"{PIPELINE}{model} has no {name}; {others}.")

@@ -22,6 +22,7 @@ class PromptEncoder:
         dtype: of the embeddings.
         kept: prompts whose embeddings are kept.
         offload: between uses the encoders, and always the embeddings that are kept, are in main memory.
+        multiple: of tokens, to which prompts with a mask are padded.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class PromptEncoder:
         dtype: torch.dtype,
         kept: int,
         offload: bool,
+        multiple: int = 1,
     ) -> None:
         self._family, self._device, self._offload = family, device, offload
-        self._max_sequence_length, self._dtype = max_sequence_length, dtype
+        self._max_sequence_length, self._dtype, self._multiple = max_sequence_length, dtype, multiple
         self._here, self._inside = not offload, False
         self._encode_one = lru_cache(maxsize=kept)(self._encode_uncached)
         for encoder in self._encoders() if offload else ():
@@ -61,7 +63,7 @@ class PromptEncoder:
     def _encode_uncached(self, prompt: str) -> PromptEmbeds:
         with self._encoders_here():
             self._bring()
-            embeds = self._family.encode(prompt, self._max_sequence_length).to(self._dtype)
+            embeds = self._family.encode(prompt, self._max_sequence_length).to(self._dtype).padded(self._multiple)
         return embeds.to(device=torch.device("cpu")) if self._offload else embeds
 
     @contextmanager

@@ -16,6 +16,8 @@ ATTENTIONS = (
     "", "native", "_native_math", "_native_flash", "_native_efficient", "_native_cudnn", "flash", "_flash_3",
     "xformers",
 )  # fmt: skip
+UNMASKED = ("_native_flash", "flash", "_flash_3")  # of those, what takes no mask
+TEXT_PARTS = ("text_encoder", "tokenizer")
 CHANNELS = each(whole(1), "a list of one or more whole numbers", low=1)
 
 
@@ -38,9 +40,9 @@ class Family:
     words: str  # what its pipelines are called in a sentence
     pipeline: str  # diffusers' class, as model_index.json names it
     place: str  # "module:attribute" of the ModelFamily, imported when a model loads
-    pixels_per_token: int  # of a hub id: the VAE's factor times the side of a token in latents
     lora_targets: tuple[str, ...]  # ends of names of modules, where the configuration names none
     published: tuple[str, ...] = ()  # beginnings of the hub ids of its models
+    encoders: int = 1  # text encoders, each with its tokenizer
     clips: Mapping[str, str] = field(default_factory=dict)  # tokenizer -> its CLIP text encoder
     optional: Mapping[str, str] = field(default_factory=dict)  # text encoder that may be missing -> its tokenizer
     optional_words: str = ""  # the same in words
@@ -60,13 +62,21 @@ class Family:
     max_sequence_length: int = 256
     vae_checkpoints: bool = True  # whether diffusers' VAE can run its decoder again in the backward pass
     guidance_key: str = ""  # of the transformer: whether it takes a guidance scale as an input; empty: it takes none
+    chat: Mapping[str, Any] | None = None  # arguments of the chat template, whose words max_sequence_length counts
     unguided_key: str = ""  # of model_index.json: true where classifier-free guidance has no effect; empty: nowhere
     attention: bool = True  # whether its attention can be computed by another library than torch
+    masks: bool = False  # whether its attention has a mask, as prompts differ in length
     fixed: Mapping[str, Rule] = field(default_factory=dict)  # settings of the transformer that its pipeline needs so
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What its pipelines are made of."""
+        numbered = [f"{part}{f'_{i}' if i else ''}" for i in (0, *range(2, self.encoders + 1)) for part in TEXT_PARTS]
+        return ("scheduler", "transformer", "vae", *numbered)
 
     def without(self, skip: Sequence[str]) -> set[str]:
         """The parts that are not read without these text encoders: they and their tokenizers."""
-        return {*skip, *(self.optional[encoder] for encoder in skip)}
+        return {*skip, *(self.optional[encoder] for encoder in skip if encoder in self.optional)}
 
 
 SD3 = Family(
@@ -74,8 +84,8 @@ SD3 = Family(
     published=("stabilityai/stable-diffusion-3",),
     pipeline="StableDiffusion3Pipeline",
     place="flow_grpo.models.sd3:SD3",
-    pixels_per_token=16,
     lora_targets=BOTH_STREAMS,
+    encoders=3,
     clips={"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"},
     optional={"text_encoder_3": "tokenizer_3"},
     optional_words="the T5, text_encoder_3,",
@@ -88,8 +98,8 @@ FLUX = Family(
     published=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.1-Krea"),
     pipeline="FluxPipeline",
     place="flow_grpo.models.flux:Flux",
-    pixels_per_token=16,
     lora_targets=BOTH_STREAMS,  # the single blocks' queries, keys and values among them
+    encoders=2,
     clips={"tokenizer": "text_encoder"},
     packing=2,
     token_side=2,
@@ -103,7 +113,6 @@ FLUX2_KLEIN = Family(
     published=("black-forest-labs/FLUX.2-klein",),
     pipeline="Flux2KleinPipeline",
     place="flow_grpo.models.flux2_klein:Flux2Klein",
-    pixels_per_token=16,
     lora_targets=(*BOTH_STREAMS, "attn.to_qkv_mlp_proj"),  # the last, of the single blocks
     packing=2,
     token_side=2,
@@ -111,6 +120,7 @@ FLUX2_KLEIN = Family(
     num_steps=50,
     guidance_scale=4.0,
     max_sequence_length=512,
+    chat={"enable_thinking": False},
     unguided_key="is_distilled",
 )
 
@@ -119,7 +129,6 @@ QWEN_IMAGE = Family(
     published=("Qwen/Qwen-Image",),
     pipeline="QwenImagePipeline",
     place="flow_grpo.models.qwen_image:QwenImage",
-    pixels_per_token=16,
     lora_targets=(  # Flow-GRPO's
         *BOTH_STREAMS,
         "img_mlp.net.0.proj",
@@ -137,6 +146,7 @@ QWEN_IMAGE = Family(
     channels_key="z_dim",
     scale_keys=(),
     per_channel={"latents_mean": FINITE, "latents_std": POSITIVE},
+    masks=True,
     num_steps=50,
     guidance_scale=4.0,
     vae_checkpoints=False,
@@ -154,12 +164,13 @@ Z_IMAGE = Family(
     published=("Tongyi-MAI/Z-Image",),
     pipeline="ZImagePipeline",
     place="flow_grpo.models.z_image:ZImage",
-    pixels_per_token=16,
     lora_targets=("attention.to_k", "attention.to_out.0", "attention.to_q", "attention.to_v"),  # of diffusers' example
     token_side=2,
+    masks=True,
     num_steps=50,
     guidance_scale=6.0,  # the stock one, 5, plus 1
     max_sequence_length=512,
+    chat={"enable_thinking": True},
     fixed={
         "all_patch_size": only([2], "[2], the side of its tokens"),
         "all_f_patch_size": only([1], "[1], as an image is one frame"),
@@ -170,5 +181,5 @@ FAMILIES: dict[str, Family] = {family.pipeline: family for family in (SD3, FLUX,
 
 
 def published_family(model: str) -> Family:
-    """That of a hub id whose index is not here: by its name, or SD3."""
+    """That of a hub id whose index is not here, and was not asked for: by its name, or SD3."""
     return next((family for family in FAMILIES.values() if model.startswith(family.published)), SD3)

@@ -361,6 +361,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         ),
         Key("train.lr_num_cycles", 1, whole(1), '"cosine_with_restarts": falls from the full rate to 0'),
         Key("train.lr_power", 1.0, POSITIVE, '"polynomial": of the fall'),
+        Key(
+            "train.optimizer",
+            "adamw",
+            choice("adamw", "adamw_8bit"),
+            '"adamw", or "adamw_8bit": moments of 2 bytes a weight instead of 8, by bitsandbytes, the extra "8bit"',
+        ),
         Key("train.adam_beta1", 0.9, BELOW_ONE, "AdamW: decay of the gradient's average"),
         Key("train.adam_beta2", 0.999, BELOW_ONE, "AdamW: decay of the average of its square"),
         Key("train.adam_weight_decay", 1e-4, number("a number from 0 to 1", lambda x: 0 <= x <= 1), "AdamW: decoupled"),
@@ -575,6 +581,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
 # Keys that had another name: it, the present one, and what each former value is now. Runs of before are read by it.
 RENAMED: Mapping[str, tuple[str, Mapping[Any, Any]]] = {
     "train.global_std": ("train.advantage_std", {False: "group", True: "batch"}),
+    "train.use_8bit_adam": ("train.optimizer", {False: "adamw", True: "adamw_8bit"}),  # Flow-GRPO's
 }
 
 KEYS: dict[str, Key] = {key.name: key for keys in SECTIONS.values() for key in keys}

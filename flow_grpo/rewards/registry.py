@@ -172,7 +172,6 @@ REWARDS: dict[str, RewardSpec] = {
 }
 
 
-def spec_of_key(key: str) -> RewardSpec | None:
-    """The reward whose model a setting names, as "reward_model.hpsv2" does; None for another setting."""
-    group, _, name = key.partition(".")
-    return REWARDS[name] if group == "reward_model" else None
+def spec_of_key(key: str) -> RewardSpec:
+    """The registered reward whose model the setting "reward_model.NAME" names."""
+    return REWARDS[key.partition(".")[2]]

@@ -12,8 +12,9 @@ from pathlib import Path
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.files import read_object, sha256
+from flow_grpo.models.hub import INDEX
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
-from flow_grpo.models.pipeline_files import INDEX, family_of
+from flow_grpo.models.pipeline_files import family_of, whole_folder
 from flow_grpo.paths import find
 from flow_grpo.runs.saved import checkpoint_state
 
@@ -24,7 +25,7 @@ NOT_CONTENT = "scheduler"  # settings of the sampler, not of the weights
 def base_digest(pretrained: ConfigDict | FrozenConfigDict) -> str | None:
     """SHA-256 over the files of a pipeline's parts, and of the LoRA that is merged into it.
 
-    None for a hub's model that is not in its cache. Large files of that cache are links to names that are their
+    None for a hub's model that is not whole in its cache. Large files of that cache are links to names that are their
     digests: those are not read, nor are the parts that `config.pretrained.skip` leaves out.
 
     Args:
@@ -33,15 +34,9 @@ def base_digest(pretrained: ConfigDict | FrozenConfigDict) -> str | None:
     Raises:
         ConfigError: a file cannot be read.
     """
-    model, revision = pretrained.model, pretrained.revision
-    folder = Path(find(model))
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, INDEX, revision=revision or None)
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
+    folder = whole_folder(pretrained.model, pretrained.revision, pretrained.skip)
+    if folder is None:
+        return None
     files = _files(folder, pretrained.skip)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(_digest, files)

@@ -63,6 +63,12 @@ def check_resume(config: ConfigDict, checkpoint: Path) -> None:
             f"config.{key} = {value!r}, but the checkpoint {checkpoint} of config.resume_from was made with "
             f"{made_with!r}; resume with the same."
         )
+    optimizer = state.get("config", {}).get("train", {}).get("optimizer", "adamw")  # of before there was a choice
+    if optimizer != config.train.optimizer:
+        raise ConfigError(
+            f"config.train.optimizer = {config.train.optimizer!r} cannot go on with the moments of the checkpoint "
+            f"{checkpoint} of config.resume_from, which are those of {optimizer!r}; resume with the same."
+        )
     counters = state["counters"]
     epochs, seconds = counters["epoch"], counters["seconds"]
     if epochs > config.num_epochs or (is_over(config, epochs, seconds) and state.get("evaluated", True)):

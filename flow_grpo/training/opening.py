@@ -64,8 +64,9 @@ def open_training(config: ConfigDict) -> Iterator[Training]:
         config = settings.config
         prompts, test_prompts = training_prompts(config), PromptDataset.load(config.prompts.test)
         with Run(settings, accelerator, stop) as run:
-            if said := words.unread_negatives(config):
-                run.tell(said)
+            for said in (words.unread_negatives(config), words.not_sharded(config, settings.num_processes)):
+                if said:
+                    run.tell(said)
             reward = build_reward(config, accelerator.device)
             policy = Policy.load(settings, accelerator)
             evaluators = build_evaluators(policy, reward, settings, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,9 +51,17 @@ def peak_flops(device: torch.device, precision: str) -> float:
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
 
 
-@lru_cache(maxsize=1)
+_FLOPS: WeakKeyDictionary[Policy, float] = WeakKeyDictionary()  # which does not keep a policy in memory
+
+
 def flops_per_evaluation(policy: Policy) -> float:
-    """Of one forward of the network with one image, as torch counts matrix products and attention."""
+    """Of one forward of the network with one image, as torch counts matrix products and attention; counted once."""
+    if policy not in _FLOPS:
+        _FLOPS[policy] = _counted_flops(policy)
+    return _FLOPS[policy]
+
+
+def _counted_flops(policy: Policy) -> float:
     embeds = policy.encode([""])
     x = torch.zeros(1, *policy.latent_shape, device=policy.device)
     before = policy.network_evaluations

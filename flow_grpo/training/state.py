@@ -20,6 +20,7 @@ from torch import Tensor
 from flow_grpo.errors import ConfigError
 from flow_grpo.methods.forward_process import keeps_old
 from flow_grpo.models.files import first_line
+from flow_grpo.optimizers import moment_shape, moments_of, set_moments
 from flow_grpo.policy import Policy
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.saved import CHECKPOINT_STATE, OLD_TENSORS, TENSORS, checkpoint_state
@@ -54,9 +55,9 @@ def collect(policy: Policy, run: Run, evaluated: bool) -> TrainingState:
     tensors = trained_tensors(policy)
     if policy.old is not None:
         tensors |= {f"{OLD}.{name}": value for name, value in zip(policy.named_trainable, policy.old, strict=True)}
-    for number, moments in policy.optimizer.state_dict()["state"].items():
-        name = list(policy.named_trainable)[number]
-        tensors |= {f"{MOMENTS}.{moment}.{name}": torch.as_tensor(value) for moment, value in moments.items()}
+    names = list(policy.named_trainable)
+    for number, moments in moments_of(policy.optimizer).items():
+        tensors |= {f"{MOMENTS}.{moment}.{names[number]}": value for moment, value in moments.items()}
     plain: dict[str, Any] = {"skipped_in_a_row": policy.skipped_in_a_row}
     if run.composition.is_scaled:
         plain["rewards"] = run.composition.state_dict()
@@ -100,7 +101,7 @@ def restore(policy: Policy, run: Run, state: TrainingState, source: str) -> None
         for parameter, value in zip(policy.trainable, weights, strict=True):
             parameter.copy_(value)
     policy.old = None if old_weights is None else [value.to(policy.device, copy=True) for value in old_weights]
-    policy.optimizer.load_state_dict(policy.optimizer.state_dict() | {"state": moments})
+    set_moments(policy.optimizer, moments)
     if policy.ema is not None and average is not None:
         kept = {"decay": policy.ema.decay, "shadow_params": [value.clone() for value in average]}
         policy.ema.load_state_dict({**state.plain["average"], **kept})
@@ -144,7 +145,7 @@ def _moments(policy: Policy, tensors: Mapping[str, Tensor], source: str) -> dict
         if kind != MOMENTS:
             continue
         moment, _, name = rest.partition(".")
-        if name not in names or (value.dim() and value.shape != policy.weights.shape(name)):
+        if name not in names or (value.dim() and value.shape != moment_shape(moment, policy.weights.shape(name))):
             raise ConfigError(f"{source}: {key} does not fit the model.")
         found.setdefault(names[name], {})[moment] = policy.weights.part(name, value) if value.dim() else value
     return found

@@ -26,6 +26,7 @@ UNKNOWN_BASE = "the base model's {diversity} is not known: guard.diversity_floor
 UNREAD_NEGATIVES = (
     "the negative prompts in {path} are not read: without guidance ({key} = 1) there is nothing to lead away from"
 )
+NOT_SHARDED = 'config.sharding = "full" shares the weights among processes, and there is one: it holds them all'
 GO_ON = "go on with `fme train --resume {folder}`"
 BASE, EPOCH = "base model", "epoch {epoch}, {seconds:.0f} s"
 REWARD, REWARD_CHANGE = "reward {reward:.4f}", " ({difference:+.4f} ± {half:.4f})"
@@ -58,6 +59,11 @@ def unread_negatives(config: FrozenConfigDict) -> str:
         if config[kind].guidance_scale == 1 and PromptDataset.load(path).negatives:
             return UNREAD_NEGATIVES.format(path=path, key=f"config.{kind}.guidance_scale")
     return ""
+
+
+def not_sharded(config: FrozenConfigDict, num_processes: int) -> str:
+    """What is said of sharding by one process; empty: there is none, or there are more."""
+    return NOT_SHARDED if config.sharding == "full" and num_processes == 1 else ""
 
 
 def go_on(folder: Path) -> str:

@@ -1,16 +1,21 @@
-"""What an epoch costs beside the bare calls of its network, the least that it can cost: on one core, by the tiny SD3.
+"""What an epoch costs beside the calls of its models, the least that it can cost: on one core, by the tiny SD3.
 
-    python scripts/bench/speed.py                       about half an hour
-    python scripts/bench/speed.py --quick               the cases alone, not against batch and steps: five minutes
+    python scripts/bench/speed.py                       every case, and what the cost depends on
+    python scripts/bench/speed.py --quick               the cases alone, three rounds each
     python scripts/bench/speed.py --against COMMIT      beside another commit, in a worktree of it
+    python scripts/bench/speed.py --gpu                 SD3.5-medium of random weights at 512 pixels, on a GPU
 
-- Seconds are CPU seconds of a process with one thread: what else the machine does hardly counts. An epoch and its bare
-  calls take turns; the ratio is the median over these pairs. A process measures one case; with --against the two trees
-  take turns, too, each measured by this very file.
-- Bare calls: diffusers' transformer with its LoRA, as many images a call, as many calls with and without backward pass
-  as the epoch was counted to make. They decode nothing, score nothing, guide nothing, step nothing, and never compile.
-- An evaluation's bare calls are those of its sampler. Those of the log-densities are a forward and a product with J for
-  each probe.
+- Seconds are CPU seconds of a process with one thread; of several processes, those of the busiest. A case has a process
+  of its own (speed_worker.py), and in each of its rounds everything that is compared is timed once, in turn: an epoch,
+  then the calls of its models alone, then upstream's order of calls. With --against the processes of the two trees take
+  turns, round by round, too; only one computes at a time.
+- A ratio is the median over rounds. Its interval is the range of the rounds, which holds the true median with a
+  probability of 1 - 2^(1 - rounds) where rounds are independent.
+- Calls: network, decoder, rewards and judge, as many as the epoch was counted to make, on batches of the same sizes.
+  They step nothing, draw no noise, update nothing. An evaluation's network calls are those of its sampler; those of the
+  log-densities are a forward and a product with J for each probe.
+- Compiled calls: the whole network by torch.compile, which is at least as quick as the package's, block by block.
+- Upstream: speed_upstream.py says how.
 - A first epoch is left out; of a compiled network, what it takes longer is the compiling, without that of torch's own
   worker processes, or the reading of what torch has kept.
 
@@ -22,249 +27,159 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-if TYPE_CHECKING:
-    from flow_grpo.policy import Policy
+from scripts.bench.speed_cases import ALL, CASES, SCALES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = ROOT / "assets/figures/speed"
-GRPO, NFT, DRTUNE = "tiny_grpo", "tiny_nft", "tiny_drtune"
-ROUNDS, QUICK_ROUNDS = 7, 3
-PROBES = 4  # of a log-density
+ROUNDS, QUICK_ROUNDS = 5, 3
+MARK = "TIMED "  # of a worker's lines that are meant for us; libraries print, too
+
+Round = Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is timed: an epoch of a recipe with changes, or something else of its policy."""
+class Processes:
+    """The worker or workers of a case, with the package of a tree; each waits until it is asked for a round."""
 
-    recipe: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    what: str = "epoch"  # or "evaluation", "entropy"
+    def __init__(self, name: str, tree: Path, alone: bool, place: Path) -> None:
+        self.name, self.tree, count = name, tree, ALL[name].processes
+        command = [sys.executable, str(HERE / "speed_worker.py"), name, *(["--alone"] if alone else [])]
+        packages = place / "packages"  # the bench is of this tree, the package of the other
+        packages.mkdir()
+        for package in ("flow_grpo", "config"):
+            (packages / package).symlink_to(tree / package)
+        (packages / "scripts").symlink_to(ROOT / "scripts")
+        common = os.environ | {"PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
+        if count > 1:
+            common |= {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+            common |= {"MASTER_PORT": str(_free_port()), "SPEED_LOGDIR": str(place)}
+        self._errors = [(place / f"errors-{rank}").open("w+", encoding="utf-8") for rank in range(count)]
+        self._all = [
+            subprocess.Popen(
+                command, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                env=common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
+            )
+            for rank, errors in enumerate(self._errors)
+        ]  # fmt: skip
 
+    def __enter__(self) -> Processes:
+        return self
 
-CASES: Mapping[str, Case] = {
-    "GRPO": Case(GRPO),
-    "GRPO, guided": Case(GRPO, {"sample.guidance_scale": 4.5}),
-    "GRPO, compiled": Case(GRPO, {"compile": "on"}),
-    "NFT": Case(NFT),
-    "NFT, rollout in bf16": Case(NFT, {"forward.rollout": "bf16"}),
-    "DRTune, one pass": Case(DRTUNE),
-    "DRTune, two passes": Case(DRTUNE, {"drtune.two_pass": True}),
-    "log-densities": Case(GRPO, {"entropy.num_probes": PROBES}, "entropy"),
-    "evaluation": Case(GRPO, {}, "evaluation"),
-}
-SCALES: Mapping[str, Case] = {
-    **{f"GRPO, {n} steps": Case(GRPO, {"sample.num_steps": n}) for n in (5, 20)},
-    **{f"GRPO, batches of {n}": Case(GRPO, {"sample.batch_size": n, "train.batch_size": n}) for n in (10, 20, 40)},
-}
+    def __exit__(self, *_: object) -> None:
+        for process in self._all:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process, errors in zip(self._all, self._errors, strict=True):
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            errors.close()
 
+    def told(self) -> dict[str, float] | None:
+        """What the case is; None where the tree does not know one of its settings."""
+        return self._read()
 
-@dataclass(frozen=True)
-class Timed:
-    """One case; seconds are medians."""
+    def round(self) -> dict[str, float]:
+        """One round: seconds by part, of the busiest process."""
+        for process in self._all:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        found = self._read()
+        assert found is not None, "a tree that began knows its settings"
+        return found
 
-    seconds: float  # of what is timed
-    bare: float  # of the same calls of the network alone
-    ratio: float  # of the two, the median over pairs
-    first: float  # of the first time, beyond `seconds`
-    images: int
-    evaluations: int  # forwards of the network, times images
-    trained: int  # those of them with a backward pass
+    def _read(self) -> dict[str, float] | None:
+        from flow_grpo.errors import ConfigError
 
-    @property
-    def images_per_second(self) -> float:
-        """Of what is timed."""
-        return self.images / self.seconds
+        lines = [self._line(process) for process in self._all]
+        if all(lines):
+            every = [json.loads(line) for line in lines]
+            return {key: max(one[key] for one in every) for key in every[0]}
+        self._errors[0].seek(0)
+        end = (self._errors[0].read().strip().splitlines() or ["it said nothing"])[-1]
+        if self.tree != ROOT and end.startswith(("KeyError", "flow_grpo.errors.ConfigError")):
+            return None
+        raise ConfigError(f"{self.name} in {self.tree}: {end}")
 
-
-# --- one case, in a process of its own --------------------------------------------------------------------
-
-
-def measure(case: Case, rounds: int) -> Timed:
-    """Time a case and its bare calls in turn."""
-    with _prepared(case) as (policy, run, bare, images):
-        policy.network_evaluations = policy.trained_evaluations = 0
-        first = _seconds(run)
-        evaluations, trained = policy.network_evaluations, getattr(policy, "trained_evaluations", 0)  # an older tree
-        _seconds(bare)
-        pairs = [(_seconds(run), _seconds(bare)) for _ in range(rounds)]
-    seconds, calls = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratio = statistics.median(one / other for one, other in pairs)
-    return Timed(seconds, calls, ratio, first - seconds, images, evaluations, trained)
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    begin = time.process_time()
-    function()
-    return time.process_time() - begin
-
-
-@contextmanager
-def _prepared(case: Case) -> Iterator[tuple[Policy, Callable[[], object], Callable[[], object], int]]:
-    """The policy; what is timed; the same calls of the network alone, once that has run; how many images it makes."""
-    import torch
-    from accelerate import Accelerator
-
-    from flow_grpo import places
-    from flow_grpo.methods.registry import method_of
-    from flow_grpo.policy import Policy
-    from flow_grpo.prompts import PromptDataset
-    from flow_grpo.recipes.registry import get_config
-    from flow_grpo.rewards.building import build_reward
-    from flow_grpo.runs.run import Run
-    from flow_grpo.settings import resolve
-
-    torch.set_num_threads(1)
-    config = get_config(case.recipe)
-    config.update_from_flattened_dict(dict(case.changes))
-    with tempfile.TemporaryDirectory() as folder:
-        config.logdir, config.run_name, config.trackers = folder, "run", ()
-        settings, accelerator = resolve(config, 1, cuda=False), Accelerator(cpu=True)
-        with Run(settings, accelerator) as run:
-            policy, reward = Policy.load(settings, accelerator), build_reward(settings.config, accelerator.device)
-            prompts = PromptDataset.load(config.prompts.train)
-            if case.what == "epoch":
-                loop = places.load(method_of(settings.config).loop)
-                images = settings.plan.images
-
-                def timed() -> None:
-                    loop(policy, prompts, reward, settings, run)
-                    run.counters.epoch += 1
-
-            elif case.what == "evaluation":
-                from flow_grpo.evaluators.evaluation import evaluate, sample_evaluators
-
-                evaluators = sample_evaluators(reward, settings, policy.device)
-                tested = PromptDataset.load(config.prompts.test)
-                images = len(tested.prompts) * config.eval.num_image_per_prompt
-
-                def timed() -> None:
-                    evaluate(policy, tested, evaluators, settings, run, "eval")
-
-            else:
-                from flow_grpo.evaluators.entropy import prompt_log_densities
-
-                chosen = tuple(prompts.prompts[: config.entropy.num_prompts])
-                images = len(chosen) * config.entropy.num_image_per_prompt
-
-                def timed() -> None:
-                    prompt_log_densities(policy, chosen, run)
-
-            yield policy, timed, _bare_calls(case, policy), images
+    @staticmethod
+    def _line(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(MARK):
+                return line.removeprefix(MARK)
+        return ""
 
 
-def _bare_calls(case: Case, policy: Policy) -> Callable[[], None]:
-    """As many calls of diffusers' transformer as were counted when this first runs, on batches of the case's sizes."""
-    config = policy.settings.config
-    halves = 2 if config.sample.guidance_scale != 1 else 1
-    drawn = config.train.batch_size if config.use_reward_gradient else config.sample.batch_size
-    sizes = {"epoch": drawn, "evaluation": config.eval.batch_size, "entropy": config.entropy.batch_size}
-    without, trained = halves * sizes[case.what], halves * config.train.batch_size
-    inputs = {size: _inputs(policy, size) for size in {without, trained}}
-    eager = getattr(policy, "eager", nullcontext)  # an older tree has none, and compiles nothing
-    counted: list[int] = []
-
-    def calls() -> None:
-        if not counted:
-            kept = getattr(policy, "trained_evaluations", 0)
-            counted.extend((policy.network_evaluations - kept, kept))
-        with eager():
-            if case.what == "entropy":
-                _products(policy, inputs[without], counted[1] // without)
-            else:
-                _forwards(policy, inputs[without], counted[0] // without)
-                _forwards_and_backwards(policy, inputs[trained], counted[1] // trained)
-
-    return calls
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
-def _forwards(policy: Policy, inputs: Mapping[str, Any], count: int) -> None:
-    import torch
+def summary(told: Mapping[str, float], rounds: Sequence[Round], before: Sequence[float] = ()) -> dict[str, Any]:
+    """A case's row: medians of seconds, and the ratios [median, least, most] of the rounds.
 
-    with torch.no_grad():
-        for _ in range(count):
-            policy.transformer(**inputs)
-
-
-def _forwards_and_backwards(policy: Policy, inputs: Mapping[str, Any], count: int) -> None:
-    for _ in range(count):
-        policy.transformer(**inputs)[0].square().mean().backward()
-    policy.optimizer.zero_grad()
-
-
-def _products(policy: Policy, inputs: Mapping[str, Any], count: int) -> None:
-    """One forward and PROBES products with its Jacobian in x each."""
-    import torch
-
-    x = inputs["hidden_states"].detach().requires_grad_()
-    for _ in range(count):
-        v = policy.transformer(**{**inputs, "hidden_states": x})[0]
-        for _ in range(PROBES):
-            torch.autograd.grad(v, x, torch.ones_like(v), retain_graph=True)
-
-
-def _inputs(policy: Policy, size: int) -> dict[str, Any]:
-    """What the tiny SD3's transformer takes, for so many images."""
-    import torch
-
-    embeds = policy.encode(["a sneaker"] * size)
-    return {
-        "hidden_states": torch.randn(size, *policy.latent_shape, generator=torch.Generator().manual_seed(0)),
-        "timestep": torch.full((size,), 500.0),
-        "encoder_hidden_states": embeds.prompt_embeds,
-        "pooled_projections": embeds.pooled_prompt_embeds,
-        "return_dict": False,
+    Args:
+        told: images, evaluations, trained, first.
+        rounds: seconds by part: "seconds" is the epoch's.
+        before: the other tree's, of the same rounds.
+    """
+    found: dict[str, Any] = dict(told)
+    for part in rounds[0]:
+        found[part] = statistics.median(one[part] for one in rounds)
+    found["images_per_second"] = told["images"] / found["seconds"]
+    epochs = [one["seconds"] for one in rounds]
+    beside = {
+        "network": [one["network"] for one in rounds],
+        "calls": [one["network"] + one.get("scoring", 0.0) for one in rounds],
     }
+    if "compiled" in rounds[0]:
+        beside["best"] = [one["compiled"] + one.get("scoring", 0.0) for one in rounds]
+    found["ratios"] = {name: spread(epochs, values) for name, values in beside.items()}
+    if "upstream" in rounds[0]:  # images a second over upstream's
+        found["ratios"]["upstream"] = spread([one["upstream"] for one in rounds], epochs)
+    if before:
+        found["before"] = statistics.median(before)
+        found["ratios"]["before"] = spread(before, epochs)
+    return found
 
 
-# --- all of them ------------------------------------------------------------------------------------------
+def spread(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """[median, least, most] of the ratios pair by pair."""
+    ratios = [one / other for one, other in zip(numerators, denominators, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def measured_by(tree: Path, name: str, rounds: int) -> Timed | None:
-    """A case, timed in a process with the package of a tree; None where that tree does not know one of its settings."""
-    from flow_grpo.errors import ConfigError
-
-    command = [sys.executable, __file__, "--case", name, "--rounds", str(rounds)]
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return Timed(**json.loads(done.stdout.splitlines()[-1]))
-    end = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    if tree != ROOT and end.startswith("KeyError"):
-        return None
-    raise ConfigError(f"{name} in {tree}: {end}")
-
-
-def compare(names: Sequence[str], rounds: int, other: Path | None) -> list[dict[str, Any]]:
-    """A row a case; beside another tree each is timed twice by both, in turn, and the quicker one counts."""
-    rows = []
-    for name in names:
-        trees = [ROOT] if other is None else [ROOT, other, ROOT, other]
-        timed = [measured_by(tree, name, rounds) for tree in trees]
-        here = _quickest(timed[::2] if other else timed)
-        there = _quickest(timed[1::2]) if other else None
-        rows.append({"case": name, "here": here, "other": there})
-        print(f"{name:<24} {json.dumps(here)}", flush=True)
-    return rows
-
-
-def _quickest(found: Sequence[Timed | None]) -> dict[str, Any] | None:
-    known = [one for one in found if one is not None]
-    best = min(known, key=lambda one: one.seconds, default=None)
-    return None if best is None else asdict(best) | {"images_per_second": best.images_per_second}
+def timed(name: str, rounds: int, other: Path | None) -> dict[str, Any]:
+    """The row of a case, beside another tree if there is one."""
+    with ExitStack() as stack:
+        places = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2)]
+        here = stack.enter_context(Processes(name, ROOT, False, places[0]))
+        told = here.told()
+        assert told is not None, "only another tree may lack a setting"
+        there = stack.enter_context(Processes(name, other, True, places[1])) if other is not None else None
+        if there is not None and there.told() is None:
+            there = None
+        mine, theirs = [], []
+        for _ in range(rounds):
+            mine.append(here.round())
+            if there is not None:
+                theirs.append(there.round()["seconds"])
+    return {"case": name, **summary(told, mine, theirs)}
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -273,54 +188,77 @@ def table(results: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=False, keep_trailing_newline=True,
     )  # fmt: skip
-    return environment.get_template("speed.md.j2").render(results=results)
+    return environment.get_template("speed.md.j2").render(results=results, ratio=_ratio, certain=_certain)
+
+
+def _ratio(row: Mapping[str, Any], name: str) -> str:
+    """Of a cell."""
+    if name not in row["ratios"]:
+        return "-"
+    median, least, most = row["ratios"][name]
+    return f"{median:.2f} ({least:.2f} to {most:.2f})"
+
+
+def _certain(rounds: int) -> str:
+    return f"{100 * (1 - 2 ** (1 - rounds)):.0f} %"
 
 
 def main() -> int:
-    """Time all cases, or one in this process."""
+    """Time all cases, or write the table of what was timed again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds of the cases alone")
     parser.add_argument("--against", metavar="COMMIT", default="", help="time this commit, too")
-    parser.add_argument("--only", nargs="+", metavar="CASE", choices=[*CASES, *SCALES], default=[])
-    parser.add_argument("--rounds", type=int, default=0, help=f"pairs of a case (default: {ROUNDS})")
+    parser.add_argument("--only", nargs="+", metavar="CASE", choices=list(ALL), default=[])
+    parser.add_argument("--rounds", type=int, default=0, help=f"of a case (default: {ROUNDS})")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--case", choices=[*CASES, *SCALES], help=argparse.SUPPRESS)  # what a process is asked for
+    parser.add_argument("--table", action="store_true", help="only write table.md again, from results.json")
+    parser.add_argument("--gpu", action="store_true", help="SD3.5-medium on a GPU instead, into gpu.json")
     arguments = parser.parse_args()
-    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-    if arguments.case:
-        print(json.dumps(asdict(measure({**CASES, **SCALES}[arguments.case], rounds))))
-        return 0
-    write(arguments, rounds)
+    from flow_grpo.commands.cli import one_sentence_errors
+
+    with one_sentence_errors():
+        if arguments.gpu:
+            from scripts.bench.speed_gpu import write as write_gpu
+
+            write_gpu(arguments.out)
+        elif not arguments.table:
+            write(arguments)
+        if not arguments.gpu:
+            results = json.loads((arguments.out / "results.json").read_text(encoding="utf-8"))
+            (arguments.out / "table.md").write_text(table(results), encoding="utf-8")
     return 0
 
 
 def _command(arguments: argparse.Namespace) -> str:
     """What makes the results again, wherever they are written."""
     against = f" --against {arguments.against}" if arguments.against else ""
+    rounds = f" --rounds {arguments.rounds}" if arguments.rounds else ""
     only = "".join(f" {name!r}" for name in arguments.only)
-    return f"python scripts/bench/speed.py{' --quick' * arguments.quick}{against}{' --only' * bool(only)}{only}"
+    return f"python scripts/bench/speed.py{' --quick' * arguments.quick}{against}{rounds}{' --only' * bool(only)}{only}"
 
 
-def write(arguments: argparse.Namespace, rounds: int) -> None:
-    """Time what was asked for, and write results and table."""
-    from flow_grpo.commands.cli import one_sentence_errors
+def write(arguments: argparse.Namespace) -> None:
+    """Time what was asked for, and write the results after every case."""
     from flow_grpo.files import strict_json, write_atomically
     from scripts.bench.golden import worktree
     from scripts.bench.machine import cpu_model
 
+    rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     names = arguments.only or [*CASES, *(() if arguments.quick else SCALES)]
-    load = os.getloadavg()[0]
-    with one_sentence_errors(), tempfile.TemporaryDirectory() as place:
-        tree = worktree(arguments.against, Path(place, "tree")) if arguments.against else nullcontext()
-        with tree as other:
-            rows = compare(names, rounds, other)
-        results = {
-            "machine": cpu_model(), "load": load, "rounds": rounds, "against": arguments.against, "rows": rows,
-            "command": _command(arguments),
-        }  # fmt: skip
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(arguments.out / "results.json", strict_json(results, indent=1) + "\n")
-        write_atomically(arguments.out / "table.md", table(results))
+    results: dict[str, Any] = {
+        "machine": cpu_model(), "load": os.getloadavg()[0], "rounds": rounds, "against": arguments.against,
+        "command": _command(arguments), "rows": [],
+    }  # fmt: skip
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory()), "tree")
+        other = stack.enter_context(worktree(arguments.against, place)) if arguments.against else None
+        for name in names:
+            row = timed(name, rounds, other if ALL[name].before else None)
+            results["rows"].append(row)
+            results["load_after"] = os.getloadavg()[0]
+            print(f"{name:<24} {json.dumps(row)}", flush=True)
+            write_atomically(arguments.out / "results.json", strict_json(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -385,7 +385,9 @@ def test_a_mistake_in_a_setting_is_told_of_its_option(lora, options, capsys, fla
 
 def test_what_is_neither_here_nor_on_the_hub(capsys, monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "'nobody/nothing' is no folder here, and cannot be fetched" in refusal("nobody/nothing", capsys=capsys)
+    assert "'nobody/nothing' is no folder here, is not in the hub's cache, and cannot be fetched" in refusal(
+        "nobody/nothing", capsys=capsys
+    )
 
 
 @pytest.mark.parametrize("out", ["", "made/for/it"])

@@ -58,6 +58,23 @@ def test_a_negative_prompt_is_the_runs_or_the_one_that_is_given(config, build, r
     sample(parts.run.folder, *few, "--guidance", "1", capsys=capsys)  # where the run's has no effect
 
 
+def test_a_prompt_of_the_runs_files_has_the_negative_prompt_of_its_line(config, build, tmp_path, capsys) -> None:
+    config.eval.guidance_scale, config.negative_prompt = 3.0, "a sandal"
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"prompt": "a bag", "negative_prompt": "a boot"}')
+    config.prompts.train = str(path)
+    parts = build(config)
+    Saver(parts.policy, parts.run, parts.settings).save(None)
+    few = (parts.run.folder, "a bag", "-n", "1")
+    (own,), (given,) = sample(*few, capsys=capsys), sample(*few, "--negative", "a boot", capsys=capsys)
+    assert np.array_equal(own, given)
+    path.unlink()
+    assert main(["sample", *map(str, few)]) == 0
+    said = capsys.readouterr()
+    assert "lines.jsonl', config.prompts.train of the run, is not here" in said.err
+    assert not np.array_equal(np.asarray(Image.open(said.out.splitlines()[0])), own)
+
+
 def test_a_negative_prompt_without_guidance_is_one_sentence(random_models, capsys) -> None:
     with pytest.raises(SystemExit):
         main(["sample", str(random_models / "sd3"), "a bag", "--negative", "a boot"])

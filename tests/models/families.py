@@ -18,6 +18,17 @@ from tests.models.tiny_qwen_image import build_qwen_image
 from tests.models.tiny_z_image import build_z_image
 
 
+def negative_texts(pipeline: Any, negatives: list[str], max_sequence_length: int) -> Mapping[str, Any]:
+    """The stock pipeline's arguments for a negative prompt of each image."""
+    return {"negative_prompt": negatives}
+
+
+def negative_embeds(pipeline: Any, negatives: list[str], max_sequence_length: int) -> Mapping[str, Any]:
+    """Of FLUX.2-klein's pipeline, which takes no text."""
+    embeds, _ = pipeline.encode_prompt(negatives, max_sequence_length=max_sequence_length)
+    return {"negative_prompt_embeds": embeds}
+
+
 @dataclass(frozen=True)
 class Case:
     """One family, small enough for tests."""
@@ -26,6 +37,7 @@ class Case:
     build: Callable[[], Any]  # its pipeline, with random weights, the same at every call
     guided: Callable[[float], Mapping[str, Any]]  # our guidance scale, not 1 -> the stock pipeline's arguments
     unguided: Mapping[str, Any] = field(default_factory=dict)  # the same at scale 1
+    away_from: Callable[[Any, list[str], int], Mapping[str, Any]] = negative_texts  # see there
     max_sequence_length: int = 8  # tokens of a prompt, in which the longest of the tests has room
 
 
@@ -69,7 +81,8 @@ def added_guidance(scale: float) -> Mapping[str, Any]:
 CASES = (
     Case("sd3", build_sd3, lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
     Case("flux", shaken(build_flux), true_guidance),
-    Case("flux2_klein", shaken(build_flux2_klein), lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0}),
+    Case("flux2_klein", shaken(build_flux2_klein), lambda scale: {"guidance_scale": scale}, {"guidance_scale": 1.0},
+         away_from=negative_embeds),
     Case("qwen_image", shaken(build_qwen_image), true_guidance, max_sequence_length=32),
     Case("z_image", shaken(build_z_image), added_guidance, {"guidance_scale": 0.0}, max_sequence_length=64),
 )  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -19,7 +21,9 @@ from flow_grpo.evaluators.evaluation import evaluate
 from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.models.loras import load_lora
 from flow_grpo.models.pipeline_files import expected_family
+from flow_grpo.models.registry import UNMASKED
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.settings import resolve
 from flow_grpo.training import checkpoint
 from tests.conftest import by_method
 from tests.lora_writers import keyed, kohya, merge, random_lora, save
@@ -58,10 +62,12 @@ def stock(folder: Path):
     return pipeline
 
 
-def stock_images(pipeline, case: Case, policy, scale: float):
+def stock_images(pipeline, case: Case, policy, scale: float, negatives: list[str] | None = None):
     """Of PROMPTS, from the noise of `draw`, packed as the pipeline itself packs noise."""
     config, (height, width) = policy.settings.config, policy.settings.image_size
-    arguments = case.unguided if scale == 1 else case.guided(scale)
+    arguments = dict(case.unguided if scale == 1 else case.guided(scale))
+    if negatives is not None:
+        arguments |= case.away_from(pipeline, list(negatives), config.max_sequence_length)
     return pipeline(  # Z-Image's writes its template into the list
         prompt=list(PROMPTS), generator=draw(2), num_inference_steps=config.eval.num_steps, height=height, width=width,
         max_sequence_length=config.max_sequence_length, output_type="pt", **arguments,
@@ -88,6 +94,21 @@ def test_images_equal_the_stock_pipelines_from_the_same_noise(small, saved, buil
     assert ours.shape == (2, 3, *size)
     assert (ours - theirs).abs().max() < EXACTLY_AS_STOCK
     assert theirs.std() > 0.01  # there is something to compare
+
+
+def test_images_away_from_negative_prompts_equal_the_stock_pipelines(small, saved, build, tmp_path):
+    """One of the configuration's, and one of a prompt's own line."""
+    case, folder = saved
+    own, lines = "a sandal", [{"prompt": PROMPTS[0]}, {"prompt": PROMPTS[1], "negative_prompt": "a sandal"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    small.prompts.train = small.prompts.test = str(path)
+    small.eval.guidance_scale, small.negative_prompt = 3.0, "a red boot and a bag"
+    policy, pipeline = build(small).policy, stock(folder)
+    ours, theirs = our_images(policy), stock_images(pipeline, case, policy, 3.0, [small.negative_prompt, own])
+    assert (ours - theirs).abs().max() < EXACTLY_AS_STOCK
+    for wrong in ([small.negative_prompt] * 2, [own] * 2, ["", own]):
+        assert (ours - stock_images(pipeline, case, policy, 3.0, wrong)).abs().max() > 1e-3
 
 
 def test_guidance_of_another_scale_gives_other_images(small, saved, build):
@@ -290,7 +311,9 @@ def test_a_lora_of_another_trainer_is_loaded_whole_and_is_what_it_says(small, bu
     assert (base - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-def test_a_lora_trained_here_gives_the_stock_pipeline_the_same_images(small, saved, build):
+def test_a_lora_trained_here_gives_the_stock_pipeline_and_a_run_that_starts_from_it_the_same_images(
+    small, saved, build
+):
     case, folder = saved
     by_method(small, "drtune")
     small.train.learning_rate, small.eval.guidance_scale = 2e-2, 3.0
@@ -298,12 +321,14 @@ def test_a_lora_trained_here_gives_the_stock_pipeline_the_same_images(small, sav
     for _ in range(2):
         parts.train()
     checkpoint.Saver(parts.policy, parts.run, parts.settings).save(None)
-    pipeline = stock(folder)
+    lora, pipeline = parts.run.folder / "checkpoints/checkpoint-000002/lora", stock(folder)
     base = stock_images(pipeline, case, parts.policy, 3.0)
-    pipeline.load_lora_weights(parts.run.folder / "checkpoints/checkpoint-000002/lora")
+    pipeline.load_lora_weights(lora)
     theirs = stock_images(pipeline, case, parts.policy, 3.0)
     assert (our_images(parts.policy) - theirs).abs().max() < EXACTLY_AS_STOCK
     assert (base - theirs).abs().max() > 1e-3
+    small.pretrained.lora, small.run_name = str(lora), "begun"
+    assert (our_images(build(small).policy) - theirs).abs().max() < EXACTLY_AS_STOCK
 
 
 def test_resumed_equals_unbroken_bit_for_bit(small, build):
@@ -340,6 +365,27 @@ def test_compiled_blocks_give_the_velocity_and_the_gradients_of_the_eager_ones(s
     assert counter.frame_count > 0
 
 
+def test_prompts_of_other_lengths_compile_nothing_anew(small, build, monkeypatch):
+    """Of up to 64 tokens; of up to 32 where the network itself pads to multiples of that, as Z-Image's.
+
+    One more graph is allowed: of prompts that differ in length, which have a mask in some networks.
+    """
+    monkeypatch.setattr("flow_grpo.policy.is_compiled", lambda settings: True)
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr("flow_grpo.policy.Compiled", partial(Compiled, backend=counter))
+    small.sample.batch_size = small.train.batch_size = 2
+    policy = build(small).policy
+    torch._dynamo.reset()
+    x, counts = policy.noise(draw(2)), []
+    with torch.no_grad():
+        for prompts in (PROMPTS, ["a", "a bag"], ["a coat", "a"]):
+            policy.velocity(policy.encode(prompts), 1.0)(x, 0.5)
+            counts.append(counter.frame_count)
+    assert counts[0] > 0
+    assert counts[1] - counts[0] in (0, 1)
+    assert counts[2] == counts[1]
+
+
 def test_the_attention_that_is_asked_for_computes_the_same(small, saved, build):
     case, _ = saved
     if case.name == "sd3":  # its attention is torch's own, with none to choose
@@ -356,6 +402,18 @@ def test_the_attention_that_is_asked_for_computes_the_same(small, saved, build):
         assert {backend.value for backend in chosen} == {"_native_math"}
     finally:
         policy.transformer.reset_attention_backend()  # diffusers keeps it for the whole process, too
+
+
+@pytest.mark.parametrize("name", UNMASKED)
+def test_an_attention_without_masks_is_not_for_families_whose_prompts_differ_in_length(small, saved, name):
+    case, _ = saved
+    small.pretrained.attention = name
+    if case.name in ("flux", "flux2_klein"):
+        resolve(small, 1, cuda=False)
+        return
+    words = "has no effect on" if case.name == "sd3" else f"{name!r} takes no mask, which .* it takes .*native"
+    with pytest.raises(ConfigError, match=words):
+        resolve(small, 1, cuda=False)
 
 
 def test_an_attention_whose_library_is_missing_is_one_sentence(small, saved, build, monkeypatch):

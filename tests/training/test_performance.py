@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -51,20 +54,39 @@ def test_a_backward_pass_counts_once_for_activations_and_once_for_weights_that_a
     assert found["perf/mfu"] == pytest.approx((100 + backward * 40) * flops_per_evaluation(policy) / 2.0 / 1e12)
 
 
-def test_the_flops_of_a_forward_are_those_of_its_products(config, build):
-    """Twice the multiplications of every linear layer, convolution and attention; counted by hand for this network."""
+def products_by_hand(config, tokens: int, words: int) -> int:
+    """Multiplications of one forward of a tiny SD3, without LoRA, whose first block has an attention of its own."""
+    width, patch, blocks = 32, config.in_channels * config.patch_size**2, config.num_layers
+    image = patch * width + width * patch  # embedded, and put out
+    prompt = config.joint_attention_dim * width
+    vectors = 256 * width + config.pooled_projection_dim * width + 2 * width**2 + width * 2 * width  # time, pooled, out
+    attention = 0
+    for block in range(blocks):
+        last, dual = block == blocks - 1, block == 0
+        image += (4 + 8) * width**2 + (4 * width**2 if dual else 0)  # query, key, value, out; a feed-forward of 4
+        prompt += 3 * width**2 if last else (4 + 8) * width**2
+        vectors += ((9 if dual else 6) + (2 if last else 6)) * width**2  # shifts, scales and gates
+        attention += 2 * (tokens + words) ** 2 * width + (2 * tokens**2 * width if dual else 0)
+    return tokens * image + words * prompt + vectors + attention
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_flops_of_a_forward_are_twice_its_multiplications_counted_by_hand(config, build, rank):
+    """32 x 32 pixels are 16 tokens; the CLIPs and the T5 have 8 words each. A LoRA adds two products to a layer."""
+    config.use_lora, config.lora.rank, config.lora.target_modules = rank > 0, rank or 4, ("attn.to_q", "ff.net.2")
     policy = build(config).policy
-    counted = []
-
-    def linear(module, inputs, output):
-        counted.append(2 * inputs[0].shape[:-1].numel() * module.in_features * module.out_features)
-
-    for layer in policy.transformer.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.register_forward_hook(linear)
-    flops = flops_per_evaluation(policy)
+    lora = 2 * 16 * rank * ((32 + 32) + (128 + 32))
+    assert flops_per_evaluation(policy) == 2 * (products_by_hand(policy.transformer.config, tokens=16, words=16) + lora)
     assert policy.network_evaluations == 0
-    assert sum(counted) < flops < 1.5 * sum(counted)
+
+
+def test_what_is_counted_of_a_policy_does_not_keep_it_in_memory(config, build):
+    parts = build(config)
+    assert flops_per_evaluation(parts.policy) == flops_per_evaluation(parts.policy)
+    gone = weakref.ref(parts.policy)
+    del parts.policy
+    gc.collect()
+    assert gone() is None
 
 
 def test_graphs_are_counted_where_there_is_one(config, build):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from flow_grpo.training.words import unread_negatives
+from flow_grpo.training.words import not_sharded, unread_negatives
 
 
 @pytest.mark.parametrize(("trained", "evaluated", "path"), [(1.0, 1.0, "a"), (2.0, 1.0, "b"), (2.0, 2.0, None)])
@@ -30,3 +30,10 @@ def test_a_file_is_named_whose_negative_prompts_nothing_reads(
 
 def test_nothing_is_said_where_no_prompt_has_a_negative_one(config: ConfigDict) -> None:
     assert unread_negatives(config) == ""
+
+
+def test_one_process_is_told_that_it_shares_its_weights_with_none(config: ConfigDict) -> None:
+    assert not_sharded(config, 1) == ""
+    config.sharding = "full"
+    assert not_sharded(config, 1).startswith('config.sharding = "full" ')
+    assert not_sharded(config, 2) == ""
