@@ -81,7 +81,9 @@ def _check_own_names(files: Mapping[str, str]) -> None:
         if name in REWARDS:
             raise ConfigError(f"{subject}: {name} is a reward already; give yours another name.")
         if not NAME.fullmatch(name) or name in RESERVED:
-            raise ConfigError(f"{subject}: {name!r} is no name for a reward; it takes letters, digits and _.")
+            raise ConfigError(
+                f"{subject}: {name!r} is no name for a reward; it takes letters, digits and _, and not total."
+            )
 
 
 def _check_ensemble(config: Any) -> None:

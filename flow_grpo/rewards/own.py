@@ -83,7 +83,7 @@ def _imported(name: str, place: Place) -> Any:
         module = importlib.import_module(place.module) if place.module else _import_file(name, place.file)
         return getattr(module, place.thing)
     except (Exception, SystemExit) as error:  # whatever somebody's file does
-        raise ConfigError(f"config.reward_files.{name}: {failure(error, place.file)}") from error
+        raise ConfigError(f"config.reward_files.{name}: {failure(error, place.file)}.") from error
 
 
 def _import_file(name: str, file: str) -> Any:
@@ -126,7 +126,7 @@ def _made(name: str, place: Place, thing: Any, device: torch.device | str) -> Ca
 
 def _takes_metadata(name: str, place: Place, score: Callable[..., Any]) -> bool:
     try:
-        signature = inspect.signature(score)
+        signature = inspect.signature(score.forward if isinstance(score, torch.nn.Module) else score)
     except (TypeError, ValueError):  # of code in C
         return False
     for number in (3, 2):

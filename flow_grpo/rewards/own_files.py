@@ -28,7 +28,7 @@ SERVERS = ("http://", "https://")
 NAME = re.compile(r"[A-Za-z_]\w*")
 RESERVED = ("total",)  # names of what is logged beside rewards
 PLACES = "FILE.py:THING or package.module:THING"
-MOVED = "the code of a reward is not copied with a run; --reward {name}=FILE.py:THING says where it is now"
+MOVED = "a run keeps no copy of it, and --reward {name}=FILE.py:THING says where it is"
 
 
 @dataclass(frozen=True)
