@@ -49,7 +49,7 @@ from flow_grpo.rewards.chosen import (
 )
 from flow_grpo.rewards.own_files import in_full
 from flow_grpo.rewards.registry import spec_of_key
-from flow_grpo.rules import FILLED, FINITE, NOT_NEGATIVE, TEXT, Rule
+from flow_grpo.rules import FILLED, FINITE, NOT_NEGATIVE, TEXT, Rule, each
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
@@ -158,6 +158,7 @@ READ_BY_KINDS = {
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {
     "reward_fn": FINITE, "reward_model": TEXT, "reward_files": FILLED, "reward_constraint": NOT_NEGATIVE,
+    "reward_range": each(FINITE, "two numbers, as in (0, 1)", 2, 2),
 }  # fmt: skip
 
 

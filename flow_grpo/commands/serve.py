@@ -1,7 +1,7 @@
 """Serve rewards over HTTP, for training that runs elsewhere.
 
-fme serve pickscore clipscore=MODEL                                 NAME, or NAME=MODEL: folder or hub id
-fme train RECIPE --reward mine=http://HOST:8000/score/pickscore     asks this server
+fme serve pickscore clipscore=MODEL mine=FILE.py:THING              as `fme train --reward` takes them
+fme train RECIPE --reward other=http://HOST:8000/score/pickscore    asks this server
 
 Only this machine can reach it unless --host says otherwise. Whoever asks must have the same FME_REWARD_TOKEN in his
 environment, where that variable is set here.
@@ -18,8 +18,10 @@ from ml_collections import ConfigDict
 from flow_grpo.commands.check import check_one_process, whole
 from flow_grpo.errors import ConfigError
 from flow_grpo.messages import say
-from flow_grpo.recipes.base import get_config
+from flow_grpo.recipes.base import declare, get_config
 from flow_grpo.rewards.checks import validate_rewards
+from flow_grpo.rewards.chosen import known_rewards
+from flow_grpo.rewards.own_files import read_option
 from flow_grpo.rewards.registry import REWARDS
 
 TOKEN_VARIABLE = "FME_REWARD_TOKEN"  # the name in rewards/wire.py, which imports torch
@@ -28,7 +30,7 @@ MIB = 2**20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("rewards", nargs="+", metavar="NAME[=MODEL]", help="what to serve; `fme ls rewards`")
+    parser.add_argument("rewards", nargs="+", metavar="NAME[=...]", help="what to serve; `fme ls rewards`")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine)")
     parser.add_argument("--port", type=whole(0), default=8000, help="port (default: 8000; 0: any that is free)")
     parser.add_argument("--device", default="", help="as torch names it (default: cuda where there is one, else cpu)")
@@ -58,14 +60,15 @@ def configuration(arguments: argparse.Namespace) -> ConfigDict:
     config.reward_fn.update(dict.fromkeys(config.reward_fn, 0.0))
     config.reward_dtype = arguments.dtype
     for text in arguments.rewards:
-        name, equals, model = text.partition("=")
-        if name not in REWARDS:
-            raise ConfigError(f"{text} cannot be served; it takes NAME or NAME=MODEL, of {', '.join(REWARDS)}.")
-        if equals and REWARDS[name].scorer is None:
-            raise ConfigError(f"{text} cannot be served: {name} has no model.")
-        config.reward_fn[name] = 1.0
-        if equals:
-            config.reward_model[name] = model
+        asked = read_option(text, REWARDS)
+        if asked.place:
+            declare(config, [f"reward_files.{asked.name}"])
+            config.reward_files[asked.name] = asked.place
+        elif asked.model and REWARDS[asked.name].scorer is None:
+            raise ConfigError(f"{text} cannot be served: {asked.name} has no model.")
+        elif asked.model:
+            config.reward_model[asked.name] = asked.model
+        config.reward_fn[asked.name] = 1.0
     validate_rewards(config)
     return config
 
@@ -85,7 +88,8 @@ def serve(config: ConfigDict, arguments: argparse.Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {arguments.device} cannot be used: {str(error).splitlines()[0]}") from None
     models = build_reward(config, device).models
-    about = {name: {"meaning": REWARDS[name].meaning, "bounds": REWARDS[name].bounds} for name in models}
+    known = known_rewards(config)
+    about = {name: {"meaning": known[name].meaning, "bounds": known[name].bounds} for name in models}
     limits = Limits(arguments.max_body * MIB, arguments.max_batch, arguments.max_queue)
     app = reward_app(models, about, limits, device, os.environ.get(TOKEN_VARIABLE, ""))
     server = uvicorn.Server(

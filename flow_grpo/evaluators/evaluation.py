@@ -64,8 +64,9 @@ def evaluate(
         run.check_stop()
         if run.is_main or evaluator.collective:
             seen = views[evaluator.request or tested]
-            with run.writing(f"what {evaluator.name} keeps of an evaluation"):
+            with run.failing_together(), run.writing(f"what {evaluator.name} keeps of an evaluation"):
                 found.append((seen, evaluator.evaluate(seen)))
+    run.check_stop(ended=True)
     if not run.is_main:
         return Evaluation()
     run.log_image(prefix, image_grid(views[tested], settings.config), run.counters.epoch)

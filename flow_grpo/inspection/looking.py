@@ -41,7 +41,7 @@ from flow_grpo.settings import image_size, resolve
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
          "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "reward_files.",
-         "reward_ensemble", "eval.", "diversity.", "targets.")  # fmt: skip
+         "reward_range.", "reward_ensemble", "eval.", "diversity.", "targets.", "chat.", "remote.")  # fmt: skip
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one

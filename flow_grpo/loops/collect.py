@@ -18,6 +18,7 @@ from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_st
 from flow_grpo.batching import BatchPlan
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
 from flow_grpo.diffusers_patch.velocity import VelocityFn
+from flow_grpo.loops.scores import EpochScores
 from flow_grpo.loops.shaped import (
     densities_of,
     extractor_of,
@@ -33,7 +34,7 @@ from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 from flow_grpo.shaping import density_bonus, disagreement, gate
-from flow_grpo.types import PromptBatch, RewardBatch, Trajectory
+from flow_grpo.types import PromptBatch, Trajectory
 
 # --- prompts --------------------------------------------------------------------------------------------
 
@@ -108,75 +109,39 @@ def sample_images(
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     policy.encode_ahead(batch.prompts)
     extractor = extractor_of(config, policy.device)
-    composition = run.composition
-    trajectories, scored, base, features, densities, held_out = [], [], [], [], [], []
+    scores = EpochScores(reward, config.shaping.gate_rewards, run)
+    trajectories, features, densities = [], [], []
     for chunk in run.progress(chunks, "sampling"):
+        scores.look()
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
         begins = None if starts is None else starts[chunk]
         with run.phase("sampling"), policy.in_precision(precision):
             velocity = policy.velocity(policy.encode(prompts), config.sample.guidance_scale)
             trajectory = _sample(policy, velocity, batch.sample_ids[chunk], settings, epoch, begins, keep_means)
+        metadata, ids = [batch.metadata[i] for i in chunk.tolist()], batch.sample_ids[chunk]
         with run.phase("scoring"), torch.no_grad():
             images = policy.decode(trajectory.final_latents)
-            metadata, ids = [batch.metadata[i] for i in chunk.tolist()], batch.sample_ids[chunk]
-            scores = composition.score(reward, images, prompts, metadata, epoch, ids)
-            if names := config.shaping.gate_rewards:
-                terms = reward.terms(names, images, prompts, metadata)
-                held_out.append(torch.stack([terms[name] for name in names], 1))
-        if composition.rates:
+            scores.begin(images, prompts, metadata, ids)
+        if scores.compares:
             with run.phase("sampling"), policy.in_precision(precision):
                 velocity = policy.reference_velocity(policy.encode(prompts), config.sample.guidance_scale)
                 ends = _sample(policy, velocity, ids, settings, epoch, begins, keep_means=False).final_latents
             with run.phase("scoring"), torch.no_grad():
-                base.append(composition.score(reward, policy.decode(ends), prompts, metadata, epoch, ids))
+                scores.begin(policy.decode(ends), prompts, metadata, ids, of_base=True)
         trajectories.append(trajectory)
-        scored.append(scores)
         if extractor is not None:
             features.append(features_of(extractor, images))
         if config.shaping.kind == "density":
             densities.append(densities_of(policy, prompts, batch.sample_ids[chunk], trajectory, epoch))
-        metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
+    with run.phase("scoring"):
+        scores.settle()
+    run.check_stop(ended=True)
     trajectory, order = Trajectory.cat(trajectories), torch.cat(list(chunks)).argsort().to(policy.device)
     if (order.diff() != 1).any():  # back to that of the sample ids
         trajectory = trajectory[order]
-    found = (torch.cat(part)[order] if part else None for part in (features, densities, held_out))
-    totals = composed(policy, joined(scored, order), joined(base, order) if base else None, run, metrics)
-    return Images(batch, epoch, trajectory, totals, *found)
-
-
-def joined(parts: Sequence[RewardBatch], order: Tensor | None = None) -> RewardBatch:
-    """The rewards of batches put together, and in another order."""
-    chosen = slice(None) if order is None else order
-    terms = {name: torch.cat([part.terms[name] for part in parts])[chosen] for name in parts[0].terms}
-    return RewardBatch(torch.cat([part.total for part in parts])[chosen], terms)
-
-
-def composed(policy: Policy, scores: RewardBatch, base: RewardBatch | None, run: Run, metrics: MeanMetrics) -> Tensor:
-    """Collective: the objective (N,) of this process's images, by scales and multipliers that have seen all of them.
-
-    The spread of every reward is logged, and what it is multiplied by where that changes.
-
-    Args:
-        base: the rewards of the base model's images of the same prompts and noise; None: there is no constraint.
-    """
-    composition, all_terms = run.composition, gathered(policy, scores)
-    metrics.add({f"reward/{name}/std": values.std(correction=0) for name, values in all_terms.items()})
-    if not composition.is_scaled:
-        return scores.total
-    composition.see(all_terms)
-    if base is not None:
-        metrics.add(composition.hold(gathered(policy, base), all_terms))
-    metrics.add({f"reward/{name}/factor": factor for name, factor in composition.factors().items()})
-    return composition.total(scores.terms)
-
-
-def gathered(policy: Policy, scores: RewardBatch) -> dict[str, Tensor]:
-    """Collective: each reward of all processes' images."""
-    if not scores.terms:
-        return {}
-    everywhere = policy.accelerator.gather(torch.stack(list(scores.terms.values()), 1))  # (N, terms)
-    return dict(zip(scores.terms, everywhere.unbind(1), strict=True))
+    found = (torch.cat(part)[order] if part else None for part in (features, densities, scores.held_out))
+    return Images(batch, epoch, trajectory, scores.objective(policy, order, metrics), *found)
 
 
 def _sample(

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.velocity import VelocityFn
-from flow_grpo.loops.collect import composed, epoch_prompts, gathered, joined
+from flow_grpo.loops.collect import epoch_prompts
+from flow_grpo.loops.scores import composed, gathered, joined
 from flow_grpo.loops.shaped import group_diversity
 from flow_grpo.loops.update import apply_update
 from flow_grpo.losses import kl_weight, reward_losses, velocity_kl

@@ -19,7 +19,7 @@ NOT_SETTINGS = ("run_name", "logdir", "project", "trackers", "resume_from")  # o
 SEED = "seed"
 # settings that decide what an evaluation measures: numbers of runs that differ in one cannot be compared
 MEASURE = ("reward_fn.", "reward_model.", "reward_files.", "prompts.test", "prompts.eval_diversity", "resolution",
-           "height", "width", "eval.", "diversity.", "num_seeds", "targets.")  # fmt: skip
+           "height", "width", "eval.", "diversity.", "num_seeds", "targets.", "chat.")  # fmt: skip
 NOT_MEASURE = (
     "eval.ema", "eval.batch_size", "eval.rewards", "eval.num_grid_prompts", "eval.num_grid_images",
     "diversity.batch_size", "diversity.num_draws",

@@ -257,8 +257,14 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key(
             "reward_files",
             {},
-            Rule(lambda value: isinstance(value, dict), "reward_files.NAME, FILE.py:THING or package.module:THING"),
-            "rewards of one's own: where the code of each is; its weight reward_fn.NAME is 1 at first",
+            Rule(lambda value: isinstance(value, dict), "reward_files.NAME, FILE.py:THING, or as --reward takes it"),
+            "rewards of one's own: where the code or the server of each is; its weight reward_fn.NAME is 1 at first",
+        ),
+        Key(
+            "reward_range",
+            {},
+            Rule(lambda value: isinstance(value, dict), "reward_range.NAME, two numbers, as in (0, 1)"),
+            "of one's own rewards: between what they must score two known images when the run begins",
         ),
         Key(
             "reward_ensemble",
@@ -281,6 +287,28 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             number("a number from 0 to 0.5", lambda x: 0 <= x <= 0.5),
             "in training each image is cropped by up to this share of its sides, its colours changed by as much",
         ),
+    ),
+    "rewards that are computed elsewhere: docs/rewards.md": (
+        Key("remote.timeout", 60.0, POSITIVE, "seconds to wait for one answer of a server"),
+        Key("remote.patience", 300.0, POSITIVE, "seconds of failing attempts after which the run is saved and ends"),
+        Key("remote.batch_size", 16, whole(1), "images of one request"),
+        Key("remote.concurrency", 4, whole(1, 256), "requests at once, of each process"),
+        Key("chat.url", "", TEXT, "of the reward chat: a chat interface such as vLLM's, http://HOST:PORT/v1"),
+        Key("chat.model", "", TEXT, "its name there; empty: the first that is served"),
+        Key(
+            "chat.question",
+            "Does this image show: {prompt}? Answer yes or no.",
+            FILLED,
+            "what is asked about each image",
+        ),
+        Key(
+            "chat.answer",
+            "yes",
+            choice("yes", "number"),
+            '"yes": the score is the probability of yes; "number": the last number of the answer / chat.scale',
+        ),
+        Key("chat.scale", 1.0, POSITIVE, "the best number that is answered"),
+        Key("chat.max_tokens", 64, whole(1, 100_000), "of an answer with a number"),
     ),
     "which loop": (
         Key("use_reward_gradient", False, YES_OR_NO, "False: black-box methods such as GRPO; True: DRTune and its kin"),
@@ -602,7 +630,7 @@ def get_config() -> ConfigDict:
 
 
 # Groups that have no members until one is named, and what a member is at first.
-OPEN: Mapping[str, Any] = {"reward_files": "", "reward_constraint": 0.0}
+OPEN: Mapping[str, Any] = {"reward_files": "", "reward_constraint": 0.0, "reward_range": ()}
 
 
 def declare(config: ConfigDict, keys: Iterable[str]) -> None:

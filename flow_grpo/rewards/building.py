@@ -12,21 +12,13 @@ import torch
 from torch import Tensor
 
 from flow_grpo import places
-from flow_grpo.errors import ConfigError, TrainingStopped
+from flow_grpo.errors import ConfigError, RewardFailed, TrainingStopped
 from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.rewards.chosen import checkpoints_of, is_own, reward_names, reward_weights, trained_rewards
-from flow_grpo.rewards.own import OwnReward, load_own
-from flow_grpo.rewards.registry import REWARDS, Metadata, RewardModel, RewardSpec
+from flow_grpo.rewards.own import OwnReward, ask_server, load_own
+from flow_grpo.rewards.own_files import is_server
+from flow_grpo.rewards.registry import REWARDS, Metadata, Pending, RewardModel, RewardSpec, Server
 from flow_grpo.types import RewardBatch
-
-
-class RewardFailed(TrainingStopped):
-    """A reward has raised something."""
-
-    def __init__(self, name: str, what: str, when: str = "") -> None:
-        """`what`: on which prompts' images, where in whose code; `when`: in which batch."""
-        super().__init__(f"the reward {name} failed{when and ' '}{when} {what}; what was saved is intact")
-        self.name, self.what = name, what
 
 
 @contextmanager
@@ -61,7 +53,23 @@ class WeightedReward:
         Raises:
             RewardFailed: one of them raised something.
         """
-        return {name: _scored(name, self.models[name], images, prompts, metadata) for name in names}
+        return self.begin(names, images, prompts, metadata).result()
+
+    def begin(self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Begun:
+        """The same, without waiting for those that a server computes.
+
+        Raises:
+            RewardFailed: another of them raised something.
+        """
+        scores: dict[str, Tensor] = {}
+        pending: dict[str, Pending] = {}
+        for name in sorted(names, key=lambda name: not isinstance(self.models[name], Server)):  # servers first
+            model = self.models[name]
+            if isinstance(model, Server):
+                pending[name] = model.submit(images, prompts, metadata)
+            else:
+                scores[name] = _scored(name, model, images, prompts, metadata)
+        return Begun(tuple(names), scores, pending)
 
     def _score(self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
         if not len(images) == len(prompts) == len(metadata):
@@ -72,6 +80,24 @@ class WeightedReward:
         terms = self.terms(names, images, prompts, metadata)
         total = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum(0)  # (B,)
         return RewardBatch(total, terms)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Rewards of some images, some of which a server may still compute."""
+
+    names: Sequence[str]
+    scores: Mapping[str, Tensor]
+    pending: Mapping[str, Pending]
+
+    def failed(self) -> bool:
+        """Whether one is known to have failed; it does not wait."""
+        return any(pending.failed() for pending in self.pending.values())
+
+    def result(self) -> dict[str, Tensor]:
+        """Wait for all: (B,) each. Raises RewardFailed: there are no scores."""
+        found = {**self.scores, **{name: pending.result() for name, pending in self.pending.items()}}
+        return {name: found[name] for name in self.names}
 
 
 def _scored(name: str, model: RewardModel, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
@@ -129,7 +155,9 @@ def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
 
     models: dict[str, RewardModel] = {}
     for name in reward_names(config):
-        if is_own(config, name):
+        if is_own(config, name) and is_server(config.reward_files[name]):
+            models[name] = ask_server(name, config.reward_files[name], config, device)
+        elif is_own(config, name):
             models[name] = load_own(name, config.reward_files[name], config, device, name in by_gradient)
         else:
             models[name] = _build_model(REWARDS[name], config, scorer)
@@ -138,8 +166,8 @@ def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
 
 def _build_model(spec: RewardSpec, config: Any, scorer: LoadScorer) -> RewardModel:
     factory: Callable[..., RewardModel] = places.load(spec.factory)
-    if spec.option:
-        return factory(attrgetter(spec.option)(config))
+    if spec.options:
+        return factory(*(attrgetter(option)(config) for option in spec.options))
     if spec.scorer is None:
         return factory()
     key = f"config.reward_model.{spec.name}"

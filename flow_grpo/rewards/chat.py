@@ -12,15 +12,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from string import Formatter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
-from flow_grpo.rewards.client import Caller, Network, Pending
+from flow_grpo.rewards.client import Caller, Fetching, Network
 from flow_grpo.rewards.image_path import check_images
 from flow_grpo.rewards.registry import Metadata
 from flow_grpo.rewards.wire import JSON, eight_bit, png_text
@@ -43,28 +41,18 @@ class Chat:
     max_tokens: int = 64  # of the answer
 
 
-def check_question(question: str) -> None:
-    """ConfigError unless the question is a template whose only blank is {prompt}."""
-    try:
-        blanks = {name for _, name, _, _ in Formatter().parse(question) if name is not None}
-    except ValueError as error:
-        raise ConfigError(f"config.chat.question = {question!r:.200} is no template: {error}.") from None
-    if blanks - {"prompt"}:
-        raise ConfigError(
-            f"config.chat.question = {question!r:.200} has {{{min(blanks - {'prompt'})}}}; it takes {{prompt}} alone."
-        )
-
-
 class ChatReward:
     """In [0, 1] for "yes", and for "number" with its scale."""
 
     name = "chat"
     differentiable = False
 
-    def __init__(self, chat: Chat, network: Network) -> None:
-        self.chat = chat
-        self._caller = Caller("reward chat", chat.url.rstrip("/"), network, TOKEN_VARIABLE)
-        self._model = chat.model
+    def __init__(self, chat: Any, network: Any) -> None:
+        """`chat`, `network`: a `Chat` and a `Network`, or groups of settings that hold the same."""
+        self.chat: Chat = chat if isinstance(chat, Chat) else Chat(**chat)
+        network = network if isinstance(network, Network) else Network(**network)
+        self._caller = Caller("chat", self.chat.url.rstrip("/"), network, TOKEN_VARIABLE)
+        self._model = self.chat.model
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1], B prompts -> (B,) float32. They are sent as PNGs.
@@ -75,7 +63,7 @@ class ChatReward:
         """
         return self.submit(images, prompts, metadata).result()
 
-    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Pending:
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Fetching:
         """The same, without waiting for the scores. Images that are not finite are not sent."""
         check_images(images)
         finite = images.detach().flatten(1).isfinite().all(1).cpu()
@@ -84,7 +72,7 @@ class ChatReward:
         tasks = [
             partial(self._score, picture, prompts[row]) for row, picture in zip(rows, pictures.unbind(), strict=True)
         ]
-        return Pending([self._caller.later(task) for task in tasks], finite, images.device)
+        return Fetching([self._caller.later(task) for task in tasks], finite, images.device)
 
     def _score(self, picture: Tensor, prompt: str) -> Tensor:
         if not self._model:

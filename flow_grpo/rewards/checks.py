@@ -6,8 +6,11 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from string import Formatter
 from typing import Any
+from urllib.parse import urlsplit
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.paths import find
@@ -20,8 +23,8 @@ from flow_grpo.rewards.chosen import (
     reward_weights,
     trained_rewards,
 )
-from flow_grpo.rewards.own_files import NAME, RESERVED, announced, check_place
-from flow_grpo.rewards.registry import REWARDS, RewardSpec
+from flow_grpo.rewards.own_files import NAME, RESERVED, announced, check_place, is_server
+from flow_grpo.rewards.registry import CHAT, REWARDS, RewardSpec
 
 
 def validate_rewards(config: Any) -> None:
@@ -67,12 +70,42 @@ def _check_names(config: Any) -> None:
 
 def _check_source(config: Any, name: str) -> None:
     """The code of one's own reward, or the packages and checkpoints of a registered one."""
+    if is_own(config, name) and is_server(config.reward_files[name]):
+        check_address(f"config.reward_files.{name}", config.reward_files[name])
+        _check_packages(replace(REWARDS[CHAT], name=name))  # asked in the same way
+        return
     if is_own(config, name):
         check_place(name, config.reward_files[name])
         return
     _check_packages(REWARDS[name])
+    if name == CHAT:
+        check_address("config.chat.url", config.chat.url)
+        check_question(config.chat.question)
     for model in checkpoints_of(config, name):
         check_checkpoint(f"config.reward_model.{name}", model)
+
+
+def check_address(key: str, url: str) -> None:
+    """ConfigError unless `url` is that of an HTTP server."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is none
+        fine = False
+    if not fine:
+        raise ConfigError(f"{key} = {url!r} is no address; it takes http://HOST:PORT, or https, and a path.")
+
+
+def check_question(question: str) -> None:
+    """ConfigError unless the question is a template whose only blank is {prompt}."""
+    try:
+        blanks = {name for _, name, _, _ in Formatter().parse(question) if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"config.chat.question = {question!r:.200} is no template: {error}.") from None
+    if blanks - {"prompt"}:
+        raise ConfigError(
+            f"config.chat.question = {question!r:.200} has {{{min(blanks - {'prompt'})}}}; it takes {{prompt}} alone."
+        )
 
 
 def _check_own_names(files: Mapping[str, str]) -> None:
@@ -81,7 +114,9 @@ def _check_own_names(files: Mapping[str, str]) -> None:
         if name in REWARDS:
             raise ConfigError(f"{subject}: {name} is a reward already; give yours another name.")
         if not NAME.fullmatch(name) or name in RESERVED:
-            raise ConfigError(f"{subject}: {name!r} is no name for a reward; it takes letters, digits and _.")
+            raise ConfigError(
+                f"{subject}: {name!r} is no name for a reward; it takes letters, digits and _, and not total."
+            )
 
 
 def _check_ensemble(config: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from flow_grpo.paths import find, identity
 from flow_grpo.rewards import own_files
-from flow_grpo.rewards.registry import REWARDS, RewardSpec
+from flow_grpo.rewards.registry import CHAT, REWARDS, RewardSpec
 
 
 def reward_weights(config: Any) -> dict[str, float]:
@@ -82,5 +82,7 @@ def version_of(config: Any, name: str) -> str | None:
     """What decides a reward's scores beside its name: its checkpoints, or a digest of one's own code; None: nothing."""
     if is_own(config, name):
         return own_files.digest(config.reward_files[name])
+    if name == CHAT:
+        return f"{config.chat.model} {config.chat.answer} {config.chat.scale} {config.chat.question}"
     models = config.reward_model.get(name)
     return f"{config.reward_ensemble} of {models}" if models and len(split_models(models)) > 1 else models

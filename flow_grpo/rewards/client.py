@@ -48,7 +48,7 @@ class Unanswered(Exception):
 
 
 @dataclass(frozen=True)
-class Pending:
+class Fetching:
     """Scores that are being fetched."""
 
     parts: Sequence[Future[Tensor]]
@@ -71,9 +71,9 @@ class Pending:
 class Caller:
     """Requests to one address, each tried until it is answered, is refused, or patience ends."""
 
-    def __init__(self, subject: str, address: str, network: Network, token_variable: str) -> None:
-        """`subject` begins the sentences, such as "reward mine"; the token is read from the environment."""
-        self.subject, self.address, self.network = subject, address, network
+    def __init__(self, reward: str, address: str, network: Network, token_variable: str) -> None:
+        """`reward`: its name; the token is read from the environment variable."""
+        self.reward, self.address, self.network = reward, address, network
         token = os.environ.get(token_variable, "")
         self._token_variable = token_variable
         self._client = httpx.Client(
@@ -113,7 +113,7 @@ class Caller:
 
     def failure(self, what: str) -> RewardFailed:
         """The error whose sentence says what the server did."""
-        return RewardFailed(f"{self.subject}: the server at {self.address} {what}")
+        return RewardFailed(self.reward, f"as the server at {self.address} {what}")
 
     def _attempt(self, path: str, body: bytes | None, kind: str) -> httpx.Response:
         url = f"{self.address}{path}"
@@ -140,7 +140,7 @@ class Caller:
             self._told = True
             cause = state.outcome.exception() if state.outcome else ""
             say(
-                f"{self.subject}: waiting for the server at {self.address}, for up to "
+                f"the reward {self.reward} waits for the server at {self.address}, for up to "
                 f"{self.network.patience:g} seconds ({cause})."
             )
 
@@ -155,7 +155,7 @@ class RemoteReward:
         address, found, served = url.rstrip("/").partition("/score/")
         self.name = name
         self._path = f"/score/{served if found else name}"
-        self._caller = Caller(f"reward {name}", address, network, TOKEN_VARIABLE)
+        self._caller = Caller(name, address, network, TOKEN_VARIABLE)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1], B prompts -> (B,) float32. They are sent in 8 bits.
@@ -166,7 +166,7 @@ class RemoteReward:
         """
         return self.submit(images, prompts, metadata).result()
 
-    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Pending:
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Fetching:
         """The same, without waiting for the scores. Images that are not finite are not sent."""
         check_images(images)
         finite = images.detach().flatten(1).isfinite().all(1).cpu()
@@ -177,7 +177,7 @@ class RemoteReward:
             texts = [prompts[i] for i in chosen]
             body = pack(images[rows.to(images.device)], texts, [metadata[i] for i in chosen])
             parts.append(self._caller.later(partial(self._scores, body, texts)))
-        return Pending(parts, finite, images.device)
+        return Fetching(parts, finite, images.device)
 
     def _scores(self, body: bytes, prompts: Sequence[str]) -> Tensor:
         answer = self._caller.ask(self._path, body)

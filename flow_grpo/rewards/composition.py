@@ -25,7 +25,7 @@ from torch import Tensor
 
 from flow_grpo.randomness import sample_generators
 from flow_grpo.rewards.augmentation import augmented
-from flow_grpo.rewards.building import WeightedReward, in_batch
+from flow_grpo.rewards.building import Begun, WeightedReward, in_batch
 from flow_grpo.rewards.chosen import constraint_rates, reward_weights, trained_rewards
 from flow_grpo.rewards.registry import Metadata
 from flow_grpo.types import RewardBatch
@@ -71,11 +71,6 @@ class Composition:
         self.multipliers = dict.fromkeys(self.rates, 0.0)
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the objective is the plain weighted sum, of the images as they are."""
-        return not (self.normalise or self.rates or self.augment)
-
-    @property
     def is_scaled(self) -> bool:
         """Whether the objective changes with what has been seen."""
         return bool(self.moments)
@@ -99,6 +94,29 @@ class Composition:
         parts = [factor * terms[name] for name, factor in self.factors().items() if factor != 0]
         return torch.stack(parts).sum(0)
 
+    def begin(
+        self,
+        reward: WeightedReward,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Metadata,
+        epoch: int,
+        sample_ids: Tensor,
+    ) -> Scoring:
+        """Score images that training has made (B, 3, H, W), without waiting for what a server computes.
+
+        Args:
+            sample_ids: (B,): their numbers in the epoch, by which the changes of `config.reward_augment` are keyed.
+
+        Raises:
+            RewardFailed: naming the batch.
+        """
+        when = f"in epoch {epoch + 1}, batch of {_numbers(sample_ids)},"
+        with in_batch(when):
+            if self.augment:
+                images = augmented(images, sample_generators(self.seed, "augment", epoch, sample_ids), self.augment)
+            return Scoring(self, reward.begin(self.names, images, prompts, metadata), when)
+
     def score(
         self,
         reward: WeightedReward,
@@ -108,21 +126,8 @@ class Composition:
         epoch: int,
         sample_ids: Tensor,
     ) -> RewardBatch:
-        """The objective of images that training has made (B, 3, H, W), with gradient, and its rewards, unweighted.
-
-        Args:
-            sample_ids: (B,): their numbers in the epoch, by which the changes of `config.reward_augment` are keyed.
-
-        Raises:
-            RewardFailed: naming the batch.
-        """
-        with in_batch(f"in epoch {epoch + 1}, batch of the images {_numbers(sample_ids)},"):
-            if self.is_plain:
-                return reward(images, prompts, metadata)
-            if self.augment:
-                images = augmented(images, sample_generators(self.seed, "augment", epoch, sample_ids), self.augment)
-            terms = reward.terms(self.names, images, prompts, metadata)
-        return RewardBatch(self.total(terms), terms)
+        """The objective of the images, with gradient, and its rewards, unweighted; as `begin`."""
+        return self.begin(reward, images, prompts, metadata, epoch, sample_ids).result()
 
     def see(self, terms: Mapping[str, Tensor]) -> None:
         """Take the rewards (N,) of more images, of all processes, into the scales."""
@@ -160,6 +165,25 @@ class Composition:
             self.multipliers[name] = float(state["multipliers"][name])
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """The rewards of images that training has made, some of which a server may still compute."""
+
+    composition: Composition
+    begun: Begun
+    when: str  # in which batch, for a sentence
+
+    def failed(self) -> bool:
+        """Whether it is known already that there are none; it does not wait."""
+        return self.begun.failed()
+
+    def result(self) -> RewardBatch:
+        """Wait for them: the objective, with gradient, and the rewards, unweighted. Raises RewardFailed."""
+        with in_batch(self.when):
+            terms = self.begun.result()
+        return RewardBatch(self.composition.total(terms), terms)
+
+
 def gradient_shares(images: Tensor, terms: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
     """|g_i| / sum_j |g_j|, g_i the gradient of factor_i R_i at the images, in the norm over all of them: scalars.
 
@@ -178,6 +202,6 @@ def gradient_shares(images: Tensor, terms: Mapping[str, Tensor], factors: Mappin
 
 
 def _numbers(ids: Tensor) -> str:
-    """3, or 3 to 9."""
+    """Image 3, or images 3 to 9."""
     low, high = int(ids.min()), int(ids.max())
-    return str(low) if low == high else f"{low} to {high}"
+    return f"image {low}" if low == high else f"images {low} to {high}"

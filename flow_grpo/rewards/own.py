@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flow_grpo.errors import ConfigError
+from flow_grpo.errors import ConfigError, RewardFailed
 from flow_grpo.places import failure
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards.own_files import Place, find_place
-from flow_grpo.rewards.registry import Metadata
+from flow_grpo.rewards.registry import Metadata, RewardModel
 
 TRIED = 2  # images: a score for each shows that there is one for each
 
@@ -75,6 +75,24 @@ def load_own(name: str, text: str, config: Any, device: torch.device | str, need
     return _tried(reward, config, device, needs_gradient, getattr(score, "differentiable", None))
 
 
+def ask_server(name: str, url: str, config: Any, device: torch.device | str) -> RewardModel:
+    """The reward of a server, which is asked for scores of two known images.
+
+    Raises:
+        ConfigError: naming the server, if it has none for them within `config.remote.patience` seconds.
+    """
+    from flow_grpo.rewards.client import Network, RemoteReward  # whose packages are an extra's
+
+    reward = RemoteReward(name, url, Network(**config.remote))
+    subject, (images, prompts, metadata) = f"config.reward_files.{name} = {url!r}", _trial(config, device)
+    try:
+        scores = reward(images, prompts, metadata)
+    except RewardFailed as error:
+        raise ConfigError(f"{subject} cannot be used, {error.what}.") from error
+    _check_scores(name, subject, scores, config)
+    return reward
+
+
 # --- from a place to something that can be called ---------------------------------------------------------
 
 
@@ -83,7 +101,7 @@ def _imported(name: str, place: Place) -> Any:
         module = importlib.import_module(place.module) if place.module else _import_file(name, place.file)
         return getattr(module, place.thing)
     except (Exception, SystemExit) as error:  # whatever somebody's file does
-        raise ConfigError(f"config.reward_files.{name}: {failure(error, place.file)}") from error
+        raise ConfigError(f"config.reward_files.{name}: {failure(error, place.file)}.") from error
 
 
 def _import_file(name: str, file: str) -> Any:
@@ -126,7 +144,7 @@ def _made(name: str, place: Place, thing: Any, device: torch.device | str) -> Ca
 
 def _takes_metadata(name: str, place: Place, score: Callable[..., Any]) -> bool:
     try:
-        signature = inspect.signature(score)
+        signature = inspect.signature(score.forward if isinstance(score, torch.nn.Module) else score)
     except (TypeError, ValueError):  # of code in C
         return False
     for number in (3, 2):
@@ -147,25 +165,38 @@ def _takes_metadata(name: str, place: Place, score: Callable[..., Any]) -> bool:
 def _tried(reward: OwnReward, config: Any, device: torch.device | str, needs_gradient: bool, says: Any) -> OwnReward:
     """The reward, with whether it has a gradient; ConfigError for scores that are none. `says`: what it promises."""
     subject = f"config.reward_files.{reward.name}"
-    sides, generator = (
-        (config.height or config.resolution, config.width or config.resolution),
-        keyed_generator(0, "trial"),
-    )
-    images = torch.rand(TRIED, 3, *sides, generator=generator).to(device)
-    prompts, metadata = _asked(config)
+    images, prompts, metadata = _trial(config, device)
     try:
         with torch.no_grad():
             scores = reward(images, prompts, metadata)
     except Exception as error:
         raise ConfigError(f"{subject}, tried on random images: {failure(error, reward.place.file)}") from error
-    if not all(map(math.isfinite, scores.tolist())):
-        raise ConfigError(f"{subject}, tried on random images, gave {scores.tolist()}; scores are to be finite.")
+    _check_scores(reward.name, subject, scores, config)
     why_not = (
         "its attribute differentiable is False" if says is False else _no_gradient(reward, images, prompts, metadata)
     )
     if why_not and needs_gradient:
         raise ConfigError(f"{subject} has no gradient, which config.use_reward_gradient = True needs: {why_not}.")
     return replace(reward, differentiable=not why_not, why_not=why_not)
+
+
+def _check_scores(name: str, subject: str, scores: Tensor, config: Any) -> None:
+    """ConfigError unless they are finite, and in `config.reward_range`, where it says something of this reward."""
+    low, high = config.reward_range.get(name) or (-math.inf, math.inf)
+    found = scores.tolist()
+    if not all(map(math.isfinite, found)):
+        raise ConfigError(f"{subject}, tried on random images, gave {found}; scores are to be finite.")
+    if not all(low <= score <= high for score in found):
+        raise ConfigError(
+            f"{subject}, tried on random images, gave {found}, outside config.reward_range.{name} = {(low, high)}."
+        )
+
+
+def _trial(config: Any, device: torch.device | str) -> tuple[Tensor, list[str], list[Mapping[str, Any]]]:
+    """Random images that are always the same, of the size that is drawn, with prompts and metadata."""
+    sides = config.height or config.resolution, config.width or config.resolution
+    images = torch.rand(TRIED, 3, *sides, generator=keyed_generator(0, "trial")).to(device)
+    return images, *_asked(config)
 
 
 def _asked(config: Any) -> tuple[list[str], list[Mapping[str, Any]]]:

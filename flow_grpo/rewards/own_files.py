@@ -2,7 +2,7 @@
 
 FILE.py:THING             a file, which may lie anywhere; kept with its whole path
 package.module:THING      of an installed package
-http://... https://...    a reward server: not yet
+http://HOST:PORT/...      a server of rewards (client.py), as `fme serve` is one
 
 Packages may announce theirs as entry points of the group `flow_grpo.rewards`, NAME = "package.module:THING".
 """
@@ -27,8 +27,8 @@ GROUP = "flow_grpo.rewards"  # of entry points
 SERVERS = ("http://", "https://")
 NAME = re.compile(r"[A-Za-z_]\w*")
 RESERVED = ("total",)  # names of what is logged beside rewards
-PLACES = "FILE.py:THING or package.module:THING"
-MOVED = "the code of a reward is not copied with a run; --reward {name}=FILE.py:THING says where it is now"
+PLACES = "FILE.py:THING, package.module:THING or http://HOST:PORT"
+MOVED = "a run keeps no copy of it, and --reward {name}=FILE.py:THING says where it is"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class Place:
     file: str  # whole path of the file that it is in; empty: none is known, as of a namespace
     module: str  # "package.module"; empty: a file that belongs to none
     thing: str  # its name there
+
+
+def is_server(text: str) -> bool:
+    """Whether a place is the address of a server, which has no code here."""
+    return text.startswith(SERVERS)
 
 
 def in_full(text: str) -> str:
@@ -53,8 +58,6 @@ def find_place(name: str, text: str) -> Place:
         ConfigError: it is not written as a place, or there is no such file or module.
     """
     subject = f"config.reward_files.{name} = {text!r}"
-    if text.startswith(SERVERS):
-        raise ConfigError(f"{subject} is a reward server, which this version cannot ask; it takes {PLACES}.")
     where, _, thing = text.rpartition(":")
     if not thing.isidentifier() or not where:
         raise ConfigError(f"{subject} names no place; it takes {PLACES}.")
@@ -149,7 +152,7 @@ def read_option(text: str, registered: Mapping[str, object]) -> Asked:
         ConfigError: it is neither.
     """
     name, equals, value = text.partition("=")
-    is_place = value.startswith(SERVERS) or value.rpartition(":")[0].endswith(".py")
+    is_place = is_server(value) or value.rpartition(":")[0].endswith(".py")
     if name in registered:
         if is_place:
             raise ConfigError(f"--reward {text}: {name} is a reward already; give yours another name.")
@@ -168,7 +171,7 @@ def read_option(text: str, registered: Mapping[str, object]) -> Asked:
 def digest(text: str) -> str:
     """SHA-256 of the file of a place; empty where there is no file."""
     try:
-        file = find_place("", text).file
+        file = "" if is_server(text) else find_place("", text).file
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
     except (ConfigError, OSError):
         return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flow_grpo.models.files import CLIP_NEEDS, Needs
 
@@ -34,6 +34,24 @@ class RewardModel(Protocol):
         """Images (B, 3, H, W) float in [0, 1], B prompts, B metadata -> (B,) float32; ValueError for others."""
 
 
+class Pending(Protocol):
+    """Scores that another process computes."""
+
+    def failed(self) -> bool:
+        """Whether it is known already that there are none; it does not wait."""
+
+    def result(self) -> Tensor:
+        """Wait for them: (B,) float32. Raises RewardFailed: there are none."""
+
+
+@runtime_checkable
+class Server(Protocol):
+    """A reward that another process computes, while this one goes on."""
+
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Pending:
+        """What a RewardModel takes; it returns at once."""
+
+
 @dataclass(frozen=True)
 class RewardSpec:
     """What is known of a reward before it loads. Places in code are written "module:attribute"."""
@@ -41,18 +59,19 @@ class RewardSpec:
     name: str
     differentiable: bool
     meaning: str  # what it is, in a few words
-    factory: str  # makes the RewardModel; is called with the loaded scorer, with the value of `option`, or with nothing
+    factory: str  # makes the RewardModel; is called with the loaded scorer, the values of `options`, or nothing
     scorer: str | None = None  # loads config.reward_model.<name>, called as `load_scorer` says; None: no checkpoint
     model: str = ""  # the default of config.reward_model.<name>
     needs: Needs = CLIP_NEEDS  # the files of a folder that is its model
     hub_file: str = "config.json"  # a file that each such model on the hub has
-    option: str = ""  # the key of a setting of its own
+    options: tuple[str, ...] = ()  # keys of settings of its own, or groups of them
     extra: str = ""  # the extra of pyproject.toml that installs `packages`
     packages: tuple[str, ...] = ()  # modules that it needs beside the project's dependencies
     bounds: str = "any number"  # what its scores may be, and are mostly
     licence: str = "this project's"  # of the code and the published weights it runs
 
 
+CHAT = "chat"
 CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
 # Weights that are one file, by the names they were published under, the usual one first.
 HPS_FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt", "open_clip_model.safetensors")
@@ -157,7 +176,7 @@ REWARDS: dict[str, RewardSpec] = {
             True,
             "-distance of the mean colour to targets.colour",
             "flow_grpo.rewards.targets:TargetColour",
-            option="targets.colour",
+            options=("targets.colour",),
             bounds="-1.73 to 0",
         ),
         RewardSpec(
@@ -165,8 +184,19 @@ REWARDS: dict[str, RewardSpec] = {
             True,
             "-distance of the mean brightness to targets.brightness",
             "flow_grpo.rewards.targets:TargetBrightness",
-            option="targets.brightness",
+            options=("targets.brightness",),
             bounds="-1 to 0",
+        ),
+        RewardSpec(
+            CHAT,
+            False,
+            "what a vision-language model at chat.url says; no gradient",
+            "flow_grpo.rewards.chat:ChatReward",
+            options=("chat", "remote"),
+            extra="remote",
+            packages=("httpx", "tenacity"),
+            bounds="0 to 1",
+            licence="the served model's",
         ),
     )
 }
