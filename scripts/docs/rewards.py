@@ -106,7 +106,12 @@ def _aesthetic() -> Callable[[Tensor], Tensor]:
     from flow_grpo.rewards.heads import LinearHead
     from flow_grpo.rewards.hpsv2 import image_path
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
     config = CLIPVisionConfig(**sizes, patch_size=14, projection_dim=768)
     model: Any = FrozenNetwork(CLIPVisionModelWithProjection(config)).model
     head, path = LinearHead((768, 1024, 128, 64, 16, 1)), image_path(224)
@@ -122,7 +127,12 @@ def _imagereward() -> Callable[[Tensor], Tensor]:
     from flow_grpo.rewards.hpsv2 import image_path
     from flow_grpo.rewards.imagereward import LENGTH, BlipReward
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
     vision = BlipVisionConfig(**sizes, image_size=224, patch_size=16)
     text = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
     model: Any = FrozenNetwork(BlipReward(vision, text, (768, 1024, 128, 64, 16, 1))).model

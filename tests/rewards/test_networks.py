@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flow_grpo import launch
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.building import build_reward
 from flow_grpo.rewards.registry import REWARDS
@@ -132,6 +134,17 @@ def test_it_is_built_from_a_configuration(name: str, folders: dict[str, Path]) -
     images = make_images(40, 40)
     total = build_reward(config, "cpu")(images, PROMPTS, NO_METADATA * 4).total
     torch.testing.assert_close(total, 2 * scores_of(CASES[name].scorer(str(folders[name])), name, images, PROMPTS))
+
+
+def test_the_hub_is_asked_for_a_file_that_the_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setattr(launch, "check_on_hub", lambda model, file, *_: asked.append((model, file)))
+    config = make_config("", **dict.fromkeys(NAMES, 1.0))
+    config.eval.judge = ""
+    launch._check_hub(SimpleNamespace(config=config))
+    assert set(asked) == {(REWARDS[name].model, REWARDS[name].hub_file) for name in NAMES}
+    assert ("xswu/HPSv2", "HPS_v2.1_compressed.pt") in asked
+    assert ("google/siglip2-so400m-patch14-384", "config.json") in asked
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "aesthetic", "imagereward"])
