@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from operator import attrgetter
 from typing import Any
 
 from flow_grpo.paths import find, identity
@@ -78,11 +79,15 @@ def trained_models(config: Any) -> set[str]:
     return {identity(model) for name in names for model in checkpoints_of(config, name)}
 
 
+# Of a reward with groups of settings, those that decide its scores.
+SETTLING = {CHAT: ("chat.model", "chat.question", "chat.answer", "chat.scale")}
+
+
 def version_of(config: Any, name: str) -> str | None:
-    """What decides a reward's scores beside its name: its checkpoints, or a digest of one's own code; None: nothing."""
+    """What decides a reward's scores beside its name: checkpoints, settings or a digest of its code; None: nothing."""
     if is_own(config, name):
         return own_files.digest(config.reward_files[name])
-    if name == CHAT:
-        return f"{config.chat.model} {config.chat.answer} {config.chat.scale} {config.chat.question}"
+    if options := SETTLING.get(name, REWARDS[name].options if name in REWARDS else ()):
+        return " ".join(str(attrgetter(option)(config)) for option in options)
     models = config.reward_model.get(name)
     return f"{config.reward_ensemble} of {models}" if models and len(split_models(models)) > 1 else models
