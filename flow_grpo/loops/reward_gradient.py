@@ -101,7 +101,7 @@ def train_by(
             microbatch = Microbatch(policy, batch, chunk, gradient, reward, settings, run)
             if run.composition.rates:
                 base.append(microbatch.scores_without_gradient(of_base=True))
-            value, scores = microbatch.train(weight, with_shares=update == 0 and not scored)
+            value, scores = microbatch.train(weight, with_shares=update == 0)
             loss += weight * sum(value.terms.values(), start=value.loss)
             scored.append(scores)
             metrics.add({**value.terms, **value.shares}, weight=len(chunk))

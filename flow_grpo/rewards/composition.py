@@ -185,20 +185,20 @@ class Scoring:
 
 
 def gradient_shares(images: Tensor, terms: Mapping[str, Tensor], factors: Mapping[str, float]) -> dict[str, Tensor]:
-    """|g_i| / sum_j |g_j|, g_i the gradient of factor_i R_i at the images, in the norm over all of them: scalars.
+    """|g_i| / sum_j |g_j|, g_i the gradient of factor_i R_i at an image; the mean over images: scalars.
 
     One backward pass through each reward's network, none through what made the images. Rewards without a factor are 0.
 
     Args:
         images: (B, 3, H, W), in the graph of the terms, which is kept.
     """
-    norms = {name: images.new_zeros(()) for name in terms}
+    norms = {name: images.new_zeros(len(images)) for name in terms}
     for name, score in terms.items():
         if factors[name] != 0 and score.requires_grad:
             (gradient,) = torch.autograd.grad(factors[name] * score.sum(), images, retain_graph=True)
-            norms[name] = gradient.norm()
-    whole = torch.stack(list(norms.values())).sum()
-    return {name: norm / whole for name, norm in norms.items()}
+            norms[name] = gradient.flatten(1).norm(dim=1)
+    whole = torch.stack(list(norms.values())).sum(0).clamp(min=torch.finfo(images.dtype).tiny)  # (B,)
+    return {name: (norm / whole).mean() for name, norm in norms.items()}
 
 
 def _numbers(ids: Tensor) -> str:
