@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from flow_grpo.errors import ConfigError, RewardFailed
-from flow_grpo.rewards.chat import TOKEN_VARIABLE, Chat, ChatReward, chance_of_yes, check_question, number_in
+from flow_grpo.rewards.chat import TOKEN_VARIABLE, Chat, ChatReward, chance_of_yes, number_in
+from flow_grpo.rewards.checks import check_question
 from flow_grpo.rewards.client import Network
 from tests.rewards.http_servers import Answer, answering
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flow_grpo import launch
+from flow_grpo import settings
 from flow_grpo.errors import ConfigError
+from flow_grpo.models import hub
 from flow_grpo.rewards.building import build_reward
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.settings import resolve
@@ -138,10 +138,11 @@ def test_it_is_built_from_a_configuration(name: str, folders: dict[str, Path]) -
 
 def test_the_hub_is_asked_for_a_file_that_the_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(launch, "check_on_hub", lambda model, file, *_: asked.append((model, file)))
+    monkeypatch.setattr(hub, "ask", lambda subject, model, revision, file: asked.append((model, file)))
+    monkeypatch.setattr(hub, "fetch", lambda subject, model, revision="", file="": asked.append((model, file)))
     config = make_config("", **dict.fromkeys(NAMES, 1.0))
     config.eval.judge = ""
-    launch._check_hub(SimpleNamespace(config=config))
+    settings._fetch(config)
     assert set(asked) == {(REWARDS[name].model, REWARDS[name].hub_file) for name in NAMES}
     assert ("xswu/HPSv2", "HPS_v2.1_compressed.pt") in asked
     assert ("google/siglip2-so400m-patch14-384", "config.json") in asked

@@ -206,11 +206,10 @@ def test_its_weight_is_1_unless_it_is_given_and_its_path_is_kept_in_full(file, m
 
 
 PLACES = [
-    ("mine.py", "names no place; it takes FILE.py:THING or package.module:THING."),
+    ("mine.py", "names no place; it takes FILE.py:THING, package.module:THING or http://HOST:PORT."),
     ("no_such.py:score", "there is no file {folder}/no_such.py;"),
     ("no_such_package.module:score", "there is no module no_such_package.module here;"),
     ("flow_grpo.no_such:score", "there is no module flow_grpo.no_such here;"),
-    ("http://localhost:8000", "is a reward server, which this version cannot ask; it takes"),
 ]
 
 
