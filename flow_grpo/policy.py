@@ -32,6 +32,7 @@ from flow_grpo.parallel import Replicated, Sharded, Weights, shard
 from flow_grpo.paths import find
 from flow_grpo.prompts import own_negatives
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.rewards.chosen import constraint_rates
 from flow_grpo.schedule import learning_rates
 from flow_grpo.settings import Settings
 from flow_grpo.types import BaseImages, PromptEmbeds, Trajectory
@@ -288,6 +289,7 @@ class Policy(ImageModel):
         else:
             blended = tuple(config.eval.tuned_share) != (1.0, 1.0)
             drawn = config.eval_forward_kl or config.train.forward_kl > 0
+            drawn = drawn or bool(constraint_rates(config))
             keep_reference = config.train.beta > 0 or blended or drawn or method_of(config).needs_base
             self._train_everything(keep_reference)
         if config.gradient_checkpointing:

@@ -6,6 +6,7 @@ Torch is not imported.
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,18 @@ def each(rule: Rule, allowed: str, low: int = 0, high: int | None = None) -> Rul
 def or_null(rule: Rule) -> Rule:
     """What the rule allows, and None."""
     return Rule(lambda value: value is None or rule.accepts(value), f"{rule.allowed}, or null")
+
+
+def colour(or_else: str) -> Rule:
+    """The name of a colour, as CSS has it, or #rrggbb; or an empty text, in words `or_else`."""
+
+    def accepts(value: Any) -> bool:
+        from PIL import ImageColor  # of no other rule
+
+        known = isinstance(value, str) and value in ImageColor.colormap
+        return value == "" or known or (isinstance(value, str) and bool(re.fullmatch("#[0-9a-fA-F]{6}", value)))
+
+    return Rule(accepts, f'a colour\'s name, as "red" or "skyblue", or "#rrggbb", or {or_else}')
 
 
 def only(value: Any, why: str) -> Rule:

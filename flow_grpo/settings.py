@@ -40,8 +40,16 @@ from flow_grpo.paths import find, identity
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.checks import check_checkpoint, validate_rewards
-from flow_grpo.rewards.registry import REWARDS, reward_names, reward_weights
-from flow_grpo.rules import FILLED, FINITE, TEXT, Rule
+from flow_grpo.rewards.chosen import (
+    checkpoints_in_use,
+    checkpoints_of,
+    constraint_rates,
+    find_announced,
+    trained_rewards,
+)
+from flow_grpo.rewards.own_files import in_full
+from flow_grpo.rewards.registry import spec_of_key
+from flow_grpo.rules import FILLED, FINITE, NOT_NEGATIVE, TEXT, Rule, each
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
 
@@ -93,8 +101,9 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
     Raises:
         ConfigError: for the first mistake found.
     """
-    config = _with_home_expanded(config)
+    config = _with_paths_in_full(config)
     _check_values(config)
+    find_announced(config)
     _check_launch(config, num_processes, cuda)
     _check_sharding(config)
     _check_compile(config)
@@ -113,6 +122,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
         _check_whole_groups(config, plan)
     _check_shaping(config)
     _check_gate(config)
+    _check_composition(config)
     _check_forward_kl(config)
     _check_prompts(config)
     if config.eval.modes:
@@ -146,7 +156,10 @@ READ_BY_KINDS = {
 }  # fmt: skip
 
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
-OPEN_GROUPS: Mapping[str, Rule] = {"reward_fn": FINITE, "reward_model": TEXT}
+OPEN_GROUPS: Mapping[str, Rule] = {
+    "reward_fn": FINITE, "reward_model": TEXT, "reward_files": FILLED, "reward_constraint": NOT_NEGATIVE,
+    "reward_range": each(FINITE, "two numbers, as in (0, 1)", 2, 2),
+}  # fmt: skip
 
 
 def _check_values(config: ConfigDict) -> None:
@@ -163,12 +176,17 @@ def _check_values(config: ConfigDict) -> None:
             raise ConfigError(f"config.{key} = {value!r} is not allowed; it takes {rule.allowed}.")
 
 
-def _with_home_expanded(config: ConfigDict) -> ConfigDict:
-    """A copy in which "~/..." is written out, since the libraries that are given the paths do not do it."""
+def _with_paths_in_full(config: ConfigDict) -> ConfigDict:
+    """A copy in which "~/..." is written out, since the libraries that are given the paths do not do it.
+
+    The files of one's own rewards have their whole paths: a run's are found from wherever it is looked at.
+    """
     copied = ConfigDict(config.to_dict())
     for key, value in list(leaves(copied)):
         if isinstance(value, str) and value.startswith("~/"):
             copied.update_from_flattened_dict({key: os.path.expanduser(value)})
+    for name, place in copied.reward_files.items():
+        copied.reward_files[name] = in_full(place) if isinstance(place, str) else place
     return copied
 
 
@@ -365,8 +383,8 @@ def _fetch(config: ConfigDict) -> None:
     """The small files of models of the hub; ConfigError for one that is neither there nor in its cache."""
     pretrained = config.pretrained
     fetch_pipeline(pretrained.model, pretrained.revision, pretrained.skip)
-    for key, (model, _) in _scorers(config).items():
-        hub.require(f"config.{key} = ", model)
+    for key, model, _, file in _scorers(config):
+        hub.require(f"config.{key} = ", model, file)
 
 
 def _check_model(config: ConfigDict) -> None:
@@ -454,24 +472,24 @@ def _check_start(config: ConfigDict) -> None:
 
 
 def _check_scorers(config: ConfigDict) -> None:
-    """The folders of the CLIPs, and of the extractors of features, are whole."""
-    for key, (model, needs) in _scorers(config).items():
+    """The folders of the models that look at images are whole."""
+    for key, model, needs, _ in _scorers(config):
         if os.path.isdir(found := find(model)):
             check_files(Path(found), f"config.{key}: ", needs)
 
 
-def _scorers(config: ConfigDict) -> dict[str, tuple[str, Needs]]:
-    """The models that look at images, by key, and what a folder of each needs."""
-    rewards = [name for name in reward_names(config) if REWARDS[name].scorer]
-    models: dict[str, tuple[str, Needs]] = {
-        f"reward_model.{name}": (config.reward_model[name], CLIP_NEEDS) for name in rewards
-    }
+def _scorers(config: ConfigDict) -> list[tuple[str, str, Needs, str]]:
+    """The models that look at images: key, model, what a folder of it needs, and a file that it has on the hub."""
+    models: list[tuple[str, str, Needs, str]] = []
+    for key, model in checkpoints_in_use(config):
+        spec = spec_of_key(key)
+        models.append((key, model, spec.needs, spec.hub_file))
     if config.eval.judge:
-        models["eval.judge"] = config.eval.judge, CLIP_NEEDS
+        models.append(("eval.judge", config.eval.judge, CLIP_NEEDS, hub.SETTINGS))
     if config.eval_diversity and config.diversity.extractor != "open_clip":
-        models["diversity.model"] = config.diversity.model, MODEL_NEEDS
+        models.append(("diversity.model", config.diversity.model, MODEL_NEEDS, hub.SETTINGS))
     if config.shaping.kind in FEATURES and config.shaping.extractor not in ("pixels", "open_clip"):
-        models["shaping.model"] = config.shaping.model, MODEL_NEEDS
+        models.append(("shaping.model", config.shaping.model, MODEL_NEEDS, hub.SETTINGS))
     return models
 
 
@@ -533,14 +551,28 @@ def _check_gate(config: ConfigDict) -> None:
             f"{share} chooses images for a KL divergence, which config.train.beta = 0.0 leaves out; it takes 0, or "
             "config.train.beta a number above 0."
         )
-    trained = reward_weights(config)
-    models = {identity(config.reward_model[name]) for name in trained if REWARDS[name].scorer}
+    trained = trained_rewards(config)
+    models = {identity(model) for name in trained for model in checkpoints_of(config, name)}
     for name in rewards:
-        if name in trained or (REWARDS[name].scorer and identity(config.reward_model[name]) in models):
+        if name in trained or models & set(map(identity, checkpoints_of(config, name))):
             raise ConfigError(
                 f"config.shaping.gate_rewards = {rewards}: {name!r} is trained on, by config.reward_fn; it takes "
                 "rewards of other models."
             )
+
+
+FIXED = ("anchored", "adjoint_matching")  # methods that aim at p_base exp(lambda R) of one R
+
+
+def _check_composition(config: ConfigDict) -> None:
+    """A reward whose terms are weighed anew as training goes on is no target for those that aim at a law of it."""
+    method = method_of(config).name
+    if method not in FIXED:
+        return
+    because = f"changes the reward as training goes on, and config.train.method = {method!r} aims at a law of one"
+    takes_only(config, "reward_normalise", False, because)
+    for name, rate in constraint_rates(config).items():
+        raise ConfigError(f"config.reward_constraint.{name} = {rate} {because}; it takes 0.0.")
 
 
 def _check_whole_groups(config: ConfigDict, plan: BatchPlan) -> None:
@@ -585,11 +617,9 @@ def _check_encoder(config: ConfigDict) -> None:
         return
     if extractor != "open_clip":
         check_checkpoint("config.shaping.model", model)
-    others = {f"reward_model.{name}": config.reward_model.get(name, "") for name in reward_names(config)}
-    others |= {"eval.judge": config.eval.judge} | (
-        {"diversity.model": config.diversity.model} if config.eval_diversity else {}
-    )
-    for key, other in others.items():
+    others = [*checkpoints_in_use(config), ("eval.judge", config.eval.judge)]
+    others += [("diversity.model", config.diversity.model)] if config.eval_diversity else []
+    for key, other in others:
         if other and identity(other) == identity(model):
             raise ConfigError(
                 f"config.shaping.model = {model!r} is also config.{key}, by which the run is rewarded or measured; it "

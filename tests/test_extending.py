@@ -26,7 +26,15 @@ def folder(tmp_path: Path) -> Path:
 
 
 def train(folder: Path, *changes: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "train_mine.py", "train", "tiny_grpo", "--name", "mine", *SMALL, *changes]
+    return run(folder, "train_mine.py", "train", "tiny_grpo", "--name", "mine", *SMALL, *changes)
+
+
+def fme(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(folder, "-m", "flow_grpo.commands.main", *arguments)
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -40,6 +48,32 @@ def test_the_files_of_the_page_train_an_epoch(folder):
     assert last["train/skipped_updates"] == 0
     assert 0.2 < last["eval/reward/brightness"] < 0.5  # the tiny model's garments stand on white: its own are above
     assert last["eval/contrast"] > 0
+
+
+def test_a_file_outside_the_repository_is_a_reward_and_the_run_goes_on_with_it_from_another_folder(folder, tmp_path):
+    """By its gradient, with no file of ours but the command; what is resumed finds it, and tells if it has changed."""
+    changes = [change for change in SMALL if "method" not in change and "brightness" not in change]
+    first = ["train", "tiny_drtune", "--reward", "bright=my_reward.py:Brightness", "--name", "mine", *changes]
+    done = fme(folder, *first, "save_freq=1")
+    assert done.returncode == 0, done.stderr
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    again = ["train", "--resume", str(folder / "logs/mine"), "num_epochs=2"]
+    done = fme(elsewhere, *again)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "logs/mine/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/reward/bright" in line] == [1, 2]
+    reward = folder / "my_reward.py"
+    reward.write_text(reward.read_text() + "# changed\n")
+    (elsewhere / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    done = fme(elsewhere, *again, "num_epochs=3")
+    assert done.returncode == 2
+    assert "error: reward_files.bright '" in done.stderr
+    assert "SHA-256" in done.stderr
+    reward.unlink()
+    done = fme(elsewhere, *again, "num_epochs=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: reward_files.bright = '{reward}:Brightness': there is no file {reward}; ")
 
 
 def test_the_methods_own_check_is_told_before_torch_is_imported(folder):

@@ -12,21 +12,33 @@ from flow_grpo.launch import launch
 from flow_grpo.methods.registry import METHODS, method_of
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset
+from flow_grpo.recipes.base import declare
 from flow_grpo.recipes.registry import get_config
 from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 
-OF_GRPO = ("shaped", "held")  # GRPO with what composes with it
+OF_GRPO = ("shaped", "held", "composed")  # GRPO with what composes with it
+OF_DRTUNE = ("composed_drtune",)
 # Of each kind of loop, those that ask most of sharded weights: chains that are run again in the backward pass, products
 # with the base's Jacobian, base samples, images left out.
 SHARDED = ("grpo", "drtune", "anchored", "alignprop", "adjoint_matching", "fdfo", "nsr", "held")
-NAMES = (*METHODS, "nsr", *OF_GRPO)  # of the recipes tiny_<name>; `nsr` leaves images out, not as many everywhere
+NAMES = (
+    *METHODS,
+    "nsr",
+    *OF_GRPO,
+    *OF_DRTUNE,
+)  # `nsr` leaves images out, not as many everywhere
 
 
 def configuration(name: str, models: str, logdir: str, sharding: str) -> ConfigDict:
     """3 groups of 4, of which two processes share one; FDFO's pairs of 2 likewise."""
-    config = get_config("tiny_grpo" if name in OF_GRPO else f"tiny_{name}")
+    recipes = dict.fromkeys(OF_GRPO, "tiny_grpo") | dict.fromkeys(OF_DRTUNE, "tiny_drtune")
+    config = get_config(recipes.get(name, f"tiny_{name}"))
+    if name.startswith("composed"):  # by what the images of both processes have seen
+        declare(config, ["reward_constraint.clipscore"])
+        config.reward_normalise, config.reward_constraint.clipscore, config.reward_augment = True, 0.5, 0.1
+        config.reward_fn.clipscore, config.reward_model.clipscore = 0.5, f"{models}/judge"
     if name == "shaped":  # by what an image adds to a group that two processes share, and by its ranks in it
         config.shaping.kind, config.shaping.weight = "vendi", 0.1
         config.shaping.gate_share, config.shaping.gate_rewards = 0.25, ("clipscore",)

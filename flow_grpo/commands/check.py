@@ -116,7 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features", default="", metavar="MODEL", help="[clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG"
     )
-    parser.add_argument("--reward", default="", metavar="NAME[=MODEL]", help="measure this reward; `fme ls rewards`")
+    parser.add_argument(
+        "--reward", default="", metavar="NAME[=MODEL|FILE.py:THING]", help="measure this reward; `fme ls rewards`"
+    )
     parser.add_argument("--judge", default="", metavar="MODEL", help="a CLIP that is not the reward's")
     add_drawing_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of words")

@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -24,13 +23,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from flow_grpo.commands.overrides import read_overrides
+from flow_grpo.commands.overrides import OVERRIDE, read_overrides
 from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
 from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import PatientStream, say
 from flow_grpo.methods.registry import check_read
+from flow_grpo.places import line_in
 from flow_grpo.recipes import registry as grpo
-from flow_grpo.recipes.base import RENAMED, decides_what_is_seen, leaves
+from flow_grpo.recipes.base import RENAMED, decides_what_is_seen, declare, leaves
+from flow_grpo.rewards.own_files import digest, in_full
 from flow_grpo.runs.config import config_from, read_config
 from flow_grpo.runs.folder import check_name, flatten, run_folder_of
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkpoint
@@ -128,11 +129,16 @@ def configure(
     before = _settings_of_run(_value_of("resume_from", overrides), recipe)
     config = load(recipe) if before is None else before
     declared = dict(leaves(config))
+    declare(config, (found[2] for override in overrides if (found := OVERRIDE.fullmatch(override))))
+    known = dict(leaves(config))
     for override in overrides:
-        _check_key(override, declared)
-    config.update_from_flattened_dict(read_overrides(overrides, declared))
+        _check_key(override, known)
+    config.update_from_flattened_dict(read_overrides(overrides, known))
+    for name, place in config.reward_files.items():
+        config.reward_files[name] = in_full(place)
     changes = _changes(declared, dict(leaves(config)))
     if before is not None:
+        changes |= _rewritten(config)
         _check_changes(changes, _folder_of(declared) == _folder_of(dict(leaves(config))), allow_changes)
     elif allow_changes:
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
@@ -198,16 +204,30 @@ def _settings_of_checkpoint(resume_from: str) -> ConfigDict | None:
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
     """What overrides have changed, in words, by key."""
-    changes = {key: f"{key} {before[key]!r} -> {new!r}" for key, new in after.items() if before[key] != new}
+    changes = {key: f"{key} {before.get(key)!r} -> {new!r}" for key, new in after.items() if before.get(key) != new}
     changes.pop("resume_from", None)
     if _folder_of(before) == _folder_of(after):
         changes.pop("logdir", None)  # the same, written otherwise
     return changes
 
 
+def _rewritten(config: ConfigDict) -> dict[str, str]:
+    """One's own rewards whose code is no longer what the checkpoint was trained by, in words, by key."""
+    try:
+        kept = checkpoint_state(find_checkpoint(config.resume_from)).get("reward_sha256")
+    except ConfigError:  # there is a better sentence for it where it is resumed
+        return {}
+    found = {}
+    for name, place in config.reward_files.items():
+        before, now = (kept.get(name) if isinstance(kept, dict) else None), digest(place)
+        if before and now and before != now:
+            found[f"reward_files.{name}"] = f"reward_files.{name} {place!r} (SHA-256 {before[:12]}... -> {now[:12]}...)"
+    return found
+
+
 def _check_changes(changes: Mapping[str, str], goes_on: bool, allowed: bool) -> None:
     """ConfigError for what would change what a run, that goes on in its folder, draws or measures."""
-    refused = [text for key, text in changes.items() if decides_what_is_seen(key)]
+    refused = [text for key, text in changes.items() if decides_what_is_seen(key) or "SHA-256" in text]
     if refused and goes_on and not allowed:
         raise ConfigError(
             f"config.{refused[0]} would change what the run draws or measures from here on; leave it as it was, give "
@@ -282,10 +302,7 @@ def _somebodys_code(path: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        frames = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == Path(path).resolve()
-        ]
-        line = getattr(error, "lineno", None) or (frames[-1] if frames else "?")
+        line = getattr(error, "lineno", None) or line_in(error, path) or "?"
         raise ConfigError(f"--config {path}, line {line}: {type(error).__name__}: {error}.") from None
 
 

@@ -25,7 +25,8 @@ from flow_grpo.figure_text import one_line
 from flow_grpo.methods.registry import METHODS
 from flow_grpo.recipes import registry
 from flow_grpo.recipes.base import KEYS, SECTIONS, leaves
-from flow_grpo.rewards.registry import REWARDS
+from flow_grpo.rewards.own_files import announced
+from flow_grpo.rewards.registry import REWARDS, RewardSpec
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, run_config
 from flow_grpo.runs.history import salvage_history
 from flow_grpo.runs.lock import is_locked
@@ -127,11 +128,16 @@ def methods(name: str) -> Iterable[str]:
 def rewards(name: str) -> Iterable[str]:
     """A table, and how to use one."""
     rows = [("reward", "gradient", "model", "to train on it")]
-    for reward in narrowed(REWARDS, name, "reward").values():
+    own = {other: RewardSpec(other, True, "", place) for other, place in announced().items() if other not in REWARDS}
+    for reward in narrowed(REWARDS | own, name, "reward").values():
+        if reward.name in own:
+            rows.append((reward.name, "tried", reward.factory, f"reward_fn.{reward.name}=1"))
+            continue
         model = f"reward_model.{reward.name}={KEYS[f'reward_model.{reward.name}'].default}" if reward.scorer else "none"
         rows.append((reward.name, "yes" if reward.differentiable else "no", model, f"reward_fn.{reward.name}=1"))
     yield from table(rows)
     yield "Recipes that train by the reward's gradient take those that have one."
+    yield "One of your own: `fme train RECIPE --reward NAME=FILE.py:THING`; docs/extending.md."
 
 
 # --- runs ----------------------------------------------------------------------------------------------

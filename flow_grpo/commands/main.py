@@ -28,6 +28,7 @@ COMMANDS = {  # in the order of use; the modules of this package
     "check": "what a run, checkpoint, LoRA or folder of images has lost in diversity, and whether it is exploited",
     "sample": "images of a prompt",
     "prompts": "fetch training and test prompts from a dataset",
+    "serve": "rewards over HTTP, for training that runs elsewhere",
     "export": "send a run to wandb or tensorboard, from its folder",
     "ls": "recipes, keys, methods, rewards and runs",
 }

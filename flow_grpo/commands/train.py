@@ -5,6 +5,7 @@ fme train tiny_grpo train.beta=0.02 --name mine            with a key changed; `
 fme train tiny_grpo --seeds 1,2,3                          one after another: NAME-seed1, NAME-seed2, ...
 fme train logs/mine/config.json num_epochs=20              a new run with another run's settings
 fme train my_recipes.py:NAME                               what get_config("NAME") of a file returns
+fme train tiny_grpo --reward mine=my_reward.py:score       with a reward of one's own besides; docs/extending.md
 fme train --resume logs/mine                               go on, with the run's own settings
 accelerate launch -m flow_grpo.commands.main train NAME    on several GPUs
 """
@@ -31,6 +32,8 @@ from flow_grpo.launcher import read_launcher
 from flow_grpo.messages import say
 from flow_grpo.methods.registry import black_box, reward_gradient
 from flow_grpo.recipes import registry
+from flow_grpo.rewards.own_files import read_option
+from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.runs.config import config_of_file
 from flow_grpo.runs.folder import CONFIG_FILE
 
@@ -45,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="settings that differ from it")
     parser.add_argument("--name", default="", help="the run's folder, in `logdir` (default: recipe and time of day)")
     parser.add_argument("--seeds", default="", metavar="1,2,3", help="a run for each, one after another")
+    parser.add_argument(
+        "--reward", action="append", default=[], metavar="NAME[=MODEL|FILE.py:THING]",
+        help="train on this reward besides, with the weight reward_fn.NAME (default: 1); can be given again",
+    )  # fmt: skip
     parser.add_argument("--resume", default="", metavar="RUN", help="a run's folder, or one of its checkpoints")
     parser.add_argument(cli.ALLOW_CHANGES, action="store_true", help="of a run that goes on, also what it measures")
 
@@ -108,6 +115,7 @@ def _tidy(arguments: argparse.Namespace) -> None:
         arguments.start = None
     if not arguments.start and not arguments.resume:
         raise ConfigError(f"fme train takes {WHAT}, or --resume RUN; `fme ls recipes` lists recipes.")
+    arguments.changes = [*_rewards(arguments), *arguments.changes]
     for change in arguments.changes:
         key, equals, _ = change.partition("=")
         if not equals or not key:
@@ -116,6 +124,20 @@ def _tidy(arguments: argparse.Namespace) -> None:
             if key == word:
                 raise ConfigError(f"{word} is given as {option}.")
     _check_seeds(arguments)
+
+
+def _rewards(arguments: argparse.Namespace) -> list[str]:
+    """What --reward changes, as KEY=VALUE; a weight that is given besides comes after."""
+    found = []
+    for text in arguments.reward:
+        asked = read_option(text, REWARDS)
+        if asked.place:
+            found.append(f"reward_files.{asked.name}={asked.place}")
+            continue
+        found.append(f"reward_fn.{asked.name}=1")
+        if asked.model:
+            found.append(f"reward_model.{asked.name}={asked.model}")
+    return found
 
 
 def _check_seeds(arguments: argparse.Namespace) -> None:

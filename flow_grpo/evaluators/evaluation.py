@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +24,14 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator, SharedFeatures
 from flow_grpo.files import strict_json
-from flow_grpo.paths import find
+from flow_grpo.paths import identity
 from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards.building import WeightedReward, load_scorer
+from flow_grpo.rewards.chosen import reward_weights, trained_models, version_of
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.rewards.registry import CLIP_SCORER, reward_weights, trained_models
+from flow_grpo.rewards.registry import CLIP_SCORER
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import read_record, record_path, write_record
 from flow_grpo.runs.progress import Counters
@@ -64,8 +64,9 @@ def evaluate(
         run.check_stop()
         if run.is_main or evaluator.collective:
             seen = views[evaluator.request or tested]
-            with run.writing(f"what {evaluator.name} keeps of an evaluation"):
+            with run.failing_together(), run.writing(f"what {evaluator.name} keeps of an evaluation"):
                 found.append((seen, evaluator.evaluate(seen)))
+    run.check_stop(ended=True)
     if not run.is_main:
         return Evaluation()
     run.log_image(prefix, image_grid(views[tested], settings.config), run.counters.epoch)
@@ -247,7 +248,7 @@ def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
     negatives = {"": config.negative_prompt, **own_negatives(config)}
     if config.eval.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
         values.append(sorted(negatives.items()))
-    rewards = {name: (weight, config.reward_model.get(name)) for name, weight in reward_weights(config).items()}
+    rewards = {name: (weight, version_of(config, name)) for name, weight in reward_weights(config).items()}
     return hashlib.sha256(strict_json([*values, rewards]).encode()).hexdigest()[:16]
 
 
@@ -270,8 +271,7 @@ def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.
     evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device, freq)]
     if config.judge:
         scorer: ClipScorer = load_scorer("config.eval.judge", CLIP_SCORER, config.judge, device)
-        trained = {os.path.realpath(find(model)) for model in trained_models(settings.config)}
-        independent = os.path.realpath(find(config.judge)) not in trained
+        independent = identity(config.judge) not in trained_models(settings.config)
         features = SharedFeatures(scorer, config.batch_size)
         evaluators.append(JudgeEvaluator(features, freq, config.judge, independent))
         if config.modes:

@@ -27,7 +27,9 @@ from flow_grpo.models.pipeline_files import family_of, fetch_pipeline, takes_gui
 from flow_grpo.paths import find
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes import sd3
-from flow_grpo.recipes.base import get_config, leaves
+from flow_grpo.recipes.base import declare, get_config, leaves
+from flow_grpo.rewards.chosen import known_rewards, split_models
+from flow_grpo.rewards.own_files import Asked, read_option
 from flow_grpo.rewards.registry import CLIP_SCORER, REWARDS
 from flow_grpo.runs.config import config_from, settings_of
 from flow_grpo.runs.digest import base_digest, base_mismatch
@@ -38,8 +40,8 @@ from flow_grpo.settings import image_size, resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",
-         "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "eval.",
-         "diversity.")  # fmt: skip
+         "use_lora", "lora.", "prompts.test", "negative_prompt", "reward_fn.", "reward_model.", "reward_files.",
+         "reward_range.", "reward_ensemble", "eval.", "diversity.", "targets.", "chat.", "remote.")  # fmt: skip
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
@@ -149,7 +151,8 @@ def told_as_given(options: Options) -> Iterator[None]:
             if getattr(options, name) not in ("", None):
                 text = text.replace(f"config.{key} = ", f"{flag} ").replace(f"config.{key}: ", f"{flag}: ")
         if options.reward:
-            text = re.sub(r"config\.reward_model\.(\w+) = ", r"--reward \1=", text)
+            text = re.sub(r"config\.reward_(?:model|files)\.(\w+) = '([^']*)'", r"--reward \1=\2", text)
+            text = re.sub(r"config\.reward_files\.(\w+)", r"--reward \1", text)
         raise ConfigError(text) from error
 
 
@@ -214,7 +217,7 @@ def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) ->
     """Of its run, or as its pipeline has it."""
     if values is None:
         return _foreign(_pipeline_of(thing, options))
-    known = dict(leaves(get_config()))
+    known = dict(leaves(get_config())) | {f"reward_fn.{name}": 0.0 for name in own_names(values)}
     taken = {
         key: value
         for key, value in values.items()
@@ -223,8 +226,8 @@ def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) ->
     where = (thing.path if thing.run is None else thing.run) or Path()
     other = {"pretrained.model": options.base, "pretrained.revision": ""} if options.base else {}
     config = config_from(taken, where, other)
-    known_rewards = [name for name in config.eval.rewards if name in REWARDS]
-    config.eval.rewards = tuple(known_rewards)
+    known_here = known_rewards(config)
+    config.eval.rewards = tuple(name for name in config.eval.rewards if name in known_here)
     return config
 
 
@@ -339,11 +342,15 @@ def _set_reward(config: ConfigDict, values: Mapping[str, Any] | None, options: O
         return True
     names = dict.fromkeys(config.reward_fn, 0.0)
     if options.reward:
-        name, model = reward_of(options.reward, side or max(image_size(config)))
-        config.reward_fn.update(names | {name: 1.0})
+        asked = reward_of(options.reward, side or max(image_size(config)))
+        if asked.place:
+            declare(config, [f"reward_files.{asked.name}"])
+            config.reward_files[asked.name] = asked.place
+        config.reward_fn.update(names | {asked.name: 1.0})
         config.eval.rewards = ()
-        if model:
-            config.reward_model[name] = model
+        if asked.model:
+            config.reward_model[asked.name] = asked.model
+            config.reward_ensemble = config.reward_ensemble if len(split_models(asked.model)) > 1 else "mean"
         return True
     config.reward_fn.update(names | {FREE_REWARD: 1.0})
     config.eval.rewards = ()
@@ -353,23 +360,24 @@ def _set_reward(config: ConfigDict, values: Mapping[str, Any] | None, options: O
 def _has_reward(config: ConfigDict, values: Mapping[str, Any] | None) -> bool:
     """Whether the run's own reward can be measured here."""
     weights = {key.removeprefix("reward_fn."): w for key, w in (values or {}).items() if key.startswith("reward_fn.")}
-    unknown = [name for name, weight in weights.items() if weight and name not in REWARDS]
+    unknown = [name for name, weight in weights.items() if weight and name not in known_rewards(config)]
     if unknown:
         say(f"the run's reward {unknown[0]!r} is not known here: no reward is measured.")
     return not unknown and any(config.reward_fn.values())
 
 
-def reward_of(text: str, side: int) -> tuple[str, str]:
-    """The reward and its model that --reward names, NAME or NAME=MODEL, for images of this side."""
-    name, _, model = text.partition("=")
-    if name not in REWARDS:
-        raise ConfigError(
-            f"--reward {text} is not allowed; it takes NAME or NAME=MODEL, NAME one of {', '.join(REWARDS)}."
-        )
-    if REWARDS[name].scorer != CLIP_SCORER:
-        return name, ""
-    default = get_config().reward_model[name] if side <= SMALL else sd3.PICKSCORE if name == "pickscore" else sd3.CLIP
-    return name, model or default
+def own_names(values: Mapping[str, Any]) -> list[str]:
+    """Of a run's settings by their full names: the rewards of its own."""
+    return [key.partition(".")[2] for key in values if key.startswith("reward_files.")]
+
+
+def reward_of(text: str, side: int) -> Asked:
+    """The reward that --reward names; of a CLIP-type one, a model for images of this side."""
+    asked = read_option(text, REWARDS)
+    if asked.model or asked.place or REWARDS[asked.name].scorer != CLIP_SCORER:
+        return asked
+    large = sd3.PICKSCORE if asked.name == "pickscore" else sd3.CLIP
+    return replace(asked, model=get_config().reward_model[asked.name] if side <= SMALL else large)
 
 
 # --- models ---------------------------------------------------------------------------------------------

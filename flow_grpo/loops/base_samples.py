@@ -27,6 +27,7 @@ from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards.building import WeightedReward
+from flow_grpo.rewards.chosen import version_of
 from flow_grpo.rules import POSITIVE
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings, image_size
@@ -93,7 +94,7 @@ def _question(config: FrozenConfigDict, prompts: PromptDataset) -> dict[str, Any
     rewards = {name: value for name, value in sorted(config.reward_fn.items()) if value}
     chosen = list(prompts.prompts[: config.anchored.base_prompts])
     sampler = {"steps": config.sample.num_steps, "guidance_scale": config.sample.guidance_scale}
-    models = {name: config.reward_model.get(name, "") for name in rewards} | {"base": config.pretrained.model}
+    models = {name: version_of(config, name) or "" for name in rewards} | {"base": config.pretrained.model}
     features = dict(config.diversity.items()) if config.anchored.target_diversity > 0 else {}
     question = {"anchored": anchored, "rewards": rewards, "seed": config.seed, "prompts": chosen, **sampler}
     if config.pretrained.lora or config.pretrained.skip:

@@ -17,6 +17,8 @@ from torch import Tensor
 from flow_grpo.advantages import apply_advantage_mode, group_advantages, zero_std_fraction
 from flow_grpo.batching import BatchPlan
 from flow_grpo.diffusers_patch.sd3_pipeline_with_logprob import pipeline_with_logprob
+from flow_grpo.diffusers_patch.velocity import VelocityFn
+from flow_grpo.loops.scores import EpochScores
 from flow_grpo.loops.shaped import (
     densities_of,
     extractor_of,
@@ -107,37 +109,44 @@ def sample_images(
         chunks = torch.arange(len(batch)).split(config.sample.batch_size)
     policy.encode_ahead(batch.prompts)
     extractor = extractor_of(config, policy.device)
-    trajectories, totals, features, densities, held_out = [], [], [], [], []
+    scores = EpochScores(reward, config.shaping.gate_rewards, run)
+    trajectories, features, densities = [], [], []
     for chunk in run.progress(chunks, "sampling"):
+        scores.look()
         run.check_stop()
         prompts = [batch.prompts[i] for i in chunk.tolist()]
         begins = None if starts is None else starts[chunk]
         with run.phase("sampling"), policy.in_precision(precision):
-            trajectory = _sample(policy, prompts, batch.sample_ids[chunk], settings, epoch, begins, keep_means)
+            velocity = policy.velocity(policy.encode(prompts), config.sample.guidance_scale)
+            trajectory = _sample(policy, velocity, batch.sample_ids[chunk], settings, epoch, begins, keep_means)
+        metadata, ids = [batch.metadata[i] for i in chunk.tolist()], batch.sample_ids[chunk]
         with run.phase("scoring"), torch.no_grad():
             images = policy.decode(trajectory.final_latents)
-            metadata = [batch.metadata[i] for i in chunk.tolist()]
-            scores = reward(images, prompts, metadata)
-            if names := config.shaping.gate_rewards:
-                terms = reward.terms(names, images, prompts, metadata)
-                held_out.append(torch.stack([terms[name] for name in names], 1))
+            scores.begin(images, prompts, metadata, ids)
+        if scores.compares:
+            with run.phase("sampling"), policy.in_precision(precision):
+                velocity = policy.reference_velocity(policy.encode(prompts), config.sample.guidance_scale)
+                ends = _sample(policy, velocity, ids, settings, epoch, begins, keep_means=False).final_latents
+            with run.phase("scoring"), torch.no_grad():
+                scores.begin(policy.decode(ends), prompts, metadata, ids, of_base=True)
         trajectories.append(trajectory)
-        totals.append(scores.total)
         if extractor is not None:
             features.append(features_of(extractor, images))
         if config.shaping.kind == "density":
             densities.append(densities_of(policy, prompts, batch.sample_ids[chunk], trajectory, epoch))
-        metrics.add({f"reward/{name}": score.mean() for name, score in scores.terms.items()}, weight=len(chunk))
+    with run.phase("scoring"):
+        scores.settle()
+    run.check_stop(ended=True)
     trajectory, order = Trajectory.cat(trajectories), torch.cat(list(chunks)).argsort().to(policy.device)
     if (order.diff() != 1).any():  # back to that of the sample ids
         trajectory = trajectory[order]
-    found = (torch.cat(part)[order] if part else None for part in (features, densities, held_out))
-    return Images(batch, epoch, trajectory, torch.cat(totals)[order], *found)
+    found = (torch.cat(part)[order] if part else None for part in (features, densities, scores.held_out))
+    return Images(batch, epoch, trajectory, scores.objective(policy, order, metrics), *found)
 
 
 def _sample(
     policy: Policy,
-    prompts: Sequence[str],
+    velocity: VelocityFn,
     sample_ids: Tensor,
     settings: Settings,
     epoch: int,
@@ -152,7 +161,7 @@ def _sample(
     else:
         noise = policy.noise(sample_generators(config.seed, "start", epoch, starts))
     return pipeline_with_logprob(
-        policy.velocity(policy.encode(prompts), config.sample.guidance_scale),
+        velocity,
         noise,
         policy.sigmas(config.sample.num_steps),
         sde_type=config.sample.sde_type,

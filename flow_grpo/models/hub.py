@@ -54,12 +54,23 @@ def fetch(subject: str, model: str, revision: str = "", file: str = INDEX) -> Pa
     Raises:
         ConfigError: the hub does not answer, or has no such model, revision or file; `subject` begins the sentence.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download
+
+    ask(subject, model, revision, file)  # a download without an answer is tried again for minutes
+    with _told(subject, model, revision, file):
+        return Path(hf_hub_download(model, file, revision=revision or None, etag_timeout=SECONDS)).parent
+
+
+def ask(subject: str, model: str, revision: str, file: str) -> None:
+    """Whether the hub has this file of a model; it is not fetched.
+
+    Raises:
+        ConfigError: as `fetch`.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     with _told(subject, model, revision, file):
-        # asked first: a download without an answer is tried again for minutes
         get_hf_file_metadata(hf_hub_url(model, file, revision=revision or None), timeout=SECONDS)
-        return Path(hf_hub_download(model, file, revision=revision or None, etag_timeout=SECONDS)).parent
 
 
 def fetch_more(subject: str, model: str, folder: Path, files: Iterable[str]) -> None:
@@ -83,17 +94,23 @@ def fetch_more(subject: str, model: str, folder: Path, files: Iterable[str]) -> 
         list(pool.map(fetch_one, missing))
 
 
-def require(subject: str, model: str) -> None:
+def require(subject: str, model: str, file: str = SETTINGS) -> None:
     """Of a model that is no pipeline, nor a folder, nor in the cache with its weights: fetch its settings.
+
+    Args:
+        file: of a model without a file of settings, its weights, which are only asked for.
 
     Raises:
         ConfigError: as `fetch`.
     """
     if os.path.isdir(find(model)):
         return
-    folder = folder_of(model, file=SETTINGS)
-    if folder is None or not has_weights(folder):
-        fetch(subject, model, file=SETTINGS)
+    folder = folder_of(model, file=file)
+    if file != SETTINGS:
+        if folder is None:
+            ask(subject, model, "", file)
+    elif folder is None or not has_weights(folder):
+        fetch(subject, model, file=file)
 
 
 @contextmanager

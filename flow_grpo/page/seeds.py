@@ -18,8 +18,8 @@ from flow_grpo.statistics import Interval, difference_interval, mean_interval
 NOT_SETTINGS = ("run_name", "logdir", "project", "trackers", "resume_from")  # of no effect on the numbers
 SEED = "seed"
 # settings that decide what an evaluation measures: numbers of runs that differ in one cannot be compared
-MEASURE = ("reward_fn.", "reward_model.", "prompts.test", "prompts.eval_diversity", "resolution", "height", "width",
-           "eval.", "diversity.", "num_seeds")  # fmt: skip
+MEASURE = ("reward_fn.", "reward_model.", "reward_files.", "prompts.test", "prompts.eval_diversity", "resolution",
+           "height", "width", "eval.", "diversity.", "num_seeds", "targets.", "chat.")  # fmt: skip
 NOT_MEASURE = (
     "eval.ema", "eval.batch_size", "eval.rewards", "eval.num_grid_prompts", "eval.num_grid_images",
     "diversity.batch_size", "diversity.num_draws",

@@ -6,13 +6,14 @@ The defaults are the embedded tiny SD3 on two CPU cores; `flow_grpo.settings.res
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from flow_grpo.methods.registry import METHODS
 from flow_grpo.models.registry import ATTENTIONS
+from flow_grpo.rewards.own_files import announced
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.rules import (
     BELOW_ONE,
@@ -23,7 +24,9 @@ from flow_grpo.rules import (
     TEXT,
     YES_OR_NO,
     Key,
+    Rule,
     choice,
+    colour,
     each,
     folder,
     number,
@@ -238,6 +241,8 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             YES_OR_NO,
             "the rewards' weights stay in main memory, and are copied to the GPU while images are scored",
         ),
+        Key("targets.colour", "", colour("empty"), "for target_colour; empty: of each prompt, the first that it names"),
+        Key("targets.brightness", 0.5, number("a number from 0 to 1", lambda x: 0 <= x <= 1), "for target_brightness"),
         *(Key(f"reward_fn.{reward.name}", 0.0, FINITE, reward.meaning) for reward in REWARDS.values()),
         *(
             Key(
@@ -249,6 +254,61 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             for reward in REWARDS.values()
             if reward.scorer
         ),
+        Key(
+            "reward_files",
+            {},
+            Rule(lambda value: isinstance(value, dict), "reward_files.NAME, FILE.py:THING, or as --reward takes it"),
+            "rewards of one's own: where the code or the server of each is; its weight reward_fn.NAME is 1 at first",
+        ),
+        Key(
+            "reward_range",
+            {},
+            Rule(lambda value: isinstance(value, dict), "reward_range.NAME, two numbers, as in (0, 1)"),
+            "of one's own rewards: between what they must score two known images when the run begins",
+        ),
+        Key(
+            "reward_ensemble",
+            "mean",
+            choice("mean", "min"),
+            '"mean" or "min", over the checkpoints of a reward_model.NAME that names several, as in "A, B"',
+        ),
+        Key(
+            "reward_normalise", False, YES_OR_NO, "in training each reward is divided by its std over all images so far"
+        ),
+        Key(
+            "reward_constraint",
+            {},
+            Rule(lambda value: isinstance(value, dict), "reward_constraint.NAME, 0, or a number above 0"),
+            "rewards that are held at the base model's level: how fast the weight of each grows while it is below",
+        ),
+        Key(
+            "reward_augment",
+            0.0,
+            number("a number from 0 to 0.5", lambda x: 0 <= x <= 0.5),
+            "in training each image is cropped by up to this share of its sides, its colours changed by as much",
+        ),
+    ),
+    "rewards that are computed elsewhere: docs/rewards.md": (
+        Key("remote.timeout", 60.0, POSITIVE, "seconds to wait for one answer of a server"),
+        Key("remote.patience", 300.0, POSITIVE, "seconds of failing attempts after which the run is saved and ends"),
+        Key("remote.batch_size", 16, whole(1), "images of one request"),
+        Key("remote.concurrency", 4, whole(1, 256), "requests at once, of each process"),
+        Key("chat.url", "", TEXT, "of the reward chat: a chat interface such as vLLM's, http://HOST:PORT/v1"),
+        Key("chat.model", "", TEXT, "its name there; empty: the first that is served"),
+        Key(
+            "chat.question",
+            "Does this image show: {prompt}? Answer yes or no.",
+            FILLED,
+            "what is asked about each image",
+        ),
+        Key(
+            "chat.answer",
+            "yes",
+            choice("yes", "number"),
+            '"yes": the score is the probability of yes; "number": the last number of the answer / chat.scale',
+        ),
+        Key("chat.scale", 1.0, POSITIVE, "the best number that is answered"),
+        Key("chat.max_tokens", 64, whole(1, 100_000), "of an answer with a number"),
     ),
     "which loop": (
         Key("use_reward_gradient", False, YES_OR_NO, "False: black-box methods such as GRPO; True: DRTune and its kin"),
@@ -565,8 +625,29 @@ def get_config() -> ConfigDict:
             if part not in group:
                 group[part] = ConfigDict()
             group = group[part]
-        group[name] = key.default
+        group[name] = ConfigDict() if isinstance(key.default, dict) else key.default
     return config.lock()
+
+
+# Groups that have no members until one is named, and what a member is at first.
+OPEN: Mapping[str, Any] = {"reward_files": "", "reward_constraint": 0.0, "reward_range": ()}
+
+
+def declare(config: ConfigDict, keys: Iterable[str]) -> None:
+    """Make the keys among these that belong to an open group; a reward of one's own also has a weight then, 1.
+
+    So has one that an installed package announces, where its weight is named.
+    """
+    with config.unlocked():
+        for key in keys:
+            group, _, name = key.partition(".")
+            if group == "reward_fn" and name and name not in config.reward_fn and name in announced():
+                config.reward_files[name] = announced()[name]
+            elif group in OPEN and name and "." not in name and name not in config[group]:
+                config[group][name] = OPEN[group]
+        for name in config.reward_files:
+            if name not in config.reward_fn:
+                config.reward_fn[name] = 1.0
 
 
 def by_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -592,10 +673,10 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 SEEN = (
     "seed", "num_seeds", "pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision",
     "use_lora", "lora.", "prompts.", "negative_prompt", "reward_fn.", "reward_model.", "reward_dtype",
-    "shaping.",
+    "reward_ensemble", "reward_normalise", "reward_constraint.", "reward_augment", "shaping.",
     "use_reward_gradient", "sample.", "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio",
     "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob",
-    "eval_forward_kl", "forward_kl.",
+    "eval_forward_kl", "forward_kl.", "targets.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names

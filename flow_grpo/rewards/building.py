@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flow_grpo import places
-from flow_grpo.errors import ConfigError
+from flow_grpo.errors import ConfigError, RewardFailed, TrainingStopped
 from flow_grpo.models.files import LOADING_ERRORS, first_line
-from flow_grpo.rewards.registry import REWARDS, Metadata, RewardModel, RewardSpec, reward_names, reward_weights
+from flow_grpo.rewards.chosen import checkpoints_of, is_own, reward_names, reward_weights, trained_rewards
+from flow_grpo.rewards.own import OwnReward, ask_server, load_own
+from flow_grpo.rewards.own_files import is_server
+from flow_grpo.rewards.registry import REWARDS, Metadata, Pending, RewardModel, RewardSpec, Server
 from flow_grpo.types import RewardBatch
+
+
+@contextmanager
+def in_batch(when: str) -> Iterator[None]:
+    """A reward that fails in the block says that it was in this batch."""
+    try:
+        yield
+    except RewardFailed as error:
+        raise RewardFailed(error.name, error.what, when) from error.__cause__
 
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """The training reward, the sum of weight * reward, and the rewards that are only measured."""
+    """The plain reward, the sum of weight * reward, and the rewards that are only measured."""
 
     models: Mapping[str, RewardModel]  # every reward in use, by name
     weights: Mapping[str, float]  # those that are trained on, none of them zero
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
-        """The training reward and its terms; images (B, 3, H, W) in [0, 1], gradient where every term has one."""
+        """The plain reward and its terms; images (B, 3, H, W) in [0, 1], gradient where every term has one."""
         return self._score(tuple(self.weights), images, prompts, metadata)
 
     def evaluate(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
@@ -34,8 +48,28 @@ class WeightedReward:
     def terms(
         self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata
     ) -> dict[str, Tensor]:
-        """Single rewards of those in use, unweighted: (B,) each."""
-        return {name: self.models[name](images, prompts, metadata) for name in names}
+        """Single rewards of those in use, unweighted: (B,) each.
+
+        Raises:
+            RewardFailed: one of them raised something.
+        """
+        return self.begin(names, images, prompts, metadata).result()
+
+    def begin(self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Begun:
+        """The same, without waiting for those that a server computes.
+
+        Raises:
+            RewardFailed: another of them raised something.
+        """
+        scores: dict[str, Tensor] = {}
+        pending: dict[str, Pending] = {}
+        for name in sorted(names, key=lambda name: not isinstance(self.models[name], Server)):  # servers first
+            model = self.models[name]
+            if isinstance(model, Server):
+                pending[name] = model.submit(images, prompts, metadata)
+            else:
+                scores[name] = _scored(name, model, images, prompts, metadata)
+        return Begun(tuple(names), scores, pending)
 
     def _score(self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
         if not len(images) == len(prompts) == len(metadata):
@@ -48,22 +82,97 @@ class WeightedReward:
         return RewardBatch(total, terms)
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Rewards of some images, some of which a server may still compute."""
+
+    names: Sequence[str]
+    scores: Mapping[str, Tensor]
+    pending: Mapping[str, Pending]
+
+    def failed(self) -> bool:
+        """Whether one is known to have failed; it does not wait."""
+        return any(pending.failed() for pending in self.pending.values())
+
+    def result(self) -> dict[str, Tensor]:
+        """Wait for all: (B,) each. Raises RewardFailed: there are no scores."""
+        found = {**self.scores, **{name: pending.result() for name, pending in self.pending.items()}}
+        return {name: found[name] for name in self.names}
+
+
+def _scored(name: str, model: RewardModel, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
+    try:
+        return model(images, prompts, metadata)
+    except (ConfigError, TrainingStopped):
+        raise
+    except Exception as error:  # of anybody's code
+        others = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
+        file = model.place.file if isinstance(model, OwnReward) else ""
+        what = f"on the images of {prompts[0]!r}{others}: {places.failure(error, file)}"
+        raise RewardFailed(name, what) from error
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Several checkpoints of one reward: of each image the mean of their scores, or the lowest.
+
+    The gradient is that of what is returned: of "min" that of the member which gave it, of equals the first's.
+    """
+
+    name: str
+    members: Sequence[RewardModel]
+    kind: str  # "mean" or "min"
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every member is."""
+        return all(member.differentiable for member in self.members)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
+        """Images (B, 3, H, W), B prompts -> (B,) float32."""
+        scores = torch.stack([member(images, prompts, metadata) for member in self.members])  # (M, B)
+        return scores.mean(0) if self.kind == "mean" else scores.min(0).values
+
+
+# (key, place, model) -> what the class at that place makes of the model of that key
+LoadScorer = Callable[[str, str, str], Any]
+
+
 def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
-    """Load the rewards of `config`; rewards with the same checkpoint share one scorer."""
+    """Load the rewards of `config`; rewards with the same checkpoint share one scorer.
+
+    Raises:
+        ConfigError: one cannot be loaded; one's own is not what it should be (see `load_own`).
+    """
     scorers: dict[tuple[str, str], Any] = {}
-    models = {name: _build_model(REWARDS[name], config, device, scorers) for name in reward_names(config)}
+    options = {"dtype": config.reward_dtype, "offload": config.offload_rewards}
+    by_gradient = trained_rewards(config) if config.use_reward_gradient else ()
+
+    def scorer(key: str, place: str, model: str) -> Any:
+        if (place, model) not in scorers:
+            scorers[place, model] = load_scorer(key, place, model, device, options)
+        return scorers[place, model]
+
+    models: dict[str, RewardModel] = {}
+    for name in reward_names(config):
+        if is_own(config, name) and is_server(config.reward_files[name]):
+            models[name] = ask_server(name, config.reward_files[name], config, device)
+        elif is_own(config, name):
+            models[name] = load_own(name, config.reward_files[name], config, device, name in by_gradient)
+        else:
+            models[name] = _build_model(REWARDS[name], config, scorer)
     return WeightedReward(models, reward_weights(config))
 
 
-def _build_model(spec: RewardSpec, config: Any, device: Any, scorers: dict[tuple[str, str], Any]) -> RewardModel:
-    factory = places.load(spec.factory)
+def _build_model(spec: RewardSpec, config: Any, scorer: LoadScorer) -> RewardModel:
+    factory: Callable[..., RewardModel] = places.load(spec.factory)
+    if spec.options:
+        return factory(*(attrgetter(option)(config) for option in spec.options))
     if spec.scorer is None:
         return factory()
-    key = (spec.scorer, config.reward_model[spec.name])
-    if key not in scorers:
-        options = {"dtype": config.reward_dtype, "offload": config.offload_rewards}
-        scorers[key] = load_scorer(f"config.reward_model.{spec.name}", *key, device, options)
-    return factory(scorers[key])
+    key = f"config.reward_model.{spec.name}"
+    members = [factory(scorer(key, spec.scorer, model)) for model in checkpoints_of(config, spec.name)]
+    return members[0] if len(members) == 1 else Ensemble(spec.name, members, config.reward_ensemble)
 
 
 def load_scorer(subject: str, place: str, model: str, device: Any, options: Mapping[str, Any] | None = None) -> Any:

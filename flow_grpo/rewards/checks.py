@@ -6,27 +6,37 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
+from string import Formatter
 from typing import Any
+from urllib.parse import urlsplit
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.paths import find
-from flow_grpo.rewards.registry import REWARDS, RewardSpec, reward_names, reward_weights
+from flow_grpo.rewards.chosen import (
+    checkpoints_of,
+    constraint_rates,
+    is_own,
+    known_rewards,
+    reward_names,
+    reward_weights,
+    trained_rewards,
+)
+from flow_grpo.rewards.own_files import NAME, RESERVED, announced, check_place, is_server
+from flow_grpo.rewards.registry import CHAT, REWARDS, RewardSpec
 
 
 def validate_rewards(config: Any) -> None:
     """Raise ConfigError for rewards that cannot be built or trained on. Reads the file system, loads nothing."""
-    _check_weights(config.reward_fn)
-    measured = {"eval.rewards": config.eval.rewards, "shaping.gate_rewards": config.shaping.gate_rewards}
-    for key, names in measured.items():
-        for name in names:
-            _check_name(f"config.{key} = {tuple(names)}: {name!r}", name)
+    _check_own_names(config.reward_files)
+    _check_weights(config.reward_fn, known_rewards(config))
+    _check_names(config)
     if config.use_reward_gradient:
-        _check_differentiable(reward_weights(config))
+        _check_differentiable(config)
     for name in reward_names(config):
-        _check_packages(REWARDS[name])
-        if REWARDS[name].scorer is not None:
-            check_checkpoint(f"config.reward_model.{name}", config.reward_model.get(name, ""))
+        _check_source(config, name)
+    _check_ensemble(config)
     if config.eval.judge:
         check_checkpoint("config.eval.judge", config.eval.judge)
 
@@ -47,22 +57,93 @@ def check_checkpoint(key: str, checkpoint: str) -> None:
         )
 
 
-def _check_weights(weights: Mapping[str, float]) -> None:
+def _check_names(config: Any) -> None:
+    """Of the rewards in use that have no weight."""
+    known = known_rewards(config)
+    for name in constraint_rates(config):
+        _check_name(f"config.reward_constraint.{name}", name, known)
+    measured = {"eval.rewards": config.eval.rewards, "shaping.gate_rewards": config.shaping.gate_rewards}
+    for key, names in measured.items():
+        for name in names:
+            _check_name(f"config.{key} = {tuple(names)}: {name!r}", name, known)
+
+
+def _check_source(config: Any, name: str) -> None:
+    """The code of one's own reward, or the packages and checkpoints of a registered one."""
+    if is_own(config, name) and is_server(config.reward_files[name]):
+        check_address(f"config.reward_files.{name}", config.reward_files[name])
+        _check_packages(replace(REWARDS[CHAT], name=name))  # asked in the same way
+        return
+    if is_own(config, name):
+        check_place(name, config.reward_files[name])
+        return
+    _check_packages(REWARDS[name])
+    if name == CHAT:
+        check_address("config.chat.url", config.chat.url)
+        check_question(config.chat.question)
+    for model in checkpoints_of(config, name):
+        check_checkpoint(f"config.reward_model.{name}", model)
+
+
+def check_address(key: str, url: str) -> None:
+    """ConfigError unless `url` is that of an HTTP server."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is none
+        fine = False
+    if not fine:
+        raise ConfigError(f"{key} = {url!r} is no address; it takes http://HOST:PORT, or https, and a path.")
+
+
+def check_question(question: str) -> None:
+    """ConfigError unless the question is a template whose only blank is {prompt}."""
+    try:
+        blanks = {name for _, name, _, _ in Formatter().parse(question) if name is not None}
+    except ValueError as error:
+        raise ConfigError(f"config.chat.question = {question!r:.200} is no template: {error}.") from None
+    if blanks - {"prompt"}:
+        raise ConfigError(
+            f"config.chat.question = {question!r:.200} has {{{min(blanks - {'prompt'})}}}; it takes {{prompt}} alone."
+        )
+
+
+def _check_own_names(files: Mapping[str, str]) -> None:
+    for name in files:
+        subject = f"config.reward_files.{name} = {files[name]!r}"
+        if name in REWARDS:
+            raise ConfigError(f"{subject}: {name} is a reward already; give yours another name.")
+        if not NAME.fullmatch(name) or name in RESERVED:
+            raise ConfigError(
+                f"{subject}: {name!r} is no name for a reward; it takes letters, digits and _, and not total."
+            )
+
+
+def _check_ensemble(config: Any) -> None:
+    if config.reward_ensemble != "mean" and all(len(checkpoints_of(config, n)) < 2 for n in reward_names(config)):
+        raise ConfigError(
+            f'config.reward_ensemble = "{config.reward_ensemble}" has no several checkpoints of one reward to join; it '
+            'takes "mean", or config.reward_model.NAME two or more, as in "A, B".'
+        )
+
+
+def _check_weights(weights: Mapping[str, float], known: Mapping[str, RewardSpec]) -> None:
     for name, weight in weights.items():
-        _check_name(f"config.reward_fn.{name}", name)
+        _check_name(f"config.reward_fn.{name}", name, known)
         if not math.isfinite(weight):
             raise ConfigError(f"config.reward_fn.{name} = {weight} is not a weight; it takes a finite number.")
     if not any(weights.values()):
         raise ConfigError(
-            f"config.reward_fn has no weight other than 0; give one to any of {_listed(REWARDS)}, "
+            f"config.reward_fn has no weight other than 0; give one to any of {_listed(known)}, "
             "as in --config.reward_fn.pickscore=1."
         )
 
 
-def _check_name(subject: str, name: str) -> None:
-    if name not in REWARDS:
-        nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"{subject} is not a reward; the nearest is {nearest} (there are {_listed(REWARDS)}).")
+def _check_name(subject: str, name: str, known: Mapping[str, RewardSpec]) -> None:
+    if name not in known:
+        names = {**known, **announced()}
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"{subject} is not a reward; the nearest is {nearest} (there are {_listed(names)}).")
 
 
 def _check_packages(spec: RewardSpec) -> None:
@@ -74,12 +155,19 @@ def _check_packages(spec: RewardSpec) -> None:
         )
 
 
-def _check_differentiable(weights: Mapping[str, float]) -> None:
-    for name, weight in weights.items():
-        if not REWARDS[name].differentiable:
-            differentiable = _listed([spec.name for spec in REWARDS.values() if spec.differentiable])
+def _check_differentiable(config: Any) -> None:
+    """One's own are tried when they have loaded."""
+    known, weights, rates = known_rewards(config), reward_weights(config), constraint_rates(config)
+    for name in trained_rewards(config):
+        if not known[name].differentiable:
+            key = (
+                f"reward_fn.{name} = {weights[name]}"
+                if name in weights
+                else f"reward_constraint.{name} = {rates[name]}"
+            )
+            differentiable = _listed([other for other, spec in known.items() if spec.differentiable])
             raise ConfigError(
-                f"config.reward_fn.{name} = {weight} has no gradient, which config.use_reward_gradient = True needs; "
+                f"config.{key} has no gradient, which config.use_reward_gradient = True needs; "
                 f"the differentiable rewards are {differentiable}."
             )
 

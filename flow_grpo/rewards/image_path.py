@@ -1,7 +1,7 @@
 """From images to a vision tower's input, in torch throughout: one path for training, logging and evaluation.
 
-The library's processors go through 8-bit images, which have no gradient. Here the same geometry (antialiased bicubic
-resize of the shortest edge, centre crop) and the same normalisation act on floats. Two differences follow, both below
+The library's processors go through 8-bit images, which have no gradient. Here the same geometry (antialiased resize,
+then a centre crop or black bars) and the same normalisation act on floats. Two differences follow, both below
 the bounds stated in tests/rewards/test_image_path.py: no rounding to 1/255, and the overshoot of the bicubic kernel
 beyond [0, 1] is kept, since clamping it would cut the gradient of white and black areas. Where no gradient is needed,
 `eight_bit` does both as the libraries do, and the pixels are theirs to within 1/255
@@ -16,24 +16,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_base import ImageProcessingMixin
 
 from flow_grpo.errors import ConfigError
 
-_ASSUMED = {"do_resize": True, "do_center_crop": True, "do_normalize": True, "resample": 3}  # 3: PIL's bicubic
+_ASSUMED = {"do_resize": True, "do_normalize": True}
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 @dataclass(frozen=True)
 class ImagePath:
     """An image processor as a function, differentiable unless `eight_bit`."""
 
-    size: int  # pixels of the shortest edge after the resize
-    crop: tuple[int, int]  # height and width of the centre crop, none above `size`
+    size: int  # pixels of the edge that `fit` names, after the resize
+    crop: tuple[int, int]  # height and width of what the network sees
     mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]  # per channel
     interpolation: str = "bicubic"  # or "bilinear"
-    squash: bool = False  # resize straight to `crop`, whatever the shape; `size` is then not read
+    fit: str = "shortest"  # this edge becomes `size`; or "longest", filled up with black; or "squash": just to `crop`
     round_margin: bool = False  # half an odd margin is rounded to even, as torchvision does, not down
     eight_bit: bool = False  # images and both passes of the resize are rounded to 1/255 and cut to [0, 1]
 
@@ -49,10 +51,17 @@ class ImagePath:
 
         Raises ConfigError, naming `source`, for a processor that does something else than this path.
         """
+        crops = numbers.get("do_center_crop", "crop_size" in numbers)
+        resample = numbers.get("resample", 3)
         for key, value in _ASSUMED.items():
             if numbers.get(key, value) != value:
                 raise ConfigError(f"the image processor of {source!r} has {key} = {numbers[key]}; it must be {value}.")
-        size, crop = numbers["size"], numbers["crop_size"]
+        if resample not in _RESAMPLE:
+            raise ConfigError(f"the image processor of {source!r} has resample = {resample}; it must be 2 or 3.")
+        size = numbers["size"]
+        if not crops:
+            return _squashing(numbers, source, _RESAMPLE[resample])
+        crop = numbers["crop_size"]
         edge = size if isinstance(size, int) else size.get("shortest_edge")
         height, width = (crop, crop) if isinstance(crop, int) else (crop["height"], crop["width"])
         if edge is None or max(height, width) > edge:
@@ -60,7 +69,8 @@ class ImagePath:
                 f"the image processor of {source!r} has size = {size} and crop_size = {crop}; "
                 "it must resize the shortest edge to at least the crop."
             )
-        return ImagePath(edge, (height, width), tuple(numbers["image_mean"]), tuple(numbers["image_std"]))
+        mean, std = tuple(numbers["image_mean"]), tuple(numbers["image_std"])
+        return ImagePath(edge, (height, width), mean, std, _RESAMPLE[resample])
 
     @staticmethod
     def from_open_clip(numbers: Mapping[str, Any], source: str) -> ImagePath:
@@ -70,10 +80,14 @@ class ImagePath:
         """
         size, mode = numbers["size"], numbers["resize_mode"]
         height, width = (size, size) if isinstance(size, int) else size
-        if mode not in ("shortest", "squash") or (mode == "shortest" and height != width):
+        if mode not in ("shortest", "longest", "squash") or (mode != "squash" and height != width):
             raise ConfigError(
                 f"the preprocessing of {source!r} has resize_mode = {mode!r} and size = {height} x {width}; "
-                "it must be 'squash', or 'shortest' with a square size."
+                "it must be 'squash', or 'shortest' or 'longest' with a square size."
+            )
+        if mode == "longest" and numbers.get("fill_color", 0) != 0:
+            raise ConfigError(
+                f"the preprocessing of {source!r} has fill_color = {numbers['fill_color']}; it must be 0."
             )
         return ImagePath(
             size=min(height, width),
@@ -81,13 +95,13 @@ class ImagePath:
             mean=tuple(numbers["mean"]),
             std=tuple(numbers["std"]),
             interpolation="bilinear" if numbers["interpolation"] == "bilinear" else "bicubic",  # "random": in training
-            squash=mode == "squash",
+            fit=mode,
             round_margin=True,
         )
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> normalised (B, 3, *crop), in the dtype of the images."""
-        images = self._crop(self._resize(images))
+        images = self._centre(self._resize(images))
         mean, std = (torch.tensor(value).to(images).view(3, 1, 1) for value in (self.mean, self.std))
         return (images - mean) / std
 
@@ -102,25 +116,55 @@ class ImagePath:
         return levels / 255
 
     def _target(self, height: int, width: int) -> tuple[int, int]:
-        """Shortest edge to `size`, the longer one in proportion and rounded down, as the library does."""
+        """The named edge to `size`, the other one in proportion: rounded down, or to the nearest with "longest"."""
+        if self.fit == "squash":
+            return self.crop
+        if self.fit == "longest":
+            long = max(height, width)
+            return round(self.size * height / long), round(self.size * width / long)
         short = min(height, width)
-        return self.crop if self.squash else (int(self.size * height / short), int(self.size * width / short))
+        return int(self.size * height / short), int(self.size * width / short)
 
     def _interpolate(self, images: Tensor, target: tuple[int, int]) -> Tensor:
         if images.shape[-2:] == target:
             return images
         return F.interpolate(images, target, mode=self.interpolation, align_corners=False, antialias=True)
 
-    def _crop(self, images: Tensor) -> Tensor:
+    def _centre(self, images: Tensor) -> Tensor:
+        """Cut to the crop, or filled up to it with black; an odd pixel goes to the right and to the bottom."""
         (height, width), (rows, columns) = images.shape[-2:], self.crop
         margins = (height - rows, width - columns)
+        if self.fit == "longest":
+            above, left = (-margin // 2 for margin in margins)  # no margin is above 0
+            return F.pad(images, (left, columns - width - left, above, rows - height - above))
         top, left = (round(margin / 2) if self.round_margin else margin // 2 for margin in margins)
         return images[..., top : top + rows, left : left + columns]
+
+
+def _squashing(numbers: Mapping[str, Any], source: str, interpolation: str) -> ImagePath:
+    """A processor without a crop: it resizes to a height and a width, as SigLIP's does."""
+    size = numbers["size"]
+    if not isinstance(size, Mapping) or not {"height", "width"} <= set(size):
+        raise ConfigError(
+            f"the image processor of {source!r} has size = {size} and no crop; it must have a height and a width."
+        )
+    shape = (size["height"], size["width"])
+    mean, std = tuple(numbers["image_mean"]), tuple(numbers["image_std"])
+    return ImagePath(min(shape), shape, mean, std, interpolation, fit="squash")
 
 
 def _nearest_levels(levels: Tensor) -> Tensor:
     """The nearest of 0, 1 ... 255; halves go up, as in Pillow."""
     return (levels + 0.5).floor().clamp(0, 255)
+
+
+def pictures(images: Tensor) -> list[Image.Image | None]:
+    """Images (B, 3, H, W) in [0, 1] -> of 8 bits each, as they are saved; None for an image with NaN."""
+    return [None if image.isnan().any() else _picture(image) for image in images.detach().float().cpu()]
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray((image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def check_images(images: Tensor, taker: str = "a reward") -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flow_grpo.rewards.image_path import check_images
+from flow_grpo.rewards.image_path import check_images, pictures
 from flow_grpo.rewards.registry import Metadata
 
 QUALITY = 95  # of PIL's encoder, as DDPO and Flow-GRPO
@@ -19,16 +19,13 @@ QUALITY = 95  # of PIL's encoder, as DDPO and Flow-GRPO
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) float in [0, 1] -> (B,) float32, in units of 1000 bytes; NaN for an image with NaN."""
     check_images(images)
-    sizes = [_kilobytes(image) for image in images.detach().float().cpu()]
+    sizes = [math.nan if picture is None else _kilobytes(picture) for picture in pictures(images)]
     return torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
 
-def _kilobytes(image: Tensor) -> float:
-    if image.isnan().any():
-        return math.nan
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()  # (H, W, 3)
+def _kilobytes(picture: Image.Image) -> float:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=QUALITY)
+    picture.save(buffer, format="JPEG", quality=QUALITY)
     return buffer.tell() / 1000
 
 

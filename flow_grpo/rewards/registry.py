@@ -1,14 +1,17 @@
-"""Which rewards there are, and which of them a configuration uses.
+"""Which rewards there are; chosen.py says which of them a configuration uses.
 
-To add a reward: write its class (see `RewardModel`) and add one entry to `REWARDS`: its weight is then a key. This
-module is imported while the configuration is checked, so nothing heavy is imported at its top.
+To add a reward: write its class (see `RewardModel`) and add one entry to `REWARDS`: its weight is then a key. One's own
+needs no entry: `config.reward_files` (own_files.py) says where it is. This module is imported while the configuration
+is checked, so nothing heavy is imported at its top.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from flow_grpo.models.files import CLIP_NEEDS, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,13 +20,36 @@ Metadata = Sequence[Mapping[str, Any]]
 
 
 class RewardModel(Protocol):
-    """One reward. `differentiable` promises a gradient at every pixel that the reward looks at."""
+    """One reward."""
 
-    name: str
-    differentiable: bool
+    @property
+    def name(self) -> str:
+        """As `config.reward_fn` has it."""
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether there is a gradient at every pixel that the reward looks at."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1], B prompts, B metadata -> (B,) float32; ValueError for others."""
+
+
+class Pending(Protocol):
+    """Scores that another process computes."""
+
+    def failed(self) -> bool:
+        """Whether it is known already that there are none; it does not wait."""
+
+    def result(self) -> Tensor:
+        """Wait for them: (B,) float32. Raises RewardFailed: there are none."""
+
+
+@runtime_checkable
+class Server(Protocol):
+    """A reward that another process computes, while this one goes on."""
+
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Pending:
+        """What a RewardModel takes; it returns at once."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +59,24 @@ class RewardSpec:
     name: str
     differentiable: bool
     meaning: str  # what it is, in a few words
-    factory: str  # makes the RewardModel; is called with the loaded scorer, or with nothing
+    factory: str  # makes the RewardModel; is called with the loaded scorer, the values of `options`, or nothing
     scorer: str | None = None  # loads config.reward_model.<name>, called as `load_scorer` says; None: no checkpoint
     model: str = ""  # the default of config.reward_model.<name>
+    needs: Needs = CLIP_NEEDS  # the files of a folder that is its model
+    hub_file: str = "config.json"  # a file that each such model on the hub has
+    options: tuple[str, ...] = ()  # keys of settings of its own, or groups of them
     extra: str = ""  # the extra of pyproject.toml that installs `packages`
     packages: tuple[str, ...] = ()  # modules that it needs beside the project's dependencies
     bounds: str = "any number"  # what its scores may be, and are mostly
     licence: str = "this project's"  # of the code and the published weights it runs
 
 
+CHAT = "chat"
 CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
+# Weights that are one file, by the names they were published under, the usual one first.
+HPS_FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt", "open_clip_model.safetensors")
+IMAGE_REWARD_FILES = ("ImageReward.pt",)
+AESTHETIC_FILES = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth")
 
 REWARDS: dict[str, RewardSpec] = {
     spec.name: spec
@@ -54,6 +88,8 @@ REWARDS: dict[str, RewardSpec] = {
             "flow_grpo.rewards.clip:PickScore",
             CLIP_SCORER,
             "assets/tiny_pickscore",
+            bounds="-3.8 to 3.8; mostly 0.7 to 0.9",
+            licence="code MIT; weights without one",
         ),
         RewardSpec(
             "clipscore",
@@ -62,34 +98,110 @@ REWARDS: dict[str, RewardSpec] = {
             "flow_grpo.rewards.clip:ClipScore",
             CLIP_SCORER,
             "assets/tiny_pickscore",
+            bounds="-3.3 to 3.3; mostly 0.7 to 1.1",
+            licence="of the CLIP chosen; OpenAI's is MIT",
+        ),
+        RewardSpec(
+            "hpsv2",
+            True,
+            "HPSv2.1's cos(image, prompt)",
+            "flow_grpo.rewards.hpsv2:HPSv2",
+            "flow_grpo.rewards.hpsv2:HpsScorer",
+            "xswu/HPSv2",
+            needs=(HPS_FILES,),
+            hub_file=HPS_FILES[0],
+            bounds="-1 to 1; mostly 0.2 to 0.35",
+            licence="Apache-2.0",
+        ),
+        RewardSpec(
+            "imagereward",
+            True,
+            "ImageReward's mark, of mean 0 and std 1",
+            "flow_grpo.rewards.imagereward:ImageReward",
+            "flow_grpo.rewards.imagereward:ImageRewardScorer",
+            "THUDM/ImageReward",
+            needs=(IMAGE_REWARD_FILES,),
+            hub_file=IMAGE_REWARD_FILES[0],
+            bounds="any number; mostly -2.5 to 2",
+            licence="Apache-2.0",
+        ),
+        RewardSpec(
+            "aesthetic",
+            True,
+            "LAION's aesthetic mark; no prompt is read",
+            "flow_grpo.rewards.aesthetic:Aesthetic",
+            "flow_grpo.rewards.aesthetic:AestheticScorer",
+            "trl-lib/ddpo-aesthetic-predictor",
+            needs=(AESTHETIC_FILES,),
+            hub_file=AESTHETIC_FILES[0],
+            bounds="any number; mostly 4 to 7",
+            licence="head Apache-2.0, CLIP MIT",
+        ),
+        RewardSpec(
+            "siglip",
+            True,
+            "SigLIP's logit of image and prompt",
+            "flow_grpo.rewards.siglip:SiglipScore",
+            "flow_grpo.rewards.siglip:SiglipScorer",
+            "google/siglip2-so400m-patch14-384",
+            bounds="any number; above 0 they fit",
+            licence="Apache-2.0",
+        ),
+        RewardSpec(
+            "ocr",
+            False,
+            "the share of the quoted words that can be read; no gradient",
+            "flow_grpo.rewards.ocr:Ocr",
+            extra="ocr",
+            packages=("rapidocr", "onnxruntime", "rapidfuzz"),
+            bounds="0 to 1",
+            licence="Apache-2.0",
         ),
         RewardSpec(
             "jpeg_compressibility",
             False,
             "-kilobytes of the JPEG; no gradient",
             "flow_grpo.rewards.jpeg:JpegCompressibility",
+            bounds="below 0",
         ),
         RewardSpec(
             "jpeg_incompressibility",
             False,
             "kilobytes of the JPEG; no gradient",
             "flow_grpo.rewards.jpeg:JpegIncompressibility",
+            bounds="above 0",
+        ),
+        RewardSpec(
+            "target_colour",
+            True,
+            "-distance of the mean colour to targets.colour",
+            "flow_grpo.rewards.targets:TargetColour",
+            options=("targets.colour",),
+            bounds="-1.73 to 0",
+        ),
+        RewardSpec(
+            "target_brightness",
+            True,
+            "-distance of the mean brightness to targets.brightness",
+            "flow_grpo.rewards.targets:TargetBrightness",
+            options=("targets.brightness",),
+            bounds="-1 to 0",
+        ),
+        RewardSpec(
+            CHAT,
+            False,
+            "what a vision-language model at chat.url says; no gradient",
+            "flow_grpo.rewards.chat:ChatReward",
+            options=("chat", "remote"),
+            extra="remote",
+            packages=("httpx", "tenacity"),
+            bounds="0 to 1",
+            licence="the served model's",
         ),
     )
 }
 
 
-def reward_weights(config: Any) -> dict[str, float]:
-    """The non-zero weights of `config.reward_fn`, in its order."""
-    return {name: float(weight) for name, weight in config.reward_fn.items() if weight != 0}
-
-
-def reward_names(config: Any) -> tuple[str, ...]:
-    """The rewards in use, each once: those trained on, then those of the gate and of `config.eval.rewards`."""
-    return tuple(dict.fromkeys([*reward_weights(config), *config.shaping.gate_rewards, *config.eval.rewards]))
-
-
-def trained_models(config: Any) -> set[str]:
-    """The checkpoints of the rewards that training sees: those that are trained on, and those of the gate."""
-    names = (*reward_weights(config), *config.shaping.gate_rewards)
-    return {config.reward_model[name] for name in names if REWARDS[name].scorer is not None}
+def spec_of_key(key: str) -> RewardSpec:
+    """The registered reward whose model the setting "reward_model.NAME" names."""
+    return REWARDS[key.partition(".")[2]]

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.paths import find_from
-from flow_grpo.recipes.base import by_present_names, get_config, leaves
+from flow_grpo.recipes.base import by_present_names, declare, get_config, leaves
+from flow_grpo.rewards.chosen import split_models
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, flatten, run_config
 
 # Keys, and groups of them, whose values may be paths.
@@ -51,9 +52,15 @@ def _found(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The settings of a run's folder with the paths that are found only from where it was started."""
     started_in = _working_folder(folder)
     return {
-        key: find_from(value, started_in) if key.startswith(PATHS) and isinstance(value, str) else value
+        key: _found_from(key, value, started_in) if key.startswith(PATHS) and isinstance(value, str) else value
         for key, value in values.items()
     }
+
+
+def _found_from(key: str, value: str, started_in: str) -> str:
+    """The path, or each of several checkpoints of a reward."""
+    parts = split_models(value) if key.startswith("reward_model.") else (value,)
+    return ", ".join(find_from(part, started_in) for part in parts)
 
 
 def _working_folder(folder: Path) -> str:
@@ -72,6 +79,7 @@ def config_from(values: Mapping[str, Any], path: Path, overrides: Mapping[str, A
         ConfigError: naming `path`, where they are from, if they are no configuration of this project.
     """
     config, values = get_config(), by_present_names(values)
+    declare(config, values)
     unknown = sorted(values.keys() - dict(leaves(config)).keys())
     missing = sorted(dict(leaves(config)).keys() - values.keys())
     if unknown or "pretrained.model" in missing:

@@ -13,7 +13,7 @@ from typing import Any
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import LIMITS, open_regular, parse_json, strict_json, write_atomically
 from flow_grpo.paths import identity
-from flow_grpo.rewards.registry import REWARDS
+from flow_grpo.rewards.chosen import split_models
 
 
 def append_line(path: Path, record: Mapping[str, Any], create: bool = True) -> None:
@@ -97,17 +97,23 @@ def deciding_metric(config: Mapping[str, Any], label: str) -> str | None:
     there is neither. Whatever has the model of a reward that is trained on is that reward by another name, and no
     measure of it. A reward of the gate is trained on too: what it dislikes is penalised.
     """
-    gate = config.get("shaping.gate_rewards") or ()
-    trained = [name for name in REWARDS if config.get(f"reward_fn.{name}") or name in gate]
-    models = {identity(model) for name in trained if (model := config.get(f"reward_model.{name}"))}
+    groups = ("reward_fn.", "reward_constraint.")
+    trained = {key.partition(".")[2] for key, value in config.items() if key.startswith(groups) and value}
+    trained |= set(config.get("shaping.gate_rewards") or ())
+    models = {model for name in trained for model in _models(config, name)}
     judge = config.get("eval.judge")
     if judge and identity(judge) not in models:
         return f"{label}/judge/accuracy"
     for name in config.get("eval.rewards") or ():
-        model = config.get(f"reward_model.{name}")
-        if name not in trained and not (model and identity(model) in models):
+        if name not in trained and not models & _models(config, name):
             return f"{label}/reward/{name}"
     return None
+
+
+def _models(config: Mapping[str, Any], name: str) -> set[str]:
+    """What a reward's checkpoints are."""
+    named = config.get(f"reward_model.{name}")
+    return set(map(identity, split_models(named))) if named else set()
 
 
 def is_evaluation(line: Mapping[str, Any]) -> bool:

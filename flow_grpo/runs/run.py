@@ -20,13 +20,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
+from flow_grpo.errors import ConfigError, Interrupted, RewardFailed, TrainingStopped
 from flow_grpo.files import write_atomically
 from flow_grpo.messages import say
+from flow_grpo.rewards import own_files
+from flow_grpo.rewards.chosen import is_own, reward_names
+from flow_grpo.rewards.composition import Composition
 from flow_grpo.runs.dashboard import Description, pixels_of
 from flow_grpo.runs.digest import base_digest, base_mismatch, base_words
 from flow_grpo.runs.environment import write_records
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
 
 RECORD_NAME = re.compile(rf"(?:{'|'.join(LABELS)})_(?P<step>\d{{6,}})\.(?:json|webp)")  # of an evaluation
 FAILURE = 1 << 16  # in the place of a reason to stop: the main process cannot write
+NO_REWARD = 1 << 15  # likewise: some process has images without a reward
 
 
 T = TypeVar("T")
@@ -66,6 +70,7 @@ class Run:
     `finish`. With `config.resume_from` inside a run folder and no other `config.run_name`, that folder is appended to.
 
     Attributes:
+        composition: what training makes of several rewards, as far as the run has come.
         checkpoint: the one to go on from, whole; None: training begins.
         resumed: whether the folder is an earlier run's that goes on.
 
@@ -80,10 +85,12 @@ class Run:
         self.accelerator = accelerator
         self.is_main: bool = accelerator.is_main_process
         self.counters = Counters()
+        self.composition = Composition(settings.config)
         self.phase = Phases(accelerator.device)
         self._stop = stop or StopWatch({})
         self._opened: OpenFolder | None = None  # of the main process
         self._failure = ""  # why the main process can no longer write metrics
+        self._unrewarded: RewardFailed | None = None  # of this process
         self._told: set[str] = set()
         self._uncounted = 0.0  # seconds
         self._logged = False  # whether there is a history, which must not vanish
@@ -120,6 +127,13 @@ class Run:
     def base_sha256(self) -> str | None:
         """Digest of the base model's files; None where they cannot be found."""
         return base_digest(self.settings.config.pretrained)
+
+    @cached_property
+    def reward_sha256(self) -> dict[str, str]:
+        """Digests of the files of one's own rewards, by name."""
+        config = self.settings.config
+        own = [name for name in reward_names(config) if is_own(config, name)]
+        return {name: own_files.digest(config.reward_files[name]) for name in own}
 
     # --- metrics and images ---------------------------------------------------------------------------
 
@@ -256,15 +270,30 @@ class Run:
         Raises:
             Interrupted: some process was asked to stop.
             TrainingStopped: the main process can no longer write metrics.
+            RewardFailed: a reward failed inside `failing_together`, on this process or another.
         """
-        code = FAILURE if self._failure else 0 if ended else int(self._stop.reason() or 0)
+        code = FAILURE if self._failure else NO_REWARD if self._unrewarded else 0
+        if not code and not ended:
+            code = int(self._stop.reason() or 0)
         if self.accelerator.num_processes > 1:
             codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
             code = int(codes.max())
         if code == FAILURE:
             raise TrainingStopped(self._failure or "the main process can no longer write the run's metrics")
+        if code == NO_REWARD:
+            failure = next(one for one in gather_object([self._unrewarded]) if one is not None)
+            failure.agreed = True
+            raise failure
         if code:
             raise Interrupted(Reason(code), f"after epoch {self.counters.epoch}")
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A reward that fails in the block ends the training at the next `check_stop`, on every process."""
+        try:
+            yield
+        except RewardFailed as error:
+            self._unrewarded = self._unrewarded or RewardFailed(error.name, error.what, error.when)
 
     # --- progress and time ----------------------------------------------------------------------------
 

@@ -220,6 +220,7 @@ class Saver:
             "best": self._best_with(folder, score),
             "weights": weights_record(self.settings.config),
             "base_sha256": self._base_sha256(),
+            "reward_sha256": self.run.reward_sha256,
             "plain": state.plain,
             "run_id": self.run.run_id,
             "history": digest_of_history(self.run.folder / HISTORY_FILE),

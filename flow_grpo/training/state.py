@@ -33,7 +33,7 @@ class TrainingState:
     """All that training changes: of whole tensors, as on disk, or of a process's parts of them."""
 
     tensors: Mapping[str, Tensor]  # by the names above
-    plain: Mapping[str, Any]  # numbers of the average, the loss scaler and the policy
+    plain: Mapping[str, Any]  # numbers of the average, the loss scaler, the policy and the rewards
     counters: Mapping[str, int | float]
     evaluated: bool  # whether the evaluation that is due at this epoch has been made
 
@@ -59,6 +59,8 @@ def collect(policy: Policy, run: Run, evaluated: bool) -> TrainingState:
     for number, moments in moments_of(policy.optimizer).items():
         tensors |= {f"{MOMENTS}.{moment}.{names[number]}": value for moment, value in moments.items()}
     plain: dict[str, Any] = {"skipped_in_a_row": policy.skipped_in_a_row}
+    if run.composition.is_scaled:
+        plain["rewards"] = run.composition.state_dict()
     if policy.ema is not None:
         plain["average"] = {k: v for k, v in policy.ema.state_dict().items() if k != "shadow_params"}
     if policy.accelerator.scaler is not None:
@@ -107,6 +109,7 @@ def restore(policy: Policy, run: Run, state: TrainingState, source: str) -> None
     if policy.accelerator.scaler is not None:
         policy.accelerator.scaler.load_state_dict(state.plain["scaler"])
     policy.skipped_in_a_row = state.plain.get("skipped_in_a_row", 0)
+    run.composition.load_state_dict(state.plain.get("rewards", {}))
     run.counters.load_state_dict(state.counters)
 
 

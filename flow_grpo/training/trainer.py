@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from flow_grpo.errors import ConfigError, Interrupted, TrainingStopped
+from flow_grpo.errors import ConfigError, Interrupted, RewardFailed, TrainingStopped
 from flow_grpo.evaluators.evaluation import Evaluator, evaluate
 from flow_grpo.page.build import build_page
 from flow_grpo.policy import Policy
@@ -46,6 +46,7 @@ def fit(
 
     Raises:
         TrainingStopped: as `train_epoch` does (the history then ends with `train/stopped`); or nothing can be written.
+            Where it was a reward that failed, what the last finished epoch left is saved.
         Interrupted: the run was asked to stop, and what its last finished epoch left is saved.
     """
     config, counters = settings.config, run.counters
@@ -74,6 +75,10 @@ def fit(
     except Interrupted as stop:
         saved = saver.save_remembered()
         raise Interrupted(stop.reason, f"after epoch {counters.epoch}, {saved}") from None
+    except RewardFailed as failure:
+        if settings.num_processes > 1 and not failure.agreed:  # the others do not know of it
+            raise
+        raise TrainingStopped(f"{failure}; {saver.save_remembered()}") from failure
     finally:
         _show(run, live=False)
 

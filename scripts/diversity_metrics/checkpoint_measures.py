@@ -60,7 +60,8 @@ from flow_grpo.types import Samples
 from scripts.diversity_metrics.log_densities import entropy_change
 
 SETTINGS = ("resolution", "height", "width", "pretrained.", "prompts.test", "prompts.eval_diversity", "num_seeds",
-            "reward_fn.", "reward_model.", "eval.", "entropy.", "diversity.")  # fmt: skip
+            "reward_fn.", "reward_model.", "reward_files.", "eval.", "entropy.", "diversity.", "targets.",
+            "chat.", "remote.")  # fmt: skip
 FIGURES = {"curves": curves_figure, "training": training_figure}
 
 Parts = list[tuple[Samples, Measured]]  # what evaluators found, and of which samples

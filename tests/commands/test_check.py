@@ -443,4 +443,6 @@ def test_a_rewards_model_depends_on_the_images_size() -> None:
     assert reward_of("pickscore", 32) == ("pickscore", "assets/tiny_pickscore")
     assert reward_of("pickscore", 1024) == ("pickscore", "yuvalkirstain/PickScore_v1")
     assert reward_of("pickscore=here", 32) == ("pickscore", "here")
+    assert reward_of("hpsv2=here", 32) == ("hpsv2", "here")
+    assert reward_of("hpsv2", 32) == ("hpsv2", "")  # its own default
     assert reward_of("jpeg_compressibility", 32) == ("jpeg_compressibility", "")

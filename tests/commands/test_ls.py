@@ -38,7 +38,7 @@ def test_a_name_narrows_by_its_beginning_or_as_a_pattern(capsys):
         "train.beta  0.0  weight of the KL divergence to the reference model",
         "    takes 0, or a number from 1e-15 to 1e+12",
     ]  # fmt: skip
-    assert listed(capsys, "keys", "*.batch_size").count("takes a whole number of at least 1") == 5
+    assert listed(capsys, "keys", "*.batch_size").count("takes a whole number of at least 1") == 6
     assert listed(capsys, "recipes", "pickscore_sd3").startswith("sd35_grpo: ")
 
 

@@ -81,7 +81,7 @@ def test_features_are_those_of_the_library(
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
 def test_open_clip_pixels_are_the_librarys_to_one_level(size: tuple[int, int], interpolation: str, mode: str) -> None:
     numbers: dict[str, Any] = {**PREPROCESS, "interpolation": interpolation, "resize_mode": mode}
     transform = image_transform_v2(PreprocessCfg(**numbers), is_train=False)
@@ -133,7 +133,7 @@ def test_half_an_odd_margin_is_cut_as_each_library_does() -> None:
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        ({"resize_mode": "longest"}, "'longest' and size = 32 x 32"),
+        ({"resize_mode": "longest", "size": (32, 48)}, "'longest' and size = 32 x 48"),
         ({"size": (32, 48)}, "'shortest' and size = 32 x 48"),
     ],
 )
@@ -141,7 +141,8 @@ def test_other_open_clip_preprocessing_is_refused(change: dict[str, Any], shown:
     with pytest.raises(ConfigError) as error:
         ImagePath.from_open_clip({**PREPROCESS, "interpolation": "bicubic", "resize_mode": "shortest", **change}, "x")
     assert str(error.value) == (
-        f"the preprocessing of 'x' has resize_mode = {shown}; it must be 'squash', or 'shortest' with a square size."
+        f"the preprocessing of 'x' has resize_mode = {shown}; it must be 'squash', or 'shortest' or "
+        "'longest' with a square size."
     )
 
 

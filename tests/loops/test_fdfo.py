@@ -9,9 +9,9 @@ from flow_grpo.errors import ConfigError, TrainingStopped
 from flow_grpo.loops import fdfo
 from flow_grpo.loops.collect import epoch_prompts, sample_images, sampling_minibatches
 from flow_grpo.metrics import MeanMetrics
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.settings import resolve
 from flow_grpo.shaping import entropy_bonus
-from flow_grpo.types import RewardBatch
 
 
 def cps(config):
@@ -136,7 +136,8 @@ def test_the_microbatch_size_does_not_change_the_update(config, build):
 @pytest.mark.parametrize("value", [0.0, torch.nan])
 def test_equal_rewards_train_nothing_and_a_non_finite_one_skips_the_update(config, build, value):
     parts = build(cps(config))
-    parts.reward = lambda images, *_: RewardBatch(torch.tensor([0.3 + value] + [0.3] * (len(images) - 1)))
+    scores = {"pickscore": lambda images, *_: torch.tensor([0.3 + value] + [0.3] * (len(images) - 1))}
+    parts.reward = WeightedReward(scores, {"pickscore": 1.0})
     metrics = parts.train(fdfo)
     assert metrics["skipped_updates"] == float(value != 0)
     assert metrics["trained_fraction"] == (0.25 if value != 0 else 0.0)

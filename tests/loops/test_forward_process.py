@@ -13,9 +13,9 @@ from flow_grpo.loops.collect import advantages_of, epoch_prompts, sample_images
 from flow_grpo.loops.forward_process import old_decay, point_loss
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.randomness import keyed_generator
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.settings import resolve
 from flow_grpo.training import checkpoint
-from flow_grpo.types import RewardBatch
 from tests.training.saving import train
 
 METHODS = pytest.mark.parametrize("method", ["nft", "awm", "pepg", "par"])
@@ -208,8 +208,8 @@ def test_each_pass_draws_points_of_its_own(config, build, monkeypatch):
 @METHODS
 def test_a_non_finite_reward_skips_the_update(config, build, method):
     parts = build(forward(config, method))
-    reward = parts.reward
-    parts.reward = lambda *arguments: RewardBatch(reward(*arguments).total + torch.tensor([torch.nan] + [0.0] * 7))
+    model, spoil = parts.reward.models["pickscore"], torch.tensor([torch.nan] + [0.0] * 7)
+    parts.reward = WeightedReward({"pickscore": lambda *arguments: model(*arguments) + spoil}, {"pickscore": 1.0})
     before = weights(parts)
     assert parts.train(forward_process)["skipped_updates"] == 1.0
     assert torch.equal(weights(parts), before)

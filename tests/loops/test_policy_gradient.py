@@ -12,7 +12,7 @@ from flow_grpo.errors import TrainingStopped
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.loops.collect import Chunk, epoch_prompts
 from flow_grpo.metrics import MeanMetrics
-from flow_grpo.types import RewardBatch
+from flow_grpo.rewards.building import WeightedReward
 
 
 def collect(parts):
@@ -320,7 +320,7 @@ def test_with_a_kl_every_image_is_trained(config, build):
 
 def test_an_epoch_of_equal_rewards_trains_nothing_and_says_so(config, build):
     parts = build(config)
-    parts.reward = lambda images, prompts, metadata: RewardBatch(torch.full((len(images),), 0.3))
+    parts.reward = WeightedReward({"pickscore": lambda images, *_: torch.full((len(images),), 0.3)}, {"pickscore": 1.0})
     metrics = parts.train(grpo)
     assert (metrics["trained_fraction"], metrics["zero_std_fraction"], metrics["ratio_error"]) == (0.0, 1.0, 0.0)
     assert "ratio_mean" not in metrics

@@ -20,7 +20,7 @@ from flow_grpo.loops import collect, policy_gradient
 from flow_grpo.loops.shaped import features_of, group_diversity
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.types import RewardBatch
+from flow_grpo.rewards.building import WeightedReward
 from tests.conftest import by_method
 from tests.loops.tiny_net import relative
 
@@ -217,23 +217,21 @@ def test_other_black_box_methods_train_with_densities(config, build, method):
 # --- the gate on the KL ----------------------------------------------------------------------------------
 
 
-class TwoTastes:
-    """The training reward says 0 > 1 > 2 of each prompt's three images, the other one 1 > 2 > 0."""
+class ByTurn:
+    """A reward that gives each prompt's images these scores, in turn."""
 
-    def __init__(self):
-        self.seen = 0
+    def __init__(self, *values):
+        self.values, self.seen = values, 0
 
     def __call__(self, images, prompts, metadata):
-        return RewardBatch(self._by_turn([3.0, 2.0, 1.0], images), {})
-
-    def terms(self, names, images, prompts, metadata):
-        assert names == ("jpeg_compressibility",)
-        found = self._by_turn([1.0, 3.0, 2.0], images)
         self.seen += len(images)
-        return {"jpeg_compressibility": found}
+        return torch.tensor([self.values[i % len(self.values)] for i in range(self.seen - len(images), self.seen)])
 
-    def _by_turn(self, values, images):
-        return torch.tensor([values[(self.seen + i) % 3] for i in range(len(images))])
+
+def two_tastes():
+    """The training reward says 0 > 1 > 2 of each prompt's three images, the other one 1 > 2 > 0."""
+    tastes = {"pickscore": ByTurn(3.0, 2.0, 1.0), "jpeg_compressibility": ByTurn(1.0, 3.0, 2.0)}
+    return WeightedReward(tastes, {"pickscore": 1.0})
 
 
 def gated(config, method, share):
@@ -246,7 +244,7 @@ def gated(config, method, share):
 def test_the_image_that_the_training_reward_alone_likes_is_penalised_and_no_other(config, build):
     """By hand, of three: wins (1, 1/2, 0) and (0, 1, 1/2), so U = (1, -1/2, -1/2)."""
     parts = build(gated(config, "grpo", 0.5))
-    parts.reward = TwoTastes()
+    parts.reward = two_tastes()
     batch = collect.epoch_prompts(parts.prompts, parts.settings.plan, 0, 0, 0)
     experience = policy_gradient.collect(
         parts.policy, batch, parts.reward, parts.settings, parts.run, metrics := MeanMetrics()
@@ -260,7 +258,7 @@ def test_only_its_kl_counts_in_the_loss_and_in_the_gradient(config, build, space
     config = gated(config, "grpo", 0.5)
     config.train.kl_space = space
     parts = build(config)
-    parts.reward = TwoTastes()
+    parts.reward = two_tastes()
     batch = collect.epoch_prompts(parts.prompts, parts.settings.plan, 0, 0, 0)
     experience = policy_gradient.collect(parts.policy, batch, parts.reward, parts.settings, parts.run, MeanMetrics())
     experience.advantages.zero_()
@@ -301,7 +299,7 @@ def test_an_image_that_is_neither_rewarded_nor_penalised_pays_for_no_forward(con
     config = gated(config, "grpo", 0.5)
     config.train.advantage_mode = "negative"
     parts = build(config)
-    parts.reward = TwoTastes()
+    parts.reward = two_tastes()
     assert parts.train()["trained_fraction"] == pytest.approx(2 / 3)  # the worst, and the one that is penalised
 
 

@@ -9,25 +9,30 @@ from flow_grpo.errors import TrainingStopped
 from flow_grpo.loops import drtune
 from flow_grpo.loops import policy_gradient as grpo
 from flow_grpo.loops.update import apply_update
+from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.rules import LARGEST, SMALLEST
-from flow_grpo.types import RewardBatch
 from tests.conftest import by_method
 
 
 class SpoiltReward:
     """A reward that returns `value` for the first image while `calls` last."""
 
-    def __init__(self, reward, value: float, calls: int) -> None:
-        self.reward, self.value, self.calls = reward, value, calls
+    def __init__(self, model, value: float, calls: int) -> None:
+        self.model, self.value, self.calls = model, value, calls
 
     def __call__(self, images, prompts, metadata):
-        batch = self.reward(images, prompts, metadata)
+        scores = self.model(images, prompts, metadata)
         if self.calls == 0:
-            return batch
+            return scores
         self.calls -= 1
-        spoil = torch.zeros_like(batch.total)
+        spoil = torch.zeros_like(scores)
         spoil[0] = self.value
-        return RewardBatch(batch.total + spoil, batch.terms)
+        return scores + spoil
+
+
+def spoilt(reward: WeightedReward, value: float, calls: int) -> WeightedReward:
+    [(name, model)] = reward.models.items()
+    return WeightedReward({name: SpoiltReward(model, value, calls)}, reward.weights)
 
 
 METHODS = pytest.mark.parametrize("method", [grpo, drtune])
@@ -38,7 +43,7 @@ METHODS = pytest.mark.parametrize("method", [grpo, drtune])
 def test_a_non_finite_reward_skips_the_update_and_training_goes_on(config, build, method, value):
     config.use_reward_gradient = method is drtune
     parts = build(config)
-    parts.reward = SpoiltReward(parts.reward, value, calls=1)
+    parts.reward = spoilt(parts.reward, value, calls=1)
     before = [p.detach().clone() for p in parts.policy.trainable]
     metrics = parts.train(method)
     assert metrics["skipped_updates"] == 1.0
@@ -74,7 +79,7 @@ def test_so_many_skipped_updates_in_a_row_stop_the_run(config, build, method):
     config.use_reward_gradient = method is drtune
     config.train.max_nonfinite_updates = 3
     parts = build(config)
-    parts.reward = SpoiltReward(parts.reward, float("nan"), calls=10)
+    parts.reward = spoilt(parts.reward, float("nan"), calls=10)
     parts.train(method)
     parts.train(method)
     with pytest.raises(TrainingStopped, match="3 updates in a row"):

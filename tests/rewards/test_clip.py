@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.rewards import clip
+from flow_grpo.rewards import clip, towers
 from flow_grpo.rewards.clip import ClipScore, ClipScorer, PickScore
 from flow_grpo.rewards.jpeg import JpegCompressibility
 from tests.pictures import make_images
@@ -58,7 +58,7 @@ def test_text_features_do_not_depend_on_the_texts_beside_them(checkpoint: str) -
 
 
 def test_texts_are_encoded_once_and_the_cache_is_bounded(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clip, "TEXT_CACHE_SIZE", 2)
+    monkeypatch.setattr(towers, "TEXT_CACHE_SIZE", 2)
     scorer, calls = ClipScorer(checkpoint), []
     scorer.model.text_model.register_forward_hook(lambda *_: calls.append(1))
     assert not scorer.text_features(["a", "b", "a", "b"]).requires_grad

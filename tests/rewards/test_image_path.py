@@ -79,7 +79,11 @@ def test_old_and_new_processor_files_give_one_path() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"resample": 2}, "the image processor of 'x' has resample = 2; it must be 3."),
+        ({"resample": 0}, "the image processor of 'x' has resample = 0; it must be 2 or 3."),
+        (
+            {"do_center_crop": False},
+            "the image processor of 'x' has size = 224 and no crop; it must have a height and a width.",
+        ),
         ({"do_resize": False}, "the image processor of 'x' has do_resize = False; it must be True."),
         (
             {"crop_size": 256},

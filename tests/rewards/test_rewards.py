@@ -18,6 +18,7 @@ from flow_grpo.rewards.building import build_reward
 from flow_grpo.rewards.checks import validate_rewards
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.jpeg import JpegIncompressibility
+from flow_grpo.rewards.registry import REWARDS
 from tests.pictures import make_images
 from tests.rewards.scoring import NO_METADATA, make_config
 
@@ -67,7 +68,7 @@ def test_rewards_without_weight_are_not_loaded(checkpoint: str) -> None:
     assert list(build_reward(config, "cpu").models) == ["jpeg_incompressibility"]
 
 
-ALL = "clipscore, jpeg_compressibility, jpeg_incompressibility, pickscore"
+ALL = ", ".join(sorted(REWARDS))
 
 
 def unlocked(config: ConfigDict) -> None:
@@ -102,7 +103,8 @@ def set_values(**values: object) -> Callable[[ConfigDict], None]:
             set_values(use_reward_gradient=True, reward_fn__jpeg_compressibility=0.5),
             (
                 "config.reward_fn.jpeg_compressibility = 0.5 has no gradient, which config.use_reward_gradient = True "
-                "needs; the differentiable rewards are clipscore, pickscore."
+                "needs; the differentiable rewards are aesthetic, clipscore, hpsv2, imagereward, pickscore, siglip, "
+                "target_brightness, target_colour."
             ),
         ),
         (

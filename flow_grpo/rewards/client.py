@@ -1,0 +1,204 @@
+"""Scores from another process, over HTTP: batches at once, bounded retries, and one sentence when there are none.
+
+`submit` returns at once; what it returns waits for the scores. A request that is repeated has the very same body, and
+an answer that is not to this body is refused, so nothing is scored by other images' scores.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import httpx
+import torch
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_exponential_jitter
+from torch import Tensor
+
+from flow_grpo.errors import RewardFailed
+from flow_grpo.figure_text import one_line
+from flow_grpo.messages import say
+from flow_grpo.rewards.image_path import check_images
+from flow_grpo.rewards.registry import Metadata
+from flow_grpo.rewards.wire import SAFETENSORS, TOKEN_VARIABLE, digest_of, pack
+
+T = TypeVar("T")
+
+BUSY = (429, 502, 503, 504)  # of a server that may answer later
+FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0  # seconds between two attempts, doubled each time, with jitter
+REASON = 200  # characters quoted of an answer
+
+
+@dataclass(frozen=True)
+class Network:
+    """How a server is asked: `config.remote`."""
+
+    timeout: float = 60.0  # seconds for one answer
+    patience: float = 300.0  # seconds of failing attempts after which there are no scores
+    batch_size: int = 16  # images of one request
+    concurrency: int = 4  # requests at once
+
+
+class Unanswered(Exception):
+    """An attempt failed in a way that may pass: no connection, no answer in time, a busy server."""
+
+
+@dataclass(frozen=True)
+class Fetching:
+    """Scores that are being fetched."""
+
+    parts: Sequence[Future[Tensor]]
+    finite: Tensor  # (B,) bool: the images that were sent
+    device: torch.device
+
+    def failed(self) -> bool:
+        """Whether a part is known to have failed, without waiting."""
+        return any(part.done() and part.exception() is not None for part in self.parts)
+
+    def result(self) -> Tensor:
+        """Wait for them: (B,) float32; nan for images that are not finite. Raises RewardFailed: there are none."""
+        scores = torch.full((len(self.finite),), math.nan)
+        found = [part.result() for part in self.parts]
+        if found:
+            scores[self.finite] = torch.cat(found)
+        return scores.to(self.device)
+
+
+class Caller:
+    """Requests to one address, each tried until it is answered, is refused, or patience ends."""
+
+    def __init__(self, reward: str, address: str, network: Network, token_variable: str) -> None:
+        """`reward`: its name; the token is read from the environment variable."""
+        self.reward, self.address, self.network = reward, address, network
+        token = os.environ.get(token_variable, "")
+        self._token_variable = token_variable
+        self._client = httpx.Client(
+            timeout=network.timeout,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            limits=httpx.Limits(max_connections=network.concurrency),
+        )
+        self._threads = ThreadPoolExecutor(network.concurrency, "reward")
+        self._told = False
+
+    def later(self, function: Callable[[], T]) -> Future[T]:
+        """The function's value, from a thread of ours."""
+        return self._threads.submit(function)
+
+    def ask(self, path: str, body: bytes | None = None, kind: str = SAFETENSORS) -> Any:
+        """The JSON that is answered; a POST where there is a body.
+
+        Raises:
+            RewardFailed: it is refused, or is no JSON, or there is no answer for as long as patience lasts.
+        """
+        retrying = Retrying(
+            stop=stop_after_delay(self.network.patience),
+            wait=wait_exponential_jitter(FIRST_WAIT, LONGEST_WAIT),
+            retry=retry_if_exception_type(Unanswered),
+            before_sleep=self._tell,
+            reraise=True,
+        )
+        try:
+            answer = retrying(self._attempt, path, body, kind)
+        except Unanswered as error:
+            raise self.failure(f"gave no answer for {self.network.patience:g} seconds ({error})") from None
+        self._told = False
+        try:
+            return answer.json()
+        except ValueError:
+            raise self.failure(f"answered what is no JSON: {_quoted(answer)}") from None
+
+    def failure(self, what: str) -> RewardFailed:
+        """The error whose sentence says what the server did."""
+        return RewardFailed(self.reward, f"as the server at {self.address} {what}")
+
+    def _attempt(self, path: str, body: bytes | None, kind: str) -> httpx.Response:
+        url = f"{self.address}{path}"
+        try:
+            if body is None:
+                answer = self._client.get(url)
+            else:
+                answer = self._client.post(url, content=body, headers={"Content-Type": kind})
+        except httpx.TransportError as error:
+            raise Unanswered(one_line(str(error), REASON) or type(error).__name__) from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self.failure(f"cannot be asked ({one_line(str(error), REASON)})") from error
+        if answer.status_code in BUSY:
+            raise Unanswered(f"{answer.status_code}: {_quoted(answer)}")
+        if answer.status_code in (401, 403):
+            raise self.failure(f"refuses the token of the environment variable {self._token_variable}")
+        if answer.status_code != 200:
+            raise self.failure(f"answered {answer.status_code}: {_quoted(answer)}")
+        return answer
+
+    def _tell(self, state: RetryCallState) -> None:
+        """Once for each time that the server goes away."""
+        if not self._told:
+            self._told = True
+            cause = state.outcome.exception() if state.outcome else ""
+            say(
+                f"the reward {self.reward} waits for the server at {self.address}, for up to "
+                f"{self.network.patience:g} seconds ({cause})."
+            )
+
+
+class RemoteReward:
+    """A reward that another process computes: `fme serve`, or whatever answers in the same way."""
+
+    differentiable = False
+
+    def __init__(self, name: str, url: str, network: Network) -> None:
+        """`url`: http://HOST:PORT/score/NAME; where it ends before /score, NAME is this reward's own."""
+        address, found, served = url.rstrip("/").partition("/score/")
+        self.name = name
+        self._path = f"/score/{served if found else name}"
+        self._caller = Caller(name, address, network, TOKEN_VARIABLE)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
+        """Images (B, 3, H, W) float in [0, 1], B prompts -> (B,) float32. They are sent in 8 bits.
+
+        Raises:
+            ValueError: for other images.
+            RewardFailed: there are no scores.
+        """
+        return self.submit(images, prompts, metadata).result()
+
+    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Fetching:
+        """The same, without waiting for the scores. Images that are not finite are not sent."""
+        check_images(images)
+        finite = images.detach().flatten(1).isfinite().all(1).cpu()
+        places = finite.nonzero()[:, 0]
+        parts = []
+        for rows in places.split(self._caller.network.batch_size) if len(places) else ():
+            chosen = rows.tolist()
+            texts = [prompts[i] for i in chosen]
+            body = pack(images[rows.to(images.device)], texts, [metadata[i] for i in chosen])
+            parts.append(self._caller.later(partial(self._scores, body, texts)))
+        return Fetching(parts, finite, images.device)
+
+    def _scores(self, body: bytes, prompts: Sequence[str]) -> Tensor:
+        answer = self._caller.ask(self._path, body)
+        scores = answer.get("scores") if isinstance(answer, Mapping) else None
+        if not isinstance(scores, list):
+            raise self._caller.failure(f'answered without "scores": {one_line(str(answer), REASON)}')
+        if answer.get("digest") != digest_of(body):
+            raise self._caller.failure("answered for other images than were sent (its digest is not the request's)")
+        if len(scores) != len(prompts):
+            raise self._caller.failure(f"gave {len(scores)} scores for {len(prompts)} images")
+        for score, prompt in zip(scores, prompts, strict=True):
+            if type(score) not in (int, float) or not math.isfinite(score):
+                raise self._caller.failure(f"gave {score!r:.40} for an image of {prompt!r:.80}, which is no number")
+        return torch.tensor(scores, dtype=torch.float32)
+
+
+def _quoted(answer: httpx.Response) -> str:
+    """What a server says: the detail of FastAPI's answers, or the beginning of the text."""
+    try:
+        said = answer.json()
+        said = said.get("detail", said) if isinstance(said, Mapping) else said
+    except ValueError:
+        said = answer.text
+    return one_line(str(said), REASON) or "nothing"

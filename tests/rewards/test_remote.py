@@ -1,0 +1,225 @@
+"""Rewards over HTTP: the client against our server, and against servers that fail in every way."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import threading
+
+import httpx
+import pytest
+import torch
+from PIL import Image
+
+from flow_grpo.errors import RewardFailed
+from flow_grpo.rewards.client import Network, RemoteReward
+from flow_grpo.rewards.server import Limits, reward_app
+from flow_grpo.rewards.wire import JSON, SAFETENSORS, TOKEN_VARIABLE, digest_of, pack, unpack
+from tests.rewards.http_servers import Answer, answering, serving
+
+QUICK = Network(timeout=5.0, patience=20.0, batch_size=3, concurrency=2)
+HASTY = Network(timeout=0.3, patience=0.5, batch_size=3, concurrency=2)
+
+
+class FirstPixel:
+    """The first pixel, plus the length of the prompt, plus what the metadata add."""
+
+    name, differentiable = "first", False
+
+    def __call__(self, images, prompts, metadata):
+        added = [len(prompt) + one.get("plus", 0) for prompt, one in zip(prompts, metadata, strict=True)]
+        return images[:, 0, 0, 0] + torch.tensor(added)
+
+
+def first_server(limits: Limits = Limits(), token: str = ""):  # noqa: B008
+    return serving(reward_app({"first": FirstPixel()}, {"first": {}}, limits, "cpu", token))
+
+
+def levels(count: int) -> torch.Tensor:
+    """(count, 3, 4, 4) of 8-bit values, all different."""
+    return (torch.arange(count * 48).reshape(count, 3, 4, 4) % 256).float() / 255
+
+
+def ask(address: str, images: torch.Tensor, network: Network = QUICK) -> torch.Tensor:
+    prompts = ["x" * (i + 1) for i in range(len(images))]
+    return RemoteReward("first", f"{address}/score/first", network)(images, prompts, [{"plus": 10}] * len(images))
+
+
+def test_scores_are_those_of_the_reward_in_order():
+    images = levels(8)
+    with first_server() as address:
+        scores = ask(address, images)
+    assert torch.equal(scores, images[:, 0, 0, 0] + (torch.arange(1.0, 9.0) + 10))
+
+
+def test_an_image_that_is_not_finite_is_not_sent_and_scores_nan():
+    images = levels(4)
+    images[1, 0, 2, 2] = math.nan
+    with first_server() as address:
+        scores = ask(address, images)
+    assert scores.isnan().tolist() == [False, True, False, False]
+    assert scores[3] == images[3, 0, 0, 0] + 14
+
+
+def test_pngs_in_json_score_as_safetensors():
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (51, 0, 0)).save(buffer, format="PNG")
+    body = {"images": [base64.b64encode(buffer.getvalue()).decode()], "prompts": ["abc"]}
+    with first_server() as address:
+        answer = httpx.post(f"{address}/score/first", json=body).json()
+    assert answer["scores"] == pytest.approx([3.2])
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (SAFETENSORS, b"garbage"),
+        (SAFETENSORS, b"\x80\x04\x95"),  # a pickle's first bytes
+        (SAFETENSORS, pack(levels(2), ["a"], [{}, {}])),
+        (SAFETENSORS, pack(levels(5), ["a"] * 5, [{}] * 5)),
+        (JSON, b"{}"),
+        (JSON, b'{"images": ["bm8="], "prompts": ["a"]}'),
+        ("application/octet-stream", b""),
+    ],
+    ids=["garbage", "pickle", "prompts", "batch", "empty", "picture", "kind"],
+)
+def test_a_body_of_another_form_is_refused_with_its_fault(kind, body):
+    with first_server(Limits(batch=4)) as address:
+        answer = httpx.post(f"{address}/score/first", content=body, headers={"Content-Type": kind})
+    assert answer.status_code == 422
+    assert answer.json()["detail"]
+
+
+def test_a_body_beyond_the_limit_is_refused_with_413():
+    with first_server(Limits(body=1000)) as address, pytest.raises(RewardFailed, match="413: the body has"):
+        ask(address, torch.rand(3, 3, 40, 40))
+
+
+def test_a_body_without_a_length_is_refused_once_it_is_too_large():
+    with first_server(Limits(body=1000)) as address:
+        sent = (b"x" * 600 for _ in range(3))
+        answer = httpx.post(f"{address}/score/first", content=sent, headers={"Content-Type": SAFETENSORS})
+    assert answer.status_code == 413
+
+
+def test_a_full_queue_is_asked_again_until_there_is_room():
+    with first_server(Limits(queue=1)) as address:
+        scores = ask(address, levels(12), Network(timeout=5.0, patience=60.0, batch_size=1, concurrency=4))
+    assert scores.isfinite().all()
+
+
+def test_the_right_token_is_taken(monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    with first_server(token="secret") as address:
+        assert ask(address, levels(2)).isfinite().all()
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "sécret"])
+def test_a_wrong_token_is_refused_at_once(monkeypatch, token):
+    monkeypatch.setenv(TOKEN_VARIABLE, "secret")
+    with first_server(token=token or "another") as address, pytest.raises(RewardFailed, match=TOKEN_VARIABLE):
+        ask(address, levels(2))
+
+
+def test_a_reward_that_raises_is_told_in_its_own_words():
+    class Broken(FirstPixel):
+        def __call__(self, images, prompts, metadata):
+            raise RuntimeError("no such feature")
+
+    app = reward_app({"first": Broken()}, {}, Limits(), "cpu")
+    with serving(app) as address, pytest.raises(RewardFailed, match="500: the reward failed: no such feature"):
+        ask(address, levels(1))
+
+
+FAULTS: dict[str, tuple[Answer, str]] = {
+    "garbage": ((200, b"<html>"), "no JSON"),
+    "no scores": ((200, {"ok": True}), 'without "scores"'),
+    "none": ((200, [1, 2]), 'without "scores"'),
+    "other images": ((200, {"scores": [1.0] * 3, "digest": "0" * 64}), "other images"),
+    "error": ((418, {"detail": "a teapot"}), "418: a teapot"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_answer_is_one_sentence_that_names_reward_and_server(fault):
+    said, words = FAULTS[fault]
+    with answering(lambda path, body: said) as address, pytest.raises(RewardFailed, match=words) as caught:
+        ask(address, levels(3))
+    assert str(caught.value).startswith(f"the reward first failed as the server at {address} ")
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [([1.0, 2.0], "2 scores for 3 images"), ([1.0, None, 2.0], "None for an image of 'xx'"), ([1, "2", 3], "'2'")],
+    ids=["too few", "nan", "text"],
+)
+def test_scores_that_are_not_one_number_for_each_image_are_refused(scores, words):
+    def answer(path: str, body: bytes) -> Answer:
+        return 200, {"scores": scores, "digest": digest_of(body)}
+
+    with answering(answer) as address, pytest.raises(RewardFailed, match=words):
+        ask(address, levels(3))
+
+
+def test_a_server_that_never_answers_ends_patience():
+    release = threading.Event()
+
+    def answer(path: str, body: bytes) -> Answer:
+        release.wait(20)
+        return 200, {}
+
+    with answering(answer) as address:
+        with pytest.raises(RewardFailed, match=r"gave no answer for 0\.5 seconds"):
+            ask(address, levels(1), HASTY)
+        release.set()
+
+
+def test_no_server_ends_patience():
+    with pytest.raises(RewardFailed, match=r"no answer for 0\.5 seconds .*refused"):
+        ask("http://127.0.0.1:9", levels(1), HASTY)
+
+
+def test_an_attempt_that_failed_is_repeated_with_the_same_bytes():
+    bodies: list[bytes] = []
+
+    def answer(path: str, body: bytes) -> Answer:
+        bodies.append(body)
+        return (503, {}) if len(bodies) < 3 else (200, {"scores": [1.0] * 3, "digest": digest_of(body)})
+
+    with answering(answer) as address:
+        assert ask(address, levels(3)).tolist() == [1.0] * 3
+    assert len(bodies) == 3
+    assert len(set(bodies)) == 1
+
+
+def test_scores_are_fetched_while_the_caller_goes_on():
+    release = threading.Event()
+
+    def answer(path: str, body: bytes) -> Answer:
+        release.wait(20)
+        return 200, {"scores": [1.0], "digest": digest_of(body)}
+
+    with answering(answer) as address:
+        pending = RemoteReward("first", address, QUICK).submit(levels(1), ["a"], [{}])
+        assert not pending.failed()
+        release.set()
+        assert pending.result().tolist() == [1.0]
+
+
+def test_requests_are_under_way_together():
+    together = threading.Barrier(2)  # broken, and with it the answer, unless two wait at once
+
+    def answer(path: str, body: bytes) -> Answer:
+        together.wait(20)
+        return 200, {"scores": [1.0] * 3, "digest": digest_of(body)}
+
+    with answering(answer) as address:
+        assert len(ask(address, levels(6))) == 6
+
+
+def test_packing_rounds_to_the_nearest_of_256_levels():
+    images = torch.rand(2, 3, 5, 7)
+    found, prompts, metadata = unpack(pack(images, ["a", "é"], [{}, {"n": [1]}]), SAFETENSORS, 2)
+    assert (found - images).abs().max() <= 0.5 / 255 + 1e-6
+    assert (prompts, metadata) == (["a", "é"], [{}, {"n": [1]}])
