@@ -64,8 +64,6 @@ def configuration(arguments: argparse.Namespace) -> ConfigDict:
         if asked.place:
             declare(config, [f"reward_files.{asked.name}"])
             config.reward_files[asked.name] = asked.place
-        elif asked.model and REWARDS[asked.name].scorer is None:
-            raise ConfigError(f"{text} cannot be served: {asked.name} has no model.")
         elif asked.model:
             config.reward_model[asked.name] = asked.model
         config.reward_fn[asked.name] = 1.0

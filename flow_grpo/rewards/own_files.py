@@ -22,6 +22,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.rewards.registry import RewardSpec
 
 GROUP = "flow_grpo.rewards"  # of entry points
 SERVERS = ("http://", "https://")
@@ -145,7 +146,7 @@ class Asked:
     place: str = ""  # of one's own
 
 
-def read_option(text: str, registered: Mapping[str, object]) -> Asked:
+def read_option(text: str, registered: Mapping[str, RewardSpec]) -> Asked:
     """What --reward says: NAME or NAME=MODEL of a registered reward, NAME=FILE.py:THING of one's own.
 
     Raises:
@@ -156,6 +157,8 @@ def read_option(text: str, registered: Mapping[str, object]) -> Asked:
     if name in registered:
         if is_place:
             raise ConfigError(f"--reward {text}: {name} is a reward already; give yours another name.")
+        if equals and registered[name].scorer is None:
+            raise ConfigError(f"--reward {text}: it has no model; it takes {name} alone.")
         return Asked(name, model=value)
     if not equals and name in announced():
         return Asked(name, place=announced()[name])

@@ -24,6 +24,7 @@ from flow_grpo.inspection.things import find_out
 from flow_grpo.page.data import read_runs
 from flow_grpo.page.seeds import Group, differences
 from flow_grpo.recipes.base import get_config
+from flow_grpo.rewards.own_files import Asked
 from flow_grpo.runs.evaluations import records_of
 from flow_grpo.training.checkpoint import Saver
 from tests.lora_writers import Layer, keyed, kohya, random_lora, save, stock_diffusers, stock_peft
@@ -375,7 +376,8 @@ def test_bad_options_are_one_sentence(lora, options, capsys, arguments, said) ->
     [
         ("--features", "./nowhere", "--features './nowhere' is not a directory"),
         ("--judge", "./nowhere", "--judge './nowhere' is not a directory"),
-        ("--reward", "pickscore=./nowhere", "--reward pickscore='./nowhere' is not a directory"),
+        ("--reward", "pickscore=./nowhere", "--reward pickscore=./nowhere is not a directory"),
+        ("--reward", "jpeg_compressibility=here", "--reward jpeg_compressibility=here: it has no model"),
         ("--size", "33", "--size 33 does not fit"),
     ],
 )
@@ -440,9 +442,9 @@ def test_tiny_features_are_known_by_what_they_see(random_models) -> None:
 
 
 def test_a_rewards_model_depends_on_the_images_size() -> None:
-    assert reward_of("pickscore", 32) == ("pickscore", "assets/tiny_pickscore")
-    assert reward_of("pickscore", 1024) == ("pickscore", "yuvalkirstain/PickScore_v1")
-    assert reward_of("pickscore=here", 32) == ("pickscore", "here")
-    assert reward_of("hpsv2=here", 32) == ("hpsv2", "here")
-    assert reward_of("hpsv2", 32) == ("hpsv2", "")  # its own default
-    assert reward_of("jpeg_compressibility", 32) == ("jpeg_compressibility", "")
+    assert reward_of("pickscore", 32) == Asked("pickscore", "assets/tiny_pickscore")
+    assert reward_of("pickscore", 1024) == Asked("pickscore", "yuvalkirstain/PickScore_v1")
+    assert reward_of("pickscore=here", 32) == Asked("pickscore", "here")
+    assert reward_of("hpsv2=here", 32) == Asked("hpsv2", "here")
+    assert reward_of("hpsv2", 32) == Asked("hpsv2")  # its own default
+    assert reward_of("jpeg_compressibility", 32) == Asked("jpeg_compressibility")
