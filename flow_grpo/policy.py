@@ -335,7 +335,7 @@ class Policy(ImageModel):
 
     def _train_everything(self, keep_reference: bool) -> None:
         """Full fine-tuning; the KL divergences, and a blend of velocities, then need a frozen copy."""
-        self.transformer.to(torch.float32)
+        self.transformer.float()  # `to` would warn of modules that are to stay float32
         if keep_reference:
             self._reference = copy.deepcopy(self.transformer)
         self.transformer.requires_grad_(True)

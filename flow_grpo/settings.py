@@ -6,10 +6,9 @@ Nothing heavy is imported at the top of this module.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,41 +20,27 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
 from flow_grpo.methods.registry import check_method, method_of
-from flow_grpo.models import hub
-from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
-from flow_grpo.models.lora_files import read_lora
-from flow_grpo.models.lora_places import check_lora_targets, match, modules_of, transformer_shapes
-from flow_grpo.models.pipeline_files import (
-    check_pipeline,
-    check_skip,
-    expected_family,
-    fetch_pipeline,
-    image_sides,
-    takes_distilled_guidance,
-    takes_guidance,
-    whole_folder,
+from flow_grpo.model_checks import (
+    check_attention,
+    check_model,
+    check_scorers,
+    check_start,
+    choose_lora_targets,
+    fetch_small_files,
+    image_size,
 )
-from flow_grpo.models.registry import ATTENTIONS, UNMASKED
-from flow_grpo.paths import find, identity
+from flow_grpo.paths import find
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.checks import check_checkpoint, validate_rewards
-from flow_grpo.rewards.chosen import (
-    checkpoints_in_use,
-    checkpoints_of,
-    constraint_rates,
-    find_announced,
-    trained_rewards,
-)
+from flow_grpo.rewards.chosen import constraint_rates, find_announced
 from flow_grpo.rewards.own_files import in_full
-from flow_grpo.rewards.registry import spec_of_key
 from flow_grpo.rules import FILLED, FINITE, NOT_NEGATIVE, TEXT, Rule, each
 from flow_grpo.runs.guards import check_guards
 from flow_grpo.runs.resuming import check_resume, checkpoint_to_resume
+from flow_grpo.shaping_checks import DIFFERENTIABLE, check_gate, check_shaping, check_whole_groups
 
 LAUNCH_HINT = "`accelerate launch --num_processes N` on GPUs, `torchrun --nproc-per-node N` on CPUs: see README.md"
-
-
 POLYNOMIAL_END = 1e-7  # the learning rate at which diffusers' "polynomial" ends
 
 
@@ -81,11 +66,6 @@ class Settings:
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
         return image_size(self.config)
-
-
-def image_size(config: ConfigDict | FrozenConfigDict) -> tuple[int, int]:
-    """Height and width of the images, in pixels: `resolution`, but where they are given apart."""
-    return config.height or config.resolution, config.width or config.resolution
 
 
 def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = False) -> Settings:
@@ -119,9 +99,9 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
     )
     _check_schedule(config, plan)
     if config.shaping.kind in DIFFERENTIABLE:
-        _check_whole_groups(config, plan)
-    _check_shaping(config)
-    _check_gate(config)
+        check_whole_groups(config, plan)
+    check_shaping(config)
+    check_gate(config)
     _check_composition(config)
     _check_forward_kl(config)
     _check_prompts(config)
@@ -131,12 +111,12 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
     checkpoint = checkpoint_to_resume(config.resume_from) if config.resume_from else None
     check_checkpoint("config.pretrained.model", config.pretrained.model)
     if fetch:  # once nothing else is wrong: the hub may take its time
-        _fetch(config)
+        fetch_small_files(config)
     choose_lora_targets(config)
-    _check_model(config)
-    _check_attention(config)
-    _check_start(config)
-    _check_scorers(config)
+    check_model(config)
+    check_attention(config)
+    check_start(config)
+    check_scorers(config)
     if checkpoint is not None:
         check_resume(config, checkpoint)
     return Settings(FrozenConfigDict(config), plan, num_processes)
@@ -144,17 +124,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
 
 # --- one value at a time --------------------------------------------------------------------------------
 
-BONUSES, DIFFERENTIABLE = ("cluster", "entropy", "vendi", "density"), ("log_vendi", "log_rke")  # of shaping.kind
 TWICE_DIFFERENTIATED = ("ode_step", "ode_path")  # of train.ratio
-PAIRS_ARE_ALIKE = ("distance", "cluster", "entropy", "vendi")  # of two images, either is as far from the other
-
-FEATURES = ("distance", "cluster", "entropy", "vendi", *DIFFERENTIABLE)  # compare features of images
-READ_BY_KINDS = {
-    "shaping.bandwidth": ("entropy", "log_rke"), "shaping.cluster_distance": ("cluster",),
-    "shaping.probes": ("density",), "shaping.extractor": FEATURES, "shaping.model": FEATURES,
-    "shaping.pretrained": FEATURES,
-}  # fmt: skip
-
 # Groups of keys named after the rewards; `validate_rewards` checks the names.
 OPEN_GROUPS: Mapping[str, Rule] = {
     "reward_fn": FINITE, "reward_model": TEXT, "reward_files": FILLED, "reward_constraint": NOT_NEGATIVE,
@@ -188,14 +158,6 @@ def _with_paths_in_full(config: ConfigDict) -> ConfigDict:
     for name, place in copied.reward_files.items():
         copied.reward_files[name] = in_full(place) if isinstance(place, str) else place
     return copied
-
-
-def choose_lora_targets(config: ConfigDict) -> None:
-    """Where none are named, those of the model's family."""
-    if not config.lora.target_modules:
-        family = expected_family(config.pretrained.model, config.pretrained.revision)
-        with config.unlocked():
-            config.lora.target_modules = family.lora_targets
 
 
 # --- values that must agree -----------------------------------------------------------------------------
@@ -379,144 +341,6 @@ def _check_offload(config: ConfigDict) -> None:
 # --- files ----------------------------------------------------------------------------------------------
 
 
-def _fetch(config: ConfigDict) -> None:
-    """The small files of models of the hub; ConfigError for one that is neither there nor in its cache."""
-    pretrained = config.pretrained
-    fetch_pipeline(pretrained.model, pretrained.revision, pretrained.skip)
-    for key, model, _, file in _scorers(config):
-        hub.require(f"config.{key} = ", model, file)
-
-
-def _check_model(config: ConfigDict) -> None:
-    """The model is a pipeline of a known family that can make images of this size, as far as its files are here."""
-    pretrained = config.pretrained
-    check_skip(pretrained.model, pretrained.skip, pretrained.revision)
-    if pretrained.vae_checkpointing and not expected_family(pretrained.model, pretrained.revision).vae_checkpoints:
-        raise ConfigError(
-            f"config.pretrained.vae_checkpointing = True: the VAE of {pretrained.model} keeps its activations; it "
-            "takes False."
-        )
-    folder = hub.folder_of(pretrained.model, pretrained.revision)
-    if folder is None:
-        return
-    whole = whole_folder(pretrained.model, pretrained.revision, pretrained.skip) is not None
-    with hub.told_by_id(pretrained.model, folder):
-        check_pipeline(folder, pretrained.skip, whole)
-        if config.use_lora and whole and (shapes := transformer_shapes(folder)):
-            check_lora_targets(modules_of(shapes), config.lora.target_modules)
-        _check_sides(config, folder)
-        _check_guidance(config, folder)
-
-
-def _check_sides(config: ConfigDict, folder: Path) -> None:
-    pixels, largest = image_sides(folder)
-    for side, pixels_along in zip(("height", "width"), image_size(config), strict=True):
-        if pixels_along % pixels or pixels_along > largest:
-            limit = "" if largest == math.inf else f", at most {largest}"
-            raise ConfigError(
-                f"config.{side if config[side] else 'resolution'} = {pixels_along} does not fit the model "
-                f"{config.pretrained.model}; it takes a multiple of {pixels}{limit}."
-            )
-
-
-def _check_attention(config: ConfigDict) -> None:
-    """The family's attention can be computed in another way, where one is asked for."""
-    pretrained = config.pretrained
-    chosen, family = pretrained.attention, expected_family(pretrained.model, pretrained.revision)
-    if chosen and not family.attention:
-        raise ConfigError(
-            f"config.pretrained.attention = {chosen!r} has no effect on {family.words}, whose attention is torch's; it "
-            'takes "".'
-        )
-    if chosen in UNMASKED and family.masks:
-        others = ", ".join(f'"{name}"' for name in ATTENTIONS if name not in UNMASKED)
-        raise ConfigError(
-            f"config.pretrained.attention = {chosen!r} takes no mask, which {family.words} has for prompts of "
-            f"different lengths; it takes {others}."
-        )
-
-
-def _check_guidance(config: ConfigDict, folder: Path) -> None:
-    """A distilled pipeline draws without classifier-free guidance, and others take no scale as an input."""
-    if not takes_distilled_guidance(folder):
-        takes_only(
-            config, "pretrained.distilled_guidance", KEYS["pretrained.distilled_guidance"].default,
-            f"is no input of {config.pretrained.model}",
-        )  # fmt: skip
-    if takes_guidance(folder):
-        return
-    for key, value in leaves(config):
-        if key.endswith(".guidance_scale") and value != 1:
-            raise ConfigError(
-                f"config.{key} = {value} has no effect on {config.pretrained.model}, which is distilled; it takes 1.0."
-            )
-
-
-def _check_start(config: ConfigDict) -> None:
-    """The LoRA that is merged into the model can be read, and is of this transformer, where that is here."""
-    if not config.pretrained.lora:
-        return
-    path = Path(find(config.pretrained.lora))
-    if not path.exists():
-        raise ConfigError(
-            f"config.pretrained.lora = {config.pretrained.lora!r} does not exist; it takes a .safetensors file, or the "
-            "folder of a LoRA."
-        )
-    try:
-        pretrained = config.pretrained
-        file, folder = read_lora(path), whole_folder(pretrained.model, pretrained.revision, pretrained.skip)
-        if folder is not None and (shapes := transformer_shapes(folder)):
-            match(file, shapes)
-    except ConfigError as error:
-        raise ConfigError(f"config.pretrained.lora: {error}") from None
-
-
-def _check_scorers(config: ConfigDict) -> None:
-    """The folders of the models that look at images are whole."""
-    for key, model, needs, _ in _scorers(config):
-        if os.path.isdir(found := find(model)):
-            check_files(Path(found), f"config.{key}: ", needs)
-
-
-def _scorers(config: ConfigDict) -> list[tuple[str, str, Needs, str]]:
-    """The models that look at images: key, model, what a folder of it needs, and a file that it has on the hub."""
-    models: list[tuple[str, str, Needs, str]] = []
-    for key, model in checkpoints_in_use(config):
-        spec = spec_of_key(key)
-        models.append((key, model, spec.needs, spec.hub_file))
-    if config.eval.judge:
-        models.append(("eval.judge", config.eval.judge, CLIP_NEEDS, hub.SETTINGS))
-    if config.eval_diversity and config.diversity.extractor != "open_clip":
-        models.append(("diversity.model", config.diversity.model, MODEL_NEEDS, hub.SETTINGS))
-    if config.shaping.kind in FEATURES and config.shaping.extractor not in ("pixels", "open_clip"):
-        models.append(("shaping.model", config.shaping.model, MODEL_NEEDS, hub.SETTINGS))
-    return models
-
-
-def _check_shaping(config: ConfigDict) -> None:
-    """Diversity in the objective is of the family that the run trains by, and its encoder measures nothing else."""
-    shaping, kind = config.shaping, f'config.shaping.kind = "{config.shaping.kind}"'
-    if shaping.kind and config.use_reward_gradient != (shaping.kind in DIFFERENTIABLE):
-        kinds = DIFFERENTIABLE if config.use_reward_gradient else (*BONUSES, "distance")
-        raise ConfigError(
-            f"{kind} is not for config.use_reward_gradient = {config.use_reward_gradient}; it takes "
-            f"{' or '.join(map(repr, kinds))}."
-        )
-    if bool(shaping.weight) != (shaping.kind in BONUSES + DIFFERENTIABLE):
-        takes = "a number above 0" if shaping.kind in BONUSES + DIFFERENTIABLE else "0"
-        raise ConfigError(f"config.shaping.weight = {shaping.weight} weighs the bonus of {kind}; it takes {takes}.")
-    if shaping.kind in PAIRS_ARE_ALIKE and config.sample.num_image_per_prompt < 3:
-        raise ConfigError(
-            f"config.sample.num_image_per_prompt = {config.sample.num_image_per_prompt} gives the images of a group "
-            f"the same bonus, by which {kind} changes nothing; it takes at least 3."
-        )
-    for key, readers in READ_BY_KINDS.items():
-        if shaping.kind not in readers:
-            takes_only(config, key, KEYS[key].default, f"is for {_either(readers)}, not for {kind}")
-    if shaping.kind in FEATURES:
-        _check_encoder(config)
-
-
 def _check_forward_kl(config: ConfigDict) -> None:
     """What only the forward KL reads, in training or in evaluation, is left alone where there is none."""
     if config.train.forward_kl > 0:
@@ -526,39 +350,6 @@ def _check_forward_kl(config: ConfigDict) -> None:
     if not config.eval_forward_kl:
         because = "is read with config.eval_forward_kl = True, which is False, or config.train.forward_kl above 0"
         takes_only(config, "forward_kl.draws", KEYS["forward_kl.draws"].default, because)
-
-
-def _either(names: Iterable[str]) -> str:
-    """Such as "entropy" or "log_rke"."""
-    return " or ".join(f'"{name}"' for name in names)
-
-
-def _check_gate(config: ConfigDict) -> None:
-    """A gate has a KL divergence to gate, and rewards to go by, none of which is trained on under another name."""
-    shaping, rewards = config.shaping, tuple(config.shaping.gate_rewards)
-    share = f"config.shaping.gate_share = {shaping.gate_share}"
-    if bool(shaping.gate_share) != bool(rewards):
-        takes = "0" if shaping.gate_share else "a share above 0"
-        raise ConfigError(
-            f"{share} with config.shaping.gate_rewards = {rewards} is no gate; the share takes {takes}, or the rewards "
-            f"{'one that is not trained on' if shaping.gate_share else '()'}."
-        )
-    if not rewards:
-        return
-    takes_only(config, "use_reward_gradient", False, f"has no rewards of whole groups to compare, as {share} does")
-    if config.train.beta == 0:
-        raise ConfigError(
-            f"{share} chooses images for a KL divergence, which config.train.beta = 0.0 leaves out; it takes 0, or "
-            "config.train.beta a number above 0."
-        )
-    trained = trained_rewards(config)
-    models = {identity(model) for name in trained for model in checkpoints_of(config, name)}
-    for name in rewards:
-        if name in trained or models & set(map(identity, checkpoints_of(config, name))):
-            raise ConfigError(
-                f"config.shaping.gate_rewards = {rewards}: {name!r} is trained on, by config.reward_fn; it takes "
-                "rewards of other models."
-            )
 
 
 FIXED = ("anchored", "adjoint_matching")  # methods that aim at p_base exp(lambda R) of one R
@@ -573,58 +364,6 @@ def _check_composition(config: ConfigDict) -> None:
     takes_only(config, "reward_normalise", False, because)
     for name, rate in constraint_rates(config).items():
         raise ConfigError(f"config.reward_constraint.{name} = {rate} {because}; it takes 0.0.")
-
-
-def _check_whole_groups(config: ConfigDict, plan: BatchPlan) -> None:
-    """A set objective sees whole groups: every microbatch holds as many images of each as an update has."""
-    size, share = plan.group_size, plan.group_size // plan.updates
-    whole = size % plan.updates == 0 and share > 1 and plan.images_per_process % size == 0
-    if whole and config.train.batch_size % share == 0:
-        return
-    if size < 2 * plan.updates:
-        raise ConfigError(
-            f'config.shaping.kind = "{config.shaping.kind}" needs two images of a group in every update, but '
-            f"config.sample.num_image_per_prompt = {size} in {plan.updates} updates an epoch are fewer; it takes at "
-            f"least {2 * plan.updates}."
-        )
-    takes = (
-        f"config.train.batch_size = {share}, or a multiple"
-        if whole
-        else (
-            f"config.train.updates_per_epoch = 1, with a number of groups that divides among the processes and "
-            f"config.train.batch_size = {size}, or a multiple"
-        )
-    )
-    raise ConfigError(
-        f'config.shaping.kind = "{config.shaping.kind}" needs whole groups in a microbatch, but '
-        f"config.train.batch_size = {config.train.batch_size} does not hold them, of groups of {size} in "
-        f"{plan.updates} updates an epoch; it takes {takes}."
-    )
-
-
-def _check_encoder(config: ConfigDict) -> None:
-    """It is given where it takes a model, whole, and none by which the run is rewarded, judged or measured."""
-    extractor, model = config.shaping.extractor, config.shaping.model
-    if bool(model) == (extractor == "pixels"):
-        raise ConfigError(
-            f'config.shaping.model = {model!r} is not for config.shaping.extractor = "{extractor}"; it takes '
-            f"{'a directory or hub id' if extractor != 'pixels' else 'no model'}."
-        )
-    if extractor != "open_clip":
-        because = f'is for "open_clip", not for config.shaping.extractor = "{extractor}"'
-        takes_only(config, "shaping.pretrained", "", because)
-    if extractor == "pixels":
-        return
-    if extractor != "open_clip":
-        check_checkpoint("config.shaping.model", model)
-    others = [*checkpoints_in_use(config), ("eval.judge", config.eval.judge)]
-    others += [("diversity.model", config.diversity.model)] if config.eval_diversity else []
-    for key, other in others:
-        if other and identity(other) == identity(model):
-            raise ConfigError(
-                f"config.shaping.model = {model!r} is also config.{key}, by which the run is rewarded or measured; it "
-                'takes another encoder, or "" with config.shaping.extractor = "pixels".'
-            )
 
 
 def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:

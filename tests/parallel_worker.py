@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from ml_collections import ConfigDict
 
 from flow_grpo import places
@@ -22,7 +22,7 @@ from flow_grpo.rewards.building import build_reward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import resolve
 from flow_grpo.training.performance import flops_per_evaluation
-from flow_grpo.training.state import collect, gathered
+from flow_grpo.training.state import collect, gathered, restore
 
 EPOCHS = 2
 OTHER_FAMILIES = ("flux", "qwen_image")
@@ -136,6 +136,31 @@ def stops_together(policy: Policy, run: Run) -> bool:
     return False
 
 
+def eight_bits(models: str, logdir: str, accelerator: Any) -> dict[str, Any]:
+    """Two epochs of all weights with moments of 8 bits, and the second again from the first's state of the main one.
+
+    What each process holds at the end, and what it holds after going on.
+    """
+    config = configuration("full", models, logdir, "eight_bits")
+    config.train.beta, config.train.optimizer, config.gradient_checkpointing = 0.0, "adamw_8bit", False
+    settings = resolve(config, accelerator.num_processes, cuda=False)
+    run, reward = Run(settings, accelerator), build_reward(settings.config, accelerator.device)
+    prompts = PromptDataset.load(config.prompts.train)
+    policy = Policy.load(settings, accelerator)
+    epoch = places.load(method_of(settings.config).loop)
+    epoch(policy, prompts, reward, settings, run)
+    run.counters.epoch += 1
+    between = [gathered(policy, collect(policy, run, evaluated=True).to_cpu())]
+    epoch(policy, prompts, reward, settings, run)
+    unbroken = collect(policy, run, evaluated=True).to_cpu().tensors
+    policy = Policy.load(settings, accelerator)
+    (state,) = broadcast_object_list(between)
+    restore(policy, run, state, "between")
+    epoch(policy, prompts, reward, settings, run)
+    resumed = collect(policy, run, evaluated=True).to_cpu().tensors
+    return {"unbroken": gather_object([unbroken]), "resumed": gather_object([resumed]), "between": state.tensors}
+
+
 def main(models: str, out: str) -> None:
     found: dict[tuple[str, str], dict[str, Any]] = {}
     accelerator = None
@@ -166,6 +191,7 @@ def main(models: str, out: str) -> None:
         state = gathered(policy, collect(policy, run, evaluated=True))
         if state is not None:
             found[name, kind] = here | {"tensors": dict(state.tensors)}
+    found["full", "eight_bits"] = eight_bits(models, f"{out}-logs", accelerator)
     if run.is_main:
         torch.save(found, out)
     run.finish()

@@ -89,3 +89,14 @@ def test_a_forward_has_as_many_flops(found):
 
 def test_a_velocity_that_is_not_finite_on_one_process_ends_the_log_densities_of_all(found):
     assert found["guided", "full"]["stopped"] == [True, True, True]
+
+
+def test_moments_of_8_bits_are_the_same_on_every_process_and_go_on_bit_for_bit(found):
+    """The moments of the process that saves are those that all go on from."""
+    eight = found["full", "eight_bits"]
+    first = eight["unbroken"][0]
+    assert torch.uint8 in {value.dtype for name, value in first.items() if name.startswith("optimizer.state1.")}
+    assert any(not torch.equal(value, eight["between"][name]) for name, value in first.items())
+    for tensors in (*eight["unbroken"], *eight["resumed"]):
+        assert tensors.keys() == first.keys()
+        assert all(torch.equal(value, first[name]) for name, value in tensors.items())

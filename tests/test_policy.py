@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from itertools import pairwise
 
 import pytest
@@ -35,6 +36,16 @@ def test_only_lora_is_trainable_and_it_is_float32(config, build):
     assert next(policy.vae.parameters()).dtype == torch.float32
     for module in (policy.vae, policy.pipeline.text_encoder, policy.pipeline.text_encoder_3):
         assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_loading_all_weights_for_training_warns_of_nothing(config, build, monkeypatch):
+    """diffusers' own handler writes to the user's screen."""
+    config.use_lora, heard = False, logging.Handler()
+    records: list[logging.LogRecord] = []
+    monkeypatch.setattr(heard, "emit", records.append)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [heard])
+    build(config)
+    assert [record.getMessage() for record in records] == []
 
 
 def test_before_training_lora_changes_nothing(policy, random_models):

@@ -24,6 +24,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator, SharedFeatures
 from flow_grpo.files import strict_json
+from flow_grpo.model_checks import image_size
 from flow_grpo.paths import identity
 from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset, own_negatives
@@ -37,7 +38,7 @@ from flow_grpo.runs.evaluations import read_record, record_path, write_record
 from flow_grpo.runs.progress import Counters
 from flow_grpo.runs.record import Record
 from flow_grpo.runs.run import Run
-from flow_grpo.settings import Settings, image_size
+from flow_grpo.settings import Settings
 from flow_grpo.types import Samples
 
 EXTRA = ("entropy/", "ode_log_prob/", "diversity/", "modes/", "forward_kl/")  # metrics that a record keeps besides

@@ -34,6 +34,7 @@ from flow_grpo.evaluators.diversity import (
 from flow_grpo.evaluators.evaluation import draw_samples, record_of, sample_evaluators, setting_of
 from flow_grpo.inspection.looking import Look, Model
 from flow_grpo.launch import launch
+from flow_grpo.model_checks import image_size
 from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.models.loras import Loaded, load_lora
 from flow_grpo.policy import ImageModel, load_pretrained
@@ -45,7 +46,7 @@ from flow_grpo.runs.progress import Bars, Counters
 from flow_grpo.runs.record import FOLDERS, Record
 from flow_grpo.runs.run import Run
 from flow_grpo.runs.sprite import SMALL
-from flow_grpo.settings import Settings, image_size
+from flow_grpo.settings import Settings
 from flow_grpo.statistics import Interval
 from flow_grpo.types import Samples
 

@@ -20,6 +20,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
 from flow_grpo.messages import say
+from flow_grpo.model_checks import image_size
 from flow_grpo.models import hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
@@ -36,7 +37,7 @@ from flow_grpo.runs.digest import base_digest, base_mismatch
 from flow_grpo.runs.folder import flatten
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, choose_checkpoint
 from flow_grpo.runs.sprite import SMALL
-from flow_grpo.settings import image_size, resolve
+from flow_grpo.settings import resolve
 
 # What a look takes of a run's configuration; the rest, of its training, has the default.
 TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", "mixed_precision", "allow_tf32",

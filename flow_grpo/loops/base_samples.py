@@ -23,6 +23,7 @@ from flow_grpo.diversity.features import load_extractor
 from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.model_checks import image_size
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import keyed_generator
@@ -30,7 +31,7 @@ from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.rewards.chosen import version_of
 from flow_grpo.rules import POSITIVE
 from flow_grpo.runs.run import Run
-from flow_grpo.settings import Settings, image_size
+from flow_grpo.settings import Settings
 
 TILT_FILE = "tilt.json"
 SET_SIZE, REPEATS = 16, 50  # images of a set whose diversity is measured, and sets, of each prompt

@@ -46,13 +46,13 @@ def state_of(run: StudyRun, out: Path) -> State:
 
     Raises ConfigError where the folder is damaged.
     """
+    from flow_grpo.model_checks import choose_lora_targets
     from flow_grpo.recipes.registry import get_config
     from flow_grpo.runs.config import read_config
     from flow_grpo.runs.folder import flatten
     from flow_grpo.runs.guards import early_stop
     from flow_grpo.runs.resuming import is_over
     from flow_grpo.runs.saved import CHECKPOINTS, checkpoint_state, find_checkpoint, finished_checkpoints
-    from flow_grpo.settings import choose_lora_targets
 
     folder = out / run.name
     if not finished_checkpoints(folder / CHECKPOINTS):
