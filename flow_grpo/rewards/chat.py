@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -72,7 +72,11 @@ class ChatReward:
         tasks = [
             partial(self._score, picture, prompts[row]) for row, picture in zip(rows, pictures.unbind(), strict=True)
         ]
-        return Fetching([self._caller.later(task) for task in tasks], finite, images.device)
+        return Fetching(self._caller, [self._caller.later(task) for task in tasks], finite, images.device)
+
+    def heed(self, unwanted: Callable[[], bool]) -> None:
+        """From now on, wait for scores only while it says False."""
+        self._caller.unwanted = unwanted
 
     def _score(self, picture: Tensor, prompt: str) -> Tensor:
         if not self._model:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 import httpx
@@ -30,6 +33,7 @@ T = TypeVar("T")
 
 BUSY = (429, 502, 503, 504)  # of a server that may answer later
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0  # seconds between two attempts, doubled each time, with jitter
+SLICE = 0.5  # seconds of waiting after which it is asked whether scores are still wanted
 REASON = 200  # characters quoted of an answer
 
 
@@ -51,6 +55,7 @@ class Unanswered(Exception):
 class Fetching:
     """Scores that are being fetched."""
 
+    caller: Caller
     parts: Sequence[Future[Tensor]]
     finite: Tensor  # (B,) bool: the images that were sent
     device: torch.device
@@ -60,9 +65,13 @@ class Fetching:
         return any(part.done() and part.exception() is not None for part in self.parts)
 
     def result(self) -> Tensor:
-        """Wait for them: (B,) float32; nan for images that are not finite. Raises RewardFailed: there are none."""
+        """Wait for them: (B,) float32; nan for images that are not finite.
+
+        Raises:
+            RewardFailed: there are none, or nobody wants them any more.
+        """
         scores = torch.full((len(self.finite),), math.nan)
-        found = [part.result() for part in self.parts]
+        found = [self.caller.wait(part) for part in self.parts]
         if found:
             scores[self.finite] = torch.cat(found)
         return scores.to(self.device)
@@ -81,12 +90,26 @@ class Caller:
             headers={"Authorization": f"Bearer {token}"} if token else {},
             limits=httpx.Limits(max_connections=network.concurrency),
         )
-        self._threads = ThreadPoolExecutor(network.concurrency, "reward")
         self._told = False
+        self.unwanted: Callable[[], bool] = lambda: False  # whether nobody needs scores any more
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # not an executor's threads: the process would not end before these have, and they may wait for a dead server
+        for _ in range(network.concurrency):
+            Thread(target=_work, args=(self._tasks,), name="reward", daemon=True).start()
+        weakref.finalize(self, _dismiss, self._tasks, network.concurrency)
 
     def later(self, function: Callable[[], T]) -> Future[T]:
         """The function's value, from a thread of ours."""
-        return self._threads.submit(function)
+        future: Future[T] = Future()
+        self._tasks.put(partial(_settle, future, function))
+        return future
+
+    def wait(self, future: Future[T]) -> T:
+        """Its value. RewardFailed where scores are unwanted before it is there."""
+        while not wait((future,), SLICE).done:
+            if self.unwanted():
+                raise self.failure("was not waited for: the run is to stop")
+        return future.result()
 
     def ask(self, path: str, body: bytes | None = None, kind: str = SAFETENSORS) -> Any:
         """The JSON that is answered; a POST where there is a body.
@@ -177,7 +200,11 @@ class RemoteReward:
             texts = [prompts[i] for i in chosen]
             body = pack(images[rows.to(images.device)], texts, [metadata[i] for i in chosen])
             parts.append(self._caller.later(partial(self._scores, body, texts)))
-        return Fetching(parts, finite, images.device)
+        return Fetching(self._caller, parts, finite, images.device)
+
+    def heed(self, unwanted: Callable[[], bool]) -> None:
+        """From now on, wait for scores only while it says False."""
+        self._caller.unwanted = unwanted
 
     def _scores(self, body: bytes, prompts: Sequence[str]) -> Tensor:
         answer = self._caller.ask(self._path, body)
@@ -192,6 +219,25 @@ class RemoteReward:
             if type(score) not in (int, float) or not math.isfinite(score):
                 raise self._caller.failure(f"gave {score!r:.40} for an image of {prompt!r:.80}, which is no number")
         return torch.tensor(scores, dtype=torch.float32)
+
+
+def _work(tasks: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Of a thread: one task after another, until one is None."""
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # it holds its caller
+
+
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:  # for whoever waits
+        future.set_exception(error)
+
+
+def _dismiss(tasks: SimpleQueue[Callable[[], None] | None], threads: int) -> None:
+    for _ in range(threads):
+        tasks.put(None)
 
 
 def _quoted(answer: httpx.Response) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
+import subprocess
+import sys
 import threading
 
 import httpx
@@ -223,3 +225,33 @@ def test_packing_rounds_to_the_nearest_of_256_levels():
     found, prompts, metadata = unpack(pack(images, ["a", "é"], [{}, {"n": [1]}]), SAFETENSORS, 2)
     assert (found - images).abs().max() <= 0.5 / 255 + 1e-6
     assert (prompts, metadata) == (["a", "é"], [{}, {"n": [1]}])
+
+
+def test_scores_that_nobody_wants_any_more_are_not_waited_for():
+    release, waited = threading.Event(), []
+
+    def answer(path: str, body: bytes) -> Answer:
+        release.wait(20)
+        return 200, {}
+
+    def unwanted() -> bool:
+        waited.append(None)
+        return len(waited) == 2
+
+    with answering(answer) as address:
+        reward = RemoteReward("first", address, Network(timeout=3600.0, patience=3600.0))
+        reward.heed(unwanted)
+        with pytest.raises(RewardFailed, match="the run is to stop"):
+            reward(levels(1), ["a"], [{}])
+        release.set()
+
+
+def test_a_process_ends_although_a_request_is_still_repeated():
+    lines = (
+        "import torch",
+        "from flow_grpo.rewards.client import Network, RemoteReward",
+        "reward = RemoteReward('first', 'http://127.0.0.1:9', Network(patience=3600.0))",
+        "reward.submit(torch.zeros(1, 3, 4, 4), ['a'], [{}])",
+        "raise SystemExit(3)",
+    )
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], timeout=300).returncode == 3
