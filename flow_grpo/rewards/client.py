@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
@@ -34,6 +35,7 @@ T = TypeVar("T")
 BUSY = (429, 502, 503, 504)  # of a server that may answer later
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0  # seconds between two attempts, doubled each time, with jitter
 SLICE = 0.5  # seconds of waiting after which it is asked whether scores are still wanted
+LARGEST = torch.finfo(torch.float32).max
 REASON = 200  # characters quoted of an answer
 
 
@@ -89,6 +91,7 @@ class Caller:
             timeout=network.timeout,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             limits=httpx.Limits(max_connections=network.concurrency),
+            trust_env=not is_loopback(address),  # no proxy of the environment can reach this machine's own servers
         )
         self._told = False
         self.unwanted: Callable[[], bool] = lambda: False  # whether nobody needs scores any more
@@ -131,8 +134,8 @@ class Caller:
         self._told = False
         try:
             return answer.json()
-        except ValueError:
-            raise self.failure(f"answered what is no JSON: {_quoted(answer)}") from None
+        except (ValueError, RecursionError):
+            raise self.failure(f"answered what is no JSON: {one_line(answer.text[:REASON], REASON)}") from None
 
     def failure(self, what: str) -> RewardFailed:
         """The error whose sentence says what the server did."""
@@ -146,6 +149,8 @@ class Caller:
             else:
                 answer = self._client.post(url, content=body, headers={"Content-Type": kind})
         except httpx.TransportError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):  # no waiting mends it
+                raise self.failure(f"cannot be trusted ({one_line(str(error), REASON)})") from error
             raise Unanswered(one_line(str(error), REASON) or type(error).__name__) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self.failure(f"cannot be asked ({one_line(str(error), REASON)})") from error
@@ -216,7 +221,7 @@ class RemoteReward:
         if len(scores) != len(prompts):
             raise self._caller.failure(f"gave {len(scores)} scores for {len(prompts)} images")
         for score, prompt in zip(scores, prompts, strict=True):
-            if type(score) not in (int, float) or not math.isfinite(score):
+            if type(score) not in (int, float) or not abs(score) <= LARGEST:
                 raise self._caller.failure(f"gave {score!r:.40} for an image of {prompt!r:.80}, which is no number")
         return torch.tensor(scores, dtype=torch.float32)
 
@@ -240,11 +245,20 @@ def _dismiss(tasks: SimpleQueue[Callable[[], None] | None], threads: int) -> Non
         tasks.put(None)
 
 
+def is_loopback(address: str) -> bool:
+    """Whether it is one of this machine's own, by which no other machine can be meant."""
+    host = httpx.URL(address).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost" or host.endswith(".localhost")
+
+
 def _quoted(answer: httpx.Response) -> str:
     """What a server says: the detail of FastAPI's answers, or the beginning of the text."""
     try:
         said = answer.json()
         said = said.get("detail", said) if isinstance(said, Mapping) else said
-    except ValueError:
+    except (ValueError, RecursionError):
         said = answer.text
     return one_line(str(said), REASON) or "nothing"
