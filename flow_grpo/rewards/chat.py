@@ -42,7 +42,7 @@ class Chat:
     url: str  # of the interface, as http://HOST:PORT/v1
     model: str = ""  # the name that the server gives it; "": the first of those it lists
     question: str = "Does this image show: {prompt}? Answer yes or no."
-    answer: str = "yes"  # "yes": the probability of yes; "number": the last number of the answer
+    answer: str = "yes"  # "yes": the probability of yes; "number": the number that it says
     scale: float = 1.0  # of "number": the best score there is, by which it is divided
     max_tokens: int = 64  # of the answer
 
