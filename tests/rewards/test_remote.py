@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from flow_grpo.errors import RewardFailed
+from flow_grpo.errors import ConfigError, RewardFailed
+from flow_grpo.rewards.checks import check_address
 from flow_grpo.rewards.client import Network, RemoteReward, is_loopback
 from flow_grpo.rewards.server import Limits, reward_app
 from flow_grpo.rewards.wire import JSON, SAFETENSORS, TOKEN_VARIABLE, digest_of, pack, unpack
@@ -324,3 +325,30 @@ def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch, proxy):
 )
 def test_which_addresses_are_of_this_machine(address, own):
     assert is_loopback(address) is own
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:8000/score/a",
+        "http://host:port/score/a",
+        "http://host:0/score/a",
+        "ftp://host/score/a",
+        "http://[::1/score/a",
+        "http://host/score/a?token=b",
+    ],
+)
+def test_what_is_no_address_is_one_sentence(url):
+    with pytest.raises(ConfigError, match="reward_files.far = .* is no address; it takes http://HOST:PORT"):
+        check_address("reward_files.far", url)
+
+
+def test_an_address_with_a_password_is_refused_without_repeating_it():
+    with pytest.raises(ConfigError, match="has a name or password") as caught:
+        check_address("reward_files.far", "http://me:secret@host:8000/score/a")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://host/score/a", "https://host:8000/v1", "http://[::1]:8000/score/a"])
+def test_an_address_passes(url):
+    check_address("reward_files.far", url)
