@@ -26,6 +26,7 @@ from flow_grpo.rewards.registry import REWARDS
 
 TOKEN_VARIABLE = "FME_REWARD_TOKEN"  # the name in rewards/wire.py, which imports torch
 MIB = 2**20
+GRACE = 10  # seconds in which requests are still answered once it is to stop
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Serve until it is stopped; 0. Raises ConfigError before any model loads for bad input."""
+    """Serve until a signal ends it. Raises ConfigError before any model loads for bad input."""
     check_one_process("serve")
     for package in ("fastapi", "uvicorn"):
         if find_spec(package) is None:
@@ -91,7 +92,14 @@ def serve(config: ConfigDict, arguments: argparse.Namespace) -> None:
     limits = Limits(arguments.max_body * MIB, arguments.max_batch, arguments.max_queue)
     app = reward_app(models, about, limits, device, os.environ.get(TOKEN_VARIABLE, ""))
     server = uvicorn.Server(
-        uvicorn.Config(app, host=arguments.host, port=arguments.port, log_level="warning", access_log=False)
+        uvicorn.Config(
+            app,
+            host=arguments.host,
+            port=arguments.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE,
+        )
     )
     try:
         socket = server.config.bind_socket()

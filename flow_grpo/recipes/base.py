@@ -305,7 +305,7 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             "chat.answer",
             "yes",
             choice("yes", "number"),
-            '"yes": the score is the probability of yes; "number": the last number of the answer / chat.scale',
+            '"yes": the score is the probability of yes; "number": the number of the answer / chat.scale',
         ),
         Key("chat.scale", 1.0, POSITIVE, "the best number that is answered"),
         Key("chat.max_tokens", 64, whole(1, 100_000), "of an answer with a number"),

@@ -71,6 +71,12 @@ class WeightedReward:
                 scores[name] = _scored(name, model, images, prompts, metadata)
         return Begun(tuple(names), scores, pending)
 
+    def heed(self, unwanted: Callable[[], bool]) -> None:
+        """From now on, wait for servers only while it says False; see `Server`."""
+        for model in self.models.values():
+            if isinstance(model, Server):
+                model.heed(unwanted)
+
     def _score(self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
         if not len(images) == len(prompts) == len(metadata):
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,13 @@ from flow_grpo.rewards.registry import Metadata
 from flow_grpo.rewards.wire import JSON, eight_bit, png_text
 
 TOKEN_VARIABLE = "OPENAI_API_KEY"  # as the clients of such servers read it
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\d)")
+NUMBER = r"(?<![\w.])-?(?:\d+(?:\.\d+)?|\.\d+)(?![\w.]*\d)"
+OF_A_SCALE = re.compile(rf"({NUMBER})\s*(?:/|out of)\s*\d")  # 7/10, 7 out of 10
+RANGE = re.compile(r"\b(?:scale (?:of|from)|from)\s*\d+\s*(?:-|\u2013|to)\s*\d+")  # on a scale of 1 to 10
+THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+BLANK = " \n\t▁ĠĊ"  # as tokenizers write a space and the end of a line
+FIRST = 3  # words asked for, where the first of them that is not blank is yes or no
+LEAST = 0.01  # chance of yes and no together, below which it did not answer the question
 TOP = 20  # most likely words asked for, the most that such servers give
 QUOTED = 120  # characters of an answer
 
@@ -36,7 +42,7 @@ class Chat:
     url: str  # of the interface, as http://HOST:PORT/v1
     model: str = ""  # the name that the server gives it; "": the first of those it lists
     question: str = "Does this image show: {prompt}? Answer yes or no."
-    answer: str = "yes"  # "yes": the probability of yes; "number": the last number of the answer
+    answer: str = "yes"  # "yes": the probability of yes; "number": the number that it says
     scale: float = 1.0  # of "number": the best score there is, by which it is divided
     max_tokens: int = 64  # of the answer
 
@@ -72,7 +78,11 @@ class ChatReward:
         tasks = [
             partial(self._score, picture, prompts[row]) for row, picture in zip(rows, pictures.unbind(), strict=True)
         ]
-        return Fetching([self._caller.later(task) for task in tasks], finite, images.device)
+        return Fetching(self._caller, [self._caller.later(task) for task in tasks], finite, images.device)
+
+    def heed(self, unwanted: Callable[[], bool]) -> None:
+        """From now on, wait for scores only while it says False."""
+        self._caller.unwanted = unwanted
 
     def _score(self, picture: Tensor, prompt: str) -> Tensor:
         if not self._model:
@@ -80,7 +90,7 @@ class ChatReward:
         asked = request_of(self.chat, self._model, prompt, png_text(picture))
         answer = self._caller.ask("/chat/completions", json.dumps(asked).encode(), JSON)
         try:
-            read = chance_of_yes(answer) if self.chat.answer == "yes" else number_in(answer) / self.chat.scale
+            read = chance_of_yes(answer) if self.chat.answer == "yes" else score_in(answer, self.chat)
         except ValueError as error:
             raise self._caller.failure(f"gave no score for an image of {prompt!r:.80}: {error}") from None
         return torch.tensor([read], dtype=torch.float32)
@@ -101,12 +111,28 @@ def request_of(chat: Chat, model: str, prompt: str, png: str) -> dict[str, Any]:
     ]
     asked = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0.0}
     if chat.answer == "yes":
-        return asked | {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP}
+        return asked | {"max_tokens": FIRST, "logprobs": True, "top_logprobs": TOP}
     return asked | {"max_tokens": chat.max_tokens}
 
 
+def score_in(answer: Any, chat: Chat) -> float:
+    """The number that the answer says, over the best that there is.
+
+    Raises:
+        ValueError: there is none, it is beyond the best, or the answer ends before its end.
+    """
+    if _choice(answer).get("finish_reason") == "length":
+        raise ValueError(f"its answer is longer than config.chat.max_tokens = {chat.max_tokens}")
+    number = number_in(answer)
+    if number > chat.scale:
+        raise ValueError(f"{number:g} is more than config.chat.scale = {chat.scale:g}, the best score there is")
+    return number / chat.scale
+
+
 def number_in(answer: Any) -> float:
-    """The last number that the answer's text has, such as 7.5 of "Score: 7.5", or 7 of "7/10".
+    """What is said to be so much of a scale, as 7 of "7/10" or "7 out of 10"; else the last number of the text.
+
+    What a model thinks before it answers is left out. Of several, the last.
 
     Raises:
         ValueError: there is none.
@@ -114,7 +140,12 @@ def number_in(answer: Any) -> float:
     text = _choice(answer)["message"]["content"]
     if not isinstance(text, str):
         raise ValueError("its answer has no text")
-    found = NUMBER.findall(re.sub(r"(\d)\s*/\s*\d+(\.\d+)?", r"\1", text))  # of 7/10 the 7
+    said = THOUGHT.sub("", text).replace("\u2212", "-")
+    if "<think>" in said:
+        raise ValueError(f"no end of its thinking in {one_line(text, QUOTED)!r}")
+    said = re.sub(r"(?<=\d),(?=\d{3}\b)", "", RANGE.sub("", said))  # 1,000
+    said = re.sub(r"(?<=\d),(?=\d)", ".", said)  # 7,5
+    found = OF_A_SCALE.findall(said) or re.findall(NUMBER, said)
     if not found:
         raise ValueError(f"no number in {one_line(text, QUOTED)!r}")
     return float(found[-1])
@@ -124,24 +155,36 @@ def chance_of_yes(answer: Any) -> float:
     """P(yes) / (P(yes) + P(no)), each summed over the likeliest first words that are it, whatever their case.
 
     Raises:
-        ValueError: neither is among them.
+        ValueError: neither is among them, or both are so unlikely that it has answered something else.
     """
-    chances = {"yes": 0.0, "no": 0.0}
-    words = (_choice(answer).get("logprobs") or {}).get("content") or []
-    for one in words[0].get("top_logprobs", ()) if words else ():
-        word = str(one.get("token", "")).strip(" \n\t.,!\"'▁Ġ").lower()  # as tokenizers mark a space
-        if word in chances and isinstance(one.get("logprob"), int | float):
-            chances[word] += math.exp(one["logprob"])
+    choice = _choice(answer)
+    try:
+        words = (choice.get("logprobs") or {}).get("content") or []
+        if not words:
+            raise ValueError("no log-probabilities")
+        first = next((word for word in words if str(word.get("token", "-")).strip(BLANK)), words[0])
+        chances = {"yes": 0.0, "no": 0.0}
+        for one in first.get("top_logprobs") or ():
+            word = re.sub(r"[\W_]", "", str(one["token"]).lstrip(BLANK)).lower()
+            if word in chances and isinstance(one["logprob"], int | float):
+                chances[word] += math.exp(one["logprob"])
+    except (AttributeError, KeyError, TypeError, OverflowError):
+        raise _another_form(answer) from None
     total = sum(chances.values())
-    if not 0 < total < math.inf:
-        raise ValueError("neither yes nor no is among its likeliest first words" if words else "no log-probabilities")
+    if not LEAST <= total < math.inf:
+        said = one_line(str(choice["message"]["content"]), QUOTED)
+        raise ValueError(f"neither yes nor no is likely as its first word; it began {said!r}")
     return chances["yes"] / total
 
 
 def _choice(answer: Any) -> Mapping[str, Any]:
     try:
-        choice = answer["choices"][0]
+        choice: Mapping[str, Any] = answer["choices"][0]
         choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise ValueError(f"an answer of another form, {one_line(str(answer), QUOTED)!r}") from None
+        raise _another_form(answer) from None
     return choice
+
+
+def _another_form(answer: Any) -> ValueError:
+    return ValueError(f"an answer of another form, {one_line(str(answer), QUOTED)!r}")

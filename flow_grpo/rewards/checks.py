@@ -89,7 +89,20 @@ def check_address(key: str, url: str) -> None:
     """ConfigError unless `url` is that of an HTTP server."""
     try:
         parts = urlsplit(url)
-        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        if "@" in parts.netloc:  # it would be in the run's folder and in every message
+            hidden = url.replace(parts.netloc, "***@" + parts.netloc.rpartition("@")[2])
+            raise ConfigError(
+                f"{key} = {hidden!r} has a name or password; it takes http://HOST:PORT, and the server's token is read "
+                "from the environment."
+            )
+        fine = (
+            not (parts.query or parts.fragment)
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+        )
+    except ConfigError:
+        raise
     except ValueError:  # of a port that is none
         fine = False
     if not fine:
@@ -100,6 +113,8 @@ def check_question(question: str) -> None:
     """ConfigError unless the question is a template whose only blank is {prompt}."""
     try:
         blanks = {name for _, name, _, _ in Formatter().parse(question) if name is not None}
+        if blanks == {"prompt"}:
+            question.format(prompt="a prompt")
     except ValueError as error:
         raise ConfigError(f"config.chat.question = {question!r:.200} is no template: {error}.") from None
     if blanks - {"prompt"}:

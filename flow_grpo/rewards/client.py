@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import ip_address
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 import httpx
@@ -30,6 +34,8 @@ T = TypeVar("T")
 
 BUSY = (429, 502, 503, 504)  # of a server that may answer later
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0  # seconds between two attempts, doubled each time, with jitter
+SLICE = 0.5  # seconds of waiting after which it is asked whether scores are still wanted
+LARGEST = torch.finfo(torch.float32).max
 REASON = 200  # characters quoted of an answer
 
 
@@ -51,6 +57,7 @@ class Unanswered(Exception):
 class Fetching:
     """Scores that are being fetched."""
 
+    caller: Caller
     parts: Sequence[Future[Tensor]]
     finite: Tensor  # (B,) bool: the images that were sent
     device: torch.device
@@ -60,9 +67,13 @@ class Fetching:
         return any(part.done() and part.exception() is not None for part in self.parts)
 
     def result(self) -> Tensor:
-        """Wait for them: (B,) float32; nan for images that are not finite. Raises RewardFailed: there are none."""
+        """Wait for them: (B,) float32; nan for images that are not finite.
+
+        Raises:
+            RewardFailed: there are none, or nobody wants them any more.
+        """
         scores = torch.full((len(self.finite),), math.nan)
-        found = [part.result() for part in self.parts]
+        found = [self.caller.wait(part) for part in self.parts]
         if found:
             scores[self.finite] = torch.cat(found)
         return scores.to(self.device)
@@ -80,13 +91,28 @@ class Caller:
             timeout=network.timeout,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             limits=httpx.Limits(max_connections=network.concurrency),
+            trust_env=not is_loopback(address),  # no proxy of the environment can reach this machine's own servers
         )
-        self._threads = ThreadPoolExecutor(network.concurrency, "reward")
         self._told = False
+        self.unwanted: Callable[[], bool] = lambda: False  # whether nobody needs scores any more
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # not an executor's threads: the process would not end before these have, and they may wait for a dead server
+        for _ in range(network.concurrency):
+            Thread(target=_work, args=(self._tasks,), name="reward", daemon=True).start()
+        weakref.finalize(self, _dismiss, self._tasks, network.concurrency)
 
     def later(self, function: Callable[[], T]) -> Future[T]:
         """The function's value, from a thread of ours."""
-        return self._threads.submit(function)
+        future: Future[T] = Future()
+        self._tasks.put(partial(_settle, future, function))
+        return future
+
+    def wait(self, future: Future[T]) -> T:
+        """Its value. RewardFailed where scores are unwanted before it is there."""
+        while not wait((future,), SLICE).done:
+            if self.unwanted():
+                raise self.failure("was not waited for: the run is to stop")
+        return future.result()
 
     def ask(self, path: str, body: bytes | None = None, kind: str = SAFETENSORS) -> Any:
         """The JSON that is answered; a POST where there is a body.
@@ -108,8 +134,8 @@ class Caller:
         self._told = False
         try:
             return answer.json()
-        except ValueError:
-            raise self.failure(f"answered what is no JSON: {_quoted(answer)}") from None
+        except (ValueError, RecursionError):
+            raise self.failure(f"answered what is no JSON: {one_line(answer.text[:REASON], REASON)}") from None
 
     def failure(self, what: str) -> RewardFailed:
         """The error whose sentence says what the server did."""
@@ -123,6 +149,8 @@ class Caller:
             else:
                 answer = self._client.post(url, content=body, headers={"Content-Type": kind})
         except httpx.TransportError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):  # no waiting mends it
+                raise self.failure(f"cannot be trusted ({one_line(str(error), REASON)})") from error
             raise Unanswered(one_line(str(error), REASON) or type(error).__name__) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self.failure(f"cannot be asked ({one_line(str(error), REASON)})") from error
@@ -177,7 +205,11 @@ class RemoteReward:
             texts = [prompts[i] for i in chosen]
             body = pack(images[rows.to(images.device)], texts, [metadata[i] for i in chosen])
             parts.append(self._caller.later(partial(self._scores, body, texts)))
-        return Fetching(parts, finite, images.device)
+        return Fetching(self._caller, parts, finite, images.device)
+
+    def heed(self, unwanted: Callable[[], bool]) -> None:
+        """From now on, wait for scores only while it says False."""
+        self._caller.unwanted = unwanted
 
     def _scores(self, body: bytes, prompts: Sequence[str]) -> Tensor:
         answer = self._caller.ask(self._path, body)
@@ -189,9 +221,37 @@ class RemoteReward:
         if len(scores) != len(prompts):
             raise self._caller.failure(f"gave {len(scores)} scores for {len(prompts)} images")
         for score, prompt in zip(scores, prompts, strict=True):
-            if type(score) not in (int, float) or not math.isfinite(score):
+            if type(score) not in (int, float) or not abs(score) <= LARGEST:
                 raise self._caller.failure(f"gave {score!r:.40} for an image of {prompt!r:.80}, which is no number")
         return torch.tensor(scores, dtype=torch.float32)
+
+
+def _work(tasks: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Of a thread: one task after another, until one is None."""
+    while (task := tasks.get()) is not None:
+        task()
+        del task  # it holds its caller
+
+
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:  # for whoever waits
+        future.set_exception(error)
+
+
+def _dismiss(tasks: SimpleQueue[Callable[[], None] | None], threads: int) -> None:
+    for _ in range(threads):
+        tasks.put(None)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether it is one of this machine's own, by which no other machine can be meant."""
+    host = httpx.URL(address).host
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _quoted(answer: httpx.Response) -> str:
@@ -199,6 +259,6 @@ def _quoted(answer: httpx.Response) -> str:
     try:
         said = answer.json()
         said = said.get("detail", said) if isinstance(said, Mapping) else said
-    except ValueError:
+    except (ValueError, RecursionError):
         said = answer.text
     return one_line(str(said), REASON) or "nothing"

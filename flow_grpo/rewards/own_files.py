@@ -163,9 +163,11 @@ def read_option(text: str, registered: Mapping[str, RewardSpec]) -> Asked:
     if not equals and name in announced():
         return Asked(name, place=announced()[name])
     if not NAME.fullmatch(name) or ":" not in value:
+        names = [*registered, *announced()]
+        near = "".join(f"; did you mean {one}? It" for one in difflib.get_close_matches(name, names, n=1)) or "; it"
         raise ConfigError(
-            f"--reward {text} is not allowed; it takes NAME or NAME=MODEL, NAME one of "
-            f"{', '.join([*registered, *announced()])}, or NAME={PLACES}."
+            f"--reward {text} is not allowed{near} takes NAME or NAME=MODEL, NAME one of {', '.join(names)}, or "
+            f"NAME={PLACES}."
         )
     return Asked(name, place=in_full(value))
 

@@ -7,7 +7,7 @@ is checked, so nothing heavy is imported at its top.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -50,6 +50,9 @@ class Server(Protocol):
 
     def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Pending:
         """What a RewardModel takes; it returns at once."""
+
+    def heed(self, unwanted: Callable[[], bool]) -> None:
+        """From now on, wait for scores only while it says False; what would still wait then raises RewardFailed."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from flow_grpo.figure_text import one_line
 from flow_grpo.rewards.registry import RewardModel
@@ -35,6 +36,7 @@ class Limits:
     body: int = 256 * 2**20  # bytes of a request
     batch: int = 64  # images of a request
     queue: int = 64  # requests that wait or are being scored
+    seconds: float = 60.0  # in which a body is to come
 
 
 def reward_app(
@@ -70,10 +72,10 @@ def reward_app(
             raise HTTPException(503, "the queue is full", headers={"Retry-After": "1"})
         waiting += 1
         try:
-            body = await _body(request, limits.body)
-            kind = request.headers.get("content-type", "").split(";")[0].strip()
+            body = await _body(request, limits)
+            kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
             loop = asyncio.get_running_loop()
-            scores = await loop.run_in_executor(worker, _scores, models[name], body, kind, limits.batch, device)
+            scores = await loop.run_in_executor(worker, _scores, models[name], body, kind, limits, device)
         finally:
             waiting -= 1
         return JSONResponse({"scores": scores, "digest": digest_of(body)})
@@ -81,7 +83,16 @@ def reward_app(
     return app
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def _body(request: Request, limits: Limits) -> bytes:
+    try:
+        return await asyncio.wait_for(_read(request, limits.body), limits.seconds)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {limits.seconds:g} seconds") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the body ended early") from None  # nobody reads it, but it is no error here
+
+
+async def _read(request: Request, most: int) -> bytes:
     """The request's body; it is left unread where its header or the part that has come says that it is too large."""
     parts, size = [], 0
     declared = request.headers.get("content-length", "0")
@@ -95,10 +106,10 @@ async def _body(request: Request, most: int) -> bytes:
     return b"".join(parts)
 
 
-def _scores(model: RewardModel, body: bytes, kind: str, most: int, device: Any) -> list[float | None]:
+def _scores(model: RewardModel, body: bytes, kind: str, limits: Limits, device: Any) -> list[float | None]:
     """In the worker's thread: the scores; None, which JSON has, for those that are not finite."""
     try:
-        images, prompts, metadata = unpack(body, kind, most)
+        images, prompts, metadata = unpack(body, kind, limits.batch, limits.body)
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
     try:

@@ -36,22 +36,26 @@ def pack(images: Tensor, prompts: Sequence[str], metadata: Metadata) -> bytes:
     return save({"images": eight_bit(images)}, metadata=texts)
 
 
-def unpack(body: bytes, kind: str, most: int) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
+def unpack(body: bytes, kind: str, most: int, size: int) -> tuple[Tensor, list[str], list[dict[str, Any]]]:
     """Images (B, 3, H, W) float32 in [0, 1], prompts and metadata of a body of the content type `kind`.
 
     Raises:
-        ValueError: it is something else, or has no image or more than `most`; in words that go back to the client.
+        ValueError: it is something else, or has no image or more than `most`, or PNGs whose pixels would take more than
+            `size` bytes; in words that go back to the client.
     """
     if kind == SAFETENSORS:
         images, texts = _of_safetensors(body)
     elif kind == JSON:
-        images, texts = _of_json(body, most)
+        images, texts = _of_json(body, most, size)
     else:
         raise ValueError(f"the content type is {kind!r:.80}; it takes {SAFETENSORS} or {JSON}")
+    if not images.shape[2:].numel():
+        raise ValueError("the images have no pixels")
     prompts, metadata = texts.get("prompts"), texts.get("metadata") or [{}] * len(images)
-    for name, values, word, accepted in (("prompts", prompts, "text", str), ("metadata", metadata, "object", dict)):
+    kinds = (("prompts", prompts, "a text", str), ("metadata", metadata, "an object", dict))
+    for name, values, word, accepted in kinds:
         if not (isinstance(values, list) and all(isinstance(value, accepted) for value in values)):
-            raise ValueError(f'"{name}" is not a list with a {word} for each image')
+            raise ValueError(f'"{name}" is not a list with {word} for each image')
         if len(values) != len(images):
             raise ValueError(f'there are {len(images)} images and {len(values)} of "{name}"')
     if not 1 <= len(images) <= most:
@@ -87,19 +91,19 @@ def _of_safetensors(body: bytes) -> tuple[Tensor, dict[str, Any]]:
     return images, texts
 
 
-def _of_json(body: bytes, most: int) -> tuple[Tensor, dict[str, Any]]:
+def _of_json(body: bytes, most: int, size: int) -> tuple[Tensor, dict[str, Any]]:
     try:
         texts = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("the body is no JSON") from None
     pictures = texts.get("images") if isinstance(texts, dict) else None
     if not isinstance(pictures, list) or not 1 <= len(pictures) <= most:
         raise ValueError(f'the body has no list "images" of 1 to {most} PNGs in base64')
     try:
-        decoded = [
-            pil_to_tensor(Image.open(io.BytesIO(base64.b64decode(one, validate=True)), formats=["PNG"]).convert("RGB"))
-            for one in pictures
-        ]
-        return torch.stack(decoded), texts
+        opened = [Image.open(io.BytesIO(base64.b64decode(one, validate=True)), formats=["PNG"]) for one in pictures]
+        pixels = sum(one.width * one.height for one in opened)  # as the headers say: nothing is decoded yet
+        if 3 * pixels <= size:
+            return torch.stack([pil_to_tensor(one.convert("RGB")) for one in opened]), texts
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, TypeError, RuntimeError):
         raise ValueError('"images" are not PNGs in base64, all of one size') from None
+    raise ValueError(f'"images" have {pixels} pixels; of three bytes each they may have {size // 3}')

@@ -272,9 +272,13 @@ class Run:
             TrainingStopped: the main process can no longer write metrics.
             RewardFailed: a reward failed inside `failing_together`, on this process or another.
         """
-        code = FAILURE if self._failure else NO_REWARD if self._unrewarded else 0
-        if not code and not ended:
-            code = int(self._stop.reason() or 0)
+        asked = int(self._stop.reason() or 0)
+        if self._failure:
+            code = FAILURE
+        elif self._unrewarded:
+            code = asked or NO_REWARD  # who is asked to stop does not wait for scores: that is no failure
+        else:
+            code = 0 if ended else asked
         if self.accelerator.num_processes > 1:
             codes = self.accelerator.gather(torch.tensor([code], device=self.accelerator.device))
             code = int(codes.max())

@@ -68,6 +68,7 @@ def open_training(config: ConfigDict) -> Iterator[Training]:
                 if said:
                     run.tell(said)
             reward = build_reward(config, accelerator.device)
+            reward.heed(lambda: stop.reason() is not None)
             policy = Policy.load(settings, accelerator)
             evaluators = build_evaluators(policy, reward, settings, run)
             due = checkpoint.resume(policy, run, settings)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import math
+import socket
+import subprocess
+import sys
 import threading
 
 import httpx
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
-from flow_grpo.errors import RewardFailed
-from flow_grpo.rewards.client import Network, RemoteReward
+from flow_grpo.errors import ConfigError, RewardFailed
+from flow_grpo.rewards.checks import check_address
+from flow_grpo.rewards.client import Network, RemoteReward, is_loopback
 from flow_grpo.rewards.server import Limits, reward_app
 from flow_grpo.rewards.wire import JSON, SAFETENSORS, TOKEN_VARIABLE, digest_of, pack, unpack
 from tests.rewards.http_servers import Answer, answering, serving
@@ -62,10 +68,14 @@ def test_an_image_that_is_not_finite_is_not_sent_and_scores_nan():
     assert scores[3] == images[3, 0, 0, 0] + 14
 
 
-def test_pngs_in_json_score_as_safetensors():
+def png(width: int, height: int) -> str:
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (51, 0, 0)).save(buffer, format="PNG")
-    body = {"images": [base64.b64encode(buffer.getvalue()).decode()], "prompts": ["abc"]}
+    Image.new("RGB", (width, height), (51, 0, 0)).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_pngs_in_json_score_as_safetensors():
+    body = {"images": [png(4, 4)], "prompts": ["abc"]}
     with first_server() as address:
         answer = httpx.post(f"{address}/score/first", json=body).json()
     assert answer["scores"] == pytest.approx([3.2])
@@ -78,11 +88,13 @@ def test_pngs_in_json_score_as_safetensors():
         (SAFETENSORS, b"\x80\x04\x95"),  # a pickle's first bytes
         (SAFETENSORS, pack(levels(2), ["a"], [{}, {}])),
         (SAFETENSORS, pack(levels(5), ["a"] * 5, [{}] * 5)),
+        (SAFETENSORS, save({"images": torch.zeros(1, 3, 0, 4, dtype=torch.uint8)}, {"prompts": '["a"]'})),
         (JSON, b"{}"),
+        (JSON, b"[" * 100_000),
         (JSON, b'{"images": ["bm8="], "prompts": ["a"]}'),
         ("application/octet-stream", b""),
     ],
-    ids=["garbage", "pickle", "prompts", "batch", "empty", "picture", "kind"],
+    ids=["garbage", "pickle", "prompts", "batch", "no pixels", "empty", "deep", "picture", "kind"],
 )
 def test_a_body_of_another_form_is_refused_with_its_fault(kind, body):
     with first_server(Limits(batch=4)) as address:
@@ -101,6 +113,38 @@ def test_a_body_without_a_length_is_refused_once_it_is_too_large():
         sent = (b"x" * 600 for _ in range(3))
         answer = httpx.post(f"{address}/score/first", content=sent, headers={"Content-Type": SAFETENSORS})
     assert answer.status_code == 413
+
+
+def test_pictures_that_unfold_to_more_than_the_limit_are_refused_before_that():
+    sent = {"images": [png(2000, 500)] * 2, "prompts": ["a"] * 2}
+    with first_server(Limits(body=5_000_000)) as address:  # they are a few kilobytes
+        answer = httpx.post(f"{address}/score/first", json=sent)
+    assert answer.status_code == 422
+    assert "2000000 pixels" in answer.json()["detail"]
+
+
+def test_a_body_that_does_not_come_leaves_the_queue():
+    with first_server(Limits(queue=1, seconds=0.2)) as address:
+        server = httpx.URL(address)
+        with socket.create_connection((server.host, server.port), timeout=20) as slow:
+            slow.sendall(b"POST /score/first HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nhalf")
+            assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+            assert ask(address, levels(1)).isfinite().all()
+
+
+def test_a_client_that_leaves_is_no_error_of_the_server():
+    app = reward_app({"first": FirstPixel()}, {}, Limits(), "cpu")
+    scope = {"type": "http", "method": "POST", "path": "/score/first", "query_string": b"", "headers": []}
+    sent = []
+
+    async def receive() -> dict:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 400
 
 
 def test_a_full_queue_is_asked_again_until_there_is_room():
@@ -138,6 +182,8 @@ FAULTS: dict[str, tuple[Answer, str]] = {
     "none": ((200, [1, 2]), 'without "scores"'),
     "other images": ((200, {"scores": [1.0] * 3, "digest": "0" * 64}), "other images"),
     "error": ((418, {"detail": "a teapot"}), "418: a teapot"),
+    "moved": ((302, b""), "302: nothing"),
+    "deep": ((200, b"[" * 100_000), "no JSON"),
 }
 
 
@@ -151,8 +197,13 @@ def test_a_wrong_answer_is_one_sentence_that_names_reward_and_server(fault):
 
 @pytest.mark.parametrize(
     ("scores", "words"),
-    [([1.0, 2.0], "2 scores for 3 images"), ([1.0, None, 2.0], "None for an image of 'xx'"), ([1, "2", 3], "'2'")],
-    ids=["too few", "nan", "text"],
+    [
+        ([1.0, 2.0], "2 scores for 3 images"),
+        ([1.0, None, 2.0], "None for an image of 'xx'"),
+        ([1, "2", 3], "'2'"),
+        ([1, 10**400, 1e39], "10000"),
+    ],
+    ids=["too few", "nan", "text", "beyond float32"],
 )
 def test_scores_that_are_not_one_number_for_each_image_are_refused(scores, words):
     def answer(path: str, body: bytes) -> Answer:
@@ -220,6 +271,84 @@ def test_requests_are_under_way_together():
 
 def test_packing_rounds_to_the_nearest_of_256_levels():
     images = torch.rand(2, 3, 5, 7)
-    found, prompts, metadata = unpack(pack(images, ["a", "é"], [{}, {"n": [1]}]), SAFETENSORS, 2)
+    found, prompts, metadata = unpack(pack(images, ["a", "é"], [{}, {"n": [1]}]), SAFETENSORS, 2, 2**20)
     assert (found - images).abs().max() <= 0.5 / 255 + 1e-6
     assert (prompts, metadata) == (["a", "é"], [{}, {"n": [1]}])
+
+
+def test_scores_that_nobody_wants_any_more_are_not_waited_for():
+    release, waited = threading.Event(), []
+
+    def answer(path: str, body: bytes) -> Answer:
+        release.wait(20)
+        return 200, {}
+
+    def unwanted() -> bool:
+        waited.append(None)
+        return len(waited) == 2
+
+    with answering(answer) as address:
+        reward = RemoteReward("first", address, Network(timeout=3600.0, patience=3600.0))
+        reward.heed(unwanted)
+        with pytest.raises(RewardFailed, match="the run is to stop"):
+            reward(levels(1), ["a"], [{}])
+        release.set()
+
+
+def test_a_process_ends_although_a_request_is_still_repeated():
+    lines = (
+        "import torch",
+        "from flow_grpo.rewards.client import Network, RemoteReward",
+        "reward = RemoteReward('first', 'http://127.0.0.1:9', Network(patience=3600.0))",
+        "reward.submit(torch.zeros(1, 3, 4, 4), ['a'], [{}])",
+        "raise SystemExit(3)",
+    )
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], timeout=300).returncode == 3
+
+
+@pytest.mark.parametrize("proxy", ["HTTP_PROXY", "ALL_PROXY"])
+def test_no_proxy_is_asked_for_a_server_of_this_machine(monkeypatch, proxy):
+    monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with first_server() as address:
+        assert ask(address, levels(1), HASTY).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("address", "own"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://[::1]:8000", True),
+        ("https://localhost", True),
+        ("http://10.0.0.2:8000", False),
+        ("http://localhost.example.org", False),
+    ],
+)
+def test_which_addresses_are_of_this_machine(address, own):
+    assert is_loopback(address) is own
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://:8000/score/a",
+        "http://host:port/score/a",
+        "http://host:0/score/a",
+        "ftp://host/score/a",
+        "http://[::1/score/a",
+        "http://host/score/a?token=b",
+    ],
+)
+def test_what_is_no_address_is_one_sentence(url):
+    with pytest.raises(ConfigError, match="reward_files.far = .* is no address; it takes http://HOST:PORT"):
+        check_address("reward_files.far", url)
+
+
+def test_an_address_with_a_password_is_refused_without_repeating_it():
+    with pytest.raises(ConfigError, match="has a name or password") as caught:
+        check_address("reward_files.far", "http://me:secret@host:8000/score/a")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://host/score/a", "https://host:8000/v1", "http://[::1]:8000/score/a"])
+def test_an_address_passes(url):
+    check_address("reward_files.far", url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from flow_grpo.errors import ConfigError, RewardFailed, TrainingStopped
+from flow_grpo.errors import ConfigError, Interrupted, RewardFailed, TrainingStopped
 from flow_grpo.evaluators.base import Measured
 from flow_grpo.loops import policy_gradient
 from flow_grpo.recipes.base import declare
 from flow_grpo.rewards.wire import SAFETENSORS, digest_of, unpack
 from flow_grpo.runs.folder import CHECKPOINTS
 from flow_grpo.runs.saved import CHECKPOINT_STATE
+from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 from tests.rewards.http_servers import Answer, answering
@@ -28,7 +30,7 @@ START = 1  # requests of the trial when rewards are built, of two images each
 
 
 def redness(path: str, body: bytes) -> Answer:
-    images, _, _ = unpack(body, SAFETENSORS, 64)
+    images, _, _ = unpack(body, SAFETENSORS, 64, 2**20)
     return 200, {"scores": images[:, 0].mean((1, 2)).tolist(), "digest": digest_of(body)}
 
 
@@ -127,6 +129,25 @@ def test_no_server_at_the_start_is_one_sentence_before_training(config, build):
         ConfigError, match=r"reward_files\.red = .* cannot be used, as the server .* no answer for 0\.2"
     ):
         build(config)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_server(config, build):
+    stop, seen = StopWatch({}), []
+
+    def answer(path: str, body: bytes) -> Answer:
+        seen.append(body)
+        if len(seen) == START + 4 + 2:
+            stop.handle(signal.SIGTERM)
+        return redness(path, body) if len(seen) < START + 4 + 2 else (503, "busy")
+
+    with answering(answer) as address:
+        served(config, address)
+        config.remote.patience = 3600.0
+        parts = build(config)
+        parts.run._stop = stop
+        parts.reward.heed(lambda: stop.reason() is not None)
+        with pytest.raises(Interrupted, match=r"stopped by SIGTERM after epoch 1, .*checkpoint 1 is whole"):
+            train(parts)
 
 
 def test_scores_outside_their_range_are_refused_at_the_start(config, build):
