@@ -28,7 +28,9 @@ SCRIPT = (
 @pytest.fixture(autouse=True)
 def _in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("flow_grpo.settings._fetch", lambda config: None)  # tests/models/test_hub.py is about that
+    monkeypatch.setattr(
+        "flow_grpo.settings.fetch_small_files", lambda config: None
+    )  # tests/models/test_hub.py is about that
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flow_grpo import settings
 from flow_grpo.errors import ConfigError
+from flow_grpo.model_checks import fetch_small_files
 from flow_grpo.models import hub
 from flow_grpo.rewards.building import build_reward
 from flow_grpo.rewards.registry import REWARDS
@@ -142,7 +142,7 @@ def test_the_hub_is_asked_for_a_file_that_the_model_has(monkeypatch: pytest.Monk
     monkeypatch.setattr(hub, "fetch", lambda subject, model, revision="", file="": asked.append((model, file)))
     config = make_config("", **dict.fromkeys(NAMES, 1.0))
     config.eval.judge = ""
-    settings._fetch(config)
+    fetch_small_files(config)
     assert set(asked) == {(REWARDS[name].model, REWARDS[name].hub_file) for name in NAMES}
     assert ("xswu/HPSv2", "HPS_v2.1_compressed.pt") in asked
     assert ("google/siglip2-so400m-patch14-384", "config.json") in asked
