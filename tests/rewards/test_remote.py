@@ -192,7 +192,7 @@ def test_a_wrong_answer_is_one_sentence_that_names_reward_and_server(fault):
     said, words = FAULTS[fault]
     with answering(lambda path, body: said) as address, pytest.raises(RewardFailed, match=words) as caught:
         ask(address, levels(3))
-    assert str(caught.value).startswith(f"reward first: the server at {address} ")
+    assert str(caught.value).startswith(f"the reward first failed as the server at {address} ")
 
 
 @pytest.mark.parametrize(
