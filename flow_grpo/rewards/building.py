@@ -15,7 +15,7 @@ from flow_grpo import places
 from flow_grpo.errors import ConfigError, RewardFailed, TrainingStopped
 from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.rewards.chosen import checkpoints_of, is_own, reward_names, reward_weights, trained_rewards
-from flow_grpo.rewards.own import OwnReward, ask_server, load_own
+from flow_grpo.rewards.own import OwnReward, ask_server, load_own, try_server
 from flow_grpo.rewards.own_files import is_server
 from flow_grpo.rewards.registry import REWARDS, Metadata, Pending, RewardModel, RewardSpec, Server
 from flow_grpo.types import RewardBatch
@@ -166,7 +166,9 @@ def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
         elif is_own(config, name):
             models[name] = load_own(name, config.reward_files[name], config, device, name in by_gradient)
         else:
-            models[name] = _build_model(REWARDS[name], config, scorer)
+            models[name] = model = _build_model(REWARDS[name], config, scorer)
+            if isinstance(model, Server):
+                try_server(model, f"config.chat.url = {config.chat.url!r}", config, device)
     return WeightedReward(models, reward_weights(config))
 
 

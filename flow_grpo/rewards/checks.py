@@ -62,6 +62,13 @@ def _check_names(config: Any) -> None:
     known = known_rewards(config)
     for name in constraint_rates(config):
         _check_name(f"config.reward_constraint.{name}", name, known)
+    for name, bounds in config.reward_range.items():
+        subject = f"config.reward_range.{name} = {tuple(bounds)}"
+        _check_name(subject, name, known)
+        if not is_own(config, name) and name != CHAT:
+            raise ConfigError(f"{subject} is not read; it takes rewards of your own, served ones and {CHAT}.")
+        if tuple(bounds) != tuple(sorted(bounds)):
+            raise ConfigError(f"{subject} is no range; it takes the lowest score, then the highest.")
     measured = {"eval.rewards": config.eval.rewards, "shaping.gate_rewards": config.shaping.gate_rewards}
     for key, names in measured.items():
         for name in names:

@@ -17,6 +17,7 @@ from ipaddress import ip_address
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import torch
@@ -247,7 +248,7 @@ def _dismiss(tasks: SimpleQueue[Callable[[], None] | None], threads: int) -> Non
 
 def is_loopback(address: str) -> bool:
     """Whether it is one of this machine's own, by which no other machine can be meant."""
-    host = httpx.URL(address).host
+    host = urlsplit(address).hostname or ""
     try:
         return ip_address(host).is_loopback
     except ValueError:  # a name

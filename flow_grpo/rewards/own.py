@@ -76,21 +76,27 @@ def load_own(name: str, text: str, config: Any, device: torch.device | str, need
 
 
 def ask_server(name: str, url: str, config: Any, device: torch.device | str) -> RewardModel:
-    """The reward of a server, which is asked for scores of two known images.
-
-    Raises:
-        ConfigError: naming the server, if it has none for them within `config.remote.patience` seconds.
-    """
+    """The reward of a server, once it has been tried; raises as `try_server`."""
     from flow_grpo.rewards.client import Network, RemoteReward  # whose packages are an extra's
 
     reward = RemoteReward(name, url, Network(**config.remote))
-    subject, (images, prompts, metadata) = f"config.reward_files.{name} = {url!r}", _trial(config, device)
+    try_server(reward, f"config.reward_files.{name} = {url!r}", config, device)
+    return reward
+
+
+def try_server(reward: RewardModel, subject: str, config: Any, device: torch.device | str) -> None:
+    """Ask for scores of two known images.
+
+    Raises:
+        ConfigError: beginning with `subject`, if there are none within `config.remote.patience` seconds, or they are
+            not in `config.reward_range`.
+    """
+    images, prompts, metadata = _trial(config, device)
     try:
         scores = reward(images, prompts, metadata)
     except RewardFailed as error:
         raise ConfigError(f"{subject} cannot be used, {error.what}.") from error
-    _check_scores(name, subject, scores, config)
-    return reward
+    _check_scores(reward.name, subject, scores, config)
 
 
 # --- from a place to something that can be called ---------------------------------------------------------

@@ -339,7 +339,7 @@ def test_which_addresses_are_of_this_machine(address, own):
     ],
 )
 def test_what_is_no_address_is_one_sentence(url):
-    with pytest.raises(ConfigError, match=r"reward_files.far = .* is no address; it takes http://HOST:PORT"):
+    with pytest.raises(ConfigError, match=r"reward_files\.far = .* is no address; it takes http://HOST:PORT"):
         check_address("reward_files.far", url)
 
 

@@ -14,6 +14,7 @@ import torch
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.recipes.base import declare, get_config
 from flow_grpo.rewards.building import build_reward
 from flow_grpo.rewards.checks import validate_rewards
 from flow_grpo.rewards.clip import ClipScorer
@@ -150,6 +151,25 @@ def test_each_mistake_has_its_sentence(
     with pytest.raises(ConfigError) as error:
         validate_rewards(config)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "bounds", "words"),
+    [
+        ("pickscore", (0.0, 1.0), "is not read; it takes rewards of your own"),
+        ("rde", (0.0, 1.0), "is not a reward; the nearest is red"),
+        ("red", (1.0, 0.0), "is no range; it takes the lowest score, then the highest"),
+    ],
+)
+def test_a_range_that_nothing_can_be_held_to_is_one_sentence(
+    name: str, bounds: tuple[float, float], words: str
+) -> None:
+    config = get_config()
+    declare(config, ["reward_files.red", f"reward_range.{name}"])
+    config.reward_files.red, config.reward_range[name] = "http://127.0.0.1:9/score/red", bounds
+    config.reward_fn.pickscore, config.reward_fn.red = 0.0, 1.0
+    with pytest.raises(ConfigError, match=rf"config\.reward_range\.{name} = .* {words}"):
+        validate_rewards(config)
 
 
 def test_hub_ids_no_judge_and_unused_black_boxes_pass(checkpoint: str) -> None:

@@ -131,6 +131,14 @@ def test_no_server_at_the_start_is_one_sentence_before_training(config, build):
         build(config)
 
 
+def test_no_chat_server_at_the_start_is_one_sentence_too(config, build):
+    config.reward_fn.chat, config.chat.url, config.remote.patience = 1.0, "http://127.0.0.1:9/v1", 0.2
+    with pytest.raises(
+        ConfigError, match=r"config\.chat\.url = .* cannot be used, as the server .* no answer for 0\.2"
+    ):
+        build(config)
+
+
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_server(config, build):
     stop, seen = StopWatch({}), []
 
