@@ -143,7 +143,7 @@ def without_data() -> Iterator[None]:
     """Tensors made inside have none; `.to` of modules works."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
-        stack.enter_context(mock.patch("flow_grpo.rewards.clip.check_images"))  # it reads pixels
+        stack.enter_context(mock.patch("flow_grpo.rewards.towers.check_images"))  # it reads pixels
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(DataStays())
         yield
