@@ -167,6 +167,7 @@ def batch_settings(form: str, probes: int) -> Settings:
 
 def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: int) -> Experience:
     """The images of batch `number`, with their advantages; its prompt is drawn independently of the others'."""
+    from contextlib import nullcontext
     from types import SimpleNamespace
 
     import torch
@@ -175,6 +176,7 @@ def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: 
     from flow_grpo.metrics import MeanMetrics
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.randomness import keyed_generator
+    from flow_grpo.rewards.composition import Composition
     from flow_grpo.runs.phases import Phases
     from flow_grpo.runs.run import Counters
     from flow_grpo.types import PromptBatch
@@ -189,8 +191,8 @@ def rollout(policy: Policy, reward: WeightedReward, settings: Settings, number: 
         group_ids=torch.zeros(size, dtype=torch.int64),
     )
     run = SimpleNamespace(
-        counters=Counters(epoch=number), progress=lambda items, _: items, check_stop=lambda: None,
-        phase=Phases(torch.device("cpu")),
+        counters=Counters(epoch=number), progress=lambda items, _: items, check_stop=lambda **_: None,
+        phase=Phases(torch.device("cpu")), composition=Composition(config), failing_together=nullcontext,
     )  # fmt: skip
     return collect(policy, batch, reward, settings, cast("Any", run), MeanMetrics())
 
