@@ -41,6 +41,7 @@ CLOSED_FORMS = {
 def test_a_schedule_is_its_closed_form_and_stays_at_its_end(config, name):
     own = {"cosine_with_restarts": {"lr_num_cycles": 2}, "polynomial": {"lr_power": 3.0}}.get(name, {})
     end = {} if name == "constant_with_warmup" else {"lr_total_steps": TOTAL}
+    config.num_epochs = TOTAL + 4
     found = rates(config, name, TOTAL + 4, lr_warmup_steps=WARMUP, **end, **own)
     expected = [RATE * (n / WARMUP if n < WARMUP else CLOSED_FORMS[name](n)) for n in range(TOTAL + 4)]
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-18)
