@@ -25,7 +25,7 @@ from flow_grpo.training.performance import flops_per_evaluation
 from flow_grpo.training.state import collect, gathered, restore
 
 EPOCHS = 2
-OTHER_FAMILIES = ("flux", "qwen_image")
+OTHER_FAMILIES = ("qwen_image",)
 
 
 # --- what is trained ------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_scores_outside_their_range_are_refused_at_the_start(config, build):
 def test_one_of_two_processes_whose_server_fails_ends_both_and_saves(random_models, tmp_path):
     with red_server(2 * START + 4 * 2 + 1) as address:
         worker = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tests/reward_worker.py"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
         command = [*worker, str(random_models), str(tmp_path), address]
         subprocess.run(command, env=env, cwd=ROOT, check=True, capture_output=True, timeout=600)
     said = [(tmp_path / f"process{rank}").read_text() for rank in (0, 1)]
