@@ -10,6 +10,7 @@ environment, where that variable is set here.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from importlib.util import find_spec
 
@@ -101,10 +102,13 @@ def serve(config: ConfigDict, arguments: argparse.Namespace) -> None:
             timeout_graceful_shutdown=GRACE,
         )
     )
+    logging.disable(logging.ERROR)  # of what uvicorn says besides
     try:
         socket = server.config.bind_socket()
     except SystemExit:  # uvicorn's word for an address that is taken
         raise ConfigError(f"--host {arguments.host} --port {arguments.port}: nothing can listen there.") from None
+    finally:
+        logging.disable(logging.NOTSET)
     host, port = socket.getsockname()[:2]
     for name in models:
         say(f"serving {name} on {device}: http://{host}:{port}/score/{name}")

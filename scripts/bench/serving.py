@@ -42,6 +42,7 @@ def score(images, prompts):
 NAMES = {"no sleep": "fast.py", "local": "slow.py"}  # files of rewards in the training's own process
 REQUESTS = {"served, 1 request": 1, "served, 4 requests": 4}  # at once
 CASES = (*NAMES, *REQUESTS)
+ROW = "row.json"
 
 
 @contextmanager
@@ -86,18 +87,17 @@ def train(case: str, address: str, folder: Path) -> list[float]:
     return [GROUPS * SAMPLES / rate for rate in rates[1:]]
 
 
-def work(address: str, folder: Path) -> None:
-    """Of each process that trains: all cases, and their rows into a file."""
-    processes, rows = int(os.environ.get("WORLD_SIZE", "1")), []
-    for case in CASES:
-        epochs = train(case, address, folder)
-        seconds = statistics.median(epochs)
-        rows.append({
-            "case": case, "processes": processes, "seconds": seconds, "epochs": epochs,
-            "images_per_second": GROUPS * SAMPLES / seconds, "load": os.getloadavg()[0],
-        })  # fmt: skip
+def work(case: str, address: str, folder: Path) -> None:
+    """Of each process that trains: one case, and its row into a file."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    epochs = train(case, address, folder)
+    seconds = statistics.median(epochs)
+    row = {
+        "case": case, "processes": processes, "seconds": seconds, "epochs": epochs,
+        "images_per_second": GROUPS * SAMPLES / seconds, "load": os.getloadavg()[0],
+    }  # fmt: skip
     if os.environ.get("RANK", "0") == "0":
-        (folder / f"rows{processes}.json").write_text(json.dumps(rows))
+        (folder / ROW).write_text(json.dumps(row))
 
 
 def measure(folder: Path) -> list[dict[str, Any]]:
@@ -109,9 +109,10 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     with served(f"{folder / NAMES['local']}:score") as address:
         for processes in PROCESSES:
             launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes)) if processes > 1 else ()
-            command = [sys.executable, *launcher, __file__, "--work", address, str(folder)]
-            subprocess.run(command, cwd=ROOT, env=environment, check=True)
-            rows += json.loads((folder / f"rows{processes}.json").read_text())
+            for case in CASES:
+                command = [sys.executable, *launcher, __file__, "--work", case, address, str(folder)]
+                subprocess.run(command, cwd=ROOT, env=environment, check=True)
+                rows.append(json.loads((folder / ROW).read_text()))
     return rows
 
 
@@ -136,10 +137,10 @@ def main() -> None:
     """Train by every case, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
-    parser.add_argument("--work", nargs=2, metavar=("ADDRESS", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=3, metavar=("CASE", "ADDRESS", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work[0], Path(arguments.work[1]))
+        work(*arguments.work[:2], Path(arguments.work[2]))
         return
     out = arguments.out
     from flow_grpo.files import strict_json, write_atomically
