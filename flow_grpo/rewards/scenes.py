@@ -19,6 +19,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from flow_grpo.rewards.clip import ClipScore
 from flow_grpo.rewards.image_path import check_images
 from flow_grpo.rewards.registry import Metadata
 from flow_grpo.scenes.captions import Reading, parse
@@ -31,8 +32,14 @@ OPEN = -1  # a colour that a reading leaves open
 class SceneScorer:
     """A frozen detector on a device; gradient flows to the images."""
 
-    def __init__(self, model: str, device: torch.device | str = "cpu") -> None:
-        """Load a folder; ConfigError if it holds no detector."""
+    def __init__(
+        self, model: str, device: torch.device | str = "cpu", *, dtype: str = "fp32", offload: bool = False
+    ) -> None:
+        """Load a folder; ConfigError if it holds no detector.
+
+        `dtype` and `offload` are what any scorer is told; a detector is half a megabyte, and stays on the device in
+        float32.
+        """
         self.device = torch.device(device)
         self.detector = CellDetector.load(model).to(self.device)
 
@@ -77,6 +84,12 @@ class SoftScenes:
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Scenes (B, 3, 64, 64) float in [0, 1], B captions -> (B,), with the gradient of the images."""
         return best_log_probability(self.scorer.cells(images), [parse(prompt).readings() for prompt in prompts])
+
+
+class ScenesClip(ClipScore):
+    """exp(logit_scale) cos / 30 of a CLIP trained on scenes and their captions: a proxy that can be hacked."""
+
+    name = "scenes_clip"
 
 
 def best_log_probability(cells: Cells, possible: Sequence[Sequence[Reading]]) -> Tensor:

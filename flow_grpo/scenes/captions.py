@@ -65,6 +65,7 @@ class Caption:
         between = f" {self.relation or 'and'} "
         return between.join(noun_phrase(garment) for garment in self.garments)
 
+    @lru_cache(maxsize=8192)  # noqa: B019 - of values, of which there are no more
     def readings(self) -> tuple[Reading, ...]:
         """Every reading of a picture that satisfies the caption, with the colours that it leaves open as None."""
         places = combinations if self.kind == "count" else permutations  # alike, so in any order
@@ -106,7 +107,7 @@ def plural(word: str) -> str:
     return f"{word}es" if word.endswith("s") else f"{word}s"
 
 
-@lru_cache(maxsize=1)
+@lru_cache
 def _all() -> dict[str, Caption]:
     """Text -> caption, of every caption there is."""
     return {caption.text: caption for kind in KINDS for caption in captions_of(kind)}
@@ -124,7 +125,8 @@ def parse(text: str) -> Caption:
     return caption
 
 
-def captions_of(kind: str) -> list[Caption]:
+@lru_cache
+def captions_of(kind: str) -> tuple[Caption, ...]:
     """Every caption of a kind: 10 single, 90 two, 30 count, 80 colour, 180 position, 5040 binding."""
     labels, colours = range(len(CLASSES)), range(len(COLOURS))
     singles = [(Garment(label),) for label in labels]
@@ -142,7 +144,7 @@ def captions_of(kind: str) -> list[Caption]:
         ],
     }
     relations = RELATIONS if kind == "position" else (None,)
-    return [Caption(kind, objects, relation) for objects in garments[kind] for relation in relations]
+    return tuple(Caption(kind, objects, relation) for objects in garments[kind] for relation in relations)
 
 
 def is_held_out(caption: Caption) -> bool:

@@ -61,9 +61,8 @@ class CellDetector(nn.Module):
         """Write config.json and model.safetensors (float16)."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.shape, indent=2) + "\n", encoding="utf-8")
-        halves = {
-            name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
-        }
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
         save_file(halves, folder / "model.safetensors")
 
     @staticmethod

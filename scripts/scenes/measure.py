@@ -131,6 +131,38 @@ def measure_clip(scorer: ClipScorer, images: Tensor, captions: Sequence[Caption]
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
 
+def typical_garments(photographs: Photographs, detectors: Mapping[str, CellDetector]) -> Tensor:
+    """A photograph of each class that both detectors know in every colour, most surely: (10, 32, 32) uint8.
+
+    The surest is the one whose own class has the largest least probability, over colours and detectors.
+    """
+    import torch
+
+    from flow_grpo.scenes.captions import CLASSES, COLOURS
+    from scripts.tiny import data as tiny_data
+
+    chosen = []
+    for label in range(len(CLASSES)):
+        grey = photographs.grey[photographs.labels == label][:100]
+        least = torch.ones(len(grey))
+        for colour in range(len(COLOURS)):
+            cells = tiny_data.tint(grey, torch.full((len(grey),), colour))
+            with torch.no_grad():
+                for detector in detectors.values():
+                    labels, colours = detector.logits(cells)
+                    sure = labels.softmax(1)[:, label].minimum(colours.softmax(1)[:, colour])
+                    least = least.minimum(sure)
+        chosen.append(grey[least.argmax()])
+    return torch.stack(chosen)
+
+
+def save_garments(grey: Tensor, path: Path) -> None:
+    """Write photographs (N, 32, 32) uint8 side by side."""
+    from PIL import Image
+
+    Image.fromarray(grey.permute(1, 0, 2).flatten(1).numpy()).save(path, optimize=True)
+
+
 # --- model cards ----------------------------------------------------------------------------------------------
 
 DATA = """## Data
@@ -222,6 +254,7 @@ By `{command}`, on {cells[cells]:,} cells of test photographs:
 | as drawn | {cells[drawn][class]:.4f} | {cells[drawn][empty]:.4f} | {cells[drawn][colour]:.4f} |
 | decoded | {cells[decoded][class]:.4f} | {cells[decoded][empty]:.4f} | {cells[decoded][colour]:.4f} |
 
+`garments.png` has a photograph of each class that both detectors know surely, for drawings made by rule.
 A scene is right only if every cell is; [tiny_scenes](../tiny_scenes/README.md) has the shares of whole scenes.
 """
 
@@ -320,6 +353,7 @@ def measure(out: Path, data: Path, seed: int) -> None:
     scorer = ClipScorer(str(folders["clip"]))
     figures["clip"] = {"choices": CHOICES, "own_caption": measure_clip(scorer, drawn, captions, seed)}
     figures["sd3"] = measure_pipeline(pipeline, detectors, drawn, captions, seed, folders["sd3"])
+    save_garments(typical_garments(photographs, detectors), folders["detector"] / "garments.png")
     for stage, folder in folders.items():
         metrics = tiny_measure.with_origin(folder, COMMAND.format(seed=seed), seed, figures[stage])
         write_card(folder, stage, metrics)

@@ -71,14 +71,14 @@ def make_sd3(stage: str, photographs: Photographs, args: argparse.Namespace) -> 
     pipeline = training.train_sd3(
         photographs,
         vae,
-        training.RECIPES[stage],
+        [training.RECIPES[name] for name in training.SD3_PASSES],
         args.seed,
         Path(args.work),
         args.save_every,
         compiled=shutil.which("g++") is not None,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
-    record(folder, args.seed, training.RECIPES, "vae", "sd3")
+    record(folder, args.seed, training.RECIPES, "vae", *training.SD3_PASSES)
     scene_data.write_prompts(Path(args.out) / "prompts" / "scenes")
 
 
@@ -132,9 +132,9 @@ def load_vae(folder: Path, remedy: str) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; 0, or 2 after one sentence about bad input."""
-    from scripts.tiny import pretrain  # found once the folder is on the path
+    from scripts.tiny import pretraining  # found once the folder is on the path
 
-    return pretrain(arguments, __doc__, STAGES, "logs/pretrain_scenes", run_stage)
+    return pretraining(arguments, __doc__, STAGES, "logs/pretrain_scenes", run_stage)
 
 
 if __name__ == "__main__":

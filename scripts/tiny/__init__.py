@@ -41,7 +41,7 @@ def measuring(
     return exit_code_of(lambda: measure(Path(args.out), Path(args.data), args.seed))
 
 
-def pretrain(
+def pretraining(
     arguments: Sequence[str] | None,
     description: str | None,
     stages: Sequence[str],

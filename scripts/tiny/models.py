@@ -204,6 +204,7 @@ def build_pipeline(
     captions: Sequence[str] = tuple(tiny_data.all_captions()),
     length: int = PROMPT_LENGTH,
     resolution: int = tiny_data.RESOLUTION,
+    shift: float = 1.0,
     vae_channels: Sequence[int] = (16, 32, 64),
     latent_channels: int = 4,
     text_width: int = 64,
@@ -214,7 +215,7 @@ def build_pipeline(
 ) -> StableDiffusion3Pipeline:
     """A whole SD3 pipeline with random weights that depend on `seed` only; 32 x 32 images, 3.6 M parameters.
 
-    `captions` are the words of its tokenizers, and `length` the tokens of its prompts.
+    `captions` are the words of its tokenizers, `length` the tokens of its prompts, and `shift` its scheduler's.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -222,7 +223,7 @@ def build_pipeline(
         tokenizer_3 = build_t5_tokenizer(captions, length)
         return StableDiffusion3Pipeline(
             transformer=build_transformer(latent_channels, text_width, width, heads, layers, resolution // VAE_FACTOR),
-            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
             vae=build_vae(vae_channels, latent_channels, resolution=resolution),
             text_encoder=build_text_encoder(tokenizer, "quick_gelu", text_width, text_layers),
             tokenizer=tokenizer,

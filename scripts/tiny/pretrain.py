@@ -92,9 +92,9 @@ def record(folder: Path, seed: int, recipes: Mapping[str, Recipe], *stages: str)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; 0, or 2 after one sentence about bad input."""
-    from scripts.tiny import pretrain  # found once the folder is on the path
+    from scripts.tiny import pretraining  # found once the folder is on the path
 
-    return pretrain(arguments, __doc__, STAGES, "logs/pretrain_tiny", run_stage)
+    return pretraining(arguments, __doc__, STAGES, "logs/pretrain_tiny", run_stage)
 
 
 if __name__ == "__main__":

@@ -138,11 +138,20 @@ def trained_parts(pipeline: StableDiffusion3Pipeline) -> list[Any]:
 
 
 def velocity_loss(
-    pipeline: StableDiffusion3Pipeline, captions: list[str], x_0: Tensor, ids: Tensor, generator: torch.Generator
+    pipeline: StableDiffusion3Pipeline,
+    captions: list[str],
+    x_0: Tensor,
+    ids: Tensor,
+    generator: torch.Generator,
+    shift: float = 1.0,
 ) -> Tensor:
-    """Conditional flow matching at logit-normal times: latents (B, C, h, w), whose captions are `captions[ids]`."""
+    """Conditional flow matching: latents (B, C, h, w), whose captions are `captions[ids]`.
+
+    Times are logit-normal, then shifted to s t / (1 + (s - 1) t) (arXiv 2403.03206, equation 23).
+    """
     x_1 = torch.randn(x_0.shape, generator=generator)
-    t = torch.sigmoid(torch.randn(len(x_0), generator=generator))  # logit-normal, (B,)
+    t = torch.sigmoid(torch.randn(len(x_0), generator=generator))  # (B,)
+    t = shift * t / (1 + (shift - 1) * t)
     x_t = torch.lerp(x_0, x_1, t[:, None, None, None])
     length = pipeline.tokenizer.model_max_length
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,7 +8,17 @@ import random
 import pytest
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.scenes.captions import CLASSES, COLOURS, KINDS, Caption, Garment, Reading, captions_of, is_held_out, parse
+from flow_grpo.scenes.captions import (
+    CLASSES,
+    COLOURS,
+    KINDS,
+    Caption,
+    Garment,
+    Reading,
+    captions_of,
+    is_held_out,
+    parse,
+)
 
 COUNTS = {"single": 10, "two": 90, "count": 30, "colour": 80, "position": 180, "binding": 5040}
 READINGS = {"single": {4}, "two": {12}, "count": {6, 4, 1}, "colour": {4}, "position": {4}, "binding": {12}}
