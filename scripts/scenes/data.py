@@ -22,8 +22,6 @@ from flow_grpo.scenes.detector import EMPTY, RESOLUTION, join_cells
 from scripts.tiny import data as tiny_data
 from scripts.tiny.data import Photographs
 
-PROMPTS = 20  # held-out captions of a kind, and five times as many to train on, where there are so many
-
 
 @dataclass(frozen=True)
 class Scenes:
@@ -95,9 +93,19 @@ def choose(captions: Sequence[Caption], count: int, *key: str) -> list[Caption]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Write train.jsonl, and test.jsonl of held-out captions, each with its kind: what prompts are balanced by."""
+    """Write train.jsonl, and of held-out captions test.jsonl and eval_diversity.jsonl, each line with its kind.
+
+    Kinds are what `sample.prompt_sampling=balanced` balances by `sample.prompt_category=kind`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, source, count in (("train", training_captions, 5 * PROMPTS), ("test", test_captions, PROMPTS)):
+    for name, (source, count) in PROMPTS.items():
         chosen = [caption for kind in KINDS for caption in choose(source(kind), count, name, kind)]
         lines = [json.dumps({"prompt": caption.text, "kind": caption.kind}) for caption in chosen]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+PROMPTS = {  # file -> whose captions, and how many of a kind, where there are so many
+    "train": (training_captions, 100),
+    "test": (test_captions, 20),
+    "eval_diversity": (test_captions, 2),
+}

@@ -44,10 +44,10 @@ CLIP_SIZES = {"patch": 8}
 RECIPES = {
     "vae": Recipe(steps=600, batch=16, learning_rate=1e-3, weight_decay=1e-4),
     "sd3": Recipe(steps=4000, batch=48, learning_rate=1.5e-3, flat=0.5, ema_decay=0.998),
-    "sd3_second": Recipe(steps=2000, batch=48, learning_rate=1e-3, flat=0.5, ema_decay=0.998),
+    "sd3_second": Recipe(steps=2500, batch=48, learning_rate=1e-3, flat=0.4, ema_decay=0.998),
     "detector": Recipe(steps=3000, batch=128, learning_rate=4e-3, weight_decay=0.02),
     "judge": Recipe(steps=3000, batch=128, learning_rate=4e-3, weight_decay=0.02),
-    "clip": Recipe(steps=3000, batch=96, learning_rate=1.5e-3, weight_decay=0.05, beta2=0.98, warmup=300),
+    "clip": Recipe(steps=2000, batch=64, learning_rate=1.5e-3, weight_decay=0.05, beta2=0.98, warmup=200),
 }
 
 

@@ -80,7 +80,7 @@ def test_no_held_out_caption_is_trained_on():
 
 def test_prompt_files_are_those_that_are_written_today(tmp_path):
     scene_data.write_prompts(tmp_path)
-    for name in ("train.jsonl", "test.jsonl"):
+    for name in (f"{part}.jsonl" for part in scene_data.PROMPTS):
         assert (tmp_path / name).read_text() == (ASSETS / "prompts" / "scenes" / name).read_text()
 
 
