@@ -129,8 +129,8 @@ def parse(text: str) -> Caption:
 def captions_of(kind: str) -> tuple[Caption, ...]:
     """Every caption of a kind: 10 single, 90 two, 30 count, 80 colour, 180 position, 5040 binding."""
     labels, colours = range(len(CLASSES)), range(len(COLOURS))
-    singles = [(Garment(label),) for label in labels]
-    pairs = [(Garment(first), Garment(second)) for first, second in permutations(labels, 2)]
+    singles: list[tuple[Garment, ...]] = [(Garment(label),) for label in labels]
+    pairs: list[tuple[Garment, ...]] = [(Garment(first), Garment(second)) for first, second in permutations(labels, 2)]
     garments: dict[str, list[tuple[Garment, ...]]] = {
         "single": singles,
         "two": pairs,

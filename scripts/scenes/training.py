@@ -28,6 +28,7 @@ AutoencoderKL: TypeAlias = Any  # type checkers do not see the methods of diffus
 StableDiffusion3Pipeline: TypeAlias = Any
 
 PROMPT_LENGTH = 12  # tokens, all encoders
+STATISTICS = 1000  # scenes whose latents are standardised
 POOL = 12_000  # scenes whose latents are computed once
 SHARES = {"single": 1, "two": 2, "count": 2, "colour": 1.5, "position": 3.5, "binding": 4}  # of each kind in training
 EMPTY_CAPTIONS = 0.1  # for guidance
@@ -81,7 +82,9 @@ def train_vae(
     fit = Fit("scenes_vae", [vae.decoder], recipe, seed, work, start=start, shares=SHARES)
     fit.run(loss, save_every)
     vae.register_to_config(sample_size=RESOLUTION)
-    tiny_training.standardise(vae, 2 * draw_images(photographs, 1000, keyed_generator(seed, "latent statistics")) - 1)
+    tiny_training.standardise(
+        vae, 2 * draw_images(photographs, STATISTICS, keyed_generator(seed, "latent statistics")) - 1
+    )
 
 
 # --- SD3 ----------------------------------------------------------------------------------------------------

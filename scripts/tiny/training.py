@@ -25,7 +25,7 @@ StableDiffusion3Pipeline: TypeAlias = Any
 
 VAE_KL_WEIGHT = 5e-4  # of the KL divergence per latent number
 MAX_LOGIT_SCALE = 4.0  # natural logarithm of CLIP's inverse temperature
-CLIP_SIZES: dict[str, dict[str, int]] = {  # the judge differs from the reward in its seed and in its shape
+CLIP_SIZES: dict[str, dict[str, Any]] = {  # the judge differs from the reward in its seed and in its shape
     "pickscore": {},
     "features": {"vision_width": 96, "vision_layers": 6, "vision_heads": 3},
 }

@@ -98,8 +98,8 @@ def test_no_caption_is_cut_and_no_two_share_their_tokens():
 
 @pytest.fixture
 def tiny_pools(monkeypatch):
-    monkeypatch.setattr(training, "POOL", 12)
-    monkeypatch.setattr(training, "DECODED_POOL", 12)
+    for name in ("POOL", "DECODED_POOL", "STATISTICS"):
+        monkeypatch.setattr(training, name, 12)
 
 
 class KilledError(Exception):
