@@ -140,14 +140,15 @@ def main() -> None:
     parser.add_argument("--work", nargs=3, metavar=("CASE", "ADDRESS", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(*arguments.work[:2], Path(arguments.work[2]))
+        case, address, folder = arguments.work
+        work(case, address, Path(folder))
         return
     out = arguments.out
     from flow_grpo.files import strict_json, write_atomically
     from scripts.bench.machine import cpu_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder))
+    with tempfile.TemporaryDirectory() as place:
+        rows = measure(Path(place))
     out.mkdir(parents=True, exist_ok=True)
     results = {
         "cpu": cpu_model(), "cores": os.cpu_count(), "command": "python scripts/bench/serving.py", "sleep": SLEEP,
