@@ -30,8 +30,9 @@ study-quick: .venv/installed  ## two new seeds, two fifths of the time, held aga
 	$(BIN)/python scripts/study/run.py --quick
 	$(BIN)/python scripts/study/summarise.py --quick logs/study
 
-pretrain: .venv/installed  ## make assets/ again from Debian's dataset-fashion-mnist: about an hour
+pretrain: .venv/installed  ## make assets/ again from Debian's dataset-fashion-mnist: two hours and a half
 	$(BIN)/python scripts/tiny/pretrain.py
+	$(BIN)/python scripts/scenes/pretrain.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -25,21 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.scenes.captions import CLASSES, COLOURS, Garment, noun_phrase
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 RESOLUTION = 32  # pixels
 
-CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-COLOURS = {  # name -> sRGB
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (40, 80, 220),
-    "yellow": (235, 200, 40),
-    "purple": (150, 50, 190),
-    "orange": (240, 130, 30),
-    "pink": (245, 130, 180),
-    "gray": (150, 150, 150),
-}
 PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255  # (8, 3)
 
 _FILES = {
@@ -91,9 +81,7 @@ def tint(grey: Tensor, colours: Tensor) -> Tensor:
 
 def caption(label: int, colour: int | None = None) -> str:
     """ "a sneaker", or with a colour "a red sneaker"."""
-    words = [CLASSES[label]] if colour is None else [list(COLOURS)[colour], CLASSES[label]]
-    article = "an" if words[0][0] in "aeiou" else "a"
-    return " ".join([article, *words])
+    return noun_phrase(Garment(label, colour))
 
 
 def plain_captions() -> list[str]:

@@ -13,7 +13,6 @@ kernel of the judge's image features, over equally many images for samples and f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -94,25 +93,27 @@ def within_prompt_vendi(image: Tensor, labels: Tensor, count: int) -> float:
     return sum(scores) / len(scores)
 
 
-def generate(pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], guidance: float, seed: int) -> Tensor:
-    """One image for each prompt, (B, 3, 32, 32) in [0, 1]; image i has its own noise, keyed by (seed, i)."""
+def generate(
+    pipeline: StableDiffusion3Pipeline, prompts: Sequence[str], guidance: float, seed: int, steps: int = STEPS
+) -> Tensor:
+    """One image for each prompt, (B, 3, H, W) in [0, 1]; image i has its own noise, keyed by (seed, i)."""
     import torch
     from tqdm import tqdm
 
     from flow_grpo.randomness import sample_generators
-    from scripts.tiny import models as tiny_models
 
     pipeline.set_progress_bar_config(disable=True)
+    side = pipeline.vae.config.sample_size
     parts = []
     for index in tqdm(torch.arange(len(prompts)).split(BATCH), desc=f"images at guidance {guidance:g}"):
         parts.append(
             pipeline(
                 [prompts[i] for i in index],
-                num_inference_steps=STEPS,
+                num_inference_steps=steps,
                 guidance_scale=guidance,
-                height=32,
-                width=32,
-                max_sequence_length=tiny_models.PROMPT_LENGTH,
+                height=side,
+                width=side,
+                max_sequence_length=pipeline.tokenizer.model_max_length,
                 output_type="pt",
                 generator=sample_generators(seed, "measure", 0, index),
             ).images
@@ -189,14 +190,15 @@ def measure_diversity(images: Tensor, judge: ClipScorer, real: Tensor, real_labe
     }
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    """Write (rows, columns, 3, H, W) in [0, 1] as one picture, three times enlarged."""
+def save_grid(images: Tensor, path: Path, scale: int = 3) -> None:
+    """Write (rows, columns, 3, H, W) in [0, 1] as one picture, so many times enlarged."""
     from PIL import Image
 
     rows, columns, _, height, width = images.shape
     pixels = images.permute(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
     picture = Image.fromarray((255 * pixels).round().byte().numpy())
-    picture.resize((3 * picture.width, 3 * picture.height), Image.Resampling.NEAREST).save(path, optimize=True)
+    size = (scale * picture.width, scale * picture.height)
+    picture.resize(size, Image.Resampling.NEAREST).save(path, optimize=True)
 
 
 # --- model cards --------------------------------------------------------------------------------------------
@@ -352,11 +354,14 @@ def load_pipeline(folder: Path) -> StableDiffusion3Pipeline:
 
 def finish(folder: Path, seed: int, figures: dict[str, Any]) -> None:
     """Add to the figures how they and the model came about, and write them and the card."""
+    write_card(folder, with_origin(folder, COMMAND.format(seed=seed), seed, figures))
+
+
+def with_origin(folder: Path, command: str, seed: int, figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a model with the command that measured them, its weights' sizes and hashes, and its recipe."""
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     logging.info("%s %s", folder, figures)
-    write_card(
-        folder, {"command": COMMAND.format(seed=seed), "seed": seed, **weights(folder), "training": training, **figures}
-    )
+    return {"command": command, "seed": seed, **weights(folder), "training": training, **figures}
 
 
 def weights(folder: Path) -> dict[str, Any]:
@@ -379,14 +384,9 @@ def weights(folder: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 0, or 2 after one sentence about bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder of Fashion-MNIST")
-    parser.add_argument("--out", default="assets", help="folder of the models (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
-    from scripts.tiny import exit_code_of  # found once the folder is on the path
+    from scripts.tiny import measuring  # found once the folder is on the path
 
-    return exit_code_of(lambda: measure(Path(args.out), Path(args.data), args.seed))
+    return measuring(arguments, __doc__, measure)
 
 
 if __name__ == "__main__":

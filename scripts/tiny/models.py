@@ -40,6 +40,7 @@ from transformers import (
 from scripts.tiny import data as tiny_data
 
 PROMPT_LENGTH = 8  # tokens, all three encoders
+VAE_FACTOR = 4  # pixels of an image's side to numbers of its latent's
 END = "</w>"  # marks the last letter of a word in CLIP's BPE
 
 
@@ -113,7 +114,11 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def build_vae(
-    channels: Sequence[int] = (16, 32, 64), latent_channels: int = 4, layers: int = 1, groups: int = 8
+    channels: Sequence[int] = (16, 32, 64),
+    latent_channels: int = 4,
+    layers: int = 1,
+    groups: int = 8,
+    resolution: int = tiny_data.RESOLUTION,
 ) -> AutoencoderKL:
     """A KL autoencoder that halves the image between stages: 32 x 32 pixels become a latent of 8 x 8."""
     return AutoencoderKL(
@@ -123,7 +128,7 @@ def build_vae(
         layers_per_block=layers,
         latent_channels=latent_channels,
         norm_num_groups=groups,
-        sample_size=tiny_data.RESOLUTION,
+        sample_size=resolution,
         scaling_factor=1.5305,  # SD3's own numbers, until training measures ours
         shift_factor=0.0609,
         use_quant_conv=False,
@@ -142,7 +147,7 @@ def build_text_encoder(
             intermediate_size=2 * width,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            max_position_embeddings=PROMPT_LENGTH,
+            max_position_embeddings=tokenizer.model_max_length,
             projection_dim=width,
             hidden_act=activation,
         )
@@ -196,6 +201,10 @@ def build_transformer(
 def build_pipeline(
     seed: int = 0,
     *,
+    captions: Sequence[str] = tuple(tiny_data.all_captions()),
+    length: int = PROMPT_LENGTH,
+    resolution: int = tiny_data.RESOLUTION,
+    shift: float = 1.0,
     vae_channels: Sequence[int] = (16, 32, 64),
     latent_channels: int = 4,
     text_width: int = 64,
@@ -204,16 +213,18 @@ def build_pipeline(
     heads: int = 4,
     layers: int = 4,
 ) -> StableDiffusion3Pipeline:
-    """A whole SD3 pipeline with random weights that depend on `seed` only; 32 x 32 images, 3.6 M parameters."""
+    """A whole SD3 pipeline with random weights that depend on `seed` only; 32 x 32 images, 3.6 M parameters.
+
+    `captions` are the words of its tokenizers, `length` the tokens of its prompts, and `shift` its scheduler's.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        corpus = tiny_data.all_captions()
-        tokenizer, tokenizer_2 = build_clip_tokenizer(corpus), build_clip_tokenizer(corpus)
-        tokenizer_3 = build_t5_tokenizer(corpus)
+        tokenizer, tokenizer_2 = (build_clip_tokenizer(captions, length) for _ in range(2))
+        tokenizer_3 = build_t5_tokenizer(captions, length)
         return StableDiffusion3Pipeline(
-            transformer=build_transformer(latent_channels, text_width, width, heads, layers),
-            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0),
-            vae=build_vae(vae_channels, latent_channels),
+            transformer=build_transformer(latent_channels, text_width, width, heads, layers, resolution // VAE_FACTOR),
+            scheduler=FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift),
+            vae=build_vae(vae_channels, latent_channels, resolution=resolution),
             text_encoder=build_text_encoder(tokenizer, "quick_gelu", text_width, text_layers),
             tokenizer=tokenizer,
             text_encoder_2=build_text_encoder(tokenizer_2, "gelu", text_width, text_layers),
@@ -226,6 +237,9 @@ def build_pipeline(
 def build_clip(
     seed: int = 0,
     *,
+    captions: Sequence[str] = tuple(tiny_data.all_captions()),
+    length: int = PROMPT_LENGTH,
+    resolution: int = tiny_data.RESOLUTION,
     vision_width: int = 128,
     vision_layers: int = 4,
     vision_heads: int = 4,
@@ -236,14 +250,14 @@ def build_clip(
     dim: int = 64,
 ) -> tuple[CLIPModel, CLIPProcessor]:
     """A CLIP for 32 x 32 images with random weights that depend on `seed` only; 0.7 M parameters."""
-    tokenizer = build_clip_tokenizer(tiny_data.all_captions())
+    tokenizer = build_clip_tokenizer(captions, length)
     text: dict[str, Any] = {
         **_token_ids(tokenizer),
         "hidden_size": text_width,
         "intermediate_size": 2 * text_width,
         "num_hidden_layers": text_layers,
         "num_attention_heads": text_heads,
-        "max_position_embeddings": PROMPT_LENGTH,
+        "max_position_embeddings": length,
         "projection_dim": dim,
     }
     vision: dict[str, Any] = {
@@ -251,17 +265,16 @@ def build_clip(
         "intermediate_size": 2 * vision_width,
         "num_hidden_layers": vision_layers,
         "num_attention_heads": vision_heads,
-        "image_size": tiny_data.RESOLUTION,
+        "image_size": resolution,
         "patch_size": patch,
         "projection_dim": dim,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=dim))
-    side = tiny_data.RESOLUTION
     images = CLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
+        size={"shortest_edge": resolution},
+        crop_size={"height": resolution, "width": resolution},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )

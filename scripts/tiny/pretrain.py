@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from flow_grpo.errors import ConfigError
 
 if TYPE_CHECKING:
     from scripts.tiny.data import Photographs
+    from scripts.tiny.fit import Recipe
 
 STAGES = ("vae", "sd3", "pickscore", "features", "measure")
 
@@ -68,7 +69,7 @@ def make_sd3(photographs: Photographs, out: Path, work: Path, args: argparse.Nam
     vae.register_to_config(_name_or_path="")  # the work folder is nobody's business
     pipeline = train_sd3(photographs, vae, RECIPES["sd3"], args.seed, work, args.save_every)
     pipeline.to(torch.float16).save_pretrained(out / "tiny_sd3")
-    record(out / "tiny_sd3", args.seed, "vae", "sd3")
+    record(out / "tiny_sd3", args.seed, RECIPES, "vae", "sd3")
     tiny_data.write_prompts(out / "prompts" / "tiny")
 
 
@@ -80,48 +81,20 @@ def make_clip(stage: str, photographs: Photographs, out: Path, work: Path, args:
     model, processor = train_clip(stage, photographs, RECIPES[stage], seed, work, args.save_every)
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
-    record(folder, args.seed, stage)
+    record(folder, args.seed, RECIPES, stage)
 
 
-def record(folder: Path, seed: int, *stages: str) -> None:
+def record(folder: Path, seed: int, recipes: Mapping[str, Recipe], *stages: str) -> None:
     """Write training.json, the seed of the command and the recipes, beside a model: its card is made from it."""
-    from scripts.tiny.training import RECIPES
-
-    training = {"seed": seed, **{stage: asdict(RECIPES[stage]) for stage in stages}}
+    training = {"seed": seed, **{stage: asdict(recipes[stage]) for stage in stages}}
     (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("all", *STAGES), default="all", help="what to train (default: all)")
-    parser.add_argument(
-        "--data", default="/usr/share/datasets/fashion-mnist", help="folder of Fashion-MNIST (default: %(default)s)"
-    )
-    parser.add_argument("--out", default="assets", help="where the models go (default: %(default)s)")
-    parser.add_argument("--work", default="logs/pretrain_tiny", help="where states go (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--save-every", type=int, default=250, help="steps between states (default: %(default)s)")
-    return parser.parse_args(arguments)
-
-
-def run_stages(stages: Sequence[str], args: argparse.Namespace) -> None:
-    """One after another."""
-    for stage in stages:
-        run_stage(stage, args)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; 0, or 2 after one sentence about bad input."""
-    args = parse(arguments)
-    import torch
+    from scripts.tiny import pretraining  # found once the folder is on the path
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    from scripts.tiny import exit_code_of  # found once the folder is on the path
-
-    return exit_code_of(lambda: run_stages(STAGES if args.stage == "all" else (args.stage,), args))
+    return pretraining(arguments, __doc__, STAGES, "logs/pretrain_tiny", run_stage)
 
 
 if __name__ == "__main__":

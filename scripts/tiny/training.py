@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ StableDiffusion3Pipeline: TypeAlias = Any
 
 VAE_KL_WEIGHT = 5e-4  # of the KL divergence per latent number
 MAX_LOGIT_SCALE = 4.0  # natural logarithm of CLIP's inverse temperature
-CLIP_SIZES: dict[str, dict[str, int]] = {  # the judge differs from the reward in its seed and in its shape
+CLIP_SIZES: dict[str, dict[str, Any]] = {  # the judge differs from the reward in its seed and in its shape
     "pickscore": {},
     "features": {"vision_width": 96, "vision_layers": 6, "vision_heads": 3},
 }
@@ -54,23 +55,31 @@ def train_vae(photographs: Photographs, recipe: Recipe, seed: int, work: Path, s
     vae: AutoencoderKL = tiny_models.build_vae()
 
     def loss(generator: torch.Generator) -> Tensor:
-        images, _ = draw(photographs, recipe.batch, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            decoded = vae.decode(posterior.sample(generator)).sample
-        error = decoded.float() - images
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return error.square().mean() + 0.5 * error.abs().mean() + VAE_KL_WEIGHT * kl
+        return vae_loss(vae, draw(photographs, recipe.batch, generator)[0], generator)
 
     Fit("vae", [vae], recipe, seed, work, kl_weight=VAE_KL_WEIGHT).run(loss, save_every)
-    images, _ = draw(photographs, min(2000, len(photographs)), keyed_generator(seed, "latent statistics"))
+    standardise(vae, draw(photographs, min(2000, len(photographs)), keyed_generator(seed, "latent statistics"))[0])
+    return vae
+
+
+def vae_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Squared and half the absolute error of (B, 3, H, W) in [-1, 1] after a sample of the posterior; a small KL."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample(generator)).sample
+    error = decoded.float() - images
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return error.square().mean() + 0.5 * error.abs().mean() + VAE_KL_WEIGHT * kl
+
+
+def standardise(vae: AutoencoderKL, images: Tensor) -> None:
+    """Set the factors that give the latents of images in [-1, 1] mean 0 and standard deviation 1."""
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in images.split(250)])
     vae.register_to_config(
         scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4)
     )
-    return vae
 
 
 # --- SD3 ----------------------------------------------------------------------------------------------------
@@ -90,15 +99,20 @@ def encode_latents(photographs: Photographs, vae: AutoencoderKL, seed: int) -> L
     """Encode every photograph in one random colour."""
     count = len(photographs)
     colours = torch.randint(len(tiny_data.COLOURS), (count,), generator=keyed_generator(seed, "latent colours"))
+    parts = (tiny_data.tint(photographs.grey[i], colours[i]) for i in torch.arange(count).split(500))
+    return Latents(*posteriors(vae, parts), photographs.labels, colours)
+
+
+def posteriors(vae: AutoencoderKL, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, scaled and shifted, of batches of images in [0, 1]."""
     means, stds = [], []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        for index in tqdm(torch.arange(count).split(500), desc="latents", mininterval=2):
-            images = 2 * tiny_data.tint(photographs.grey[index], colours[index]) - 1
-            posterior = vae.encode(images).latent_dist
+        for images in tqdm(parts, desc="latents", mininterval=2):
+            posterior = vae.encode(2 * images - 1).latent_dist
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor
-    return Latents((torch.cat(means) - shift) * scale, torch.cat(stds) * scale, photographs.labels, colours)
+    return (torch.cat(means) - shift) * scale, torch.cat(stds) * scale
 
 
 def train_sd3(
@@ -109,29 +123,49 @@ def train_sd3(
     pipeline.register_modules(vae=vae)
     latents = encode_latents(photographs, vae, seed)
     captions = tiny_data.all_captions()
-    parts = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
 
     def loss(generator: torch.Generator) -> Tensor:
-        x_0, ids = draw_latents(latents, recipe.batch, generator)
-        x_1 = torch.randn(x_0.shape, generator=generator)
-        t = torch.sigmoid(torch.randn(len(x_0), generator=generator))  # logit-normal, (B,)
-        x_t = torch.lerp(x_0, x_1, t[:, None, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
-            embeds, _, pooled, _ = pipeline.encode_prompt(
-                captions, None, None, do_classifier_free_guidance=False, max_sequence_length=tiny_models.PROMPT_LENGTH
-            )
-            velocity = pipeline.transformer(
-                x_t,
-                timestep=1000 * t,
-                encoder_hidden_states=embeds[ids],
-                pooled_projections=pooled[ids],
-                return_dict=False,
-            )[0]
-        return (velocity.float() - (x_1 - x_0)).square().mean()
+        return velocity_loss(pipeline, captions, *draw_latents(latents, recipe.batch, generator), generator)
 
     with sdpa_kernel(SDPBackend.MATH):
-        Fit("sd3", parts, recipe, seed, work, vae=digest(vae)).run(loss, save_every)
+        Fit("sd3", trained_parts(pipeline), recipe, seed, work, vae=digest(vae)).run(loss, save_every)
     return pipeline
+
+
+def trained_parts(pipeline: StableDiffusion3Pipeline) -> list[Any]:
+    """The transformer and the three text encoders."""
+    return [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
+
+
+def velocity_loss(
+    pipeline: StableDiffusion3Pipeline,
+    captions: list[str],
+    x_0: Tensor,
+    ids: Tensor,
+    generator: torch.Generator,
+    shift: float = 1.0,
+) -> Tensor:
+    """Conditional flow matching: latents (B, C, h, w), whose captions are `captions[ids]`.
+
+    Times are logit-normal, then shifted to s t / (1 + (s - 1) t) (arXiv 2403.03206, equation 23).
+    """
+    x_1 = torch.randn(x_0.shape, generator=generator)
+    t = torch.sigmoid(torch.randn(len(x_0), generator=generator))  # (B,)
+    t = shift * t / (1 + (shift - 1) * t)
+    x_t = torch.lerp(x_0, x_1, t[:, None, None, None])
+    length = pipeline.tokenizer.model_max_length
+    with torch.autocast("cpu", torch.bfloat16):
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            captions, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        velocity = pipeline.transformer(
+            x_t,
+            timestep=1000 * t,
+            encoder_hidden_states=embeds[ids],
+            pooled_projections=pooled[ids],
+            return_dict=False,
+        )[0]
+    return (velocity.float() - (x_1 - x_0)).square().mean()
 
 
 def draw_latents(latents: Latents, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -179,22 +213,35 @@ def train_clip(
 ) -> tuple[CLIPModel, Any]:
     """Train one CLIP, "pickscore" or "features", on augmented photographs and their captions."""
     model, processor = tiny_models.build_clip(seed, **CLIP_SIZES[name])
-    model.train()
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the fused one is slow backwards in bfloat16 on CPUs
     tokens = processor.tokenizer(tiny_data.all_captions(), padding="max_length", return_tensors="pt").input_ids
 
     def loss(generator: torch.Generator) -> Tensor:
         images, ids = draw(photographs, recipe.batch, generator)
-        images = augment(images, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            image = model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
-            text = model.text_projection(model.text_model(input_ids=tokens).pooler_output)[ids]
-        scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE)
-        return contrastive_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), ids, scale)
+        return clip_loss(model, augment(images, generator), tokens, ids)
 
-    ingredients = {"sizes": CLIP_SIZES[name], "max_logit_scale": MAX_LOGIT_SCALE}
-    Fit(name, [model], recipe, seed, work, **ingredients).run(loss, save_every)
+    fit_clip(
+        Fit(name, [model], recipe, seed, work, sizes=CLIP_SIZES[name], max_logit_scale=MAX_LOGIT_SCALE),
+        loss,
+        save_every,
+    )
+    return model, processor
+
+
+def clip_loss(model: CLIPModel, images: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
+    """Of images (B, 3, H, W) in [-1, 1], whose captions have the tokens `tokens[ids]`."""
+    with torch.autocast("cpu", torch.bfloat16):
+        image = model.visual_projection(model.vision_model(pixel_values=images).pooler_output)
+        text = model.text_projection(model.text_model(input_ids=tokens).pooler_output)[ids]
+    scale = model.logit_scale.clamp(max=MAX_LOGIT_SCALE)
+    return contrastive_loss(F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), ids, scale)
+
+
+def fit_clip(fit: Fit, loss: Callable[[torch.Generator], Tensor], save_every: int) -> None:
+    """Train one CLIP, with the attention that is fast on CPUs."""
+    model: Any = fit.modules[0]
+    model.train()
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the fused one is slow backwards in bfloat16 on CPUs
+    fit.run(loss, save_every)
     model.set_attn_implementation(attention)
     model.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
-    return model, processor
