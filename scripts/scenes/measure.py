@@ -131,6 +131,16 @@ def measure_clip(scorer: ClipScorer, images: Tensor, captions: Sequence[Caption]
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
 
+def save_samples(images: Tensor, path: Path) -> None:
+    """Write a row of ten framed pictures of each kind, of IMAGES each."""
+    import torch.nn.functional as F
+
+    from scripts.tiny import measure as tiny_measure
+
+    framed = F.pad(images, (1,) * 4, value=0.6)
+    tiny_measure.save_grid(framed.unflatten(0, (len(KINDS), IMAGES))[:, :10], path, scale=2)
+
+
 def typical_garments(photographs: Photographs, detectors: Mapping[str, CellDetector]) -> Tensor:
     """A photograph of each class that both detectors know in every colour, most surely: (10, 32, 32) uint8.
 
@@ -200,22 +210,25 @@ Held out of all training: 10 of the 45 pairs of garments, one number and two col
 
 ## Recipe
 
-`python scripts/scenes/pretrain.py --seed {training[seed]}`. The decoder of tiny_sd3's autoencoder was trained on scenes
-({vae[steps]:,} steps of {vae[batch]}); transformer and text encoders together, from random weights, by conditional flow
-matching ({sd3[steps]:,} steps of {sd3[batch]}, logit-normal times, AdamW {sd3[learning_rate]:g}, EMA
-{sd3[ema_decay]:g}), position and binding drawn more often than the other kinds. It was stopped where a third to a half
-of its pictures are right: the rest is for reward fine-tuning.
+`python scripts/scenes/pretrain.py --seed {training[seed]}`. The decoder of tiny_sd3's autoencoder was trained on
+scenes ({vae[steps]:,} steps of {vae[batch]}), its encoder kept. Transformer and text encoders were trained together, from random
+weights, by conditional flow matching in two passes: {sd3[steps]:,} steps of {sd3[batch]} (AdamW
+{sd3[learning_rate]:g}, EMA {sd3[ema_decay]:g}, logit-normal times), then {sd3_second[steps]:,} steps
+({sd3_second[learning_rate]:g}) whose times are shifted towards noise, where the layout is decided.
+{shares}
+One caption in ten is empty. It was stopped where a third to a half of its pictures are right: the rest is for reward
+fine-tuning.
 
 ## Measured
 
-By `{command}`: {images} pictures of each kind, {steps} Euler steps; the share that is right by the reward's
-detector, by the judge, and on which both agree.
+By `{command}`: {images} pictures of each kind, {steps} Euler steps, at
+guidance (g) 1 and 3: the share that is right by the reward's detector, by the judge, and on which both agree.
 
 Held-out captions:
 
 {held_out}
 
-Captions of the kinds it was trained on:
+Captions that it was trained on:
 
 {seen}
 
@@ -276,7 +289,8 @@ contrastive loss in which equal captions are all positives.
 
 ## Measured
 
-By `{command}`: how often the own caption of a scene of test photographs is the most similar of {choices} of its kind.
+By `{command}`: how often the own caption of a scene of test photographs
+is the most similar of {choices} of its kind.
 
 {table}
 """
@@ -306,17 +320,25 @@ def card(stage: str, metrics: dict[str, Any]) -> str:
     """The model card, from its figures."""
     training = metrics["training"]
     if stage == "sd3":
-        recipes = {name: training[name] for name in ("vae", "sd3")}
+        recipes = {name: training[name] for name in ("vae", "sd3", "sd3_second")}
         samples = {
-            which: side_by_side({f"guidance {guidance}": part for guidance, part in metrics["samples"][which].items()})
+            which: side_by_side({f"g {guidance}": part for guidance, part in metrics["samples"][which].items()})
             for which in ("held_out", "seen")
         }
-        return SCENES_CARD.format(data=DATA, **recipes, **samples, **{**metrics, "real": side_by_side(metrics["real"])})
+        figures = {**metrics, "real": side_by_side(metrics["real"]), "shares": shares_in_words(metrics["shares"])}
+        return SCENES_CARD.format(data=DATA, **recipes, **figures, **samples)
     if stage == "clip":
         rows = {kind: [value] for kind, value in metrics["own_caption"].items()}
         return CLIP_CARD.format(data=DATA, recipe=training[stage], table=table(["found"], rows), **metrics)
     names = {"title": FOLDERS[stage], "stage": stage, "purpose": PURPOSES[stage]}
     return DETECTOR_CARD.format(data=DATA, recipe=training[stage], **names, **metrics)
+
+
+def shares_in_words(shares: Mapping[str, float]) -> str:
+    """How often each kind of caption was drawn in training."""
+    total = sum(shares.values())
+    parts = [f"{kind} {100 * share / total:.0f} %" for kind, share in shares.items()]
+    return f"Kinds of captions: {', '.join(parts)}."
 
 
 def write_card(folder: Path, stage: str, metrics: dict[str, Any]) -> None:
@@ -368,6 +390,7 @@ def measure_pipeline(
     folder: Path,
 ) -> dict[str, Any]:
     """All figures of the pipeline, and its picture samples.png: a row of unguided pictures of each kind."""
+    from scripts.scenes import training
     from scripts.tiny import measure as tiny_measure
 
     decoded = tiny_measure.reconstruct(pipeline.vae, drawn)
@@ -379,11 +402,11 @@ def measure_pipeline(
             images = tiny_measure.generate(pipeline, texts, guidance, seed, STEPS)
             samples[name][f"{guidance:g}"] = compare(detectors, images, asked)
             if name == "held_out" and guidance == 1:
-                grid = images.unflatten(0, (len(KINDS), IMAGES))[:, :10]
-                tiny_measure.save_grid(grid, folder / "samples.png", scale=2)
+                save_samples(images, folder / "samples.png")
     return {
         "images": IMAGES,
         "steps": STEPS,
+        "shares": training.SHARES,
         "samples": samples,
         "real": {"as drawn": compare(detectors, drawn, captions), "decoded": compare(detectors, decoded, captions)},
         "psnr_images": len(drawn),
