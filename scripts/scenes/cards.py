@@ -101,7 +101,8 @@ By `{command}`, on {cells[cells]:,} cells of test photographs:
 | as drawn | {cells[drawn][class]:.4f} | {cells[drawn][empty]:.4f} | {cells[drawn][colour]:.4f} |
 | decoded | {cells[decoded][class]:.4f} | {cells[decoded][empty]:.4f} | {cells[decoded][colour]:.4f} |
 
-`garments.png` has a photograph of each class that both detectors know surely, for drawings made by rule.
+[garments.png](../tiny_scenes_detector/garments.png) has a photograph of each class that both detectors know surely, for
+drawings made by rule.
 A scene is right only if every cell is; [tiny_scenes](../tiny_scenes/README.md) has the shares of whole scenes.
 """
 
@@ -124,7 +125,7 @@ contrastive loss in which equal captions are all positives.
 ## Measured
 
 By `{command}`: how often the own caption of a scene of test photographs
-is the most similar of {choices} of its kind.
+is the most similar of {choices} of its kind ("a dress and a boot" and "a boot and a dress" count as two).
 
 {table}
 """
