@@ -63,11 +63,12 @@ def test_it_holds_the_whole_package_and_nothing_else(site: Path) -> None:
 
 def test_it_holds_the_tiny_models_and_their_prompts(wheel: Path, site: Path) -> None:
     assets = site / "flow_grpo/assets"
-    folders = ("tiny_features", "tiny_pickscore", "tiny_sd3", "prompts/tiny")
+    scenes = ("tiny_scenes", "tiny_scenes_clip", "tiny_scenes_detector", "tiny_scenes_judge", "prompts/scenes")
+    folders = ("tiny_features", "tiny_pickscore", "tiny_sd3", "prompts/tiny", *scenes)
     expected = {p.relative_to(ROOT / "assets") for f in folders for p in (ROOT / "assets" / f).rglob("*")}
     packed = {path.relative_to(assets) for path in assets.rglob("*")}
     assert packed - {Path("prompts"), *map(Path, folders)} == expected
-    assert wheel.stat().st_size < 12e6
+    assert wheel.stat().st_size < 22e6
 
 
 def test_it_installs_the_command(site: Path) -> None:

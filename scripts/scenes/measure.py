@@ -11,7 +11,6 @@ of test photographs, as drawn and as the autoencoder decodes them, and at what t
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.scenes.captions import KINDS
-from scripts.scenes.pretrain import FOLDERS
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -131,6 +129,16 @@ def measure_clip(scorer: ClipScorer, images: Tensor, captions: Sequence[Caption]
     return {kind: sum(values) / len(values) for kind, values in right.items()}
 
 
+def save_samples(images: Tensor, path: Path) -> None:
+    """Write a row of ten framed pictures of each kind, of IMAGES each."""
+    import torch.nn.functional as F
+
+    from scripts.tiny import measure as tiny_measure
+
+    framed = F.pad(images, (1,) * 4, value=0.6)
+    tiny_measure.save_grid(framed.unflatten(0, (len(KINDS), IMAGES))[:, :10], path, scale=2)
+
+
 def typical_garments(photographs: Photographs, detectors: Mapping[str, CellDetector]) -> Tensor:
     """A photograph of each class that both detectors know in every colour, most surely: (10, 32, 32) uint8.
 
@@ -163,168 +171,6 @@ def save_garments(grey: Tensor, path: Path) -> None:
     Image.fromarray(grey.permute(1, 0, 2).flatten(1).numpy()).save(path, optimize=True)
 
 
-# --- model cards ----------------------------------------------------------------------------------------------
-
-DATA = """## Data
-
-Photographs, tint and words are those of [tiny_sd3](../tiny_sd3/README.md): Fashion-MNIST (Zalando SE, MIT licence),
-tinted **by us**. Arranged **by us** on a white grid of 2 x 2 cells, 64 x 64 pixels, and captioned **by us** in the six
-kinds of GenEval (arXiv 2310.11513). What a caption leaves open, cells, colours, photographs, is drawn at random.
-"""
-
-SCENES_CARD = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-# tiny_scenes
-
-A `StableDiffusion3Pipeline` of {parameters:,} parameters that draws 64 x 64 pictures of up to four garments. It is a
-test object for reward fine-tuning with headroom: GenEval in small, judged by rule. Prompts have at most twelve tokens.
-Weights are float16: load them with a dtype.
-
-![a caption of each kind, no guidance](samples.png)
-
-{data}
-| kind | an example |
-|---|---|
-| single | a dress |
-| two | a dress and a boot |
-| count | three dresses |
-| colour | a red dress |
-| position | a dress left of a boot; a dress above a boot |
-| binding | a red dress and a blue boot |
-
-Held out of all training: 10 of the 45 pairs of garments, one number and two colours of each garment alone.
-`assets/prompts/scenes/test.jsonl` has captions of these (and the ten single objects), `train.jsonl` of the others.
-
-## Recipe
-
-`python scripts/scenes/pretrain.py --seed {training[seed]}`. The decoder of tiny_sd3's autoencoder was trained on scenes
-({vae[steps]:,} steps of {vae[batch]}); transformer and text encoders together, from random weights, by conditional flow
-matching ({sd3[steps]:,} steps of {sd3[batch]}, logit-normal times, AdamW {sd3[learning_rate]:g}, EMA
-{sd3[ema_decay]:g}), position and binding drawn more often than the other kinds. It was stopped where a third to a half
-of its pictures are right: the rest is for reward fine-tuning.
-
-## Measured
-
-By `{command}`: {images} pictures of each kind, {steps} Euler steps; the share that is right by the reward's
-detector, by the judge, and on which both agree.
-
-Held-out captions:
-
-{held_out}
-
-Captions of the kinds it was trained on:
-
-{seen}
-
-Scenes of test photographs, held-out captions, as drawn and as the autoencoder decodes them:
-
-{real}
-
-Autoencoder: {psnr_db:.2f} dB on {psnr_images:,} scenes of test photographs.
-
-## Limits
-
-Nothing but toy clothing can be drawn. Do not compare its numbers with those of large models.
-"""
-
-DETECTOR_CARD = """---
-license: apache-2.0
----
-# {title}
-
-A convolutional network of {parameters:,} parameters that says of each cell of a scene which garment it shows, or none,
-and in which colour. {purpose} Weights are float16, of
-`flow_grpo.scenes.detector.CellDetector`.
-
-{data}
-## Recipe
-
-`python scripts/scenes/pretrain.py --stage {stage} --seed {training[seed]}`: {recipe[steps]:,} steps of {recipe[batch]}
-augmented cells, half as drawn, half as the autoencoder decodes them; AdamW {recipe[learning_rate]:g}.
-
-## Measured
-
-By `{command}`, on {cells[cells]:,} cells of test photographs:
-
-| cells | class | empty | colour |
-|---|---|---|---|
-| as drawn | {cells[drawn][class]:.4f} | {cells[drawn][empty]:.4f} | {cells[drawn][colour]:.4f} |
-| decoded | {cells[decoded][class]:.4f} | {cells[decoded][empty]:.4f} | {cells[decoded][colour]:.4f} |
-
-`garments.png` has a photograph of each class that both detectors know surely, for drawings made by rule.
-A scene is right only if every cell is; [tiny_scenes](../tiny_scenes/README.md) has the shares of whole scenes.
-"""
-
-CLIP_CARD = """---
-license: apache-2.0
-library_name: transformers
----
-# tiny_scenes_clip
-
-A `CLIPModel` of {parameters:,} parameters for scenes: the proxy, a reward that can be fooled by optimisation.
-Weights are float16: load them with a dtype.
-
-{data}
-## Recipe
-
-`python scripts/scenes/pretrain.py --stage clip --seed {training[seed]}`: {recipe[steps]:,} steps of {recipe[batch]}
-augmented scenes, half as drawn, half as the autoencoder decodes them, AdamW {recipe[learning_rate]:g}, symmetric
-contrastive loss in which equal captions are all positives.
-
-## Measured
-
-By `{command}`: how often the own caption of a scene of test photographs is the most similar of {choices} of its kind.
-
-{table}
-"""
-
-PURPOSES = {
-    "detector": "It is the reward's: `scenes` and `scenes_soft`.",
-    "judge": "It is the judge, never optimised against: other seed, shape and augmentation\nthan the reward's.",
-}
-
-
-def table(columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> str:
-    """Shares as a Markdown table, a row for each kind."""
-    lines = [["kind", *columns], ["---"] * (1 + len(columns))]
-    lines += [[kind, *(f"{value:.3f}" for value in values)] for kind, values in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def side_by_side(parts: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Several comparisons as one table."""
-    names = ("detector", "judge", "agree")
-    columns = [f"{title}: {name}" for title in parts for name in names]
-    first = next(iter(parts.values()))
-    return table(columns, {kind: [part[kind][name] for part in parts.values() for name in names] for kind in first})
-
-
-def card(stage: str, metrics: dict[str, Any]) -> str:
-    """The model card, from its figures."""
-    training = metrics["training"]
-    if stage == "sd3":
-        recipes = {name: training[name] for name in ("vae", "sd3")}
-        samples = {
-            which: side_by_side({f"guidance {guidance}": part for guidance, part in metrics["samples"][which].items()})
-            for which in ("held_out", "seen")
-        }
-        return SCENES_CARD.format(data=DATA, **recipes, **samples, **{**metrics, "real": side_by_side(metrics["real"])})
-    if stage == "clip":
-        rows = {kind: [value] for kind, value in metrics["own_caption"].items()}
-        return CLIP_CARD.format(data=DATA, recipe=training[stage], table=table(["found"], rows), **metrics)
-    names = {"title": FOLDERS[stage], "stage": stage, "purpose": PURPOSES[stage]}
-    return DETECTOR_CARD.format(data=DATA, recipe=training[stage], **names, **metrics)
-
-
-def write_card(folder: Path, stage: str, metrics: dict[str, Any]) -> None:
-    """Write metrics.json, and the README.md made from it."""
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(card(stage, metrics), encoding="utf-8")
-
-
 # --- the command ----------------------------------------------------------------------------------------------
 
 
@@ -333,7 +179,9 @@ def measure(out: Path, data: Path, seed: int) -> None:
     from flow_grpo.randomness import keyed_generator
     from flow_grpo.rewards.clip import ClipScorer
     from flow_grpo.scenes.detector import CellDetector
+    from scripts.scenes import cards
     from scripts.scenes import data as scene_data
+    from scripts.scenes.pretrain import FOLDERS
     from scripts.tiny import data as tiny_data
     from scripts.tiny import measure as tiny_measure
 
@@ -356,7 +204,7 @@ def measure(out: Path, data: Path, seed: int) -> None:
     save_garments(typical_garments(photographs, detectors), folders["detector"] / "garments.png")
     for stage, folder in folders.items():
         metrics = tiny_measure.with_origin(folder, COMMAND.format(seed=seed), seed, figures[stage])
-        write_card(folder, stage, metrics)
+        cards.write_card(folder, stage, metrics)
 
 
 def measure_pipeline(
@@ -368,6 +216,7 @@ def measure_pipeline(
     folder: Path,
 ) -> dict[str, Any]:
     """All figures of the pipeline, and its picture samples.png: a row of unguided pictures of each kind."""
+    from scripts.scenes import training
     from scripts.tiny import measure as tiny_measure
 
     decoded = tiny_measure.reconstruct(pipeline.vae, drawn)
@@ -379,11 +228,11 @@ def measure_pipeline(
             images = tiny_measure.generate(pipeline, texts, guidance, seed, STEPS)
             samples[name][f"{guidance:g}"] = compare(detectors, images, asked)
             if name == "held_out" and guidance == 1:
-                grid = images.unflatten(0, (len(KINDS), IMAGES))[:, :10]
-                tiny_measure.save_grid(grid, folder / "samples.png", scale=2)
+                save_samples(images, folder / "samples.png")
     return {
         "images": IMAGES,
         "steps": STEPS,
+        "shares": training.SHARES,
         "samples": samples,
         "real": {"as drawn": compare(detectors, drawn, captions), "decoded": compare(detectors, decoded, captions)},
         "psnr_images": len(drawn),

@@ -13,10 +13,10 @@ import torch
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.scenes.captions import COLOURS, KINDS, Garment, captions_of, is_held_out
 from flow_grpo.scenes.detector import EMPTY, split_cells
+from scripts.scenes import cards, training
 from scripts.scenes import data as scene_data
 from scripts.scenes import measure as measure_scenes
 from scripts.scenes import pretrain as pretrain_scenes
-from scripts.scenes import training
 from scripts.tiny import fit
 from scripts.tiny import measure as measure_tiny
 from scripts.tiny import models as tiny_models
@@ -187,7 +187,7 @@ def test_the_figures_and_the_card_are_those_of_the_committed_weights(stage):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         assert figures["sha256"][path.relative_to(folder).as_posix()] == digest
     assert measure_tiny.weights(folder)["sha256"] == figures["sha256"]
-    assert measure_scenes.card(stage, figures) == (folder / "README.md").read_text()
+    assert cards.card(stage, figures) == (folder / "README.md").read_text()
 
 
 def test_the_pipeline_leaves_room_for_a_reward():
