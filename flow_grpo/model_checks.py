@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.methods.base import takes_only
@@ -23,6 +23,7 @@ from flow_grpo.models.pipeline_files import (
     expected_family,
     fetch_pipeline,
     image_sides,
+    image_size,
     takes_distilled_guidance,
     takes_guidance,
     whole_folder,
@@ -41,11 +42,6 @@ def choose_lora_targets(config: ConfigDict) -> None:
         family = expected_family(config.pretrained.model, config.pretrained.revision)
         with config.unlocked():
             config.lora.target_modules = family.lora_targets
-
-
-def image_size(config: ConfigDict | FrozenConfigDict) -> tuple[int, int]:
-    """Height and width of the images, in pixels: `resolution`, but where they are given apart."""
-    return config.height or config.resolution, config.width or config.resolution
 
 
 def fetch_small_files(config: ConfigDict) -> None:

@@ -1,17 +1,31 @@
-"""Places in code: those that registries name, "module:attribute", imported when they are asked for; lines of errors."""
+"""Places in code: those that registries name, "module:attribute"; packages that may be missing; lines of errors."""
 
 from __future__ import annotations
 
 import os
 import traceback
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
+
+from flow_grpo.errors import ConfigError
 
 
 def load(place: str) -> Any:
     """What stands at "module:attribute"."""
     module, _, attribute = place.partition(":")
     return getattr(import_module(module), attribute)
+
+
+def check_packages(subject: str, packages: Sequence[str], extra: str) -> None:
+    """ConfigError, beginning with `subject`, unless the packages of an extra of pyproject.toml are installed."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"{subject} needs {' and '.join(missing)}, which is not installed; "
+            f"pip install 'flow-matching-entropy[{extra}]' installs it."
+        )
 
 
 def line_in(error: BaseException, file: str) -> int | None:

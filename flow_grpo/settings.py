@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -27,9 +26,10 @@ from flow_grpo.model_checks import (
     check_start,
     choose_lora_targets,
     fetch_small_files,
-    image_size,
 )
+from flow_grpo.models.pipeline_files import image_size
 from flow_grpo.paths import find
+from flow_grpo.places import check_packages
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.checks import check_checkpoint, validate_rewards
@@ -203,11 +203,7 @@ def _check_optimizer(config: ConfigDict) -> None:
             'config.train.optimizer = "adamw_8bit" is not for weights that config.sharding = "full" cuts into parts; '
             'it takes "adamw", whose moments are cut with them, or config.sharding = "none".'
         )
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            'config.train.optimizer = "adamw_8bit" needs bitsandbytes, which is not installed: `pip install '
-            "'flow-matching-entropy[8bit]'`; without it, it takes \"adamw\"."
-        )
+    check_packages('config.train.optimizer = "adamw_8bit"', ("bitsandbytes",), "8bit")
 
 
 def _against_compiling(config: ConfigDict | FrozenConfigDict) -> str:

@@ -138,8 +138,10 @@ def configure(
         config.reward_files[name] = in_full(place)
     changes = _changes(declared, dict(leaves(config)))
     if before is not None:
-        changes |= _rewritten(config)
-        _check_changes(changes, _folder_of(declared) == _folder_of(dict(leaves(config))), allow_changes)
+        rewritten = _rewritten(config)
+        changes |= rewritten
+        refused = [text for key, text in changes.items() if key in rewritten or decides_what_is_seen(key)]
+        _check_changes(refused, _folder_of(declared) == _folder_of(dict(leaves(config))), allow_changes)
     elif allow_changes:
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
     if check:
@@ -225,9 +227,8 @@ def _rewritten(config: ConfigDict) -> dict[str, str]:
     return found
 
 
-def _check_changes(changes: Mapping[str, str], goes_on: bool, allowed: bool) -> None:
-    """ConfigError for what would change what a run, that goes on in its folder, draws or measures."""
-    refused = [text for key, text in changes.items() if decides_what_is_seen(key) or "SHA-256" in text]
+def _check_changes(refused: Sequence[str], goes_on: bool, allowed: bool) -> None:
+    """ConfigError for what would change what a run, that goes on in its folder, draws or measures; in words."""
     if refused and goes_on and not allowed:
         raise ConfigError(
             f"config.{refused[0]} would change what the run draws or measures from here on; leave it as it was, give "

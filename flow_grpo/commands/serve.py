@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from importlib.util import find_spec
 
 from ml_collections import ConfigDict
 
 from flow_grpo.commands.check import check_one_process, whole
 from flow_grpo.errors import ConfigError
 from flow_grpo.messages import say
+from flow_grpo.places import check_packages
 from flow_grpo.recipes.base import declare, get_config
 from flow_grpo.rewards.checks import validate_rewards
 from flow_grpo.rewards.chosen import known_rewards
 from flow_grpo.rewards.own_files import read_option
 from flow_grpo.rewards.registry import REWARDS
 
-TOKEN_VARIABLE = "FME_REWARD_TOKEN"  # the name in rewards/wire.py, which imports torch
 MIB = 2**20
 GRACE = 10  # seconds in which requests are still answered once it is to stop
 
@@ -45,12 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it. Raises ConfigError before any model loads for bad input."""
     check_one_process("serve")
-    for package in ("fastapi", "uvicorn"):
-        if find_spec(package) is None:
-            raise ConfigError(
-                f"fme serve needs {package}, which is not installed; "
-                "pip install 'flow-matching-entropy[serve]' installs it."
-            )
+    check_packages("fme serve", ("fastapi", "uvicorn"), "serve")
     config = configuration(arguments)
     serve(config, arguments)
     return 0
@@ -80,6 +74,7 @@ def serve(config: ConfigDict, arguments: argparse.Namespace) -> None:
 
     from flow_grpo.rewards.building import build_reward
     from flow_grpo.rewards.server import Limits, reward_app
+    from flow_grpo.rewards.wire import TOKEN_VARIABLE
 
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

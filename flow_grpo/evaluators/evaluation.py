@@ -24,7 +24,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator, SharedFeatures
 from flow_grpo.files import strict_json
-from flow_grpo.model_checks import image_size
+from flow_grpo.models.pipeline_files import image_size
 from flow_grpo.paths import identity
 from flow_grpo.policy import ImageModel, Policy
 from flow_grpo.prompts import PromptDataset, own_negatives

@@ -34,9 +34,9 @@ from flow_grpo.evaluators.diversity import (
 from flow_grpo.evaluators.evaluation import draw_samples, record_of, sample_evaluators, setting_of
 from flow_grpo.inspection.looking import Look, Model
 from flow_grpo.launch import launch
-from flow_grpo.model_checks import image_size
 from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.models.loras import Loaded, load_lora
+from flow_grpo.models.pipeline_files import image_size
 from flow_grpo.policy import ImageModel, load_pretrained
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards.building import build_reward

@@ -20,11 +20,17 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.inspection.things import HUB_ID, INDEX, Thing, find_out
 from flow_grpo.messages import say
-from flow_grpo.model_checks import image_size
 from flow_grpo.models import hub
 from flow_grpo.models.lora_files import PEFT_CONFIG, read_lora
 from flow_grpo.models.lora_places import match, transformer_shapes
-from flow_grpo.models.pipeline_files import family_of, fetch_pipeline, takes_guidance, vae_factor, whole_folder
+from flow_grpo.models.pipeline_files import (
+    family_of,
+    fetch_pipeline,
+    image_size,
+    takes_guidance,
+    vae_factor,
+    whole_folder,
+)
 from flow_grpo.paths import find
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes import sd3

@@ -23,7 +23,7 @@ from flow_grpo.diversity.features import load_extractor
 from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object, strict_json, write_atomically
-from flow_grpo.model_checks import image_size
+from flow_grpo.models.pipeline_files import image_size
 from flow_grpo.policy import Policy
 from flow_grpo.prompts import PromptDataset, own_negatives
 from flow_grpo.randomness import keyed_generator

@@ -157,6 +157,11 @@ def takes_distilled_guidance(folder: Path) -> bool:
     return bool(key) and _setting(folder / "transformer/config.json", key, YES_OR_NO, default=False)
 
 
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images, in pixels: `resolution`, but where they are given apart."""
+    return config.height or config.resolution, config.width or config.resolution
+
+
 def image_sides(model: Path) -> tuple[int, float]:
     """Images have sides that are multiples of the first number of pixels, and at most the second."""
     pixels, key = pixels_per_token(model), family_of(model).side_key

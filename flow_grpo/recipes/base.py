@@ -676,7 +676,7 @@ SEEN = (
     "reward_ensemble", "reward_normalise", "reward_constraint.", "reward_augment", "shaping.",
     "use_reward_gradient", "sample.", "train.updates_per_epoch", "train.num_inner_epochs", "train.ratio",
     "train.timestep_fraction", "drtune.", "eval.", "entropy.", "diversity.", "eval_diversity", "eval_ode_log_prob",
-    "eval_forward_kl", "forward_kl.", "targets.",
+    "eval_forward_kl", "forward_kl.", "targets.", "chat.",
 )  # fmt: skip
 OF_METHODS = tuple(key.name for method in METHODS.values() for key in method.keys)
 NOT_SEEN = (  # last parts of names

@@ -59,8 +59,14 @@ class WeightedReward:
         """The same, without waiting for those that a server computes.
 
         Raises:
+            ValueError: there are not as many prompts and metadata as images.
             RewardFailed: another of them raised something.
         """
+        if not len(images) == len(prompts) == len(metadata):
+            raise ValueError(
+                f"a reward takes as many prompts and metadata as images, "
+                f"got {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata"
+            )
         scores: dict[str, Tensor] = {}
         pending: dict[str, Pending] = {}
         for name in sorted(names, key=lambda name: not isinstance(self.models[name], Server)):  # servers first
@@ -78,11 +84,6 @@ class WeightedReward:
                 model.heed(unwanted)
 
     def _score(self, names: Sequence[str], images: Tensor, prompts: Sequence[str], metadata: Metadata) -> RewardBatch:
-        if not len(images) == len(prompts) == len(metadata):
-            raise ValueError(
-                f"a reward takes as many prompts and metadata as images, "
-                f"got {len(images)} images, {len(prompts)} prompts and {len(metadata)} metadata"
-            )
         terms = self.terms(names, images, prompts, metadata)
         total = torch.stack([weight * terms[name] for name, weight in self.weights.items()]).sum(0)  # (B,)
         return RewardBatch(total, terms)

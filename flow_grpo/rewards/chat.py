@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo.figure_text import one_line
-from flow_grpo.rewards.client import Caller, Fetching, Network
-from flow_grpo.rewards.image_path import check_images
+from flow_grpo.rewards.client import Network, ServedReward
 from flow_grpo.rewards.registry import Metadata
 from flow_grpo.rewards.wire import JSON, eight_bit, png_text
 
@@ -40,49 +39,25 @@ class Chat:
     """What is asked, and how the answer is read: `config.chat`."""
 
     url: str  # of the interface, as http://HOST:PORT/v1
-    model: str = ""  # the name that the server gives it; "": the first of those it lists
-    question: str = "Does this image show: {prompt}? Answer yes or no."
-    answer: str = "yes"  # "yes": the probability of yes; "number": the number that it says
-    scale: float = 1.0  # of "number": the best score there is, by which it is divided
-    max_tokens: int = 64  # of the answer
+    model: str  # the name that the server gives it; "": the first of those it lists
+    question: str  # a template with {prompt}
+    answer: str  # "yes": the probability of yes; "number": the number that it says
+    scale: float  # of "number": the best score there is, by which it is divided
+    max_tokens: int  # of the answer
 
 
-class ChatReward:
+class ChatReward(ServedReward):
     """In [0, 1] for "yes", and for "number" with its scale."""
 
-    name = "chat"
-    differentiable = False
-
-    def __init__(self, chat: Any, network: Any) -> None:
-        """`chat`, `network`: a `Chat` and a `Network`, or groups of settings that hold the same."""
-        self.chat: Chat = chat if isinstance(chat, Chat) else Chat(**chat)
-        network = network if isinstance(network, Network) else Network(**network)
-        self._caller = Caller("chat", self.chat.url.rstrip("/"), network, TOKEN_VARIABLE)
+    def __init__(self, chat: Mapping[str, Any], network: Mapping[str, Any]) -> None:
+        """`chat`, `network`: groups of settings that hold what a `Chat` and a `Network` do."""
+        self.chat = Chat(**chat)
+        super().__init__("chat", self.chat.url.rstrip("/"), Network(**network), TOKEN_VARIABLE)
         self._model = self.chat.model
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
-        """Images (B, 3, H, W) float in [0, 1], B prompts -> (B,) float32. They are sent as PNGs.
-
-        Raises:
-            ValueError: for other images.
-            RewardFailed: the server does not answer, or an answer cannot be read.
-        """
-        return self.submit(images, prompts, metadata).result()
-
-    def submit(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Fetching:
-        """The same, without waiting for the scores. Images that are not finite are not sent."""
-        check_images(images)
-        finite = images.detach().flatten(1).isfinite().all(1).cpu()
-        rows = finite.nonzero()[:, 0].tolist()
-        pictures = eight_bit(images[finite.to(images.device)])
-        tasks = [
-            partial(self._score, picture, prompts[row]) for row, picture in zip(rows, pictures.unbind(), strict=True)
-        ]
-        return Fetching(self._caller, [self._caller.later(task) for task in tasks], finite, images.device)
-
-    def heed(self, unwanted: Callable[[], bool]) -> None:
-        """From now on, wait for scores only while it says False."""
-        self._caller.unwanted = unwanted
+    def _tasks(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> list[Callable[[], Tensor]]:
+        pictures = zip(eight_bit(images).unbind(), prompts, strict=True)
+        return [partial(self._score, picture, prompt) for picture, prompt in pictures]
 
     def _score(self, picture: Tensor, prompt: str) -> Tensor:
         if not self._model:

@@ -6,14 +6,13 @@ import difflib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from importlib.util import find_spec
 from string import Formatter
 from typing import Any
 from urllib.parse import urlsplit
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.paths import find
+from flow_grpo.places import check_packages
 from flow_grpo.rewards.chosen import (
     checkpoints_of,
     constraint_rates,
@@ -79,12 +78,12 @@ def _check_source(config: Any, name: str) -> None:
     """The code of one's own reward, or the packages and checkpoints of a registered one."""
     if is_own(config, name) and is_server(config.reward_files[name]):
         check_address(f"config.reward_files.{name}", config.reward_files[name])
-        _check_packages(replace(REWARDS[CHAT], name=name))  # asked in the same way
+        check_packages(f"config.reward_files.{name}", REWARDS[CHAT].packages, REWARDS[CHAT].extra)  # asked likewise
         return
     if is_own(config, name):
         check_place(name, config.reward_files[name])
         return
-    _check_packages(REWARDS[name])
+    check_packages(f"config.reward_fn.{name}", REWARDS[name].packages, REWARDS[name].extra)
     if name == CHAT:
         check_address("config.chat.url", config.chat.url)
         check_question(config.chat.question)
@@ -166,15 +165,6 @@ def _check_name(subject: str, name: str, known: Mapping[str, RewardSpec]) -> Non
         names = {**known, **announced()}
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise ConfigError(f"{subject} is not a reward; the nearest is {nearest} (there are {_listed(names)}).")
-
-
-def _check_packages(spec: RewardSpec) -> None:
-    missing = [package for package in spec.packages if find_spec(package) is None]
-    if missing:
-        raise ConfigError(
-            f"config.reward_fn.{spec.name} needs {' and '.join(missing)}, which is not installed; "
-            f"pip install 'flow-matching-entropy[{spec.extra}]' installs it."
-        )
 
 
 def _check_differentiable(config: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -44,10 +45,10 @@ REASON = 200  # characters quoted of an answer
 class Network:
     """How a server is asked: `config.remote`."""
 
-    timeout: float = 60.0  # seconds for one answer
-    patience: float = 300.0  # seconds of failing attempts after which there are no scores
-    batch_size: int = 16  # images of one request
-    concurrency: int = 4  # requests at once
+    timeout: float  # seconds for one answer
+    patience: float  # seconds of failing attempts after which there are no scores
+    batch_size: int  # images of one request
+    concurrency: int  # requests at once
 
 
 class Unanswered(Exception):
@@ -174,17 +175,18 @@ class Caller:
             )
 
 
-class RemoteReward:
-    """A reward that another process computes: `fme serve`, or whatever answers in the same way."""
+class ServedReward(ABC):
+    """A reward that another process computes; it has no gradient."""
 
     differentiable = False
 
-    def __init__(self, name: str, url: str, network: Network) -> None:
-        """`url`: http://HOST:PORT/score/NAME; where it ends before /score, NAME is this reward's own."""
-        address, found, served = url.rstrip("/").partition("/score/")
+    def __init__(self, name: str, address: str, network: Network, token_variable: str) -> None:
         self.name = name
-        self._path = f"/score/{served if found else name}"
-        self._caller = Caller(name, address, network, TOKEN_VARIABLE)
+        self._caller = Caller(name, address, network, token_variable)
+
+    @abstractmethod
+    def _tasks(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> list[Callable[[], Tensor]]:
+        """What fetches the scores of finite images (N, 3, H, W), a part of them each, in their order."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> Tensor:
         """Images (B, 3, H, W) float in [0, 1], B prompts -> (B,) float32. They are sent in 8 bits.
@@ -199,18 +201,29 @@ class RemoteReward:
         """The same, without waiting for the scores. Images that are not finite are not sent."""
         check_images(images)
         finite = images.detach().flatten(1).isfinite().all(1).cpu()
-        places = finite.nonzero()[:, 0]
-        parts = []
-        for rows in places.split(self._caller.network.batch_size) if len(places) else ():
-            chosen = rows.tolist()
-            texts = [prompts[i] for i in chosen]
-            body = pack(images[rows.to(images.device)], texts, [metadata[i] for i in chosen])
-            parts.append(self._caller.later(partial(self._scores, body, texts)))
-        return Fetching(self._caller, parts, finite, images.device)
+        rows = finite.nonzero()[:, 0].tolist()
+        sent = images.detach()[finite.to(images.device)]
+        tasks = self._tasks(sent, [prompts[i] for i in rows], [metadata[i] for i in rows]) if rows else []
+        return Fetching(self._caller, [self._caller.later(task) for task in tasks], finite, images.device)
 
     def heed(self, unwanted: Callable[[], bool]) -> None:
         """From now on, wait for scores only while it says False."""
         self._caller.unwanted = unwanted
+
+
+class RemoteReward(ServedReward):
+    """That of `fme serve`, or of whatever answers in the same way."""
+
+    def __init__(self, name: str, url: str, network: Network) -> None:
+        """`url`: http://HOST:PORT/score/NAME; where it ends before /score, NAME is this reward's own."""
+        address, found, served = url.rstrip("/").partition("/score/")
+        super().__init__(name, address, network, TOKEN_VARIABLE)
+        self._path = f"/score/{served if found else name}"
+
+    def _tasks(self, images: Tensor, prompts: Sequence[str], metadata: Metadata) -> list[Callable[[], Tensor]]:
+        size = self._caller.network.batch_size
+        parts = [slice(start, start + size) for start in range(0, len(images), size)]
+        return [partial(self._scores, pack(images[p], prompts[p], metadata[p]), prompts[p]) for p in parts]
 
     def _scores(self, body: bytes, prompts: Sequence[str]) -> Tensor:
         answer = self._caller.ask(self._path, body)

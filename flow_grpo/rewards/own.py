@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo.errors import ConfigError, RewardFailed
+from flow_grpo.models.pipeline_files import image_size
 from flow_grpo.places import failure
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.randomness import keyed_generator
@@ -200,8 +201,7 @@ def _check_scores(name: str, subject: str, scores: Tensor, config: Any) -> None:
 
 def _trial(config: Any, device: torch.device | str) -> tuple[Tensor, list[str], list[Mapping[str, Any]]]:
     """Random images that are always the same, of the size that is drawn, with prompts and metadata."""
-    sides = config.height or config.resolution, config.width or config.resolution
-    images = torch.rand(TRIED, 3, *sides, generator=keyed_generator(0, "trial")).to(device)
+    images = torch.rand(TRIED, 3, *image_size(config), generator=keyed_generator(0, "trial")).to(device)
     return images, *_asked(config)
 
 

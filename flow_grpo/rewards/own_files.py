@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.registry import RewardSpec
@@ -174,11 +175,13 @@ def read_option(text: str, registered: Mapping[str, RewardSpec]) -> Asked:
 
 @lru_cache(maxsize=64)  # of the code that this process has read, whatever becomes of the file
 def digest(text: str) -> str:
-    """SHA-256 of the file of a place; empty where there is no file."""
+    """SHA-256 of the file of a place, or of which reward of a server it is, wherever that is; empty: of neither."""
     try:
-        file = "" if is_server(text) else find_place("", text).file
+        if is_server(text):
+            return hashlib.sha256(urlsplit(text).path.rstrip("/").encode()).hexdigest()
+        file = find_place("", text).file
         return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-    except (ConfigError, OSError):
+    except (ConfigError, OSError, ValueError):
         return ""
 
 

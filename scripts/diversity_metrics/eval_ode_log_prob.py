@@ -31,7 +31,7 @@ from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import strict_json, write_atomically
-from flow_grpo.model_checks import image_size
+from flow_grpo.models.pipeline_files import image_size
 from flow_grpo.runs.config import read_config
 from flow_grpo.runs.folder import fresh_folder
 from flow_grpo.training.weights import choose_models

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from flow_grpo.errors import ConfigError, RewardFailed
-from flow_grpo.rewards.chat import TOKEN_VARIABLE, Chat, ChatReward, chance_of_yes, number_in
+from flow_grpo.recipes.base import get_config
+from flow_grpo.rewards.chat import TOKEN_VARIABLE, ChatReward, chance_of_yes, number_in
 from flow_grpo.rewards.checks import check_question
-from flow_grpo.rewards.client import Network
 from tests.rewards.http_servers import Answer, answering
 
-QUICK = Network(timeout=5.0, patience=20.0, concurrency=2)
+QUICK = {"timeout": 5.0, "patience": 20.0, "batch_size": 16, "concurrency": 2}
 
 
 def said(text: str) -> dict:
@@ -111,7 +111,7 @@ def test_a_question_with_another_blank_than_the_prompt_is_refused(question):
 
 
 def reward_at(address: str, **chat: object) -> ChatReward:
-    return ChatReward(Chat(url=f"{address}/v1", **chat), QUICK)
+    return ChatReward({**get_config().chat, "url": f"{address}/v1", **chat}, QUICK)
 
 
 def redness(body: bytes) -> float:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_tensor
 
+from flow_grpo import places
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards import checks
 from flow_grpo.rewards.ocr import Ocr, asked_for, share
@@ -54,8 +55,8 @@ def test_what_is_asked_for_stands_in_quotes() -> None:
 
 
 def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = checks.find_spec
-    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "rapidocr" else found(name))
+    found = places.find_spec
+    monkeypatch.setattr(places, "find_spec", lambda name: None if name == "rapidocr" else found(name))
     with pytest.raises(ConfigError) as error:
         checks.validate_rewards(make_config("", ocr=1.0))
     assert str(error.value) == (

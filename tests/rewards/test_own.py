@@ -233,6 +233,12 @@ def test_a_module_is_found_without_importing_its_package(tmp_path, monkeypatch):
         check_place("mine", "slow_package.rewards:scores")
 
 
+def test_a_served_reward_is_the_same_wherever_its_server_is_and_another_is_not():
+    here = digest("http://here:8000/score/pickscore")
+    assert here == digest("https://there/score/pickscore/") != ""
+    assert here != digest("http://here:8000/score/clipscore")
+
+
 def test_names_that_are_taken_are_refused(file):
     config = own(file, "brightness")
     for name, words in (("pickscore", "pickscore is a reward already"), ("total", "'total' is no name for a reward")):

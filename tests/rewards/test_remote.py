@@ -288,7 +288,7 @@ def test_scores_that_nobody_wants_any_more_are_not_waited_for():
         return len(waited) == 2
 
     with answering(answer) as address:
-        reward = RemoteReward("first", address, Network(timeout=3600.0, patience=3600.0))
+        reward = RemoteReward("first", address, Network(timeout=3600.0, patience=3600.0, batch_size=1, concurrency=1))
         reward.heed(unwanted)
         with pytest.raises(RewardFailed, match="the run is to stop"):
             reward(levels(1), ["a"], [{}])
@@ -299,7 +299,7 @@ def test_a_process_ends_although_a_request_is_still_repeated():
     lines = (
         "import torch",
         "from flow_grpo.rewards.client import Network, RemoteReward",
-        "reward = RemoteReward('first', 'http://127.0.0.1:9', Network(patience=3600.0))",
+        "reward = RemoteReward('first', 'http://127.0.0.1:9', Network(60.0, 3600.0, 16, 4))",
         "reward.submit(torch.zeros(1, 3, 4, 4), ['a'], [{}])",
         "raise SystemExit(3)",
     )
