@@ -12,6 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
+from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
 from flow_grpo.models import hub
 from flow_grpo.models.files import CLIP_NEEDS, MODEL_NEEDS, Needs, check_files
@@ -33,6 +34,7 @@ from flow_grpo.paths import find
 from flow_grpo.recipes.base import KEYS, leaves
 from flow_grpo.rewards.chosen import checkpoints_in_use
 from flow_grpo.rewards.registry import spec_of_key
+from flow_grpo.scenes.files import DETECTOR_NEEDS, check_detector, is_detector
 from flow_grpo.shaping_checks import FEATURES
 
 
@@ -141,6 +143,8 @@ def check_scorers(config: ConfigDict) -> None:
     for key, model, needs, _ in _scorers(config):
         if os.path.isdir(found := find(model)):
             check_files(Path(found), f"config.{key}: ", needs)
+            if needs is DETECTOR_NEEDS:
+                check_detector(f"config.{key} = {model!r}", read_object(Path(found) / "config.json"))
 
 
 def _scorers(config: ConfigDict) -> list[tuple[str, str, Needs, str]]:
@@ -150,9 +154,11 @@ def _scorers(config: ConfigDict) -> list[tuple[str, str, Needs, str]]:
         spec = spec_of_key(key)
         models.append((key, model, spec.needs, spec.hub_file))
     if config.eval.judge:
-        models.append(("eval.judge", config.eval.judge, CLIP_NEEDS, hub.SETTINGS))
+        needs = DETECTOR_NEEDS if is_detector(config.eval.judge) else CLIP_NEEDS
+        models.append(("eval.judge", config.eval.judge, needs, hub.SETTINGS))
     if config.eval_diversity and config.diversity.extractor != "open_clip":
-        models.append(("diversity.model", config.diversity.model, MODEL_NEEDS, hub.SETTINGS))
+        needs = DETECTOR_NEEDS if config.diversity.extractor == "scenes" else MODEL_NEEDS
+        models.append(("diversity.model", config.diversity.model, needs, hub.SETTINGS))
     if config.shaping.kind in FEATURES and config.shaping.extractor not in ("pixels", "open_clip"):
         models.append(("shaping.model", config.shaping.model, MODEL_NEEDS, hub.SETTINGS))
     return models

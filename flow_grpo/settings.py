@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from flow_grpo.paths import find
 from flow_grpo.places import check_packages
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
-from flow_grpo.rewards.checks import check_checkpoint, validate_rewards
+from flow_grpo.rewards.checks import check_checkpoint, check_readable, check_sides, validate_rewards
 from flow_grpo.rewards.chosen import constraint_rates, find_announced
 from flow_grpo.rewards.own_files import in_full
 from flow_grpo.rules import FILLED, FINITE, NOT_NEGATIVE, TEXT, Rule, each
@@ -68,7 +68,13 @@ class Settings:
         return image_size(self.config)
 
 
-def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = False) -> Settings:
+def resolve(
+    config: ConfigDict,
+    num_processes: int,
+    cuda: bool,
+    fetch: bool = False,
+    rewarded: Sequence[str] = ("train", "test"),
+) -> Settings:
     """Check everything that can be checked before a model loads, and derive the batch arithmetic.
 
     Args:
@@ -77,6 +83,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
         cuda: whether they run on GPUs.
         fetch: models of the hub are looked for there, and their small files fetched to be checked as a folder's are;
             else nobody is asked, and only what is in the hub's cache is checked.
+        rewarded: the groups of `config.prompts` whose images are rewarded, all by a training.
 
     Raises:
         ConfigError: for the first mistake found.
@@ -105,6 +112,7 @@ def resolve(config: ConfigDict, num_processes: int, cuda: bool, fetch: bool = Fa
     _check_composition(config)
     _check_forward_kl(config)
     _check_prompts(config)
+    _check_rewarded(config, rewarded)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
     check_guards(config)
@@ -401,6 +409,14 @@ def _check_prompts(config: ConfigDict) -> None:
             f"config.negative_prompt = {config.negative_prompt!r} is what guidance leads away from, and there is none; "
             'it takes "", or config.sample.guidance_scale or config.eval.guidance_scale another number than 1.'
         )
+
+
+def _check_rewarded(config: ConfigDict, groups: Sequence[str]) -> None:
+    """The rewards in use and the judge can read the prompts, and look at images of this size."""
+    for name in groups:
+        check_readable(config, name, _prompts(config, name).prompts)
+    if groups:
+        check_sides(config, *image_size(config))
 
 
 def _prompts(config: ConfigDict, name: str) -> PromptDataset:

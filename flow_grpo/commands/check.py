@@ -114,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", default="", metavar="FILE", help=".txt or .jsonl (default: the run's, or ten things)"
     )
     parser.add_argument(
-        "--features", default="", metavar="MODEL", help="[clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG"
+        "--features", default="", metavar="MODEL", help="[clip:]MODEL, dinov2:MODEL, scenes:MODEL or open_clip:NAME:TAG"
     )
     parser.add_argument(
         "--reward", default="", metavar="NAME[=MODEL|FILE.py:THING]", help="measure this reward; `fme ls rewards`"

@@ -1,8 +1,8 @@
-"""Features of images, in which their diversity is measured: CLIP, DINOv2 or open_clip.
+"""Features of images, in which their diversity is measured: CLIP, DINOv2, open_clip, or a detector of scenes.
 
 Features of every kind have unit length: the cosine is then their product, and a Gaussian bandwidth means the same for
 all. They are CLIP's image embedding (the projected one), DINOv2's class token after the last normalisation
-(arXiv 2304.07193), and what open_clip's `encode_image` returns.
+(arXiv 2304.07193), what open_clip's `encode_image` returns, and what a detector sees in each cell of a scene.
 
 Images are rounded to 8 bits and resized as each library's own preprocessing does, so an image in memory and the same
 image read from a PNG have the same features.
@@ -26,6 +26,7 @@ from flow_grpo.files import read_json
 from flow_grpo.models.files import LOADING_ERRORS
 from flow_grpo.paths import find
 from flow_grpo.rewards.checks import check_checkpoint
+from flow_grpo.scenes.captions import CELLS
 
 if TYPE_CHECKING:
     import torch
@@ -288,9 +289,28 @@ def _one_sentence(subject: str) -> Iterator[None]:
         raise ConfigError(f"{subject}: {shown}") from error
 
 
+# --- scenes ---------------------------------------------------------------------------------------------------
+
+
+def _load_scenes(model: str, pretrained: str, device: torch.device | str, eight_bit: bool) -> Encode:
+    """The features of a detector's four cells, side by side."""
+    from flow_grpo.scenes.detector import CellDetector, split_cells
+
+    if pretrained:
+        raise ConfigError(f"pretrained = {pretrained!r} is for open_clip; a detector of scenes brings its own weights.")
+    detector = CellDetector.load(model).to(device)
+
+    def encode(images: Tensor) -> Tensor:
+        pixels = (255 * images).round() / 255 if eight_bit else images
+        return detector.features(2 * split_cells(pixels) - 1).unflatten(0, (-1, CELLS)).flatten(1)
+
+    return encode
+
+
 _LOADERS: dict[str, Callable[[str, str, Any, bool], Encode]] = {
     "clip": _load_clip,
     "dinov2": _load_dinov2,
     "open_clip": _load_open_clip,
+    "scenes": _load_scenes,
 }
 EXTRACTORS = tuple(_LOADERS)

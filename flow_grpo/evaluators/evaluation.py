@@ -22,7 +22,9 @@ from torchvision.utils import make_grid
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Evaluator, Measured, SampleRequest
+from flow_grpo.evaluators.diversity import diversity_request, how_often
 from flow_grpo.evaluators.samples import JudgeEvaluator, ModeEvaluator, RewardEvaluator, SharedFeatures
+from flow_grpo.evaluators.scenes import SceneJudge, SceneModes
 from flow_grpo.files import strict_json
 from flow_grpo.models.pipeline_files import image_size
 from flow_grpo.paths import identity
@@ -32,12 +34,14 @@ from flow_grpo.randomness import evaluation_generators
 from flow_grpo.rewards.building import WeightedReward, load_scorer
 from flow_grpo.rewards.chosen import reward_weights, trained_models, version_of
 from flow_grpo.rewards.clip import ClipScorer
-from flow_grpo.rewards.registry import CLIP_SCORER
+from flow_grpo.rewards.registry import CLIP_SCORER, SCENE_SCORER
+from flow_grpo.rewards.scenes import SceneScorer
 from flow_grpo.runs.changes import with_changes
 from flow_grpo.runs.evaluations import read_record, record_path, write_record
 from flow_grpo.runs.progress import Counters
-from flow_grpo.runs.record import Record
+from flow_grpo.runs.record import NONE_OF_THEM, Record
 from flow_grpo.runs.run import Run
+from flow_grpo.scenes.files import is_detector
 from flow_grpo.settings import Settings
 from flow_grpo.types import Samples
 
@@ -91,8 +95,9 @@ def draw_samples(
     run: Run,
     requests: Sequence[SampleRequest] = (),  # none: that of the test prompts
     label: str = "eval",
+    first: int = 0,
 ) -> Samples:
-    """The images of the requests: each image once, no more and no fewer.
+    """The images of the requests: each image once, no more and no fewer; of each prompt those from number `first` on.
 
     Image s of prompt p has noise keyed by (eval.seed, p, s); p is the prompt's place among the different ones of the
     test file, prompts that it lacks come after. Processes take every n-th image; the result is complete and in order
@@ -105,7 +110,7 @@ def draw_samples(
     for request in requests:
         for text in request.prompts:
             counts[text] = max(counts.get(text, 0), request.num_image_per_prompt)
-    ids = [(p, s) for p, text in enumerate(chosen) for s in range(counts.get(text, 0))]
+    ids = [(p, s) for p, text in enumerate(chosen) for s in range(first, first + counts.get(text, 0))]
     share = list(range(len(ids)))[policy.accelerator.process_index :: settings.num_processes]
     policy.encode_ahead([chosen[ids[i][0]] for i in share])
     images, latents = [], []
@@ -186,7 +191,7 @@ def _joined(record: Record, part: Measured, where: Sequence[int], prompts: Seque
     rewards = {name: _spread(values, where, total) for name, values in part.rewards.items()}
     judge, diversity = part.judge or record.judge, part.diversity or record.diversity
     if part.judge is not None and judge is not None:
-        guess = [None if number is None else numbers[number] for number in part.judge.guess]
+        guess = [number if number in (None, NONE_OF_THEM) else numbers[number] for number in part.judge.guess]
         probability = _spread(part.judge.probability, where, total)
         judge = replace(judge, guess=_spread(guess, where, total), probability=probability)
     if part.diversity is not None and diversity is not None:
@@ -267,12 +272,19 @@ def image_grid(samples: Samples, config: FrozenConfigDict) -> Image.Image:
 
 
 def sample_evaluators(reward: WeightedReward, settings: Settings, device: torch.device) -> list[Evaluator]:
-    """Those that look at the samples alone: rewards, and judge and modes if they are configured."""
+    """Those that look at the samples alone: rewards, and judge and modes, of a CLIP or of a detector of scenes."""
     config, freq = settings.config.eval, settings.config.eval_freq
     evaluators: list[Evaluator] = [RewardEvaluator(reward, config.batch_size, device, freq)]
-    if config.judge:
+    independent = bool(config.judge) and identity(config.judge) not in trained_models(settings.config)
+    if config.judge and is_detector(config.judge):
+        detector: SceneScorer = load_scorer("config.eval.judge", SCENE_SCORER, config.judge, device)
+        evaluators.append(SceneJudge(detector, freq, config.judge, independent))
+        if settings.config.eval_diversity:  # the images whose diversity is measured are more of one prompt
+            evaluators.append(SceneModes(detector, diversity_request(settings.config), how_often(settings.config)))
+        else:
+            evaluators.append(SceneModes(detector, None, freq))
+    elif config.judge:
         scorer: ClipScorer = load_scorer("config.eval.judge", CLIP_SCORER, config.judge, device)
-        independent = identity(config.judge) not in trained_models(settings.config)
         features = SharedFeatures(scorer, config.batch_size)
         evaluators.append(JudgeEvaluator(features, freq, config.judge, independent))
         if config.modes:

@@ -52,7 +52,7 @@ TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", 
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
-KINDS = ("clip", "dinov2", "open_clip")
+KINDS = ("clip", "dinov2", "open_clip", "scenes")
 OPEN_CLIP_SOURCES = ("hf-hub:", "local-dir:")
 
 FLAGS = {  # key -> the option that sets it, and its name in Options
@@ -138,7 +138,7 @@ def look_at(thing: Thing, against: Thing | None, options: Options) -> Look:
     _set_options(config, options)
     _settle_negative(config, options)
     rewarded = _set_reward(config, values, options)
-    resolve(config, 1, cuda=True, fetch=True)
+    resolve(config, 1, cuda=True, fetch=True, rewarded=("test",) if options.measured else ())
     model = _model_of(thing, config, options)
     _check_loras(model)
     base = _base_of(thing, against, model, config, options)
@@ -179,7 +179,7 @@ def _base_of(
         theirs.resolution, theirs.height, theirs.width = config.resolution, config.height, config.width
     _settle_negative(theirs, options)
     _set_reward(theirs, values, options)
-    resolve(theirs, 1, cuda=True, fetch=True)
+    resolve(theirs, 1, cuda=True, fetch=True, rewarded=("test",))
     base = _model_of(against, theirs, Options(ema=options.ema))
     _check_loras(base)
     return (base,)
@@ -201,7 +201,7 @@ def folder_config(options: Options, side: int) -> tuple[ConfigDict, bool]:
         set_features(config, options.features)
     check_features(config, side)
     rewarded = _set_reward(config, None, options, side)
-    resolve(config, 1, cuda=True, fetch=True)
+    resolve(config, 1, cuda=True, fetch=True, rewarded=())
     return config, rewarded
 
 
@@ -314,7 +314,7 @@ def _own_negative(values: Mapping[str, Any], prompt: str, default: str) -> str:
 
 
 def set_features(config: ConfigDict, text: str) -> None:
-    """Take the features that --features names: [clip:]MODEL, dinov2:MODEL or open_clip:NAME:PRETRAINED."""
+    """Take the features that --features names: [clip:]MODEL, dinov2:MODEL, scenes:MODEL or open_clip:NAME:TAG."""
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
         kind, rest = "clip", text
@@ -323,7 +323,8 @@ def set_features(config: ConfigDict, text: str) -> None:
         model, _, pretrained = rest.partition(":")
     if not model:
         raise ConfigError(
-            f"--features {text} names no model; it takes [clip:]MODEL, dinov2:MODEL or open_clip:NAME:TAG."
+            f"--features {text} names no model; it takes [clip:]MODEL, dinov2:MODEL, scenes:MODEL or "
+            "open_clip:NAME:TAG."
         )
     config.diversity.extractor, config.diversity.model, config.diversity.pretrained = kind, model, pretrained
 

@@ -32,7 +32,7 @@ from flow_grpo.page.seeds import (
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
 from flow_grpo.page.words import FIGURES, load, range_of
 from flow_grpo.runs.folder import IMAGE_FOLDER
-from flow_grpo.runs.record import Record
+from flow_grpo.runs.record import NONE_OF_THEM, Record
 from flow_grpo.statistics import Interval
 
 MOST_IMAGE_BYTES = 24 << 20  # of all sprites in a page, before base64
@@ -233,7 +233,7 @@ def _checkpoint(index: int, evaluation: Evaluation, prompts: Sequence[str], pict
     found["rewards"] = {name: [values[i] for i in kept] for name, values in record.rewards.items()}
     if record.judge is not None:
         guess = [record.judge.guess[i] for i in kept]
-        found["guess"] = [None if g is None else place[g] for g in guess]
+        found["guess"] = [g if g in (None, NONE_OF_THEM) else place[g] for g in guess]
         found["probability"] = [record.judge.probability[i] for i in kept]
     if record.diversity is not None:
         scores = zip(record.diversity.prompts, record.diversity.vendi, strict=True)

@@ -40,6 +40,7 @@ function judgement(checkpoint, place) {
   const guess = checkpoint.guess[place];
   const disagrees = guess !== checkpoint.prompt[place];
   if (guess === null) return { disagrees, words: "not a finite image" };
+  if (guess < 0) return { disagrees, words: "judge: something else" };
   return { disagrees, words: `${disagrees ? "judge sees" : "judge agrees:"} ${checkpoint.run.prompts[guess]}` };
 }
 
@@ -115,7 +116,7 @@ function imagesNote(left, right) {
   if (!left.sprite && !right.sprite && !left.picture && !right.picture) return "No images were kept.";
   if (right.picture) return "As the run kept them: it has no scores of single images.";
   const parts = left.model.alike && right.model.alike ? [] : ["One side was drawn or measured otherwise: its noises are others."];
-  parts.push(right.guess ? "Framed: the judge takes the image for another prompt's." : "No judge was asked.");
+  parts.push(right.guess ? "Framed: the judge does not see what the prompt says." : "No judge was asked.");
   const all = new Set(right.prompt).size;
   const found = promptsShown(right).length;
   if (right.sprite && found < all) parts.push(`${found} of ${all} prompts.`);

@@ -547,8 +547,18 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             each(FILLED, "a tuple of names of rewards, or ()"),
             "rewards measured besides those of reward_fn",
         ),
-        Key("eval.judge", "assets/tiny_features", TEXT, "a CLIP not used as reward, for prompt accuracy; empty: none"),
-        Key("eval.modes", "assets/prompts/tiny/modes.json", TEXT, "known modes of each prompt, counted; empty: none"),
+        Key(
+            "eval.judge",
+            "assets/tiny_features",
+            TEXT,
+            "for prompt accuracy: a CLIP not used as reward, or a detector of scenes; empty: none",
+        ),
+        Key(
+            "eval.modes",
+            "assets/prompts/tiny/modes.json",
+            TEXT,
+            "known modes of each prompt, counted by a judge that is a CLIP; empty: none",
+        ),
         Key("forward_kl.draws", 4, whole(1, 10_000), "eval_forward_kl, train.forward_kl: times and noises an image"),
         Key("eval.num_grid_prompts", 10, whole(1), "rows of the image grid"),
         Key("eval.num_grid_images", 8, whole(1), "columns of the image grid"),
@@ -586,8 +596,8 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
         Key(
             "diversity.extractor",
             "clip",
-            choice("clip", "dinov2", "open_clip"),
-            '"clip" or "dinov2", of transformers, or "open_clip"',
+            choice("clip", "dinov2", "open_clip", "scenes"),
+            '"clip" or "dinov2", of transformers; "open_clip"; "scenes": a detector of scenes',
         ),
         Key(
             "diversity.model", "assets/tiny_features", FILLED, "directory or hub id; open_clip: model name or its .json"

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from flow_grpo.errors import ConfigError
 from flow_grpo.methods.base import Method, Recipe
 from flow_grpo.methods.registry import METHODS
-from flow_grpo.recipes import base, families, sd3
+from flow_grpo.recipes import base, families, scenes, sd3
 
 
 def _of_method(method: Method, changes: Recipe, start: Recipe) -> Recipe:
@@ -60,6 +60,7 @@ RECIPES: dict[str, Recipe] = {
         sd3.pickscore_sd3_fast_nocfg,
         sd3.clipscore_sd3,
         *families.RECIPES,
+        *scenes.RECIPES,
     )
 } | _of_methods()
 
@@ -82,6 +83,7 @@ INTENDED_PROCESSES: dict[str, int] = {
     "pickscore_sd3_fast_4gpu": 4,
     "pickscore_sd3_fast_nocfg": 32,
     "clipscore_sd3": 32,
+    **{recipe.__name__: 1 for recipe in scenes.RECIPES},
     **{recipe.__name__: 8 if recipe.__name__.endswith("_grpo") else 1 for recipe in families.RECIPES},
     **{
         name: 1 if METHODS[name.split("_sd3_")[1]].reward_gradient or name[:4] == "tiny" else 32
@@ -109,6 +111,7 @@ NAMES: dict[str, str] = {
     "sd35_drtune": "pickscore_sd3_1batch_size_use_gradient",
     "sd35_nsr_4gpu": "pickscore_sd3_4gpu_nsr",
     **{recipe.__name__.removeprefix("pickscore_"): recipe.__name__ for recipe in families.RECIPES},
+    **{recipe.__name__: recipe.__name__ for recipe in scenes.RECIPES},
     **{name.replace("_sd3", "", 1).replace("pickscore_", "sd35_"): name for name in _of_methods()},
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from string import Formatter
 from typing import Any
 from urllib.parse import urlsplit
 
+from flow_grpo import places
 from flow_grpo.errors import ConfigError
 from flow_grpo.paths import find
 from flow_grpo.places import check_packages
@@ -23,7 +24,8 @@ from flow_grpo.rewards.chosen import (
     trained_rewards,
 )
 from flow_grpo.rewards.own_files import NAME, RESERVED, announced, check_place, is_server
-from flow_grpo.rewards.registry import CHAT, REWARDS, RewardSpec
+from flow_grpo.rewards.registry import CHAT, READ_CAPTION, REWARDS, RewardSpec
+from flow_grpo.scenes.files import RESOLUTION, is_detector
 
 
 def validate_rewards(config: Any) -> None:
@@ -89,6 +91,33 @@ def _check_source(config: Any, name: str) -> None:
         check_question(config.chat.question)
     for model in checkpoints_of(config, name):
         check_checkpoint(f"config.reward_model.{name}", model)
+
+
+def check_readable(config: Any, group: str, prompts: Iterable[str]) -> None:
+    """ConfigError unless every reward in use, and the judge of those of "test", can read the prompts of a group."""
+    readers = {n: REWARDS[n].reads for n in reward_names(config) if not is_own(config, n) and REWARDS[n].reads}
+    if is_detector(config.eval.judge) and group == "test":
+        readers["eval.judge"] = READ_CAPTION
+    for name, place in readers.items():
+        read = places.load(place)
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                read(prompt, config)
+            except (ConfigError, ValueError) as error:
+                given = f"config.prompts.{group} = {config.prompts[group]!r}, prompt {number}, is not for {name}"
+                raise ConfigError(f"{given}: {str(error).rstrip('.')}.") from None
+
+
+def check_sides(config: Any, height: int, width: int) -> None:
+    """ConfigError where a reward, the judge or the features take scenes, whose size is one, and images have another."""
+    sides = {f"reward_fn.{n}": REWARDS[n].side for n in reward_names(config) if not is_own(config, n)}
+    sides["eval.judge"] = RESOLUTION if is_detector(config.eval.judge) else 0
+    sides["diversity.extractor"] = RESOLUTION if config.diversity.extractor == "scenes" else 0
+    for key, side in sides.items():
+        if side and (height, width) != (side, side):
+            raise ConfigError(
+                f"config.resolution makes images of {height} x {width} pixels, but config.{key} takes {side} x {side}."
+            )
 
 
 def check_address(key: str, url: str) -> None:

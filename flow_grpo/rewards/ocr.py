@@ -6,7 +6,6 @@ RapidOCR reads, by the weights in its own package and onnxruntime, on the CPU an
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +16,8 @@ from rapidocr import RapidOCR
 from torch import Tensor
 
 from flow_grpo.rewards.image_path import check_images, pictures
+from flow_grpo.rewards.prompt_words import asked_for, letters
 from flow_grpo.rewards.registry import Metadata
-
-QUOTED = re.compile(r'["“”„«]([^"“”„«»]+)["“”»]')
 
 
 class Ocr:
@@ -60,19 +58,7 @@ class Ocr:
         return " ".join(self.reader(picture).txts or ())
 
 
-def asked_for(prompt: str) -> str:
-    """The first words that a prompt quotes; ValueError if it quotes none."""
-    match = QUOTED.search(prompt)
-    if match is None or not _letters(match[1]):
-        raise ValueError(f'the reward ocr reads what a prompt quotes, as in: a sign that says "Hello"; got {prompt!r}')
-    return match[1]
-
-
 def share(read: str, asked: str) -> float:
     """1 - edit distance / length of what was asked for, not below 0; 1 if it is a part of what was read."""
-    read, asked = _letters(read), _letters(asked)
+    read, asked = letters(read), letters(asked)
     return 1.0 if asked in read else 1 - min(Levenshtein.distance(read, asked), len(asked)) / len(asked)
-
-
-def _letters(text: str) -> str:
-    return "".join(text.split()).lower()

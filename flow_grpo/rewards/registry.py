@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from flow_grpo.models.files import CLIP_NEEDS, Needs
+from flow_grpo.scenes.files import DETECTOR_NEEDS, RESOLUTION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,8 @@ class RewardSpec:
     model: str = ""  # the default of config.reward_model.<name>
     needs: Needs = CLIP_NEEDS  # the files of a folder that is its model
     hub_file: str = "config.json"  # a file that each such model on the hub has
+    reads: str = ""  # called with a prompt and the configuration: raises ValueError for one that it cannot score
+    side: int = 0  # pixels of the only square images that it takes; 0: any
     options: tuple[str, ...] = ()  # keys of settings of its own, or groups of them
     extra: str = ""  # the extra of pyproject.toml that installs `packages`
     packages: tuple[str, ...] = ()  # modules that it needs beside the project's dependencies
@@ -75,6 +78,8 @@ class RewardSpec:
 
 
 CHAT = "chat"
+SCENE_SCORER = "flow_grpo.rewards.scenes:SceneScorer"
+READ_CAPTION = "flow_grpo.rewards.prompt_words:read_caption"
 CLIP_SCORER = "flow_grpo.rewards.clip:ClipScorer"
 # Weights that are one file, by the names they were published under, the usual one first.
 HPS_FILES = ("HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt", "open_clip_model.safetensors")
@@ -155,6 +160,7 @@ REWARDS: dict[str, RewardSpec] = {
             False,
             "the share of the quoted words that can be read; no gradient",
             "flow_grpo.rewards.ocr:Ocr",
+            reads="flow_grpo.rewards.prompt_words:read_quoted",
             extra="ocr",
             packages=("rapidocr", "onnxruntime", "rapidfuzz"),
             bounds="0 to 1",
@@ -179,6 +185,7 @@ REWARDS: dict[str, RewardSpec] = {
             True,
             "-distance of the mean colour to targets.colour",
             "flow_grpo.rewards.targets:TargetColour",
+            reads="flow_grpo.rewards.prompt_words:read_colour",
             options=("targets.colour",),
             bounds="-1.73 to 0",
         ),
@@ -189,6 +196,39 @@ REWARDS: dict[str, RewardSpec] = {
             "flow_grpo.rewards.targets:TargetBrightness",
             options=("targets.brightness",),
             bounds="-1 to 0",
+        ),
+        RewardSpec(
+            "scenes",
+            False,
+            "1 if a detector sees what the caption of a scene says, else 0; no gradient",
+            "flow_grpo.rewards.scenes:Scenes",
+            SCENE_SCORER,
+            "assets/tiny_scenes_detector",
+            needs=DETECTOR_NEEDS,
+            reads=READ_CAPTION,
+            side=RESOLUTION,
+            bounds="0 or 1",
+        ),
+        RewardSpec(
+            "scenes_soft",
+            True,
+            "the log-probability, to a detector, of what the caption of a scene says",
+            "flow_grpo.rewards.scenes:SoftScenes",
+            SCENE_SCORER,
+            "assets/tiny_scenes_detector",
+            needs=DETECTOR_NEEDS,
+            reads=READ_CAPTION,
+            side=RESOLUTION,
+            bounds="-37.2 to 0",
+        ),
+        RewardSpec(
+            "scenes_clip",
+            True,
+            "exp(logit_scale) cos(image, prompt) / 30 of a CLIP of scenes",
+            "flow_grpo.rewards.scenes:ScenesClip",
+            CLIP_SCORER,
+            "assets/tiny_scenes_clip",
+            bounds="-3.3 to 3.3",
         ),
         RewardSpec(
             CHAT,

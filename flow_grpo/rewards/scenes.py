@@ -23,7 +23,8 @@ from flow_grpo.rewards.clip import ClipScore
 from flow_grpo.rewards.image_path import check_images
 from flow_grpo.rewards.registry import Metadata
 from flow_grpo.scenes.captions import Reading, parse
-from flow_grpo.scenes.detector import EMPTY, RESOLUTION, CellDetector, Cells, readings
+from flow_grpo.scenes.detector import EMPTY, CellDetector, Cells, readings
+from flow_grpo.scenes.files import RESOLUTION
 
 MIXED = 0.02  # the weight of the uniform distribution
 OPEN = -1  # a colour that a reading leaves open

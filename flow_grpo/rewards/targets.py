@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +9,9 @@ from PIL import ImageColor
 from torch import Tensor
 
 from flow_grpo.rewards.image_path import check_images
+from flow_grpo.rewards.prompt_words import named_colour
 from flow_grpo.rewards.registry import Metadata
 
-COLOURS = ("black", "white", "red", "green", "yellow", "blue", "brown", "orange", "pink", "purple", "grey", "gray")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow makes an image grey
 
 
@@ -57,14 +56,3 @@ class TargetBrightness:
 def rgb(colour: str) -> tuple[float, ...]:
     """A name or #rrggbb -> red, green and blue of 0 to 1."""
     return tuple(value / 255 for value in ImageColor.getrgb(colour))
-
-
-def named_colour(prompt: str) -> str:
-    """The first of COLOURS that stands in a prompt; ValueError if there is none."""
-    for word in re.findall(r"[a-z]+", prompt.lower()):
-        if word in COLOURS:
-            return word
-    raise ValueError(
-        f"the reward target_colour takes its colour from the prompt, one of {', '.join(COLOURS)}, and there is none in "
-        f"{prompt!r}; config.targets.colour names one for all prompts"
-    )

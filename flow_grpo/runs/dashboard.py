@@ -28,7 +28,7 @@ from flow_grpo.diversity.images import read_rgb
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import one_line
 from flow_grpo.runs.folder import flatten
-from flow_grpo.runs.record import Record
+from flow_grpo.runs.record import NONE_OF_THEM, Record
 
 WANDB_TAG = 64  # characters at most
 AXES = ("epoch", "seconds", "network_evaluations")
@@ -143,9 +143,14 @@ def caption(record: Record, i: int) -> str:
     parts = ["-" if reward is None else f"{reward:.4f}"]
     if record.judge is not None:
         guess, probability = record.judge.guess[i], record.judge.probability[i]
-        mark = "-" if guess is None else "✓" if guess == record.prompt[i] else f"✗ {record.prompts[guess]}"
+        mark = "-" if guess is None else "✓" if guess == record.prompt[i] else f"✗ {guessed(record, guess)}".rstrip()
         parts.append(mark if probability is None else f"{mark} {probability:.2f}")
     return one_line(" | ".join([*parts, record.prompts[record.prompt[i]]]), CAPTION)
+
+
+def guessed(record: Record, guess: int) -> str:
+    """The prompt that the judge takes an image for; empty: none of them."""
+    return "" if guess == NONE_OF_THEM else record.prompts[guess]
 
 
 def table_of(record: Record) -> tuple[list[str | int], list[list[Any]]]:
@@ -158,7 +163,7 @@ def table_of(record: Record) -> tuple[list[str | int], list[list[Any]]]:
     columns |= {f"reward {name}": values for name, values in record.rewards.items()}
     if record.judge is not None:
         guess = record.judge.guess
-        columns["judge's guess"] = [None if g is None else record.prompts[g] for g in guess]
+        columns["judge's guess"] = [None if g is None else guessed(record, g) for g in guess]
         columns["judge is right"] = [None if g is None else g == p for g, p in zip(guess, record.prompt, strict=True)]
         columns["judge's probability"] = record.judge.probability
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]

@@ -24,7 +24,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import open_regular, read_object, strict_json, write_atomically
 from flow_grpo.messages import say
 from flow_grpo.runs.folder import EVALUATIONS
-from flow_grpo.runs.record import Distances, Judged, Record, Sprite
+from flow_grpo.runs.record import NONE_OF_THEM, Distances, Judged, Record, Sprite
 from flow_grpo.runs.sprite import LONG_SIDE, draw_sprite
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _record(found: _Part, folder: Path) -> Record:
 
 def _judged(found: _Part, images: int, prompts: int) -> Judged:
     guess = found.array("guess", images)
-    if not all(item is None or (_is_whole(item) and item < prompts) for item in guess):
+    if not all(item is None or (_is_whole(item, NONE_OF_THEM) and item < prompts) for item in guess):
         raise _Damaged("judge.guess are not prompts")
     probability = found.numbers("probability", images, missing=True)
     return Judged(found.text("model"), found.flag("independent"), guess, probability)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flow_grpo.diversity.paired import Change
 
+NONE_OF_THEM = -1  # the guess of a judge that takes an image for no prompt's
 FOLDERS = "folders "  # a setting begins so where images were not drawn, but there already
 
 
@@ -17,7 +18,7 @@ class Judged:
 
     model: str  # directory or hub id
     independent: bool  # its model is none of the rewards' models in use
-    guess: Sequence[int | None]  # (N,): index into the prompts that it likes best; None: the image is not finite
+    guess: Sequence[int | None]  # (N,): index of the prompt that it sees, or NONE_OF_THEM; None: it is not finite
     probability: Sequence[float | None]  # (N,): of the image's own prompt, softmax at the judge's scale
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from flow_grpo.errors import ConfigError
 from flow_grpo.paths import find
 from flow_grpo.scenes.captions import CELLS, CLASSES, COLOURS, Garment, Reading
+from flow_grpo.scenes.files import MODEL_TYPE, check_detector
 
-RESOLUTION = 64  # pixels of a scene
 EMPTY = len(CLASSES)  # the label of a cell without an object
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 POOLINGS = {"average": nn.AvgPool2d, "maximum": nn.MaxPool2d}
@@ -60,7 +60,8 @@ class CellDetector(nn.Module):
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors (float16)."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(self.shape, indent=2) + "\n", encoding="utf-8")
+        shape = {"model_type": MODEL_TYPE, **self.shape}
+        (folder / "config.json").write_text(json.dumps(shape, indent=2) + "\n", encoding="utf-8")
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
         save_file(halves, folder / "model.safetensors")
@@ -70,7 +71,9 @@ class CellDetector(nn.Module):
         """Read a folder in float32, in eval mode and without gradients of its weights; ConfigError if it has none."""
         folder = Path(find(path))
         try:
-            detector = CellDetector(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            check_detector(repr(path), shape)
+            detector = CellDetector(**{name: value for name, value in shape.items() if name != "model_type"})
             detector.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]

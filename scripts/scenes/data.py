@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.scenes.captions import CELLS, COLOURS, KINDS, Caption, captions_of, is_held_out
-from flow_grpo.scenes.detector import EMPTY, RESOLUTION, join_cells
+from flow_grpo.scenes.detector import EMPTY, join_cells
+from flow_grpo.scenes.files import RESOLUTION
 from scripts.tiny import data as tiny_data
 from scripts.tiny.data import Photographs
 

@@ -16,7 +16,8 @@ from transformers import CLIPModel
 
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.scenes.captions import COLOURS, KINDS, Caption
-from flow_grpo.scenes.detector import EMPTY, RESOLUTION, CellDetector, join_cells, split_cells
+from flow_grpo.scenes.detector import EMPTY, CellDetector, join_cells, split_cells
+from flow_grpo.scenes.files import RESOLUTION
 from scripts.scenes import data as scene_data
 from scripts.tiny import data as tiny_data
 from scripts.tiny import models as tiny_models

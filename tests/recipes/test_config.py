@@ -16,7 +16,7 @@ from flow_grpo.recipes.base import leaves
 from flow_grpo.settings import resolve
 
 ROOT = Path(__file__).parents[2]
-TINY = [name for name in RECIPES if name.startswith("tiny")]
+TINY = [name for name in RECIPES if name.startswith(("tiny", "scenes"))]  # whose models are embedded
 LARGE = [name for name in RECIPES if name not in TINY]
 FIRST = ("grpo", "drtune")  # whose recipes have names of their own
 OTHER_MODELS = ("flux", "flux2_klein", "qwen_image", "z_image")
@@ -39,6 +39,7 @@ ASKED_FOR = {
     "pickscore_sd3_fast_nocfg",
     "clipscore_sd3",
     *(f"{model}_sd3_{method}" for model in ("tiny", "pickscore") for method in METHODS if method not in FIRST),
+    *(f"scenes_{method}" for method in METHODS),
     *(f"pickscore_{model}_{method}" for model in OTHER_MODELS for method in ("grpo", "drtune", "anchored")),
 }
 

@@ -11,7 +11,8 @@ from torchvision.transforms.functional import to_tensor
 from flow_grpo import places
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards import checks
-from flow_grpo.rewards.ocr import Ocr, asked_for, share
+from flow_grpo.rewards.ocr import Ocr, share
+from flow_grpo.rewards.prompt_words import asked_for
 from scripts.bench.ocr import draw
 from tests.rewards.scoring import make_config
 

@@ -20,6 +20,7 @@ from flow_grpo.rewards.checks import validate_rewards
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.jpeg import JpegIncompressibility
 from flow_grpo.rewards.registry import REWARDS
+from flow_grpo.settings import resolve
 from tests.pictures import make_images
 from tests.rewards.scoring import NO_METADATA, make_config
 
@@ -105,7 +106,7 @@ def set_values(**values: object) -> Callable[[ConfigDict], None]:
             (
                 "config.reward_fn.jpeg_compressibility = 0.5 has no gradient, which config.use_reward_gradient = True "
                 "needs; the differentiable rewards are aesthetic, clipscore, hpsv2, imagereward, pickscore, siglip, "
-                "target_brightness, target_colour."
+                "scenes_clip, scenes_soft, siglip, target_brightness, target_colour."
             ),
         ),
         (
@@ -190,3 +191,65 @@ def test_a_folder_that_holds_no_clip_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be loaded as a CLIP"):
         ClipScorer(str(tmp_path))
+
+
+# --- prompts and sizes that a reward cannot look at -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("ocr", r"config\.prompts\.train = .*, prompt 1, is not for ocr: .*what a prompt quotes"),
+        ("target_colour", r"config\.prompts\.train = .*, prompt 1, is not for target_colour: .*names one for all"),
+        ("scenes", r"config\.prompts\.train = .*, prompt 3, is not for scenes: 'a bored coat' is not a caption"),
+    ],
+)
+def test_prompts_that_a_reward_cannot_read_are_refused_before_anything_loads(config, tmp_path, reward, said):
+    (tmp_path / "prompts.txt").write_text("a bag\na boot\na bored coat\n")
+    config.prompts.train = str(tmp_path / "prompts.txt")
+    config.reward_fn[reward] = 1.0
+    with pytest.raises(ConfigError, match=said):
+        resolve(config, 1, cuda=False)
+
+
+def test_prompts_of_evaluations_are_read_as_well(config, tmp_path):
+    (tmp_path / "train.txt").write_text("a red bag\n")
+    config.prompts.train, config.reward_fn.target_colour = str(tmp_path / "train.txt"), 1.0
+    with pytest.raises(ConfigError, match=r"config\.prompts\.test = .*, prompt 1, is not for target_colour"):
+        resolve(config, 1, cuda=False)
+    config.targets.colour = "red"
+    resolve(config, 1, cuda=False)
+
+
+def test_a_judge_of_scenes_reads_captions_alone(config, tmp_path):
+    (tmp_path / "test.txt").write_text("a bag\na photo of a bag\n")
+    config.prompts.test, config.eval.judge = str(tmp_path / "test.txt"), "assets/tiny_scenes_judge"
+    with pytest.raises(ConfigError, match=r"config\.prompts\.test = .*, prompt 2, is not for eval\.judge"):
+        resolve(config, 1, cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reward_fn.scenes", 1.0),
+        ("reward_fn.scenes_soft", 1.0),
+        ("eval.judge", "assets/tiny_scenes_judge"),
+        ("diversity.extractor", "scenes"),
+    ],
+)
+def test_scenes_have_one_size(config, key, value):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ConfigError, match=rf"images of 32 x 32 pixels, but config\.{key} takes 64 x 64\.$"):
+        resolve(config, 1, cuda=False)
+
+
+@pytest.mark.parametrize("key", ["reward_model.scenes", "diversity.model"])
+def test_what_is_no_detector_is_refused_before_anything_loads(config, key):
+    config.reward_fn.scenes, config.resolution = 1.0, 64
+    config.diversity.extractor, config.eval_diversity = "scenes", True
+    config.pretrained.model, config.max_sequence_length = "assets/tiny_scenes", 12
+    config.diversity.model = "assets/tiny_scenes_judge"
+    resolve(config, 1, cuda=False)
+    config.update_from_flattened_dict({key: "assets/tiny_scenes_clip"})
+    with pytest.raises(ConfigError, match=rf"config\.{key} = 'assets/tiny_scenes_clip' is no detector of scenes"):
+        resolve(config, 1, cuda=False)
