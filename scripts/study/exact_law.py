@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import xlogy
 
 from flow_grpo import frontier
 from flow_grpo.diversity.rke import median_bandwidth
-from flow_grpo.diversity.vendi import vendi_of_spectra
+from flow_grpo.diversity.vendi import cosine_kernel, vendi_of_spectra
 from flow_grpo.randomness import keyed_generator
 from flow_grpo.scenes.captions import CELLS, COLOURS, parse
 from flow_grpo.statistics import Interval, mean_interval, normal_half_width
@@ -161,11 +162,12 @@ def set_figures(images: BaseImages) -> dict[str, SetFigure]:
     """Vendi and RKE of sets, and of scenes the entropies of what captions leave open."""
     bandwidth = median_bandwidth([features[:200] for features in images.features])
 
+    @lru_cache(maxsize=1)  # prompts come one after another
+    def cosines(prompt: int) -> np.ndarray:
+        return cosine_kernel(images.features[prompt])  # (N, N)
+
     def kernel(prompt: int, sets: np.ndarray) -> np.ndarray:
-        unit = images.features[prompt].astype(np.float64)
-        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-        chosen = unit[sets]  # (R, n, d)
-        return chosen @ chosen.transpose(0, 2, 1)
+        return cosines(prompt)[sets[:, :, None], sets[:, None, :]]  # (R, n, n)
 
     def vendi(prompt: int, sets: np.ndarray) -> np.ndarray:
         return vendi_of_spectra(np.linalg.eigvalsh(kernel(prompt, sets)), 1.0)
