@@ -135,10 +135,10 @@ def _tiles(evaluation: Evaluation) -> dict[tuple[str, int], Any]:
 
 def publish(demo: Path) -> None:
     """Write the picture, the summary and the README's part; ConfigError if the folder is not that of a whole demo."""
-    from flow_grpo.commands.demo import METHODS
+    from flow_grpo.commands.demo import DEMOS
     from flow_grpo.page.data import read_run
 
-    drtune, grpo = (read_run(demo / method.run_name, method.label) for method in METHODS)
+    drtune, grpo = (read_run(demo / method.run_name, method.label) for method in DEMOS["tiny"].methods)
     summary = summarise(drtune, grpo)
     picture = draw(drtune, [drtune.evaluations[0], best(drtune), drtune.last])
     FIGURES.mkdir(parents=True, exist_ok=True)

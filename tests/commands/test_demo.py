@@ -9,15 +9,21 @@ from pathlib import Path
 import pytest
 
 from flow_grpo.commands import demo, main
-from flow_grpo.commands.demo import METHODS
+from flow_grpo.commands.demo import DEMOS
 from flow_grpo.recipes.base import get_config as base_config
 from flow_grpo.recipes.registry import INTENDED_PROCESSES, NAMES, get_config
 from flow_grpo.settings import resolve
 from tests.synthetic_runs import write_run
 
 ROOT = Path(__file__).parents[2]
-REWARDS = {"drtune": [0.5, 0.6, 0.9], "grpo": [0.5, 0.65, 0.75]}
-SECONDS = {"drtune": [0, 10, 20], "grpo": [0, 50, 100]}
+REWARDS = {"drtune": [0.5, 0.6, 0.9], "grpo": [0.5, 0.65, 0.75], "nft": [0.5, 0.65, 0.75]}
+METHODS = DEMOS["tiny"].methods
+EVERY = [method for chosen in DEMOS.values() for method in chosen.methods]
+SECONDS = {"drtune": [0, 10, 20], "grpo": [0, 50, 100], "nft": [0, 50, 100]}
+
+
+def method_of(name, command):
+    return next(method for method in EVERY if method.run_name == name and method.recipe in command)
 
 
 @pytest.fixture
@@ -33,9 +39,9 @@ def trained(tmp_path, monkeypatch):
         values = rewards[name]
         write_run(
             out / name, values, SECONDS[name][: len(values)], name == "drtune", diversity=True,
-            evals_every=next(method.epochs for method in METHODS if method.run_name == name) // 2,
+            evals_every=method_of(name, command).epochs // 2,
             collapse=[0, 0.2, 0.9][: len(values)] if name == "drtune" else None,
-            overrides={"num_epochs": next(method.epochs for method in METHODS if method.run_name == name)},
+            overrides={"num_epochs": method_of(name, command).epochs},
         )  # fmt: skip
         return 0
 
@@ -48,19 +54,35 @@ def run_demo(capsys, *arguments: str) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+@pytest.mark.parametrize("method", EVERY, ids=lambda method: method.recipe)
 def test_the_settings_are_the_recipes_with_a_number_of_epochs(method, tmp_path):
     config = get_config(method.recipe)
     changes = dict(change.split("=") for change in demo.changed(method, tmp_path, method.epochs, 7, 600.0))
-    kept = {"logdir", "seed", "num_epochs", "max_seconds", "eval_freq"}
-    kept |= {"eval_ode_log_prob", "eval_ode_log_prob_freq", "eval.ema", "save_freq"}
-    assert set(changes) == kept | {"num_checkpoint_limit"}
+    kept = {"logdir", "seed", "num_epochs", "max_seconds", "eval_freq", "eval.ema", "save_freq", "num_checkpoint_limit"}
+    kept |= {"eval_ode_log_prob", "eval_ode_log_prob_freq"} if method.entropy_freq else set()
+    assert set(changes) == kept | ({"eval.rewards"} if method.measured else set())
     assert changes["num_epochs"] == str(method.epochs)
-    assert config.num_seeds == config.eval.num_image_per_prompt  # no image is drawn for the diversity alone
     assert config.use_reward_gradient == (method.label == "DRTune")
     assert config.eval.seed == base_config().eval.seed
     assert method.epochs % method.eval_freq == method.entropy_freq % method.eval_freq == 0
     resolve(config, num_processes=1, cuda=False)
+
+
+def test_no_image_of_the_quick_start_is_drawn_for_its_diversity_alone():
+    for method in METHODS:
+        config = get_config(method.recipe)
+        assert config.num_seeds == config.eval.num_image_per_prompt
+
+
+def test_scenes_are_compared_by_the_judge_as_their_rewards_differ(trained, capsys):
+    lines = run_demo(capsys, "scenes")
+    commands, _ = trained
+    assert [command[4] for command in commands] == ["scenes_drtune", "scenes_nft"]
+    assert 'eval.rewards=("scenes",)' in commands[0]
+    assert "max_seconds=3600.0" in commands[1]
+    text = "\n".join(lines)
+    assert "reward" not in text.partition("different images")[0]
+    assert "DiffusionNFT ended at 78.0%, not above the base model: there is nothing for DRTune to reach." in text
 
 
 def test_the_commands_train_one_after_another_into_a_folder_of_their_own(trained, tmp_path, capsys):
@@ -87,7 +109,7 @@ def test_whole_runs_are_compared_by_time_and_at_equal_reward(trained, capsys):
         ["GRPO", "0.7500", "3.50", "78.0%"],
     ]
     assert "DRTune had GRPO's final reward (0.7500) after 20 s of training, GRPO after 100 s." in lines
-    assert "At that reward, DRTune made 1.25 different images (epoch 360), GRPO 3.50." in lines
+    assert "Then DRTune made 1.25 different images (epoch 360), GRPO 3.50." in lines
     assert "cut" not in "\n".join(lines)
 
 
