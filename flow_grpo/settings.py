@@ -15,6 +15,7 @@ from pathlib import Path
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from flow_grpo.batching import BatchPlan, plan_batches
+from flow_grpo.curve import Curve
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.methods.base import takes_only
@@ -33,7 +34,7 @@ from flow_grpo.places import check_packages
 from flow_grpo.prompts import PromptDataset, own_negatives, training_prompts
 from flow_grpo.recipes.base import DECAYING, ENDLESS, KEYS, leaves
 from flow_grpo.rewards.checks import check_checkpoint, check_readable, check_sides, validate_rewards
-from flow_grpo.rewards.chosen import constraint_rates, find_announced
+from flow_grpo.rewards.chosen import constraint_rates, find_announced, reward_names
 from flow_grpo.rewards.own_files import in_full
 from flow_grpo.rules import FILLED, FINITE, NOT_NEGATIVE, TEXT, Rule, each
 from flow_grpo.runs.guards import check_guards
@@ -115,6 +116,8 @@ def resolve(
     _check_rewarded(config, rewarded)
     if config.eval.modes:
         read_modes(Path(config.eval.modes), "config.eval.modes: ")
+    if config.eval.curve:
+        _check_curve(config)
     check_guards(config)
     checkpoint = checkpoint_to_resume(config.resume_from) if config.resume_from else None
     check_checkpoint("config.pretrained.model", config.pretrained.model)
@@ -385,6 +388,25 @@ def read_modes(path: Path, subject: str = "") -> dict[str, dict[str, str]]:
             if not FILLED.accepts(text):
                 raise ConfigError(f"{subject}{path}: {text!r:.80}, of {prompt!r:.80}, must be {FILLED.allowed}.")
     return modes
+
+
+def _check_curve(config: ConfigDict) -> None:
+    """The file is a curve, and what it is compared with is measured."""
+    try:
+        curve = Curve.read(Path(find(config.eval.curve)))
+    except ConfigError as error:
+        raise ConfigError(f"config.eval.curve: {error}") from None
+    if not config.eval_diversity:
+        raise ConfigError(
+            f"config.eval.curve = {config.eval.curve!r} is compared with the diversity of the samples, which "
+            'config.eval_diversity = False leaves out; it takes "".'
+        )
+    missing = [name for name in curve.rewards if name not in reward_names(config)]
+    if missing:
+        raise ConfigError(
+            f"config.eval.curve = {config.eval.curve!r} is of the reward {missing[0]}, which the run does not measure; "
+            f"add it to config.eval.rewards."
+        )
 
 
 def _check_prompts(config: ConfigDict) -> None:

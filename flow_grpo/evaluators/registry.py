@@ -23,6 +23,7 @@ BUILDERS = [  # "module:attribute", in the order in which they are asked
     "flow_grpo.evaluators.film_strip:build",
     "flow_grpo.evaluators.diversity:build",
     "flow_grpo.evaluators.forward_kl:build",
+    "flow_grpo.evaluators.exact_curve:build",
 ]
 
 

@@ -82,14 +82,10 @@ class SceneModes:
     @torch.no_grad()
     def evaluate(self, samples: Samples) -> Measured:
         """Over all samples."""
-        cells = look(self.scorer, samples)
-        seen, finite = readings(cells), bool(cells.labels.isfinite().all())
-        rows: dict[str, list[Reading]] = {}
-        for prompt, reading in zip(samples.prompts, seen, strict=True):
-            rows.setdefault(prompt, []).append(reading)
-        captions = [parse(prompt) for prompt in rows]
-        found = {f"modes/{name}": value for name, value in of_modes(captions, list(rows.values())).items()}
-        return Measured(found if finite else dict.fromkeys(found, math.nan))
+        seen = seen_by_prompt(self.scorer, samples)
+        captions = [parse(prompt) for prompt in seen]
+        found = {f"modes/{name}": value for name, value in of_modes(captions, list(seen.values())).items()}
+        return Measured(found if samples.images.isfinite().all() else dict.fromkeys(found, math.nan))
 
 
 def of_modes(captions: Sequence[Caption], scenes: Sequence[Sequence[Reading]]) -> dict[str, float]:
@@ -132,6 +128,14 @@ def by_kind(name: str, captions: Sequence[Caption], values: Sequence[T]) -> dict
         chosen = [value for caption, value in zip(captions, values, strict=True) if caption.kind == kind]
         found |= {f"{name}_{kind}": chosen} if chosen else {}
     return found
+
+
+def seen_by_prompt(scorer: SceneScorer, samples: Samples) -> dict[str, list[Reading]]:
+    """prompt -> what a detector sees in each of its images."""
+    rows: dict[str, list[Reading]] = {}
+    for prompt, reading in zip(samples.prompts, readings(look(scorer, samples)), strict=True):
+        rows.setdefault(prompt, []).append(reading)
+    return rows
 
 
 def look(scorer: SceneScorer, samples: Samples) -> Cells:

@@ -559,6 +559,12 @@ SECTIONS: dict[str, tuple[Key, ...]] = {
             TEXT,
             "known modes of each prompt, counted by a judge that is a CLIP; empty: none",
         ),
+        Key(
+            "eval.curve",
+            "",
+            TEXT,
+            "a curve.json of scripts/study/curve.py: diversity is told as a share of the exact law's, too; empty: none",
+        ),
         Key("forward_kl.draws", 4, whole(1, 10_000), "eval_forward_kl, train.forward_kl: times and noises an image"),
         Key("eval.num_grid_prompts", 10, whole(1), "rows of the image grid"),
         Key("eval.num_grid_images", 8, whole(1), "columns of the image grid"),

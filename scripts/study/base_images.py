@@ -98,8 +98,14 @@ def _question(config: Any) -> dict[str, Any]:
         "model": config.pretrained.model,
         "setting": setting_of(config, prompts.prompts),
         "judge": config.eval.judge,
-        "features": f"{config.diversity.extractor}:{config.diversity.model}",
+        "features": features_name(config),
     }
+
+
+def features_name(config: Any) -> str:
+    """As `load_extractor` calls them."""
+    chosen = config.diversity
+    return ":".join(part for part in (chosen.extractor, chosen.model, chosen.pretrained) if part)
 
 
 def _drawn(settings: Any, accelerator: Any, places: Sequence[int]) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

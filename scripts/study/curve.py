@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from flow_grpo.commands.cli import configure, create_folder, one_sentence_errors
@@ -49,13 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     with one_sentence_errors():
         from flow_grpo.recipes.registry import get_config
-        from scripts.study.base_images import base_images
+        from flow_grpo.rewards.chosen import reward_weights
+        from scripts.study.base_images import base_images, features_name
 
         config = configure(args.recipe, [f"--config.{change}" for change in args.changes], False, get_config)
         folder = args.out.resolve() / args.recipe
         create_folder(folder)
         images = base_images(config, args.images, folder)
-        found = results(images)
+        found = results(images) | {"rewards": reward_weights(config), "features": features_name(config)}
     from flow_grpo.files import strict_json, write_atomically
 
     write_atomically(folder / "curve.json", strict_json(found, indent=1) + "\n")
@@ -70,6 +73,11 @@ def results(images: BaseImages) -> dict[str, Any]:
 
     kept = exact_law.can_be_right(images)
     chosen = images.of(kept)
+    figures, places = exact_law.set_figures(chosen), np.arange(exact_law.SET_SIZE)[None]
+    first = {
+        name: float(np.mean([figure(prompt, places)[0] for prompt in range(len(chosen.prompts))]))
+        for name, figure in figures.items()
+    }
     points = exact_law.curve(chosen, exact_law.strengths_of(chosen.reward))
     return {
         "images": images.reward.shape[1],
@@ -77,6 +85,8 @@ def results(images: BaseImages) -> dict[str, Any]:
         "prompts": list(chosen.prompts),
         "left_out": [prompt for prompt, use in zip(images.prompts, kept, strict=True) if not use],
         "base": {"reward": float(images.reward.mean()), "judge": float(images.right.mean())},
+        "bandwidth": exact_law.bandwidth_of(chosen),
+        "first": {"reward": float(chosen.reward[:, : exact_law.SET_SIZE].mean()), **first},
         "points": [_plain(point) for point in points],
     }
 

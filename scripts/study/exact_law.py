@@ -160,7 +160,7 @@ def draw_sets(w: np.ndarray, gumbel: np.ndarray, n: int) -> np.ndarray:
 
 def set_figures(images: BaseImages) -> dict[str, SetFigure]:
     """Vendi and RKE of sets, and of scenes the entropies of what captions leave open."""
-    bandwidth = median_bandwidth([features[:200] for features in images.features])
+    bandwidth = bandwidth_of(images)
 
     @lru_cache(maxsize=1)  # prompts come one after another
     def cosines(prompt: int) -> np.ndarray:
@@ -178,6 +178,11 @@ def set_figures(images: BaseImages) -> dict[str, SetFigure]:
 
     found: dict[str, SetFigure] = {"vendi": vendi, "rke": rke}
     return found | (_mode_figures(images) if images.labels is not None else {})
+
+
+def bandwidth_of(images: BaseImages) -> float:
+    """Of RKE: the median one, of some of the images."""
+    return median_bandwidth([features[:200] for features in images.features])
 
 
 def _mode_figures(images: BaseImages) -> dict[str, SetFigure]:

@@ -1,0 +1,99 @@
+"""Where a model stands beside the exact curve of its base and reward: which share of the law's diversity it keeps.
+
+`diversity/kept_of_exact` (Vendi), `diversity/kept_of_exact_rke`, and of scenes `diversity/kept_of_exact_modes`: 1 on
+the curve, below 1 where diversity is lost that the reward does not ask for; nan beyond the curve, where no law of the
+base's images has so much reward. What is compared with what: flow_grpo/curve.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flow_grpo.curve import Curve
+from flow_grpo.diversity.rke import rke_score
+from flow_grpo.diversity.vendi import vendi_score
+from flow_grpo.errors import ConfigError
+from flow_grpo.evaluators.base import Measured, SampleRequest
+from flow_grpo.evaluators.diversity import extractor_of, features_by_prompt, how_often
+from flow_grpo.evaluators.samples import RewardEvaluator
+from flow_grpo.evaluators.scenes import of_modes, seen_by_prompt
+from flow_grpo.paths import find
+from flow_grpo.rewards.building import WeightedReward, load_scorer
+from flow_grpo.rewards.registry import SCENE_SCORER
+from flow_grpo.scenes.captions import parse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from flow_grpo.diversity.features import FeatureExtractor
+    from flow_grpo.evaluators.base import Evaluator
+    from flow_grpo.policy import Policy
+    from flow_grpo.rewards.scenes import SceneScorer
+    from flow_grpo.runs.run import Run
+    from flow_grpo.settings import Settings
+    from flow_grpo.types import Samples
+
+NAMES = {
+    "vendi": "diversity/kept_of_exact",
+    "rke": "diversity/kept_of_exact_rke",
+    "modes": "diversity/kept_of_exact_modes",
+}
+
+
+class ExactCurveEvaluator:
+    """Compares `Curve.set_size` images of each of the curve's prompts with the curve."""
+
+    name, collective = "exact curve", False
+
+    def __init__(
+        self,
+        curve: Curve,
+        extractor: FeatureExtractor,
+        reward: RewardEvaluator,
+        detector: SceneScorer | None,
+        freq: int,
+    ) -> None:
+        """`reward`: of the curve's rewards; `detector`: the judge of scenes, whose modes the curve has; else None."""
+        self.curve, self.extractor, self.reward, self.detector, self.freq = curve, extractor, reward, detector, freq
+        self.request = SampleRequest(curve.prompts, curve.set_size)
+
+    def evaluate(self, samples: Samples) -> Measured:
+        """Over the curve's prompts."""
+        kept = self.curve.kept(self.figures(samples))
+        return Measured({NAMES[name]: value for name, value in kept.items()})
+
+    def figures(self, samples: Samples) -> Mapping[str, float]:
+        """The curve's figures of these images."""
+        features = features_by_prompt(samples, self.extractor).values()
+        found = {
+            "reward": self.reward.evaluate(samples).metrics["reward/total"],
+            "vendi": float(np.mean([vendi_score(group) for group in features])),
+            "rke": float(np.mean([rke_score(group, self.curve.bandwidth) for group in features])),
+        }
+        if self.detector is not None:
+            seen = seen_by_prompt(self.detector, samples)
+            found["modes"] = of_modes([parse(prompt) for prompt in seen], list(seen.values()))["entropy"]
+        return found
+
+
+def build(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) -> list[Evaluator]:
+    """The evaluator, if the configuration names a curve."""
+    config = settings.config
+    if not config.eval.curve:
+        return []
+    curve = Curve.read(Path(find(config.eval.curve)))
+    extractor = extractor_of(config, policy.device)
+    if curve.features != extractor.name:
+        raise ConfigError(
+            f"config.eval.curve = {config.eval.curve!r} is of the features {curve.features!r}, not {extractor.name!r}, "
+            "as config.diversity has them; it takes a curve of these."
+        )
+    weighted = WeightedReward(reward.models, curve.rewards)
+    detector = None
+    if "modes" in curve.law:
+        detector = load_scorer("config.eval.judge", SCENE_SCORER, config.eval.judge, policy.device)
+    measured = RewardEvaluator(weighted, config.eval.batch_size, policy.device)
+    return [ExactCurveEvaluator(curve, extractor, measured, detector, how_often(config))]
