@@ -89,28 +89,42 @@ def _epochs(names: Sequence[str]) -> Iterator[dict[str, Callable[[], None]]]:
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        yield {name: _epoch_of(name, folder, accelerator, stack) for name in names}
+    recipes = {name: (f"tiny_{ENTRIES[name][0]}", ENTRIES[name][1]) for name in names}
+    with tempfile.TemporaryDirectory() as folder, epochs_of(recipes, folder, Accelerator(cpu=True)) as epochs:
+        yield epochs
 
 
-def _epoch_of(name: str, folder: str, accelerator: Accelerator, stack: ExitStack) -> Callable[[], None]:
+@contextmanager
+def epochs_of(
+    recipes: Mapping[str, tuple[str, Mapping[str, Any]]], folder: str, accelerator: Accelerator
+) -> Iterator[dict[str, Callable[[], None]]]:
+    """name -> a function that trains one epoch of (recipe, what differs from it)."""
+    with ExitStack() as stack:
+        yield {
+            name: _epoch_of(name, recipe, changes, folder, accelerator, stack)
+            for name, (recipe, changes) in recipes.items()
+        }
+
+
+def _epoch_of(
+    name: str, recipe: str, changes: Mapping[str, Any], folder: str, accelerator: Accelerator, stack: ExitStack
+) -> Callable[[], None]:
     from flow_grpo import places
+    from flow_grpo.methods.registry import method_of
     from flow_grpo.policy import Policy
-    from flow_grpo.prompts import PromptDataset
+    from flow_grpo.prompts import training_prompts
     from flow_grpo.recipes.registry import get_config
     from flow_grpo.rewards.building import build_reward
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import resolve
 
-    method, changes = ENTRIES[name]
-    config = get_config(f"tiny_{method}")
+    config = get_config(recipe)
     config.update_from_flattened_dict(dict(changes))
     config.logdir, config.run_name, config.trackers = folder, name, ()
     settings = resolve(config, 1, cuda=False)
     run = stack.enter_context(Run(settings, accelerator))
     policy, reward = Policy.load(settings, accelerator), build_reward(settings.config, accelerator.device)
-    prompts, loop = PromptDataset.load(config.prompts.train), places.load(METHODS[method].loop)
+    prompts, loop = training_prompts(config), places.load(method_of(config).loop)
 
     def epoch() -> None:
         loop(policy, prompts, reward, settings, run)

@@ -94,17 +94,25 @@ def choose(captions: Sequence[Caption], count: int, *key: str) -> list[Caption]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Write train.jsonl, and of held-out captions test.jsonl and eval_diversity.jsonl, each line with its kind.
+    """Write train.jsonl and its hard kinds, and of held-out captions test.jsonl and eval_diversity.jsonl.
 
+    Each line has its kind.
     Kinds are what `sample.prompt_sampling=balanced` balances by `sample.prompt_category=kind`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, (source, count) in PROMPTS.items():
         chosen = [caption for kind in KINDS for caption in choose(source(kind), count, name, kind)]
-        lines = [json.dumps({"prompt": caption.text, "kind": caption.kind}) for caption in chosen]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        _write(folder / f"{name}.jsonl", chosen)
+        if name == "train":
+            _write(folder / "train_hard.jsonl", [caption for caption in chosen if caption.kind in HARD])
 
 
+def _write(path: Path, captions: Sequence[Caption]) -> None:
+    lines = [json.dumps({"prompt": caption.text, "kind": caption.kind}) for caption in captions]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+HARD = ("two", "count", "position")  # of which the base model gets one in five right: groups hold both
 PROMPTS = {  # file -> whose captions, and how many of a kind, where there are so many
     "train": (training_captions, 100),
     "test": (test_captions, 20),

@@ -1,0 +1,115 @@
+"""Methods on scenes, with a reward of 0 or 1 and with the log-probability of being right, beside the exact law.
+
+    python scripts/bench/scenes.py cost              seconds of an epoch of each method, on two free cores
+    python scripts/study/curve.py scenes_nft --images 480 --out logs/bench/scenes      the exact law
+    python scripts/bench/scenes.py train --jobs 2    three seeds of each; done runs are skipped
+    python scripts/bench/scenes.py write             results.json, table.md and frontier.png
+
+The cost is committed, in assets/figures/scenes. The epochs of a method are its seconds in BUDGETS over its seconds an
+epoch there: fixed before any run, so that a busy machine changes nothing.
+
+- Recipes are `scenes_<method>`. All train on the captions of train_hard.jsonl: two objects, counting, position.
+- Evaluation: 16 images of each of the 100 held-out captions, of all six kinds, on the same noises for all.
+- Right is what the judge finds right, a detector that no reward comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flow_grpo.commands.cli import one_sentence_errors
+from flow_grpo.files import read_object, strict_json, write_atomically
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
+
+from scripts.bench.machine import cpu_model
+from scripts.bench.scenes_results import write
+from scripts.study.plan import StudyRun
+from scripts.study.run import train_all
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "assets/figures/scenes"
+SEEDS, EVALUATIONS, THREADS = (0, 1, 2), 3, 2
+BUDGETS = {"nft": 900.0, "grpo": 900.0, "drtune": 300.0, "anchored": 900.0}  # seconds of training on two free cores
+SETTINGS: Mapping[str, Any] = {
+    "prompts.train": "assets/prompts/scenes/train_hard.jsonl",
+    "prompts.eval_diversity": "assets/prompts/scenes/test.jsonl",
+    "eval.num_image_per_prompt": 16,
+    "eval.rewards": ("scenes",),
+    "eval_ode_log_prob": False,
+}
+WARM_UP, ROUNDS = 1, 3  # epochs of each method, in turn
+
+
+def cost(out: Path) -> None:
+    """Measure every method in turn, so that what else the machine does meets all of them alike; write cost.json."""
+    import torch
+    from accelerate import Accelerator
+
+    from scripts.bench.methods import epochs_of
+
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as folder, epochs_of(_recipes(), folder, Accelerator(cpu=True)) as epochs:
+        times: dict[str, list[float]] = {name: [] for name in epochs}
+        for _ in range(WARM_UP + ROUNDS):
+            for name, epoch in epochs.items():
+                begin = time.perf_counter()
+                epoch()
+                times[name].append(time.perf_counter() - begin)
+    seconds = {name: statistics.median(found[WARM_UP:]) for name, found in times.items()}
+    found = {"machine": cpu_model(), "threads": THREADS, "rounds": ROUNDS, "seconds": seconds}
+    write_atomically(out / "cost.json", strict_json(found, indent=1) + "\n")
+
+
+def _recipes() -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Name -> recipe, and what differs from it."""
+    return {name: (f"scenes_{name}", SETTINGS) for name in BUDGETS}
+
+
+def plan(out: Path = RESULTS) -> list[StudyRun]:
+    """Three seeds of each method, with epochs for its budget by the committed seconds an epoch."""
+    seconds = read_object(out / "cost.json")["seconds"]
+    runs = []
+    for seed in SEEDS:
+        for name, budget in BUDGETS.items():
+            epochs = max(1, round(budget / seconds[name]))
+            every = -(-epochs // EVALUATIONS)
+            once = {"num_epochs": epochs, "save_freq": every, **SETTINGS}
+            runs.append(StudyRun("scenes", name, f"scenes_{name}", seed, 0.0, every, once))
+    return runs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do one of the three; 0, or 1 after naming the runs that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("cost", "train", "write"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
+    parser.add_argument("--only", default="", help="train and write: methods, commas between (default: all)")
+    parser.add_argument("--logs", type=Path, default=Path("logs/bench/scenes"), help="folder of the runs and the curve")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args(arguments)
+    only = [word for word in args.only.split(",") if word]
+    with one_sentence_errors():
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.what == "cost":
+            cost(args.out)
+            return 0
+        runs = [run for run in plan(args.out) if not only or run.label in only]
+        if args.what == "write":
+            write(runs, args.logs, args.out)
+            return 0
+        failed = train_all(runs, args.logs.resolve(), args.jobs)
+        if failed:
+            print(f"error: {', '.join(failed)} failed; their logs are in {args.logs}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

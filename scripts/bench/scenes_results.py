@@ -1,0 +1,144 @@
+"""What the runs of scripts/bench/scenes.py show: results.json, table.md and frontier.png."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from flow_grpo.curve import Curve
+from flow_grpo.errors import ConfigError
+from flow_grpo.figure_text import optional_figure
+from flow_grpo.files import read_object, strict_json, write_atomically
+from flow_grpo.methods.registry import METHODS
+from flow_grpo.runs.evaluations import records_of
+from flow_grpo.scenes.captions import KINDS, parse
+from flow_grpo.statistics import mean_interval
+from scripts.scenes.data import HARD
+
+if TYPE_CHECKING:
+    from flow_grpo.runs.record import Record
+    from scripts.study.plan import StudyRun
+
+TEMPLATE, CURVE = "scenes.md.j2", "scenes_nft/curve.json"
+
+
+def write(runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
+    """Read the runs' folders and write the three files; ConfigError where one is missing."""
+    missing = [run.name for run in runs if not (logs / run.name / "metrics.jsonl").is_file()]
+    if missing:
+        raise ConfigError(f"{logs} lacks {missing[0]} and {len(missing) - 1} more; `train` makes them.")
+    curve, cost = Curve.read(logs / CURVE), read_object(out / "cost.json")
+    outcomes = [outcome(records_of(logs / run.name), run, cost["seconds"][run.label], curve) for run in runs]
+    law = [{name: values[i] for name, values in curve.law.items()} for i in range(len(curve.law["reward"]))]
+    found = {
+        "outcomes": outcomes,
+        "summary": summarise(outcomes),
+        "law": {"prompts": len(curve.prompts), "points": law, "first": dict(curve.first)},
+    }
+    write_atomically(out / "results.json", strict_json(found, indent=1) + "\n")
+    write_atomically(out / "table.md", table(found, cost))
+    with optional_figure(out / "frontier.png"):
+        draw(outcomes, curve, out / "frontier.png")
+
+
+def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Curve) -> dict[str, Any]:
+    """One run, at each of its evaluations, the base's first."""
+    found = []
+    for record in records:
+        right = _right(record)
+        exact = _on_curve(record, curve)
+        found.append(
+            {
+                "epoch": record.epoch,
+                "seconds": record.epoch * seconds,
+                "judge": {kind: float(np.mean(values)) if values else math.nan for kind, values in right.items()},
+                "reward": float(np.mean([x for x in record.rewards["scenes"] if x is not None])),
+                "vendi": float(np.mean(record.diversity.vendi)) if record.diversity else None,
+                "modes": record.extra.get("modes/entropy"),
+                "exact": exact,
+            }
+        )
+    return {"method": run.label, "seed": run.seed, "evaluations": found}
+
+
+def _right(record: Record) -> dict[str, list[bool]]:
+    """Of each image whether the judge finds it right: by kind, of all, and of the kinds that are trained."""
+    assert record.judge is not None
+    kinds = [parse(record.prompts[prompt]).kind for prompt in record.prompt]
+    right = [guess == prompt for guess, prompt in zip(record.judge.guess, record.prompt, strict=True)]
+    found: dict[str, list[bool]] = {
+        kind: [fits for fits, other in zip(right, kinds, strict=True) if other == kind] for kind in KINDS
+    }
+    return found | {"all": right, "trained": [fits for kind in HARD for fits in found[kind]]}
+
+
+def _on_curve(record: Record, curve: Curve) -> dict[str, float]:
+    """Reward and Vendi score on the curve's prompts, and the share that is kept of the law's."""
+    assert record.diversity is not None
+    places = [record.prompts.index(prompt) for prompt in curve.prompts]
+    rewards = [x for x, p in zip(record.rewards["scenes"], record.prompt, strict=True) if p in places and x is not None]
+    vendi = dict(zip(record.diversity.prompts, record.diversity.vendi, strict=True))
+    figures = {"reward": float(np.mean(rewards)), "vendi": float(np.mean([vendi[place] for place in places]))}
+    return {**figures, "kept": curve.kept(figures)["vendi"]}
+
+
+def summarise(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method: means over seeds with 95 % t-intervals, at the end."""
+    rows = []
+    for name in dict.fromkeys(o["method"] for o in outcomes):
+        mine = [o["evaluations"] for o in outcomes if o["method"] == name]
+        last, base = [e[-1] for e in mine], mine[0][0]
+        row: dict[str, Any] = {"method": name, "title": METHODS[name].title, "seeds": len(mine)}
+        row |= {"epochs": last[0]["epoch"], "seconds": last[0]["seconds"], "base": base["judge"]}
+        row["judge"] = {kind: _interval([e["judge"][kind] for e in last]) for kind in base["judge"]}
+        row["ratio"] = _interval([e["judge"]["trained"] / base["judge"]["trained"] for e in last])
+        row |= {name: _interval([e[name] for e in last]) for name in ("reward", "vendi", "modes")}
+        row["kept"] = _interval([e["exact"]["kept"] for e in last])
+        row["base_vendi"], row["base_modes"] = base["vendi"], base["modes"]
+        rows.append(row)
+    return rows
+
+
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean and half width over the seeds that have the figure, and how many have."""
+    found = mean_interval(values)
+    return {"mean": found.estimate, "half": (found.high - found.low) / 2, "count": found.count}
+
+
+def table(found: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
+    """The page's text."""
+    from scripts.bench.methods_results import shown
+
+    environment = Environment(  # Markdown: nothing is escaped
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["shown"] = shown
+    return environment.get_template(TEMPLATE).render(rows=found["summary"], law=found["law"], kinds=KINDS, cost=cost)
+
+
+def draw(outcomes: Sequence[Mapping[str, Any]], curve: Curve, path: Path) -> None:
+    """Diversity against the share that is right, a line for each method (mean over seeds), beside the exact law."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    rewards = np.asarray(curve.law["reward"])
+    shares = 100 * np.asarray(curve.law["vendi"]) / curve.law["vendi"][0]
+    axes.plot(100 * (rewards - rewards[0]), shares, "k-", lw=2.5, label="exact law")
+    for marker, name in zip("osD^vP", dict.fromkeys(o["method"] for o in outcomes), strict=False):
+        mine = [[e["exact"] for e in o["evaluations"]] for o in outcomes if o["method"] == name]
+        gain = np.mean([[100 * (e["reward"] - run[0]["reward"]) for e in run] for run in mine], axis=0)
+        vendi = np.mean([[100 * e["vendi"] / run[0]["vendi"] for e in run] for run in mine], axis=0)
+        axes.plot(gain, vendi, marker=marker, ms=5, lw=1.2, label=METHODS[name].title)
+    axes.set_xlabel("more right images of 100 than the base model's, held-out captions")
+    axes.set_ylabel("Vendi score of 16 images of a caption, % of the base model's")
+    axes.legend()
+    figure.savefig(path, dpi=130, metadata={"Software": None})
