@@ -52,6 +52,7 @@ TAKEN = ("pretrained.", "resolution", "height", "width", "max_sequence_length", 
 LARGE_BATCH = 4  # images at once, of more than SMALL pixels
 LEAST_IMAGES = 5  # of a prompt, for every interval
 FREE_REWARD = "jpeg_compressibility"  # in the place of a reward where none is measured: a configuration has one
+MOST_TOKENS = 512  # of a prompt: more is a tokenizer without a limit
 KINDS = ("clip", "dinov2", "open_clip", "scenes")
 OPEN_CLIP_SOURCES = ("hf-hub:", "local-dir:")
 
@@ -251,7 +252,16 @@ def _foreign(pipeline: str) -> ConfigDict:
     if config.resolution > SMALL:
         config.eval.num_steps, config.eval.guidance_scale = family.num_steps, family.guidance_scale if guided else 1.0
         config.max_sequence_length, config.eval.batch_size = family.max_sequence_length, LARGE_BATCH
+    else:
+        config.max_sequence_length = _tokens_of(folder) or config.max_sequence_length
     return config
+
+
+def _tokens_of(folder: Path) -> int:
+    """The most tokens of a prompt that a small pipeline's last tokenizer takes; 0: it does not say."""
+    found = sorted(folder.glob("tokenizer*/tokenizer_config.json"))
+    most = read_object(found[-1]).get("model_max_length") if found else 0
+    return most if type(most) is int and 0 < most <= MOST_TOKENS else 0
 
 
 def _side_of(folder: Path) -> int:

@@ -142,6 +142,12 @@ def test_the_embedded_sd3_is_the_default_base(tmp_path, random_models) -> None:
     )
 
 
+@pytest.mark.parametrize(("pipeline", "tokens"), [("assets/tiny_sd3", 8), ("assets/tiny_scenes", 12)])
+def test_prompts_of_a_small_pipeline_are_as_long_as_its_tokenizer_takes(pipeline, tokens) -> None:
+    """ "an orange t-shirt and a purple sneaker" is longer than a prompt of the tiny SD3."""
+    assert look_at(find_out(pipeline), None, Options()).config.max_sequence_length == tokens
+
+
 def test_another_models_lora_is_refused_before_anything_loads(tmp_path, options, capsys, monkeypatch) -> None:
     monkeypatch.setattr("flow_grpo.commands.check._compare", lambda *_: pytest.fail("a model was loaded"))
     wrong = {"transformer_blocks.0.attn.to_q": Layer(torch.zeros(4, 1536), torch.zeros(1536, 4), 4.0)}
