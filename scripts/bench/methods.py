@@ -153,15 +153,18 @@ def memory(name: str) -> None:
 # --- the exact law ----------------------------------------------------------------------------------------
 
 
-def curve(out: Path) -> None:
+def curve(out: Path, logs: Path) -> None:
     """Draw the base model's images, measure them, and write the law of each strength to curve.json."""
     import numpy as np
 
     from flow_grpo import frontier
     from flow_grpo.diversity.rke import median_bandwidth, rke_score
     from flow_grpo.diversity.vendi import vendi_score
+    from flow_grpo.recipes.registry import get_config
+    from scripts.study.base_images import base_images
 
-    rewards, right, features = _base_images()
+    images = base_images(get_config("tiny_drtune"), IMAGES, logs / "base")
+    rewards, features = images.reward, images.features
     first = features[:, :SET]  # on which a run chooses its bandwidth
     bandwidth = median_bandwidth(list(first))
     draws = frontier.Draws.of(rewards, SET, REPEATS, seed=0)
@@ -173,43 +176,11 @@ def curve(out: Path) -> None:
     for strength in STRENGTHS:
         point, weights = frontier.point(rewards, strength), frontier.weights(rewards, strength)
         row = {"strength": strength, "reward": point.reward, "kl": point.kl, "effective": point.effective}
-        row["judge"] = frontier.expectation(weights, right)
+        row["judge"] = frontier.expectation(weights, images.right)
         rows.append(row | {name: frontier.diversity(draws, strength, score)[0] for name, score in scores.items()})
     best = float(np.max(rewards, 1).mean())
     found = {"images": IMAGES, "prompts": len(rewards), "bandwidth": bandwidth, "best_of_all": best, "rows": rows}
     write_atomically(out / "curve.json", strict_json(found, indent=1) + "\n")
-
-
-def _base_images() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rewards (P, N), whether the judge sees the prompt (P, N), and features (P, N, d), of the evaluation's prompts."""
-    import numpy as np
-    from accelerate import Accelerator
-
-    from flow_grpo.evaluators.base import SampleRequest
-    from flow_grpo.evaluators.diversity import extractor_of
-    from flow_grpo.evaluators.evaluation import draw_samples, sample_evaluators
-    from flow_grpo.policy import ImageModel, load_pretrained
-    from flow_grpo.prompts import PromptDataset
-    from flow_grpo.recipes.registry import get_config
-    from flow_grpo.rewards.building import build_reward
-    from flow_grpo.runs.progress import Bars
-    from flow_grpo.settings import resolve
-
-    settings = resolve(get_config("tiny_drtune"), 1, cuda=False)
-    accelerator = Accelerator(cpu=True)
-    model = ImageModel(load_pretrained(settings), settings, accelerator)
-    prompts = PromptDataset.load(settings.config.prompts.test)
-    samples = draw_samples(
-        model, prompts, settings, cast("Run", Bars()), [SampleRequest(tuple(prompts.prompts), IMAGES)]
-    )
-    shape = len(prompts), IMAGES
-    reward = build_reward(settings.config, accelerator.device)
-    measured = [e.evaluate(samples) for e in sample_evaluators(reward, settings, accelerator.device)[:2]]
-    guesses = next(found.judge for found in measured if found.judge is not None).guess
-    rewards = next(found.rewards for found in measured if found.rewards)["total"]
-    right = np.array(guesses) == samples.prompt_ids.numpy()
-    features = extractor_of(settings.config, accelerator.device)(samples.images)
-    return np.array(rewards).reshape(shape), right.reshape(shape).astype(float), features.reshape(*shape, -1)
 
 
 # --- the runs ---------------------------------------------------------------------------------------------
@@ -250,7 +221,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1 if failed else 0
         else:
             args.out.mkdir(parents=True, exist_ok=True)
-            {"cost": cost, "curve": curve, "write": lambda out: write(plan(out), args.logs, out)}[args.what](args.out)
+            steps: dict[str, Callable[[], None]] = {
+                "cost": lambda: cost(args.out),
+                "curve": lambda: curve(args.out, args.logs.resolve()),
+                "write": lambda: write(plan(args.out), args.logs, args.out),
+            }
+            steps[args.what]()
     return 0
 
 
