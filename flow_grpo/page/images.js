@@ -38,9 +38,9 @@ function spriteOf(checkpoint) {
 function judgement(checkpoint, place) {
   if (!checkpoint.guess) return { disagrees: false, words: "" };
   const guess = checkpoint.guess[place];
+  if (guess === null) return { disagrees: false, words: "not judged" };
+  if (guess < 0) return { disagrees: true, words: "judge: something else" };
   const disagrees = guess !== checkpoint.prompt[place];
-  if (guess === null) return { disagrees, words: "not a finite image" };
-  if (guess < 0) return { disagrees, words: "judge: something else" };
   return { disagrees, words: `${disagrees ? "judge sees" : "judge agrees:"} ${checkpoint.run.prompts[guess]}` };
 }
 

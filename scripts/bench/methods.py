@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from flow_grpo.commands.cli import one_sentence_errors
 from flow_grpo.errors import ConfigError
@@ -43,10 +43,8 @@ from scripts.study.plan import StudyRun
 from scripts.study.run import train_all
 
 if TYPE_CHECKING:
-    import numpy as np
     from accelerate import Accelerator
 
-    from flow_grpo.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets/figures/methods"

@@ -54,6 +54,19 @@ def test_images_are_framed_where_the_judge_disagrees(view: Page, pages: dict[str
     assert view.count(".on-the-right .disagrees") == wrong
 
 
+def test_images_that_were_not_judged_or_are_of_no_prompt_are_told_apart(view: Page) -> None:
+    """Images that are drawn for their diversity alone have no guess, and are no mistakes."""
+    view.open("run")
+    checkpoint = "{ guess: [null, -1, 0, 1], prompt: [0, 0, 0, 0], run: { prompts: ['a bag', 'a boot'] } }"
+    said = view.js(f"return [0, 1, 2, 3].map((place) => judgement({checkpoint}, place))")
+    assert [(one["disagrees"], one["words"]) for one in said] == [
+        (False, "not judged"),
+        (True, "judge: something else"),
+        (False, "judge agrees: a bag"),
+        (True, "judge sees a boot"),
+    ]
+
+
 def test_pointing_at_an_image_frames_the_same_noise_on_the_other_side(view: Page) -> None:
     view.open("run")
     ActionChains(view.driver).move_to_element(view.find(".on-the-left .tile")).perform()
