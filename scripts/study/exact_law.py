@@ -62,7 +62,7 @@ def curve(images: BaseImages, strengths: Sequence[float], seed: int = 0, repeats
     for strength in strengths:
         effective = frontier.point(images.reward, strength).effective
         if effective >= LEAST_EFFECTIVE or strength == 0:
-            found.append(LawPoint(strength, effective, _figures(images, strength, figures, seed, repeats)))
+            found.append(LawPoint(strength, effective, figures_at(images, strength, figures, seed, repeats)))
     return found
 
 
@@ -98,9 +98,10 @@ def strengths_of(reward: np.ndarray, points: int = 12) -> list[float]:
 # --- figures of one strength ----------------------------------------------------------------------------
 
 
-def _figures(
+def figures_at(
     images: BaseImages, strength: float, of_sets: Mapping[str, SetFigure], seed: int, repeats: int
 ) -> dict[str, Figure]:
+    """All figures of the law of one strength."""
     whole: dict[str, list[float]] = {}  # of each prompt
     variance: dict[str, list[float]] = {}
     for prompt in range(len(images.prompts)):
@@ -158,9 +159,9 @@ def draw_sets(w: np.ndarray, gumbel: np.ndarray, n: int) -> np.ndarray:
     return np.argpartition(-keys, n - 1, axis=1)[:, :n]
 
 
-def set_figures(images: BaseImages) -> dict[str, SetFigure]:
-    """Vendi and RKE of sets, and of scenes the entropies of what captions leave open."""
-    bandwidth = bandwidth_of(images)
+def set_figures(images: BaseImages, bandwidth: float | None = None) -> dict[str, SetFigure]:
+    """Vendi and RKE of sets, and of scenes the entropies of what captions leave open; a bandwidth of None: theirs."""
+    h = bandwidth_of(images) if bandwidth is None else bandwidth
 
     @lru_cache(maxsize=1)  # prompts come one after another
     def cosines(prompt: int) -> np.ndarray:
@@ -173,7 +174,7 @@ def set_figures(images: BaseImages) -> dict[str, SetFigure]:
         return vendi_of_spectra(np.linalg.eigvalsh(kernel(prompt, sets)), 1.0)
 
     def rke(prompt: int, sets: np.ndarray) -> np.ndarray:
-        squares = np.exp(-np.maximum(2 - 2 * kernel(prompt, sets), 0) / bandwidth**2)
+        squares = np.exp(-np.maximum(2 - 2 * kernel(prompt, sets), 0) / h**2)
         return sets.shape[1] ** 2 / squares.sum((1, 2))
 
     found: dict[str, SetFigure] = {"vendi": vendi, "rke": rke}

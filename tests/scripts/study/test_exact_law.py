@@ -64,7 +64,7 @@ def test_intervals_of_the_mean_reward_cover(strength):
     generator, covered = np.random.default_rng(2), 0
     for _ in range(120):
         images = images_of(generator.normal(size=(4, 200)))
-        covered += exact_law._figures(images, strength, {}, 0, 2)["reward"].images.holds(strength)
+        covered += exact_law.figures_at(images, strength, {}, 0, 2)["reward"].images.holds(strength)
     assert covered / 120 >= 0.89
 
 
@@ -92,7 +92,7 @@ def test_intervals_of_the_vendi_score_cover():
         shown = modes(generator, np.ones(6), (2, 150))
         images = images_of(of_mode[shown], features=features_of(shown, generator))
         figures = {"vendi": set_figures(images)["vendi"]}
-        covered += exact_law._figures(images, strength, figures, 0, 60)["vendi"].images.holds(truth)
+        covered += exact_law.figures_at(images, strength, figures, 0, 60)["vendi"].images.holds(truth)
     assert covered >= 52
 
 
@@ -117,7 +117,7 @@ def test_between_it_is_a_mixture_of_right_and_wrong_images():
     strength = math.log(6.0)  # pi = p e^lambda / (1 - p + p e^lambda) = .6
     point = curve(images_of(reward, reward > 0), [0.0, strength], repeats=4)
     pi = 0.2 * 6 / (0.8 + 0.2 * 6)
-    found = exact_law._figures(images_of(reward, reward > 0), strength, {}, 0, 2)
+    found = exact_law.figures_at(images_of(reward, reward > 0), strength, {}, 0, 2)
     assert found["reward"].estimate == pytest.approx(pi)
     assert found["judge"].estimate == pytest.approx(pi)
     assert found["kl"].estimate == pytest.approx(pi * math.log(pi / 0.2) + (1 - pi) * math.log((1 - pi) / 0.8))
