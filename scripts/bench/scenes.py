@@ -1,7 +1,8 @@
 """Methods on scenes, with a reward of 0 or 1 and with the log-probability of being right, beside the exact law.
 
     python scripts/bench/scenes.py cost              seconds of an epoch of each method, on two free cores
-    python scripts/study/curve.py scenes_nft --images 480 --out logs/bench/scenes      the exact law
+    python scripts/study/curve.py scenes_nft prompts.test=assets/prompts/scenes/test_hard.jsonl --images 400 \\
+        --out logs/bench/scenes                      the exact law
     python scripts/bench/scenes.py train --jobs 2    three seeds of each; done runs are skipped
     python scripts/bench/scenes.py write             results.json, table.md and frontier.png
 
@@ -9,7 +10,8 @@ The cost is committed, in assets/figures/scenes. The epochs of a method are its 
 epoch there: fixed before any run, so that a busy machine changes nothing.
 
 - Recipes are `scenes_<method>`. All train on the captions of train_hard.jsonl: two objects, counting, position.
-- Evaluation: 16 images of each of the 100 held-out captions, of all six kinds, on the same noises for all.
+- Evaluation: 8 images of each of the 100 held-out captions, of all six kinds, and 16 of the 50 of the trained kinds for
+  diversity, on the same noises for all.
 - Right is what the judge finds right, a detector that no reward comes from.
 """
 
@@ -40,8 +42,9 @@ SEEDS, EVALUATIONS, THREADS = (0, 1, 2), 3, 2
 BUDGETS = {"nft": 420.0, "grpo": 420.0, "drtune": 210.0, "anchored": 420.0}  # seconds of training on two free cores
 SETTINGS: Mapping[str, Any] = {
     "prompts.train": "assets/prompts/scenes/train_hard.jsonl",
-    "prompts.eval_diversity": "assets/prompts/scenes/test.jsonl",
-    "eval.num_image_per_prompt": 16,
+    "prompts.eval_diversity": "assets/prompts/scenes/test_hard.jsonl",
+    "eval.num_image_per_prompt": 8,
+    "diversity.num_draws": 50,
     "eval.rewards": ("scenes",),
     "eval_ode_log_prob": False,
 }

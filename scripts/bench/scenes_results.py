@@ -48,10 +48,13 @@ def write(runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
 
 def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Curve) -> dict[str, Any]:
     """One run, at each of its evaluations, the base's first."""
-    found = []
+    found: list[dict[str, Any]] = []
     for record in records:
         right = _right(record)
-        exact = _on_curve(record, curve)
+        exact = _on_curve(record, curve.prompts)
+        base = found[0]["exact"] if found else exact
+        share = curve.share("vendi", exact["reward"] - base["reward"])
+        exact["kept"] = exact["vendi"] / base["vendi"] / share
         found.append(
             {
                 "epoch": record.epoch,
@@ -67,24 +70,23 @@ def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Cur
 
 
 def _right(record: Record) -> dict[str, list[bool]]:
-    """Of each image whether the judge finds it right: by kind, of all, and of the kinds that are trained."""
+    """Of each image that was judged whether it is right: by kind, of all, and of the kinds that are trained."""
     assert record.judge is not None
-    kinds = [parse(record.prompts[prompt]).kind for prompt in record.prompt]
-    right = [guess == prompt for guess, prompt in zip(record.judge.guess, record.prompt, strict=True)]
-    found: dict[str, list[bool]] = {
-        kind: [fits for fits, other in zip(right, kinds, strict=True) if other == kind] for kind in KINDS
-    }
-    return found | {"all": right, "trained": [fits for kind in HARD for fits in found[kind]]}
+    found: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    for guess, prompt in zip(record.judge.guess, record.prompt, strict=True):
+        if guess is not None:
+            found[parse(record.prompts[prompt]).kind].append(guess == prompt)
+    everything = [fits for values in found.values() for fits in values]
+    return found | {"all": everything, "trained": [fits for kind in HARD for fits in found[kind]]}
 
 
-def _on_curve(record: Record, curve: Curve) -> dict[str, float]:
-    """Reward and Vendi score on the curve's prompts, and the share that is kept of the law's."""
+def _on_curve(record: Record, prompts: Sequence[str]) -> dict[str, float]:
+    """Reward and Vendi score on the curve's prompts."""
     assert record.diversity is not None
-    places = [record.prompts.index(prompt) for prompt in curve.prompts]
+    places = [record.prompts.index(prompt) for prompt in prompts]
     rewards = [x for x, p in zip(record.rewards["scenes"], record.prompt, strict=True) if p in places and x is not None]
     vendi = dict(zip(record.diversity.prompts, record.diversity.vendi, strict=True))
-    figures = {"reward": float(np.mean(rewards)), "vendi": float(np.mean([vendi[place] for place in places]))}
-    return {**figures, "kept": curve.kept(figures)["vendi"]}
+    return {"reward": float(np.mean(rewards)), "vendi": float(np.mean([vendi[place] for place in places]))}
 
 
 def summarise(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

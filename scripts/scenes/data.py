@@ -94,7 +94,7 @@ def choose(captions: Sequence[Caption], count: int, *key: str) -> list[Caption]:
 
 
 def write_prompts(folder: Path) -> None:
-    """Write train.jsonl and its hard kinds, and of held-out captions test.jsonl and eval_diversity.jsonl.
+    """Write train.jsonl, and of held-out captions test.jsonl and eval_diversity.jsonl; of the first two the hard kinds.
 
     Each line has its kind.
     Kinds are what `sample.prompt_sampling=balanced` balances by `sample.prompt_category=kind`.
@@ -103,8 +103,8 @@ def write_prompts(folder: Path) -> None:
     for name, (source, count) in PROMPTS.items():
         chosen = [caption for kind in KINDS for caption in choose(source(kind), count, name, kind)]
         _write(folder / f"{name}.jsonl", chosen)
-        if name == "train":
-            _write(folder / "train_hard.jsonl", [caption for caption in chosen if caption.kind in HARD])
+        if name != "eval_diversity":
+            _write(folder / f"{name}_hard.jsonl", [caption for caption in chosen if caption.kind in HARD])
 
 
 def _write(path: Path, captions: Sequence[Caption]) -> None:
