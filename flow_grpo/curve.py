@@ -64,6 +64,14 @@ class Curve:
         shares = np.asarray(self.law[name]) / self.law[name][0]
         return float(np.interp(rewards[0] + gain, rewards, shares))
 
+    def beside(self, reward: float, vendi: float) -> list[tuple[float, float]]:
+        """The law's points (reward, Vendi score) from a base model of these figures on: gains added, shares times."""
+        first = self.law["reward"][0], self.law["vendi"][0]
+        return [
+            (reward + r - first[0], vendi * v / first[1])
+            for r, v in zip(self.law["reward"], self.law["vendi"], strict=True)
+        ]
+
     def kept(self, figures: Mapping[str, Any]) -> dict[str, float]:
         """`kept` of each diversity, from a model's figures on the same prompts and noises; nan beyond the curve."""
         gain = figures["reward"] - self.first["reward"]

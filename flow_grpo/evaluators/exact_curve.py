@@ -20,9 +20,11 @@ from flow_grpo.evaluators.base import Measured, SampleRequest
 from flow_grpo.evaluators.diversity import extractor_of, features_by_prompt, how_often
 from flow_grpo.evaluators.samples import RewardEvaluator
 from flow_grpo.evaluators.scenes import of_modes, seen_by_prompt
+from flow_grpo.files import write_atomically
 from flow_grpo.paths import find
 from flow_grpo.rewards.building import WeightedReward, load_scorer
 from flow_grpo.rewards.registry import SCENE_SCORER
+from flow_grpo.runs.folder import CURVE_FILE
 from flow_grpo.scenes.captions import parse
 
 if TYPE_CHECKING:
@@ -84,13 +86,17 @@ def build(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) 
     config = settings.config
     if not config.eval.curve:
         return []
-    curve = Curve.read(Path(find(config.eval.curve)))
+    path = Path(find(config.eval.curve))
+    curve = Curve.read(path)
     extractor = extractor_of(config, policy.device)
     if curve.features != extractor.name:
         raise ConfigError(
             f"config.eval.curve = {config.eval.curve!r} is of the features {curve.features!r}, not {extractor.name!r}, "
             "as config.diversity has them; it takes a curve of these."
         )
+    if run.is_main and run.holds_folder():
+        with run.writing(CURVE_FILE):  # a page is made from the folder alone
+            write_atomically(run.folder / CURVE_FILE, path.read_bytes())
     weighted = WeightedReward(reward.models, curve.rewards)
     detector = None
     if "modes" in curve.law:

@@ -114,11 +114,16 @@ function lineChart({ label, width, height, series, base, formatX, formatY, whole
  *
  * series: [{colour, points: [{x, y, index, name, run, large}]}]; a point is a button for the keyboard.
  */
-function scatterChart({ label, width, height, series, titles, formatX, formatY, onHover, onPick }) {
+function scatterChart({ label, width, height, series, titles, law, formatX, formatY, onHover, onPick }) {
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": label, class: "pick" });
   const all = series.flatMap((one) => one.points.map((point) => ({ ...point, colour: one.colour })));
-  const inner = { width, height: height - 18, top: MARGIN.top + 20, xs: all.map((point) => point.x), ys: all.map((point) => point.y) };
+  const inner = { width, height: height - 18, top: MARGIN.top + 20, xs: all.map((point) => point.x), ys: [...all, ...law.points].map((point) => point.y) };
   const { x, y } = frame(root, { ...inner, formatX, formatY });
+  if (law.points.length > 1) {
+    const last = law.points.at(-1);
+    root.append(svg("path", { class: "line law", d: path(law.points, x, y) }));
+    root.append(svg("text", { x: x(last.x) - 6, y: y(last.y) - 8, "text-anchor": "end" }, law.label));
+  }
   root.append(svg("text", { x: width - MARGIN.right, y: height - 4, "text-anchor": "end" }, `${titles.x} →`));
   root.append(svg("text", { x: 4, y: MARGIN.top + 4 }, `↑ ${titles.y}`));
   for (const one of series) root.append(svg("path", { class: `line thin c${one.colour}`, d: path(one.points, x, y) }));

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from flow_grpo.curve import Curve
 from flow_grpo.diversity.images import read_rgb
 from flow_grpo.diversity.paired import NEIGHBOURS
 from flow_grpo.errors import ConfigError
@@ -31,7 +32,7 @@ from flow_grpo.page.seeds import (
 )
 from flow_grpo.page.verdicts import direction, diversity_verdict, exploitation_verdict
 from flow_grpo.page.words import FIGURES, load, range_of
-from flow_grpo.runs.folder import IMAGE_FOLDER
+from flow_grpo.runs.folder import CURVE_FILE, IMAGE_FOLDER
 from flow_grpo.runs.record import NONE_OF_THEM, Record
 from flow_grpo.statistics import Interval
 
@@ -141,11 +142,26 @@ def _run(run: PageRun, shown: Sequence[int], pictures: bool) -> dict[str, Any]:
         "epoch": run.epoch,
         "trained": bool(run.config),  # else what is there already is looked at
         "best": run.best,
+        "curve": _curve(run),
         "prompts": prompts,
         "n": _counts([e.record for e in run.evaluations if e.record is not None]),
         "evaluations": [_evaluation(evaluation, run.compares, base) for evaluation in run.evaluations],
         "checkpoints": [_checkpoint(i, run.evaluations[i], prompts, pictures) for i in shown],
     }
+
+
+def _curve(run: PageRun) -> list[tuple[float, float]]:
+    """The exact law from the run's base model on, (reward, Vendi score); [] without one of the run's reward."""
+    path, base = run.folder / CURVE_FILE, run.evaluations[0]
+    if not path.exists() or base.epoch != 0 or not {"reward", "vendi"} <= set(base.figures):
+        return []
+    try:
+        curve = Curve.read(path)
+    except ConfigError as error:
+        say(f"{str(error).rstrip('.')}: no exact law is shown.")
+        return []
+    weights = {key.partition(".")[2]: w for key, w in run.config.items() if key.startswith("reward_fn.") and w}
+    return curve.beside(base.figures["reward"], base.figures["vendi"]) if weights == curve.rewards else []
 
 
 def _counts(records: Sequence[Record]) -> str:

@@ -38,7 +38,14 @@ function drawSentence(run, model) {
   if (line.hidden) return;
   const values = { n: run.n, old: old.toFixed(1), new: model.figures.vendi?.toFixed(1), base: run.base?.name, name: model.name };
   const [both, one] = run.trained ? [WORDS.sentence, WORDS.sentence_base] : [WORDS.sentence_other, WORDS.sentence_alone];
-  line.textContent = fill(model.epoch && values.new ? both : one, values);
+  line.textContent = [fill(model.epoch && values.new ? both : one, values), keptWords(run, model)].filter(Boolean).join(" ");
+}
+
+/** How much of the exact law's diversity a checkpoint keeps, where the run was held against it. */
+function keptWords(run, model) {
+  const kept = model.extra["diversity/kept_of_exact"];
+  if (!model.epoch || !run.evaluations.some((one) => "diversity/kept_of_exact" in one.extra)) return "";
+  return Number.isFinite(kept) ? fill(WORDS.kept, { kept: Math.round(100 * kept) }) : WORDS.beyond;
 }
 
 /** A figure: old -> new, how it differs, and what that means. */

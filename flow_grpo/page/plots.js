@@ -122,7 +122,7 @@ function drawScatter() {
   const width = Math.max(260, Math.round(byId("scatter").clientWidth) || 600);
   scatter = scatterChart({
     label: "reward against different images", width, height: Math.round(clamp(width * 0.6, 240, 380)), series,
-    titles: { x: "reward", y: "different images" }, formatX: tick("number"), formatY: tick("number"),
+    titles: { x: "reward", y: "different images" }, law: { points: lawPoints(series), label: WORDS.law }, formatX: tick("number"), formatY: tick("number"),
     onHover: (point) => {
       if (!point && document.activeElement.closest("#scatter")) return; // the dot that has the focus goes on being told of
       drawThumbnails(point ? checkpointNear(point) : rightModel());
@@ -130,6 +130,17 @@ function drawScatter() {
     onPick: (point) => point && pickPoint(point),
   });
   byId("scatter").replaceChildren(scatter.element);
+}
+
+/** The exact law of the run that is shown, as far as any dot goes. */
+function lawPoints(series) {
+  const most = Math.max(...series.flatMap((one) => one.points.map((point) => point.x)));
+  const points = RUNS[state.run].curve.map(([x, y]) => ({ x, y }));
+  const end = points.findIndex((point) => point.x > most);
+  if (end < 1) return points;
+  const [before, after] = points.slice(end - 1, end + 1);
+  const share = (most - before.x) / (after.x - before.x);
+  return [...points.slice(0, end), { x: most, y: before.y + share * (after.y - before.y) }];
 }
 
 const checkpointNear = ({ run, index }) => run.checkpoints[nearestCheckpoint(run, run.evaluations[index].epoch, 0)];

@@ -44,10 +44,12 @@ from flow_grpo.runs.saved import (
 CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, IMAGE_FOLDER = "config.json", "environment.json", "metrics.jsonl", "images"
 PAGE_FILE = "page.html"
 EVALUATIONS, BASE_FEATURES = "evaluations", "base_features.safetensors"
+CURVE_FILE = "curve.json"  # the exact curve that the run is held against
 RECORD_FOLDERS = ("steps", "diversity", EVALUATIONS)  # <label>_<step>.json, and .webp
 TRACKERS = ("wandb", "tensorboard")  # wandb first: the one that may have to be started twice
 OURS = frozenset(
-    {CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, PAGE_FILE, IMAGE_FOLDER, CHECKPOINTS, *RECORD_FOLDERS, *TRACKERS}
+    {CONFIG_FILE, ENVIRONMENT_FILE, HISTORY_FILE, PAGE_FILE, CURVE_FILE, IMAGE_FOLDER, CHECKPOINTS}
+    | {*RECORD_FOLDERS, *TRACKERS}
 )
 RECORDS = frozenset({CONFIG_FILE, ENVIRONMENT_FILE})  # by which a run is known
 LOCK_FILES = frozenset({LOCK_FILE, OWNER_FILE})

@@ -32,7 +32,7 @@ def curve_of(config, tmp_path, monkeypatch):
     return write
 
 
-def test_the_base_model_keeps_all_of_the_law_and_collapsed_images_little(config, build, curve_of):
+def test_the_base_model_keeps_all_of_the_law(config, build, curve_of, tmp_path):
     config.eval_diversity, config.eval_freq, config.num_seeds = True, 1, 4
     config.eval.curve = str(curve_of())
     parts = build(config)
@@ -45,6 +45,7 @@ def test_the_base_model_keeps_all_of_the_law_and_collapsed_images_little(config,
     (exact,) = [evaluator for evaluator in evaluators if evaluator.name == "exact curve"]
     assert exact.request.prompts == PROMPTS
     assert exact.request.num_image_per_prompt == 4
+    assert (parts.run.folder / "curve.json").read_bytes() == (tmp_path / "curve.json").read_bytes()
 
 
 def test_a_curve_of_another_reward_or_without_diversity_is_refused_at_once(config, curve_of):

@@ -11,7 +11,7 @@ import pytest
 
 from flow_grpo.page.build import build_page
 from scripts.bench.page import start_browser
-from tests.page.pages import CHROMIUM, DRIVER, EPOCHS, HOSTILE, Page, without_base, without_base_images
+from tests.page.pages import CHROMIUM, DRIVER, EPOCHS, HOSTILE, Page, beside_curve, without_base, without_base_images
 from tests.synthetic_records import write_records
 from tests.synthetic_runs import write_run
 
@@ -48,6 +48,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "begun": [write_records(root / "begun", (0,))],
         "baseless": [without_base(write_records(root / "baseless", EPOCHS[:3]))],
         "bare": [write_records(root / "bare", EPOCHS[:3], parts=("reward",))],
+        "curve": [beside_curve(write_records(root / "curve", EPOCHS[:3], overrides={"reward_fn.pickscore": 1.0}))],
         "old": [write_run(root / "old", [0.5, 0.6, 0.7], [0, 5, 10], True, diversity=True)],
     }  # fmt: skip
     return {name: build_page(folders, root / f"{name}.html", "fme view <run>") for name, folders in runs.items()}

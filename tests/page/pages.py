@@ -42,6 +42,24 @@ def without_base(folder: Path) -> Path:
     return folder
 
 
+def beside_curve(folder: Path, weight: float = 1.0) -> Path:
+    """The run when it was held against an exact curve, of the last evaluation's reward alone that is beyond it."""
+    points = [{"reward": 0.5, "vendi": 4.0}, {"reward": 0.53, "vendi": 3.0}, {"reward": 0.7, "vendi": 2.0}]
+    figures = [{"figures": {name: {"estimate": x} for name, x in (point | {"rke": 3.0}).items()}} for point in points]
+    curve = {
+        "prompts": ["a bag"], "set_size": 16, "rewards": {"pickscore": weight}, "features": "x", "bandwidth": 0.5,
+        "first": {"reward": 0.5, "vendi": 4.0, "rke": 3.0}, "points": figures,
+    }  # fmt: skip
+    (folder / "curve.json").write_text(json.dumps(curve))
+    paths = sorted((folder / "evaluations").glob("eval_*.json"))
+    for path in paths[:-1]:
+        record = json.loads(path.read_text())
+        record["extra"]["diversity/kept_of_exact"] = 0.874
+        del record["sha256"]
+        path.write_text(json.dumps(record))
+    return folder
+
+
 class Page:
     """A page in the browser, and what a reader may do with it."""
 

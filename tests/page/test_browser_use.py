@@ -16,6 +16,30 @@ from flow_grpo.page.data import read_runs
 from tests.page.pages import EPOCHS, Page
 from tests.synthetic_records import base_images, drifted
 
+# --- the exact law ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_beside_an_exact_curve_is_told_what_it_keeps_of_it(view: Page) -> None:
+    view.open("curve", "right=10")
+    assert view.text("#sentence").endswith("Of the different images that a gain like this leaves, it keeps 87 %.")
+    assert view.count("#scatter .line.law") == 1
+    view.open("curve", "right=20")
+    assert view.text("#sentence").endswith("No law of the base's images has so much reward to be compared with.")
+    view.open("curve", "right=0")
+    assert "law" not in view.text("#sentence")
+    view.open("run")
+    assert view.count("#scatter .line.law") == 0
+    assert "keeps" not in view.text("#sentence")
+
+
+def test_the_law_ends_where_the_dots_do(view: Page) -> None:
+    view.open("curve")
+    law = view.js("return lawPoints([{ points: [{ x: RUNS[0].curve[0][0] }, { x: RUNS[0].curve[1][0] + 0.017 }] }])")
+    base = view.js("return RUNS[0].curve[0]")
+    assert [point["x"] - base[0] for point in law] == pytest.approx([0, 0.03, 0.047])
+    assert law[2]["y"] / base[1] == pytest.approx((3 - 0.1) / 4)
+
+
 # --- grids ------------------------------------------------------------------------------------------------------
 
 

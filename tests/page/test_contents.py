@@ -10,6 +10,7 @@ from flow_grpo.page import contents
 from flow_grpo.page.build import build_page
 from flow_grpo.page.contents import checkpoints_within
 from flow_grpo.page.data import evenly, read_run
+from tests.page.pages import beside_curve
 from tests.page.small_runs import SMALL, data_of
 from tests.synthetic_records import write_records
 
@@ -75,3 +76,17 @@ def test_a_sprite_that_is_gone_leaves_its_scores(tmp_path: Path, capsys: pytest.
     assert [c["sprite"] is not None for c in checkpoints] == [True, False, False]
     assert all(len(c["rewards"]["total"]) == 16 for c in checkpoints)
     assert capsys.readouterr().err.count("without these images") == 2
+
+
+def test_the_exact_law_begins_at_the_runs_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_records(tmp_path / "run", **SMALL, overrides={"reward_fn.pickscore": 1.0})
+    assert data_of(build_page([folder], tmp_path / "page.html"))["runs"][0]["curve"] == []
+    run = data_of(build_page([beside_curve(folder)], tmp_path / "page.html"))["runs"][0]
+    base = run["evaluations"][0]["figures"]
+    assert run["curve"][0] == pytest.approx([base["reward"], base["vendi"]])
+    assert run["curve"][2] == pytest.approx([base["reward"] + 0.2, base["vendi"] / 2])
+    beside_curve(folder, weight=2.0)  # of another reward
+    assert data_of(build_page([folder], tmp_path / "page.html"))["runs"][0]["curve"] == []
+    (folder / "curve.json").write_text("{")
+    assert data_of(build_page([folder], tmp_path / "page.html"))["runs"][0]["curve"] == []
+    assert "no exact law is shown" in capsys.readouterr().err
