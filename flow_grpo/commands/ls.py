@@ -84,10 +84,11 @@ def recipes(name: str) -> Iterable[str]:
         doc = inspect.getdoc(recipe) or ""
         cost = COST.search(doc)
         processes = registry.INTENDED_PROCESSES[registry.NAMES[new]]
-        meant = "a CPU" if new.startswith("tiny") else f"{processes} GPU{'s' if processes > 1 else ''}"
+        meant = "a CPU" if new.startswith(("tiny", "scenes")) else f"{processes} GPU{'s' if processes > 1 else ''}"
         yield f"{new}: {doc.splitlines()[0]}"
         yield f"    an epoch, on {meant}: {' '.join(cost[2].split()) if cost else 'not counted'}"
-        yield f"    also called {registry.NAMES[new]}"
+        if new != registry.NAMES[new]:
+            yield f"    also called {registry.NAMES[new]}"
         if new == chosen:
             yield from (f"    {key} = {value!r}" for key, value in _own(registry.NAMES[new]))
     yield "Costs are images, and evaluations of the transformer over all processes. `fme train NAME` starts one."

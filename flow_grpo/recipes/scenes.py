@@ -19,7 +19,7 @@ PROMPTS = "assets/prompts/scenes"
 
 
 def scenes_grpo(config: ConfigDict) -> None:
-    """GRPO on scenes: `sde` steps with less noise, which would halve the share of right images.
+    """GRPO on scenes: `sde` steps with little noise, as more of it halves the share of right images.
 
     Cost of an epoch, on 1 process: 160 images; 1,280 sampling, 1,280 training, 0 reference.
     """

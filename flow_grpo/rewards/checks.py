@@ -116,7 +116,8 @@ def check_sides(config: Any, height: int, width: int) -> None:
     for key, side in sides.items():
         if side and (height, width) != (side, side):
             raise ConfigError(
-                f"config.resolution makes images of {height} x {width} pixels, but config.{key} takes {side} x {side}."
+                f"config.resolution = {config.resolution} makes images of {height} x {width} pixels, but config.{key} "
+                f"takes {side} x {side}."
             )
 
 

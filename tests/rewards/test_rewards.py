@@ -105,7 +105,7 @@ def set_values(**values: object) -> Callable[[ConfigDict], None]:
             set_values(use_reward_gradient=True, reward_fn__jpeg_compressibility=0.5),
             (
                 "config.reward_fn.jpeg_compressibility = 0.5 has no gradient, which config.use_reward_gradient = True "
-                "needs; the differentiable rewards are aesthetic, clipscore, hpsv2, imagereward, pickscore, siglip, "
+                "needs; the differentiable rewards are aesthetic, clipscore, hpsv2, imagereward, pickscore, "
                 "scenes_clip, scenes_soft, siglip, target_brightness, target_colour."
             ),
         ),
@@ -239,7 +239,10 @@ def test_a_judge_of_scenes_reads_captions_alone(config, tmp_path):
 )
 def test_scenes_have_one_size(config, key, value):
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(ConfigError, match=rf"images of 32 x 32 pixels, but config\.{key} takes 64 x 64\.$"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^config\.resolution = 32 makes images of 32 x 32 pixels, but config\.{key} takes 64 x 64\.$",
+    ):
         resolve(config, 1, cuda=False)
 
 
