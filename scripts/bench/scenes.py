@@ -39,7 +39,7 @@ from scripts.study.run import train_all
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets/figures/scenes"
 SEEDS, EVALUATIONS, THREADS = (0, 1, 2), 3, 2
-BUDGETS = {"nft": 420.0, "grpo": 420.0, "drtune": 210.0, "anchored": 420.0}  # seconds of training on two free cores
+BUDGETS = {"nft": 420.0, "grpo": 420.0, "drtune": 210.0, "anchored": 210.0}  # seconds of training on two free cores
 SETTINGS: Mapping[str, Any] = {
     "prompts.train": "assets/prompts/scenes/train_hard.jsonl",
     "prompts.eval_diversity": "assets/prompts/scenes/test_hard.jsonl",
