@@ -17,6 +17,7 @@ from config.grpo import RECIPES, get_config
 from flow_grpo.evaluators.evaluation import evaluate, sample_evaluators
 from flow_grpo.methods.registry import method_of
 from flow_grpo.runs.history import read_history
+from tests import forked
 from tests.recipes.test_config import evaluations
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +73,8 @@ def overrides(models: Path, logdir: Path) -> list[str]:
         "prompts.test": models / "prompts.txt", "prompts.eval_diversity": models / "prompts.txt",
         "diversity.model": models / "judge", "num_seeds": 4, "reward_model.pickscore": models / "clip",
         "reward_model.clipscore": models / "clip", "eval.judge": models / "judge", "eval.modes": models / "modes.json",
-        "eval.num_image_per_prompt": 2, "sample.groups_per_epoch": 4, "sample.num_image_per_prompt": 2,
-        "sample.batch_size": 4, "train.batch_size": 4, "train.updates_per_epoch": 1,
+        "eval.num_image_per_prompt": 2, "eval.num_steps": 4, "sample.groups_per_epoch": 4,
+        "sample.num_image_per_prompt": 2, "sample.batch_size": 4, "train.batch_size": 4, "train.updates_per_epoch": 1,
     }  # fmt: skip
     return [f"--config.{key}={value}" for key, value in values.items()]
 
@@ -91,8 +92,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def execute(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment
+def python(*command: str) -> subprocess.CompletedProcess[str]:
+    """With an interpreter of its own, as a launcher needs it."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = (sys.executable, *command)
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -107,10 +110,10 @@ def test_one_and_two_processes_write_the_same_history(random_models, tmp_path):
     """GRPO, every evaluator and checkpoints, with `python` and with `torchrun`; metrics agree to rounding."""
     recipe = ["--config", "config/grpo.py:tiny_sd3", "--config.eval_ode_log_prob=True", "--config.visualize_steps=True"]
     recipe += ["--config.eval_ode_log_prob_freq=2", "--config.entropy.num_image_per_prompt=3"]
-    one = execute(sys.executable, SCRIPT, *recipe, *overrides(random_models, tmp_path / "one"))
+    one = forked.run(SCRIPT, *recipe, *overrides(random_models, tmp_path / "one"))
     assert one.returncode == 0, one.stderr
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    two = execute(*torchrun, SCRIPT, *recipe, *overrides(random_models, tmp_path / "two"), "--config.num_processes=2")
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    two = python(*torchrun, SCRIPT, *recipe, *overrides(random_models, tmp_path / "two"), "--config.num_processes=2")
     assert two.returncode == 0, two.stderr
     for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys()
@@ -122,20 +125,13 @@ def test_one_and_two_processes_write_the_same_history(random_models, tmp_path):
     assert checkpoints == ["checkpoint-000001", "checkpoint-000002"]
 
 
-def test_accelerate_launch_runs_drtune_and_resumes_it(random_models, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "scripts/accelerate_configs/cpu.yaml",
-    ]
+def test_accelerate_launch_runs_drtune_and_the_command_resumes_it(random_models, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--config_file", "scripts/accelerate_configs/cpu.yaml"]
     recipe = [SCRIPT, "--config", "config/grpo.py:tiny_sd3_use_gradient", *overrides(random_models, tmp_path)]
-    first = execute(*launch, *recipe)
+    first = python(*launch, *recipe)
     assert first.returncode == 0, first.stderr
     assert [line["step"] for line in history(tmp_path)] == [0, 1, 2, 2]
-    resume = [SCRIPT, f"--config.resume_from={tmp_path / 'run'}", "--config.num_epochs=3"]
-    again = execute(*launch, *resume)
+    again = forked.run(SCRIPT, f"--config.resume_from={tmp_path / 'run'}", "--config.num_epochs=3")
     assert again.returncode == 0, again.stderr
     assert [line["step"] for line in history(tmp_path)] == [0, 1, 2, 2, 3, 3]
     images = {p.name for p in (tmp_path / "run" / "images").iterdir()}
@@ -143,10 +139,8 @@ def test_accelerate_launch_runs_drtune_and_resumes_it(random_models, tmp_path):
 
 
 def test_more_processes_asked_for_than_launched_is_refused_before_anything_loads(random_models, tmp_path):
-    result = execute(
-        sys.executable, SCRIPT, "--config", "config/grpo.py:tiny_sd3", *overrides(random_models, tmp_path),
-        "--config.num_processes=2",
-    )  # fmt: skip
+    recipe = ["--config", "config/grpo.py:tiny_sd3", *overrides(random_models, tmp_path)]
+    result = python(SCRIPT, *recipe, "--config.num_processes=2")
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1
     assert "num_processes" in result.stderr
@@ -159,9 +153,9 @@ def test_a_run_that_cannot_go_on_ends_with_one_sentence_and_keeps_its_checkpoint
         SCRIPT, "--config", "config/grpo.py:tiny_sd3_use_gradient", *overrides(random_models, tmp_path),
         "--config.eval_freq=0", "--config.train.max_nonfinite_updates=3",
     ]  # fmt: skip
-    assert execute(sys.executable, *arguments, "--config.num_epochs=1").returncode == 0
+    assert forked.run(*arguments, "--config.num_epochs=1").returncode == 0
     absurd = ["--config.train.learning_rate=1e12", "--config.num_epochs=30", f"--config.resume_from={tmp_path / 'run'}"]
-    result = execute(sys.executable, "-c", UNCHECKED_RATE, *arguments, *absurd)
+    result = forked.run("-c", UNCHECKED_RATE, *arguments, *absurd)
     assert result.returncode == 1
     assert "3 updates in a row" in result.stderr.strip().splitlines()[-1]
     assert "Traceback" not in result.stderr
