@@ -32,13 +32,12 @@ def train(folder: Path, *changes: str) -> subprocess.CompletedProcess[str]:
 
 
 def fme(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run(folder, "-m", "flow_grpo.commands.main", *arguments)
+    """Forked from what has imported torch, unless the folder has a torch.py that must not be imported."""
+    command = ("-m", "flow_grpo.commands.main", *arguments)
+    return run(folder, *command) if (folder / "torch.py").exists() else forked.run(*command, cwd=folder)
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Forked from what has imported torch, unless a folder has a torch.py that must not be imported."""
-    if not (folder / "torch.py").exists():
-        return forked.run(*arguments, cwd=folder)
     command = [sys.executable, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
