@@ -61,7 +61,7 @@ class Forked:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
-    def finish(self, timeout: float = 300) -> CompletedProcess[str]:
+    def finish(self, timeout: float = 600) -> CompletedProcess[str]:
         """Wait until all have ended; where one fails, or takes too long, the others are ended."""
         end = time.monotonic() + timeout
         while self.poll() is None and time.monotonic() < end:
