@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # one thread for each of the two test workers: two busy processes of two threads starve each other
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# a file's tests go to one of them, which makes what they share once
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test lint bench study study-quick pretrain
 demo: .venv/installed  ## fine-tune the tiny SD3 with DRTune and GRPO, and report

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import forked
 from tests.worker import NAMES, SHARDED
 
 WORKER = Path(__file__).parent / "worker.py"
@@ -19,10 +17,7 @@ WORKER = Path(__file__).parent / "worker.py"
 
 def run_worker(processes: int, *arguments: str | Path) -> Path:
     """The last argument is the file that the worker writes."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, *map(str, arguments)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, cwd=WORKER.parent.parent)
+    result = forked.run(*arguments, processes=processes)
     assert result.returncode == 0, result.stderr
     return Path(arguments[-1])
 

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,7 @@ def describe_environment(settings: Settings, accelerator: Accelerator) -> dict[s
     }
 
 
+@cache  # a process has those that it began with
 def _package_versions() -> dict[str, str]:
     distributions = importlib.metadata.distributions()
     return dict(sorted((package.name, package.version) for package in distributions if package.name))

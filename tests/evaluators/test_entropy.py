@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +23,7 @@ from flow_grpo.evaluators.evaluation import draw_samples
 from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.loops import drtune
 from flow_grpo.randomness import keyed_generator
+from tests import forked
 from tests.conftest import PROMPTS
 
 
@@ -210,12 +207,7 @@ run.finish()
 
 
 def test_weights_broken_on_one_of_two_processes_give_nan_on_both_and_none_waits_in_vain(random_models, tmp_path):
-    (tmp_path / "script.py").write_text(BROKEN_ON_ONE)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(tmp_path / "script.py"), str(random_models), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = forked.run("-c", BROKEN_ON_ONE, random_models, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no log-densities at epoch 0") == 1
     (whole, broken, seconds), other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 import pytest
 from huggingface_hub import constants, hf_api
+from transformers.utils import hub as transformers_hub
 
 
 def commit_of(name: str, revision: str) -> str:
@@ -111,7 +112,8 @@ def fake_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub = Hub()
     with serving(hub) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(hf_api.api, "endpoint", address)
+        for api in (hf_api.api, transformers_hub.hf_api()):
+            monkeypatch.setattr(api, "endpoint", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

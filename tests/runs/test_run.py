@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +16,7 @@ from flow_grpo.errors import TrainingStopped
 from flow_grpo.files import write_atomically
 from flow_grpo.runs import run as tracking
 from flow_grpo.runs.history import read_history
+from tests import forked
 from tests.runs.new_runs import NewRun, full, lines
 
 # --- history --------------------------------------------------------------------------------------------
@@ -233,11 +231,7 @@ run.finish()
 
 
 def test_two_processes_share_one_folder_and_only_the_main_one_writes(tmp_path: Path) -> None:
-    script, root = tmp_path / "script.py", Path(__file__).parents[2]
-    script.write_text(TWO_PROCESSES)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True)
+    done = forked.run("-c", TWO_PROCESSES, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     main, other = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in (0, 1))
     assert main[1] == other[1]

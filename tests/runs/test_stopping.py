@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from flow_grpo.runs.stopping import Reason, StopWatch, watching
 from flow_grpo.training import checkpoint
 from flow_grpo.training.state import TrainingState
 from flow_grpo.training.trainer import fit
+from tests import forked
 from tests.saved_runs import read_state
 from tests.training.saving import deterministic
 
@@ -74,7 +76,7 @@ def evaluated(config):
     """2 epochs of 2 updates in minibatches of 2; evaluated and saved after each."""
     config.eval_freq = config.save_freq = 1
     config.train.updates_per_epoch, config.train.batch_size, config.sample.batch_size = 2, 2, 4
-    config.eval.batch_size, config.eval.num_prompts = 2, 2
+    config.eval.batch_size, config.eval.num_prompts, config.eval.num_steps = 2, 2, 2
     return config
 
 
@@ -305,23 +307,34 @@ def test_a_process_that_has_gone_is_told_from_other_errors(message, processes, l
 # --- as a command ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]], ids=["1", "2"])
-def test_a_real_signal_ends_every_process_with_one_sentence_and_a_checkpoint(random_models, tmp_path, launcher):
-    """The first epoch's line is in the history: the signal comes in the middle of training."""
-    from tests.scripts.test_train_sd3 import ROOT, SCRIPT, overrides
-
-    recipe = ["--config", "config/grpo.py:tiny_sd3", "--config.num_epochs=1000", "--config.save_freq=0"]
-    command = [sys.executable, *launcher, SCRIPT, *overrides(random_models, tmp_path), *recipe, "--config.eval_freq=0"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def signalled(process: subprocess.Popen[str] | forked.Forked, folder: Path) -> None:
+    """SIGTERM once the first epoch's line is in the history: it comes in the middle of training."""
+    metrics = folder / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 1):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    if not launcher:
-        assert process.returncode == 143
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_real_signal_ends_every_process_with_one_sentence_and_a_checkpoint(random_models, tmp_path, processes):
+    """Two are torchrun's, which passes the signal on."""
+    from tests.scripts.test_train_sd3 import ROOT, SCRIPT, overrides
+
+    recipe = ["--config", "config/grpo.py:tiny_sd3", "--config.num_epochs=1000", "--config.save_freq=0"]
+    command = [SCRIPT, *overrides(random_models, tmp_path), *recipe, "--config.eval_freq=0"]
+    if processes == 1:
+        alone = forked.Forked(*command)
+        signalled(alone, tmp_path)
+        done = alone.finish()
+        said = done.stderr
+        assert done.returncode == 143
         assert "Traceback" not in said
+    else:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command]
+        launched = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+        signalled(launched, tmp_path)
+        _, said = launched.communicate(timeout=120)
     assert said.count("stopped by SIGTERM after epoch") == 1
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
     epoch = int(saved.name.removeprefix("checkpoint-"))

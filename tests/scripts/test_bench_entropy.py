@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 from flow_grpo.entropy import DivergenceEstimator, draw_probes, ode_log_density
 from flow_grpo.randomness import keyed_generator
 from scripts.bench import entropy as bench
+from scripts.bench import entropy_measures
 from scripts.bench.entropy_methods import forward_difference, methods, reference, replaced_log_density
 from scripts.diversity_metrics.toy_flows import GaussianFlow
+from tests import forked
 
 FLOW = GaussianFlow.random(8)
 
@@ -59,7 +62,9 @@ def test_the_references_error_is_the_spread_of_the_refinement_between_probes(dat
     torch.testing.assert_close(found, (one + other) / 2, rtol=1e-12, atol=1e-12)
 
 
-def test_the_command_runs(random_models, tmp_path, capsys):
+def test_the_command_runs(random_models, tmp_path, capsys, monkeypatch):
+    fork = SimpleNamespace(run=lambda command, **_: forked.run(*command[1:]))
+    monkeypatch.setattr(entropy_measures, "subprocess", fork)  # what it measures in processes of their own
     sizes = ["--threads=1", "--steps=4", "--samples=2", "--distinct=2", "--nodes=1", "--refinement=2"]
     options = [f"--model={random_models / 'sd3'}", f"--prompts={random_models / 'prompts.txt'}", f"--out={tmp_path}"]
     assert bench.main([*sizes, *options]) == 0

@@ -35,6 +35,7 @@ from scripts.bench.tilt_problem import PROBLEMS, CorrectedVelocity, Points, Prob
 from scripts.bench.tilt_report import NOTHING, shown, table
 from scripts.bench.tilt_training import LEVEL, Sizes, kl_to, noise, points_of, reference_rows, train, velocity_of
 from scripts.diversity_metrics.toy_flows import GaussianFlow, MixtureFlow
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 UNEQUAL = MixtureFlow.random(3, 2)  # components of different sizes
@@ -218,6 +219,7 @@ def test_a_method_that_maximises_ends_at_the_level_and_is_held_against_the_law_o
 def test_the_command_writes_its_results_a_table_and_a_figure(tmp_path, monkeypatch):
     two = {"a": Entry("drtune", 2, {"sample.sde_type": "ode"}), "b": Entry("grpo", 2, {}, strength=STRENGTH)}
     monkeypatch.setattr(tilt, "ENTRIES", two)
+    monkeypatch.setattr(tilt.multiprocessing, "get_context", lambda _: forked.SERVER)
     tilt.main(["--quick", "--processes=1", "--only", "b", "a", f"--out={tmp_path}"])
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["at"] for row in results["rows"] if row["entry"] == "b"] == [AT_END] * len(PROBLEMS)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
-from tests.scripts.test_train_sd3 import execute, history, overrides
+from tests import forked
+from tests.scripts.test_train_sd3 import history, overrides
 
 SCRIPT = "scripts/train/train_sd3_nsr.py"
 
@@ -15,7 +14,7 @@ def test_it_trains_with_every_evaluator_along_the_run(random_models, tmp_path):
     options = ["--config.eval_diversity_freq=2", "--config.eval_ode_log_prob_freq=2", "--config.visualize_steps_freq=2"]
     options += ["--config.entropy.num_image_per_prompt=2", "--config.eval.ema=False"]
     recipe = ["--config", "config/grpo.py:tiny_sd3_nsr", *overrides(random_models, tmp_path), *options]
-    result = execute(sys.executable, SCRIPT, *recipe)
+    result = forked.run(SCRIPT, *recipe)
     assert result.returncode == 0, result.stderr
     lines = history(tmp_path)
     for line in (lines[0], lines[-1]):
@@ -34,7 +33,7 @@ def test_it_trains_with_every_evaluator_along_the_run(random_models, tmp_path):
     ],
 )
 def test_what_is_not_negative_sample_reinforcement_is_one_sentence(recipe, says):
-    result = execute(sys.executable, SCRIPT, "--config", f"config/grpo.py:{recipe}")
+    result = forked.run(SCRIPT, "--config", f"config/grpo.py:{recipe}")
     assert result.returncode == 2
     assert says in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow_grpo.runs.evaluations import records_of
+from tests import forked
 from tests.conftest import PROMPTS
 from tests.resume_worker import CASES, EVALUATED, SHARDED
 
@@ -24,10 +22,7 @@ EPOCHS = 4
 
 
 def launch(processes: int, *arguments: str | Path | int) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, str(WORKER), *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=WORKER.parent.parent)
+    done = forked.run(WORKER, *map(str, arguments), processes=processes)
     assert done.returncode == 0, done.stderr
 
 

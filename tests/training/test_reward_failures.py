@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -23,9 +19,9 @@ from flow_grpo.runs.saved import CHECKPOINT_STATE
 from flow_grpo.runs.stopping import StopWatch
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
+from tests import forked
 from tests.rewards.http_servers import Answer, answering
 
-ROOT = Path(__file__).parents[2]
 START = 1  # requests of the trial when rewards are built, of two images each
 
 
@@ -169,10 +165,8 @@ def test_scores_outside_their_range_are_refused_at_the_start(config, build):
 
 def test_one_of_two_processes_whose_server_fails_ends_both_and_saves(random_models, tmp_path):
     with red_server(2 * START + 4 * 2 + 1) as address:
-        worker = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tests/reward_worker.py"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-        command = [*worker, str(random_models), str(tmp_path), address]
-        subprocess.run(command, env=env, cwd=ROOT, check=True, capture_output=True, timeout=600)
+        done = forked.run("tests/reward_worker.py", random_models, tmp_path, address, processes=2)
+    assert done.returncode == 0, done.stderr
     said = [(tmp_path / f"process{rank}").read_text() for rank in (0, 1)]
     assert said[0] == said[1]
     assert "the reward red failed in epoch 3" in said[0]
