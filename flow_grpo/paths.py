@@ -31,6 +31,13 @@ def identity(model: str) -> str:
     return os.path.realpath(find(model))
 
 
+def in_full(path: str) -> str:
+    """The whole path of what is in the working folder; assets, and names of what is not there, as they are."""
+    given = os.path.expanduser(path)
+    is_here = os.path.lexists(given) and Path(given).parts[:1] != (ASSETS,)
+    return os.path.abspath(given) if is_here else path
+
+
 def find_from(path: str, folder: str) -> str:
     """What `path` meant in `folder`, where a run was started: its place there, unless that is its place here.
 

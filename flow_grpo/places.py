@@ -23,8 +23,8 @@ def check_packages(subject: str, packages: Sequence[str], extra: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ConfigError(
-            f"{subject} needs {' and '.join(missing)}, which is not installed; "
-            f"pip install 'flow-matching-entropy[{extra}]' installs it."
+            f"{subject} needs {' and '.join(missing)}, not installed here; "
+            f"pip install 'flow-matching-entropy[{extra}]' installs all that it needs."
         )
 
 

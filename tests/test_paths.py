@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from flow_grpo import paths
+from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.recipes.base import leaves
 from flow_grpo.recipes.registry import get_config
-from flow_grpo.runs.config import PATHS, read_config
+from flow_grpo.runs.config import PATHS, read_config, write_out_models
 from flow_grpo.settings import resolve
 from tests.synthetic_runs import write_run
 
@@ -101,6 +102,26 @@ def test_a_file_of_that_name_in_the_working_folder_does_not_stand_in_for_the_run
 def test_where_a_run_was_started_its_settings_stay_as_written(run, elsewhere, monkeypatch):
     monkeypatch.chdir(Path(read_config(run, {}).prompts.test).parent)
     assert read_config(run, {}).prompts.test == "mine.txt"
+
+
+def test_a_run_that_begins_names_its_models_by_their_whole_paths_and_assets_and_the_hubs_as_they_are(run, monkeypatch):
+    home = run.parents[1]
+    monkeypatch.chdir(home)
+    models = ("eval.judge=models/judge", "diversity.model=models/judge", "shaping.model=models/judge")
+    given = (*models, "reward_model.pickscore=assets/tiny_pickscore, models/judge", "prompts.test=mine.txt")
+    config = cli.configure("tiny_grpo", [f"--config.{change}" for change in given], False, get_config)
+    assert {config.eval.judge, config.diversity.model, config.shaping.model} == {f"{home}/models/judge"}
+    assert config.reward_model.pickscore == f"assets/tiny_pickscore, {home}/models/judge"
+    assert (config.pretrained.model, config.reward_model.siglip) == (TINY, "google/siglip2-so400m-patch14-384")
+    assert config.prompts.test == "mine.txt"  # no record repeats where prompts are from
+
+
+def test_a_name_of_open_clip_is_no_folder_of_that_name(run, monkeypatch):
+    monkeypatch.chdir(run.parents[1])
+    config = get_config("tiny_grpo")
+    config.diversity.extractor, config.diversity.model = "open_clip", "models"
+    write_out_models(config)
+    assert config.diversity.model == "models"
 
 
 @pytest.mark.parametrize("kept", [{}, {"working_folder": 3}, {"working_folder": "/nowhere"}])

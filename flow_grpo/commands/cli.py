@@ -32,7 +32,7 @@ from flow_grpo.places import line_in
 from flow_grpo.recipes import registry as grpo
 from flow_grpo.recipes.base import RENAMED, decides_what_is_seen, declare, leaves
 from flow_grpo.rewards.own_files import digest, in_full
-from flow_grpo.runs.config import config_from, read_config
+from flow_grpo.runs.config import config_from, read_config, write_out_models
 from flow_grpo.runs.folder import check_name, flatten, run_folder_of
 from flow_grpo.runs.saved import CHECKPOINT_STATE, checkpoint_state, find_checkpoint
 from flow_grpo.settings import resolve
@@ -134,8 +134,7 @@ def configure(
     for override in overrides:
         _check_key(override, known)
     config.update_from_flattened_dict(read_overrides(overrides, known))
-    for name, place in config.reward_files.items():
-        config.reward_files[name] = in_full(place)
+    config.reward_files.update({name: in_full(place) for name, place in config.reward_files.items()})
     changes = _changes(declared, dict(leaves(config)))
     if before is not None:
         rewritten = _rewritten(config)
@@ -144,6 +143,8 @@ def configure(
         _check_changes(refused, _folder_of(declared) == _folder_of(dict(leaves(config))), allow_changes)
     elif allow_changes:
         raise ConfigError(f"{ALLOW_CHANGES} is for a run that goes on; it comes with --config.resume_from=RUN.")
+    if before is None:
+        write_out_models(config)
     if check:
         resolve(config, read_launcher().num_processes, cuda=True, fetch=True)
         check_read(config, changes)

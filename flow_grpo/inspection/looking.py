@@ -160,7 +160,7 @@ def told_as_given(options: Options) -> Iterator[None]:
                 text = text.replace(f"config.{key} = ", f"{flag} ").replace(f"config.{key}: ", f"{flag}: ")
         if options.reward:
             text = re.sub(r"config\.reward_(?:model|files)\.(\w+) = '([^']*)'", r"--reward \1=\2", text)
-            text = re.sub(r"config\.reward_files\.(\w+)", r"--reward \1", text)
+            text = re.sub(r"config\.reward_(?:files|fn)\.(\w+)", r"--reward \1", text)
         raise ConfigError(text) from error
 
 

@@ -15,9 +15,9 @@ from flow_grpo import places
 from flow_grpo.errors import ConfigError, RewardFailed, TrainingStopped
 from flow_grpo.models.files import LOADING_ERRORS, first_line
 from flow_grpo.rewards.chosen import checkpoints_of, is_own, reward_names, reward_weights, trained_rewards
-from flow_grpo.rewards.own import OwnReward, ask_server, load_own, try_server
+from flow_grpo.rewards.own import RAISED, OwnReward, ask_server, load_own, try_server
 from flow_grpo.rewards.own_files import is_server
-from flow_grpo.rewards.registry import REWARDS, Metadata, Pending, RewardModel, RewardSpec, Server
+from flow_grpo.rewards.registry import CHAT, REWARDS, Metadata, Pending, RewardModel, RewardSpec, Server
 from flow_grpo.types import RewardBatch
 
 
@@ -112,7 +112,7 @@ def _scored(name: str, model: RewardModel, images: Tensor, prompts: Sequence[str
         return model(images, prompts, metadata)
     except (ConfigError, TrainingStopped):
         raise
-    except Exception as error:  # of anybody's code
+    except RAISED as error:
         others = f" and {len(prompts) - 1} more" if len(prompts) > 1 else ""
         file = model.place.file if isinstance(model, OwnReward) else ""
         what = f"on the images of {prompts[0]!r}{others}: {places.failure(error, file)}"
@@ -161,7 +161,8 @@ def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
         return scorers[place, model]
 
     models: dict[str, RewardModel] = {}
-    for name in reward_names(config):
+    names = reward_names(config)
+    for name in sorted(names, key=lambda name: not (is_own(config, name) or name == CHAT)):  # tried before others load
         if is_own(config, name) and is_server(config.reward_files[name]):
             models[name] = ask_server(name, config.reward_files[name], config, device)
         elif is_own(config, name):
@@ -170,7 +171,7 @@ def build_reward(config: Any, device: torch.device | str) -> WeightedReward:
             models[name] = model = _build_model(REWARDS[name], config, scorer)
             if isinstance(model, Server):
                 try_server(model, f"config.chat.url = {config.chat.url!r}", config, device)
-    return WeightedReward(models, reward_weights(config))
+    return WeightedReward({name: models[name] for name in names}, reward_weights(config))
 
 
 def _build_model(spec: RewardSpec, config: Any, scorer: LoadScorer) -> RewardModel:

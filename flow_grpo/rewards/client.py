@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import socket
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +40,7 @@ BUSY = (429, 502, 503, 504)  # of a server that may answer later
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0  # seconds between two attempts, doubled each time, with jitter
 SLICE = 0.5  # seconds of waiting after which it is asked whether scores are still wanted
 LARGEST = torch.finfo(torch.float32).max
+LONGEST = 16 * 2**20  # bytes of an answer
 REASON = 200  # characters quoted of an answer
 
 
@@ -96,6 +99,7 @@ class Caller:
             trust_env=not is_loopback(address),  # no proxy of the environment can reach this machine's own servers
         )
         self._told = False
+        self._found = False  # whether anything has answered at this address
         self.unwanted: Callable[[], bool] = lambda: False  # whether nobody needs scores any more
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # not an executor's threads: the process would not end before these have, and they may wait for a dead server
@@ -147,13 +151,15 @@ class Caller:
         url = f"{self.address}{path}"
         try:
             if body is None:
-                answer = self._client.get(url)
+                answer = self._whole("GET", url)
             else:
-                answer = self._client.post(url, content=body, headers={"Content-Type": kind})
+                answer = self._whole("POST", url, content=body, headers={"Content-Type": kind})
+            self._found = True
         except httpx.TransportError as error:
-            if "CERTIFICATE_VERIFY_FAILED" in str(error):  # no waiting mends it
-                raise self.failure(f"cannot be trusted ({one_line(str(error), REASON)})") from error
-            raise Unanswered(one_line(str(error), REASON) or type(error).__name__) from error
+            why = one_line(str(error), REASON) or type(error).__name__
+            if hopeless := self._hopeless(error):
+                raise self.failure(f"{hopeless} ({why})") from error
+            raise Unanswered(why) from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self.failure(f"cannot be asked ({one_line(str(error), REASON)})") from error
         if answer.status_code in BUSY:
@@ -163,6 +169,25 @@ class Caller:
         if answer.status_code != 200:
             raise self.failure(f"answered {answer.status_code}: {_quoted(answer)}")
         return answer
+
+    def _hopeless(self, error: httpx.TransportError) -> str:
+        """In words, why no waiting mends it; empty: it may pass, as a host that was found is found again."""
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return "cannot be trusted"
+        return "" if self._found or not _is_unknown(error) else "cannot be found: no such host"
+
+    def _whole(self, method: str, url: str, **request: Any) -> httpx.Response:
+        """An answer that is read to its end: httpx bounds the time to each part of one, and not its size."""
+        ends = time.monotonic() + self.network.timeout
+        body = bytearray()
+        with self._client.stream(method, url, **request) as answer:
+            for part in answer.iter_bytes():
+                body += part
+                if len(body) > LONGEST:
+                    raise self.failure(f"answered more than {LONGEST // 2**20} MiB")
+                if time.monotonic() > ends:
+                    raise Unanswered(f"its answer did not end within {self.network.timeout:g} seconds")
+        return httpx.Response(answer.status_code, content=bytes(body))
 
     def _tell(self, state: RetryCallState) -> None:
         """Once for each time that the server goes away."""
@@ -266,6 +291,13 @@ def is_loopback(address: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:  # a name
         return host == "localhost" or host.endswith(".localhost")
+
+
+def _is_unknown(error: BaseException | None) -> bool:
+    """Whether it is that no address has the host's name."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _quoted(answer: httpx.Response) -> str:

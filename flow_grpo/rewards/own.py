@@ -28,6 +28,7 @@ from flow_grpo.randomness import keyed_generator
 from flow_grpo.rewards.own_files import Place, find_place
 from flow_grpo.rewards.registry import Metadata, RewardModel
 
+RAISED = (Exception, SystemExit)  # whatever somebody's code does
 TRIED = 2  # images: a score for each shows that there is one for each
 
 
@@ -48,13 +49,19 @@ class OwnReward:
         found = self.score(images, list(prompts), *more)
         if isinstance(found, list | tuple) and found and all(isinstance(score, Tensor) for score in found):
             found = torch.stack(list(found))
-        scores = torch.as_tensor(found)
+        try:
+            scores = torch.as_tensor(found)
+        except (TypeError, ValueError, RuntimeError):  # of what holds no numbers
+            raise ValueError(f"{self.place.thing} gave {found!r:.80}; {self._wanted(images)}") from None
         if scores.shape != (len(images),) or scores.is_complex():
             raise ValueError(
-                f"{self.place.thing} gave {scores.dtype} of shape {tuple(scores.shape)} for {len(images)} images; it "
-                f"is to give a number for each, of shape ({len(images)},)"
+                f"{self.place.thing} gave {scores.dtype} of shape {tuple(scores.shape)} for {len(images)} images; "
+                f"{self._wanted(images)}"
             )
         return scores.to(images.device, torch.float32)
+
+    def _wanted(self, images: Tensor) -> str:
+        return f"it is to give a number for each image, of shape ({len(images)},)"
 
 
 def load_own(name: str, text: str, config: Any, device: torch.device | str, needs_gradient: bool) -> OwnReward:
@@ -107,7 +114,7 @@ def _imported(name: str, place: Place) -> Any:
     try:
         module = importlib.import_module(place.module) if place.module else _import_file(name, place.file)
         return getattr(module, place.thing)
-    except (Exception, SystemExit) as error:  # whatever somebody's file does
+    except RAISED as error:
         raise ConfigError(f"config.reward_files.{name}: {failure(error, place.file)}.") from error
 
 
@@ -135,9 +142,9 @@ def _made(name: str, place: Place, thing: Any, device: torch.device | str) -> Ca
     if isinstance(thing, type):
         try:
             thing = thing()
-        except Exception as error:
+        except RAISED as error:
             raise ConfigError(
-                f"config.reward_files.{name}: {place.thing}() failed: {failure(error, place.file)}"
+                f"config.reward_files.{name}: {place.thing}() failed: {failure(error, place.file)}."
             ) from error
     if not callable(thing):
         raise ConfigError(
@@ -176,8 +183,8 @@ def _tried(reward: OwnReward, config: Any, device: torch.device | str, needs_gra
     try:
         with torch.no_grad():
             scores = reward(images, prompts, metadata)
-    except Exception as error:
-        raise ConfigError(f"{subject}, tried on random images: {failure(error, reward.place.file)}") from error
+    except RAISED as error:
+        raise ConfigError(f"{subject}, tried on random images: {failure(error, reward.place.file)}.") from error
     _check_scores(reward.name, subject, scores, config)
     why_not = (
         "its attribute differentiable is False" if says is False else _no_gradient(reward, images, prompts, metadata)
@@ -221,7 +228,7 @@ def _no_gradient(reward: OwnReward, images: Tensor, prompts: Sequence[str], meta
             if not scores.requires_grad:
                 return "its scores do not depend on the pixels by operations that autograd knows"
             (gradient,) = torch.autograd.grad(scores.sum(), images, allow_unused=True)
-    except Exception as error:
+    except RAISED as error:
         return failure(error, reward.place.file)
     if gradient is None or not gradient.any():
         return "it is 0 at every pixel of two random images"

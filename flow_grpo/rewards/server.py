@@ -23,6 +23,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from flow_grpo.figure_text import one_line
+from flow_grpo.rewards.own import RAISED
 from flow_grpo.rewards.registry import RewardModel
 from flow_grpo.rewards.wire import digest_of, unpack
 
@@ -115,6 +116,6 @@ def _scores(model: RewardModel, body: bytes, kind: str, limits: Limits, device: 
     try:
         with torch.no_grad():
             found = model(images.to(device), prompts, metadata).double().tolist()
-    except Exception as error:  # the reward may be anybody's; the server goes on
+    except RAISED as error:  # the server goes on
         raise HTTPException(500, f"the reward failed: {one_line(str(error), REASON)}") from error
     return [value if math.isfinite(value) else None for value in found]

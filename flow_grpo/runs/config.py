@@ -5,6 +5,7 @@ Paths in it may be relative to where the run was started: those that are not fou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from ml_collections import ConfigDict
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
-from flow_grpo.paths import find_from
+from flow_grpo.paths import find_from, in_full
 from flow_grpo.recipes.base import by_present_names, declare, get_config, leaves
 from flow_grpo.rewards.chosen import split_models
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, flatten, run_config
 
 # Keys, and groups of them, whose values may be paths.
 PATHS = ("pretrained.model", "pretrained.lora", "prompts.", "reward_model.", "eval.judge", "eval.modes",
-         "diversity.model", "diversity.pretrained")  # fmt: skip
+         "diversity.model", "diversity.pretrained", "shaping.model", "shaping.pretrained")  # fmt: skip
+# Those whose values records repeat, to tell later what they are of: the run's own say the same from every folder.
+RECORDED = ("pretrained.model", "pretrained.lora", "reward_model.", "eval.judge", "diversity.", "shaping.")
 
 
 def read_config(folder: Path, overrides: Mapping[str, Any], num_processes: int | None = 1) -> ConfigDict:
@@ -59,8 +62,21 @@ def _found(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _found_from(key: str, value: str, started_in: str) -> str:
     """The path, or each of several checkpoints of a reward."""
-    parts = split_models(value) if key.startswith("reward_model.") else (value,)
-    return ", ".join(find_from(part, started_in) for part in parts)
+    return ", ".join(find_from(part, started_in) for part in _parts(key, value))
+
+
+def _parts(key: str, value: str) -> tuple[str, ...]:
+    return split_models(value) if key.startswith("reward_model.") else (value,)
+
+
+def write_out_models(config: ConfigDict) -> None:
+    """Give the models of a run that begins, so far as they lie in the working folder, their whole paths."""
+    for key, value in list(leaves(config)):
+        group = key.partition(".")[0]
+        is_name = group in ("diversity", "shaping") and config[group].extractor == "open_clip"  # or a file's
+        if key.startswith(PATHS) and key.startswith(RECORDED) and isinstance(value, str):
+            parts = (part if is_name and not os.path.isfile(part) else in_full(part) for part in _parts(key, value))
+            config.update_from_flattened_dict({key: ", ".join(parts)})
 
 
 def _working_folder(folder: Path) -> str:

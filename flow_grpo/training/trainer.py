@@ -188,6 +188,8 @@ def _one_epoch(
     images, seconds = run.counters.images - images, run.counters.seconds - seconds
     measured = performance(policy, run.phase, images, seconds)
     run.log({f"train/{name}": value for name, value in metrics.items()} | measured, run.counters.epoch)
+    if metrics.get("zero_std_fraction") == 1:
+        run.tell(training_words.ALL_ALIKE.format(epoch=run.counters.epoch), key=training_words.ALL_ALIKE)
     return metrics
 
 

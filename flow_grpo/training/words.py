@@ -17,6 +17,10 @@ BEGINS_UNSEEN = "{folder}: {images} images an epoch; eval_freq is 0, so nothing 
 UNDECIDED = (
     "no judge and no held-out reward (eval.judge, eval.rewards): no best checkpoint is chosen, the latest are kept"
 )
+ALL_ALIKE = (
+    "epoch {epoch}: the images of each prompt all have the same reward, from which nothing is learnt "
+    "(train/zero_std_fraction counts such prompts)"
+)
 ENDS = "done: epoch {epochs}; the page is {page}"
 ENDS_UNSEEN = "done: epoch {epochs}, in {folder}"  # nothing was evaluated
 STOPPED = "ended early, after epoch {epoch}: {why}; {best}"

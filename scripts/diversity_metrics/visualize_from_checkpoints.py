@@ -7,7 +7,8 @@
 For each model, with one load of the base model: images, reward, what the judge recognises, Vendi, RKE, differential
 entropy, the spread of the log-density, the film strip of the denoising, divergence and log-density at every step.
 Samples are those of the run's evaluations: noise and probes are keyed, and the same for every model. The run's
-config.json says everything; the last two options only make it smaller.
+config.json says everything; --num_prompts and --num_seeds only make it smaller. --reward says where the file of a
+reward of the run's own has been moved to.
 
 Written to --out (default: RUN/visualization, or RUN/visualization_ema), a folder as a run's:
 
@@ -34,6 +35,8 @@ from ml_collections import ConfigDict
 from flow_grpo.commands import cli
 from flow_grpo.errors import ConfigError
 from flow_grpo.page.build import build_page
+from flow_grpo.rewards.own_files import read_option
+from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.runs.config import read_config
 from flow_grpo.runs.evaluations import records_of
 from flow_grpo.runs.folder import CONFIG_FILE, EVALUATIONS, PAGE_FILE
@@ -105,6 +108,15 @@ def smaller(config: ConfigDict, num_prompts: int | None, num_seeds: int | None) 
     return changed
 
 
+def place_reward(text: str, config: ConfigDict, run: Path) -> None:
+    """Take what --reward says of where a reward of the run's own is now; ConfigError if it has none of that name."""
+    asked = read_option(text, REWARDS)
+    if not asked.place or asked.name not in config.reward_files:
+        own = ", ".join(config.reward_files) or "none"
+        raise ConfigError(f"--reward {text}: it says where a reward of {run}'s own is now; of its own it has {own}.")
+    config.reward_files[asked.name] = asked.place
+
+
 def results_folder(given: str, run: Path, label: str) -> Path:
     """Where the results go.
 
@@ -122,6 +134,8 @@ def visualize(args: argparse.Namespace, command: str) -> None:
     """Refuse what cannot be; then measure, draw, and write it all."""
     run, label = run_folder(args.checkpoint_dir), "eval_ema" if args.ema else "eval"
     config = read_config(run, {"eval_diversity": True})
+    for text in args.reward:
+        place_reward(text, config, run)
     models = choose_models(run, chosen_checkpoints(args, run), config, args.ema)
     config.update_from_flattened_dict(smaller(config, args.num_prompts, args.num_seeds))
     out = results_folder(args.out, run, label)
@@ -150,6 +164,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     }
     for name, option in options.items():
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **option)
+    told = "where a reward of the run's own is now"
+    parser.add_argument("--reward", action="append", default=[], metavar="NAME=FILE.py:THING", help=told)
     parser.add_argument("--ema", action="store_true", help="the averaged weights of the checkpoints")
     return parser.parse_args(arguments)
 

@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-Answer = tuple[int, Any]  # status, and what is sent: bytes, or what JSON can say
+Answer = tuple[int, Any]  # status, and what is sent: bytes, an iterator of them, or what JSON can say
 
 
 @contextmanager
@@ -40,8 +40,12 @@ def answering(answer: Callable[[str, bytes], Answer]) -> Iterator[str]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, said = answer(self.path, body)
-            sent = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(status)
+            if isinstance(said, Iterator):  # it ends with the connection
+                self.end_headers()
+                self.wfile.writelines(said)
+                return
+            sent = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_header("Content-Length", str(len(sent)))
             self.end_headers()
             self.wfile.write(sent)

@@ -61,6 +61,6 @@ def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch: pyt
     with pytest.raises(ConfigError) as error:
         checks.validate_rewards(make_config("", ocr=1.0))
     assert str(error.value) == (
-        "config.reward_fn.ocr needs rapidocr, which is not installed; "
-        "pip install 'flow-matching-entropy[ocr]' installs it."
+        "config.reward_fn.ocr needs rapidocr, not installed here; "
+        "pip install 'flow-matching-entropy[ocr]' installs all that it needs."
     )

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from config.base import get_config
 from flow_grpo.errors import ConfigError
 from flow_grpo.recipes.base import declare
-from flow_grpo.rewards import chosen, own_files
+from flow_grpo.rewards import building, chosen, own_files
 from flow_grpo.rewards.building import RewardFailed, build_reward, in_batch
 from flow_grpo.rewards.checks import validate_rewards
 from flow_grpo.rewards.own import load_own
@@ -76,6 +76,14 @@ class Unmade:
         raise OSError("no weights")
 
 number = 3
+
+def words(images, prompts):
+    return prompts
+
+def nothing(images, prompts): ...
+
+def ends(images, prompts):
+    raise SystemExit(3)
 """
 
 
@@ -140,6 +148,12 @@ def test_a_network_of_ones_own_is_frozen_and_has_its_gradient_at_the_pixels(file
 SENTENCES = [
     ("none", "mine.py has no none; the nearest is"),
     ("scalar", "ValueError: scalar gave torch.float32 of shape () for 2 images; it is to give a number for each"),
+    (
+        "words",
+        "ValueError: words gave ['a t-shirt', 'a t-shirt']; it is to give a number for each image, of shape (2,).",
+    ),
+    ("nothing", "ValueError: nothing gave None; it is to give a number for each image, of shape (2,)."),
+    ("ends", f"mine.py, line {line_of('SystemExit')}: SystemExit: 3."),
     ("infinite", "tried on random images, gave [inf, inf]; scores are to be finite."),
     ("of_four", "cannot be called with (images, prompts) or (images, prompts, metadata)."),
     ("fails", f"mine.py, line {line_of('KeyError')}: KeyError: 'weights'"),
@@ -284,6 +298,15 @@ def test_paths_are_kept_in_full_and_modules_as_they_are(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert in_full("a/b.py:Thing") == f"{tmp_path}/a/b.py:Thing"
     assert in_full("a.b:Thing") == "a.b:Thing"
+
+
+def test_ones_own_is_tried_before_a_checkpoint_loads(file, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(building, "load_scorer", lambda *arguments: loaded.append(arguments))
+    config = own(file, "scalar", **{"reward_fn.pickscore": 1.0})
+    with pytest.raises(ConfigError, match="scalar gave"):
+        build_reward(resolve(config, 1, cuda=False).config, "cpu")
+    assert loaded == []
 
 
 def test_a_reward_that_raises_names_itself_the_line_the_prompt_and_the_batch(file):

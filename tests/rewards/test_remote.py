@@ -10,6 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import repeat
 
 import httpx
 import pytest
@@ -18,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from flow_grpo.errors import ConfigError, RewardFailed
+from flow_grpo.rewards import client
 from flow_grpo.rewards.checks import check_address
 from flow_grpo.rewards.client import Network, RemoteReward, is_loopback
 from flow_grpo.rewards.server import Limits, reward_app
@@ -229,6 +233,55 @@ def test_a_server_that_never_answers_ends_patience():
 def test_no_server_ends_patience():
     with pytest.raises(RewardFailed, match=r"no answer for 0\.5 seconds .*refused"):
         ask("http://127.0.0.1:9", levels(1), HASTY)
+
+
+def test_a_host_that_nobody_knows_is_told_at_once(monkeypatch):
+    def look_up(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(RewardFailed, match=r"http://no\.such\.host:8000 cannot be found: no such host"):
+        ask("http://no.such.host:8000", levels(1), replace(QUICK, patience=3600.0))
+
+
+def test_a_host_that_has_answered_may_be_unknown_for_a_while(monkeypatch):
+    known = socket.getaddrinfo
+
+    def answer(path: str, body: bytes) -> Answer:
+        return 200, {"scores": [1.0], "digest": digest_of(body)}
+
+    def look_up(*arguments: object) -> object:
+        monkeypatch.setattr(socket, "getaddrinfo", known)
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    with answering(answer) as address:
+        reward = RemoteReward("first", address.replace("127.0.0.1", "localhost"), QUICK)
+        assert reward(levels(1), ["a"], [{}]).tolist() == [1.0]
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        assert reward(levels(1), ["a"], [{}]).tolist() == [1.0]
+    assert socket.getaddrinfo is known  # it was asked again
+
+
+def test_an_answer_that_drips_is_not_waited_for():
+    release = threading.Event()
+
+    def drip() -> Iterator[bytes]:
+        while not release.wait(0.05):  # far quicker than the timeout of each part
+            yield b" "
+
+    with answering(lambda path, body: (200, drip())) as address:
+        with pytest.raises(RewardFailed, match=r"its answer did not end within 0\.3 seconds"):
+            ask(address, levels(1), HASTY)
+        release.set()
+
+
+def test_an_answer_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(client, "LONGEST", 2**20)
+    with (
+        answering(lambda path, body: (200, repeat(b" " * 2**16))) as address,
+        pytest.raises(RewardFailed, match="answered more than 1 MiB"),
+    ):
+        ask(address, levels(1))
 
 
 def test_an_attempt_that_failed_is_repeated_with_the_same_bytes():

@@ -31,14 +31,16 @@ from flow_grpo.evaluators.evaluation import test_request as evaluated_request
 from flow_grpo.evaluators.film_strip import GAP, HEADER, LEFT, film_strip
 from flow_grpo.loops import drtune
 from flow_grpo.policy import Policy
+from flow_grpo.recipes.base import declare
 from flow_grpo.rewards.building import build_reward
+from flow_grpo.runs.config import read_config
 from flow_grpo.runs.evaluations import records_of
 from flow_grpo.runs.progress import Bars
 from flow_grpo.runs.record import Record
 from flow_grpo.runs.run import Run
 from flow_grpo.training import checkpoint
 from scripts.diversity_metrics.checkpoint_measures import FIGURES, std_standard_error
-from scripts.diversity_metrics.visualize_from_checkpoints import main
+from scripts.diversity_metrics.visualize_from_checkpoints import main, place_reward
 from tests import saved_runs
 
 EPOCHS = (1, 2, 3)
@@ -383,6 +385,19 @@ def test_help_needs_no_torch():
     code = "import sys; from scripts.diversity_metrics import visualize_from_checkpoints as v; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_a_reward_of_the_runs_own_that_has_moved_is_taken_from_where_it_is_said_to_be(trained, tmp_path):
+    config = read_config(trained.folder, {})
+    declare(config, ["reward_files.mine"])
+    config.reward_files.mine = "/gone/my.py:score"
+    place_reward(f"mine={tmp_path}/my.py:score", config, trained.folder)
+    assert config.reward_files.mine == f"{tmp_path}/my.py:score"
+
+
+def test_a_reward_that_is_not_the_runs_own_is_one_sentence(refusal):
+    for other in ("theirs=my.py:score", "pickscore"):
+        assert "of its own it has none." in refusal("--checkpoint_steps=1", "--reward", other)
 
 
 @pytest.fixture

@@ -273,6 +273,19 @@ def test_another_error_of_the_page_is_not_hidden(evaluated, build, monkeypatch):
         train_evaluated(evaluated, build, [1, 1])
 
 
+def test_an_epoch_whose_rewards_teach_nothing_is_told_of_once(config, build, capsys):
+    parts, shares = build(config), iter((0.5, 1.0, 1.0))
+
+    def train_epoch(*_):
+        return {"reward": 0.0, "zero_std_fraction": next(shares)}
+
+    for _ in range(3):
+        trainer._one_epoch(parts.policy, train_epoch, parts.prompts, parts.reward, parts.settings, parts.run)
+    said = capsys.readouterr().err
+    assert "epoch 2: the images of each prompt all have the same reward" in said
+    assert said.count("the same reward") == 1
+
+
 def test_ctrl_c_is_one_sentence_that_says_how_to_go_on():
     reason = next(reason for reason in Reason if reason.name == "SIGINT")
     assert str(Interrupted(reason, "after epoch 40, checkpoint 40 is whole")) == (
