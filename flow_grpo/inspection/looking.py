@@ -234,6 +234,7 @@ def _config(thing: Thing, values: Mapping[str, Any] | None, options: Options) ->
     where = (thing.path if thing.run is None else thing.run) or Path()
     other = {"pretrained.model": options.base, "pretrained.revision": ""} if options.base else {}
     config = config_from(taken, where, other)
+    config.eval.curve = ""  # of the run's own prompts and noises
     known_here = known_rewards(config)
     config.eval.rewards = tuple(name for name in config.eval.rewards if name in known_here)
     return config

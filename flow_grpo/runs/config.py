@@ -20,7 +20,7 @@ from flow_grpo.rewards.chosen import split_models
 from flow_grpo.runs.folder import CONFIG_FILE, ENVIRONMENT_FILE, flatten, run_config
 
 # Keys, and groups of them, whose values may be paths.
-PATHS = ("pretrained.model", "pretrained.lora", "prompts.", "reward_model.", "eval.judge", "eval.modes",
+PATHS = ("pretrained.model", "pretrained.lora", "prompts.", "reward_model.", "eval.judge", "eval.modes", "eval.curve",
          "diversity.model", "diversity.pretrained", "shaping.model", "shaping.pretrained")  # fmt: skip
 # Those whose values records repeat, to tell later what they are of: the run's own say the same from every folder.
 RECORDED = ("pretrained.model", "pretrained.lora", "reward_model.", "eval.judge", "diversity.", "shaping.")

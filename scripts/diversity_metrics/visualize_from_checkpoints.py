@@ -133,7 +133,7 @@ def results_folder(given: str, run: Path, label: str) -> Path:
 def visualize(args: argparse.Namespace, command: str) -> None:
     """Refuse what cannot be; then measure, draw, and write it all."""
     run, label = run_folder(args.checkpoint_dir), "eval_ema" if args.ema else "eval"
-    config = read_config(run, {"eval_diversity": True})
+    config = read_config(run, {"eval_diversity": True, "eval.curve": ""})
     for text in args.reward:
         place_reward(text, config, run)
     models = choose_models(run, chosen_checkpoints(args, run), config, args.ema)

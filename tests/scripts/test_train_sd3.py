@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from config.grpo import RECIPES, get_config
 from flow_grpo.evaluators.evaluation import evaluate, sample_evaluators
 from flow_grpo.methods.registry import METHODS, method_of
-from flow_grpo.recipes import families
+from flow_grpo.recipes import families, scenes
 from flow_grpo.recipes.base import leaves
 from flow_grpo.runs.history import read_history
 from tests import forked
@@ -47,9 +47,9 @@ def shrink(config: ConfigDict, models: Path, logdir: Path) -> None:
         config.anchored.target_kl = min(config.anchored.target_kl, 0.1)
 
 
-# Of other families, a recipe says its model's sizes; each family trains on a network of its own, by each of these
-# methods, in tests/models/test_families.py.
-OF_SD3 = [name for name, recipe in RECIPES.items() if recipe not in families.RECIPES]
+# Those of scenes train in tests/recipes/test_scenes.py. Of other families, a recipe says its model's sizes; each family
+# trains on a network of its own, by each of these methods, in tests/models/test_families.py.
+OF_SD3 = [name for name, recipe in RECIPES.items() if recipe not in (*families.RECIPES, *scenes.RECIPES)]
 SIZES = (
     "batch_size", "groups_per_epoch", "num_image_per_prompt", "num_steps", "num_train_steps", "updates_per_epoch",
     "learning_rate", "num_processes", "num_epochs", "freq", "resolution", "max_sequence_length", "recipe",
@@ -69,11 +69,8 @@ TRAINED = list({course(name): name for name in reversed(OF_SD3)}.values())[::-1]
 
 def test_recipes_of_every_method_and_course_are_trained():
     assert {method_of(get_config(name)).name for name in TRAINED} == set(METHODS)
-    assert {method_of(get_config(name)).name for name in RECIPES if name not in OF_SD3} == {
-        "grpo",
-        "drtune",
-        "anchored",
-    }
+    of_families = {method_of(get_config(recipe.__name__)).name for recipe in families.RECIPES}
+    assert of_families == {"grpo", "drtune", "anchored"}
     assert {course(name) for name in TRAINED} == {course(name) for name in OF_SD3}
     assert len(OF_SD3) - len(TRAINED) < 8  # few are left out: those for other numbers of processes
 
