@@ -27,6 +27,7 @@ from flow_grpo.models.files import LOADING_ERRORS
 from flow_grpo.paths import find
 from flow_grpo.rewards.checks import check_checkpoint
 from flow_grpo.scenes.captions import CELLS
+from flow_grpo.scenes.files import RESOLUTION
 
 if TYPE_CHECKING:
     import torch
@@ -301,6 +302,9 @@ def _load_scenes(model: str, pretrained: str, device: torch.device | str, eight_
     detector = CellDetector.load(model).to(device)
 
     def encode(images: Tensor) -> Tensor:
+        if images.shape[-2:] != (RESOLUTION, RESOLUTION):
+            height, width = images.shape[-2:]
+            raise ConfigError(f"{model!r} sees scenes of {RESOLUTION} x {RESOLUTION} pixels, not {height} x {width}.")
         pixels = (255 * images).round() / 255 if eight_bit else images
         return detector.features(2 * split_cells(pixels) - 1).unflatten(0, (-1, CELLS)).flatten(1)
 

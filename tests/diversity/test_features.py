@@ -18,15 +18,17 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from transformers import BitImageProcessor, CLIPProcessor, Dinov2Model
 
-from flow_grpo.diversity.features import EXTRACTORS, FeatureExtractor, load_extractor, pixel_extractor
+from flow_grpo.diversity.features import FeatureExtractor, load_extractor, pixel_extractor
 from flow_grpo.diversity.images import read_images
 from flow_grpo.errors import ConfigError
 from flow_grpo.rewards.clip import ClipScorer
 from flow_grpo.rewards.image_path import ImagePath
+from flow_grpo.scenes.detector import CellDetector
 from tests.diversity.networks import PARITY, PREPROCESS, SIDE, distance, make_images, open_clip_config, spread, unit
 from tests.pictures import to_pil
 
 SIZES = [(32, 32), (64, 64), (20, 20), (32, 48), (45, 40), (40, 72), (65, 64), (100, 300)]  # height, width
+LIBRARIES = ("clip", "dinov2", "open_clip")  # kinds of features
 PIXEL_LEVEL = 1.01 / 255  # the most by which a pixel may differ from the library's: one level of 8 bits
 
 
@@ -67,7 +69,7 @@ def library_features(library: Library, images: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", EXTRACTORS)
+@pytest.mark.parametrize("kind", LIBRARIES)
 def test_features_are_those_of_the_library(
     extractors: dict[str, FeatureExtractor], libraries: dict[str, Library], kind: str, size: tuple[int, int]
 ) -> None:
@@ -157,7 +159,7 @@ def test_clip_features_are_the_scorers_at_its_own_size(
 # --- the call -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", EXTRACTORS)
+@pytest.mark.parametrize("kind", LIBRARIES)
 def test_batch_size_does_not_matter(checkpoints: dict[str, tuple[str, str]], kind: str) -> None:
     images = make_images(40, 72, count=7)
     whole = load_extractor(kind, *checkpoints[kind], batch_size=100)(images)
@@ -167,7 +169,7 @@ def test_batch_size_does_not_matter(checkpoints: dict[str, tuple[str, str]], kin
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", EXTRACTORS)
+@pytest.mark.parametrize("kind", LIBRARIES)
 def test_autocast_and_gradients_around_the_call_change_nothing(
     extractors: dict[str, FeatureExtractor], kind: str
 ) -> None:
@@ -201,7 +203,7 @@ def test_images_go_to_the_device_a_batch_at_a_time() -> None:
     assert seen == [("cpu", 1, torch.float32), ("meta", 4, torch.float32), ("meta", 2, torch.float32)]
 
 
-@pytest.mark.parametrize("kind", EXTRACTORS)
+@pytest.mark.parametrize("kind", LIBRARIES)
 def test_networks_are_moved_to_the_device(
     checkpoints: dict[str, tuple[str, str]], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,3 +269,33 @@ def test_pixel_features_are_those_of_the_saved_image():
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     extract = pixel_extractor()
     np.testing.assert_array_equal(extract(image), extract((255 * image).round() / 255))
+
+
+# --- scenes ---------------------------------------------------------------------------------------------------
+
+SCENES = "assets/tiny_scenes_judge"
+
+
+def test_features_of_a_scene_are_those_of_its_cells_side_by_side() -> None:
+    images = (255 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))).round() / 255
+    detector, extractor = CellDetector.load(SCENES), load_extractor("scenes", SCENES)
+    cells = [images[:, :, y : y + 32, x : x + 32] for y in (0, 32) for x in (0, 32)]
+    expected = torch.cat([detector.features(2 * cell - 1) for cell in cells], 1)
+    assert extractor(images) == pytest.approx(F.normalize(expected, dim=1).numpy(), abs=1e-6)
+    assert extractor.name == f"scenes:{SCENES}"
+
+
+def test_features_of_scenes_are_of_scenes_alone() -> None:
+    with pytest.raises(ConfigError, match="sees scenes of 64 x 64 pixels, not 32 x 32"):
+        load_extractor("scenes", SCENES)(torch.rand(1, 3, 32, 32))
+    with pytest.raises(ConfigError, match="brings its own weights"):
+        load_extractor("scenes", SCENES, "laion2b")
+    with pytest.raises(ConfigError, match="no detector of scenes but 'clip'"):
+        load_extractor("scenes", "assets/tiny_scenes_clip")
+
+
+def test_features_of_scenes_have_a_gradient_without_rounding() -> None:
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    load_extractor("scenes", SCENES, eight_bit=False).differentiable(images).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
