@@ -57,4 +57,5 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def view(browser: Any, pages: dict[str, Path]) -> Iterator[Page]:
     yield Page(browser, pages)
+    browser.get("about:blank")  # a page that loads itself again would go on doing so
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
