@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("cost", "train", "write"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
     parser.add_argument("--only", default="", help="train and write: methods, commas between (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="train and write: of these (default: all)")
     parser.add_argument("--logs", type=Path, default=Path("logs/bench/scenes"), help="folder of the runs and the curve")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args(arguments)
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cost(args.out)
             return 0
         runs = [run for run in plan(args.out) if not only or run.label in only]
+        runs = [run for run in runs if run.seed in args.seeds]
         if args.what == "write":
             write(runs, args.logs, args.out)
             return 0
