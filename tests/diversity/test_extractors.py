@@ -88,7 +88,7 @@ def refusal(*arguments: Any, **keywords: Any) -> str:
 
 
 def test_unknown_kinds_and_batch_sizes_are_one_sentence(checkpoints: dict[str, tuple[str, str]]) -> None:
-    assert refusal("clipp") == "the features 'clipp' are unknown; there are clip, dinov2, open_clip."
+    assert refusal("clipp") == "the features 'clipp' are unknown; there are clip, dinov2, open_clip, scenes."
     assert "takes a whole number of at least 1." in refusal("dinov2", *checkpoints["dinov2"], batch_size=0)
 
 
