@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import o
 from scripts.bench.machine import cpu_model
 from scripts.bench.scenes_results import write
 from scripts.study.plan import StudyRun
-from scripts.study.run import train_all
+from scripts.study.run import State, state_of, train_all
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "assets/figures/scenes"
@@ -108,7 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [run for run in plan(args.out) if not only or run.label in only]
         runs = [run for run in runs if run.seed in args.seeds]
         if args.what == "write":
-            write(runs, args.logs, args.out)
+            done = [run for run in runs if state_of(run, args.logs) is State.DONE]
+            for run in runs:
+                if run not in done:
+                    print(f"{run.name} is not done, and left out.", file=sys.stderr)
+            write(done, args.logs, args.out)
             return 0
         failed = train_all(runs, args.logs.resolve(), args.jobs)
         if failed:

@@ -28,10 +28,9 @@ TEMPLATE, CURVE = "scenes.md.j2", "scenes_nft/curve.json"
 
 
 def write(runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
-    """Read the runs' folders and write the three files; ConfigError where one is missing."""
-    missing = [run.name for run in runs if not (logs / run.name / "metrics.jsonl").is_file()]
-    if missing:
-        raise ConfigError(f"{logs} lacks {missing[0]} and {len(missing) - 1} more; `train` makes them.")
+    """Read the runs' folders and write the three files; ConfigError where there is none."""
+    if not runs:
+        raise ConfigError(f"{logs} has no run that is done; `train` makes them.")
     curve, cost = Curve.read(logs / CURVE), read_object(out / "cost.json")
     outcomes = [outcome(records_of(logs / run.name), run, cost["seconds"][run.label], curve) for run in runs]
     law = [{name: values[i] for name, values in curve.law.items()} for i in range(len(curve.law["reward"]))]
