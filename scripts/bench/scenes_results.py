@@ -31,28 +31,30 @@ def write(runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
     """Read the runs' folders and write the three files; ConfigError where there is none."""
     if not runs:
         raise ConfigError(f"{logs} has no run that is done; `train` makes them.")
-    curve, cost = Curve.read(logs / CURVE), read_object(out / "cost.json")
+    path, cost = logs / CURVE, read_object(out / "cost.json")
+    curve = Curve.read(path) if path.exists() else None  # then nothing is said of the exact law
     outcomes = [outcome(records_of(logs / run.name), run, cost["seconds"][run.label], curve) for run in runs]
-    law = [{name: values[i] for name, values in curve.law.items()} for i in range(len(curve.law["reward"]))]
-    found = {
-        "outcomes": outcomes,
-        "summary": summarise(outcomes),
-        "law": {"prompts": len(curve.prompts), "points": law, "first": dict(curve.first)},
-    }
+    found = {"outcomes": outcomes, "summary": summarise(outcomes), "law": None if curve is None else _law(curve)}
     write_atomically(out / "results.json", strict_json(found, indent=1) + "\n")
     write_atomically(out / "table.md", table(found, cost))
     with optional_figure(out / "frontier.png"):
         draw(outcomes, curve, out / "frontier.png")
 
 
-def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Curve) -> dict[str, Any]:
+def _law(curve: Curve) -> dict[str, Any]:
+    """The curve as plain data."""
+    points = [{name: values[i] for name, values in curve.law.items()} for i in range(len(curve.law["reward"]))]
+    return {"prompts": len(curve.prompts), "points": points, "first": dict(curve.first)}
+
+
+def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Curve | None) -> dict[str, Any]:
     """One run, at each of its evaluations, the base's first."""
     found: list[dict[str, Any]] = []
     for record in records:
         right = _right(record)
-        exact = _on_curve(record, curve.prompts)
+        exact = _on_curve(record, _measured(record) if curve is None else curve.prompts)
         base = found[0]["exact"] if found else exact
-        share = curve.share("vendi", exact["reward"] - base["reward"])
+        share = math.nan if curve is None else curve.share("vendi", exact["reward"] - base["reward"])
         exact["kept"] = exact["vendi"] / base["vendi"] / share
         found.append(
             {
@@ -79,8 +81,14 @@ def _right(record: Record) -> dict[str, list[bool]]:
     return found | {"all": everything, "trained": [fits for kind in HARD for fits in found[kind]]}
 
 
+def _measured(record: Record) -> list[str]:
+    """The prompts whose diversity was measured."""
+    assert record.diversity is not None
+    return [record.prompts[place] for place in record.diversity.prompts]
+
+
 def _on_curve(record: Record, prompts: Sequence[str]) -> dict[str, float]:
-    """Reward and Vendi score on the curve's prompts."""
+    """Reward and Vendi score on these prompts."""
     assert record.diversity is not None
     places = [record.prompts.index(prompt) for prompt in prompts]
     rewards = [x for x, p in zip(record.rewards["scenes"], record.prompt, strict=True) if p in places and x is not None]
@@ -123,7 +131,7 @@ def table(found: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(rows=found["summary"], law=found["law"], kinds=KINDS, cost=cost)
 
 
-def draw(outcomes: Sequence[Mapping[str, Any]], curve: Curve, path: Path) -> None:
+def draw(outcomes: Sequence[Mapping[str, Any]], curve: Curve | None, path: Path) -> None:
     """Diversity against the share that is right, a line for each method (mean over seeds), beside the exact law."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -131,9 +139,10 @@ def draw(outcomes: Sequence[Mapping[str, Any]], curve: Curve, path: Path) -> Non
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    rewards = np.asarray(curve.law["reward"])
-    shares = 100 * np.asarray(curve.law["vendi"]) / curve.law["vendi"][0]
-    axes.plot(100 * (rewards - rewards[0]), shares, "k-", lw=2.5, label="exact law")
+    if curve is not None:
+        rewards = np.asarray(curve.law["reward"])
+        shares = 100 * np.asarray(curve.law["vendi"]) / curve.law["vendi"][0]
+        axes.plot(100 * (rewards - rewards[0]), shares, "k-", lw=2.5, label="exact law")
     for marker, name in zip("osD^vP", dict.fromkeys(o["method"] for o in outcomes), strict=False):
         mine = [[e["exact"] for e in o["evaluations"]] for o in outcomes if o["method"] == name]
         gain = np.mean([[100 * (e["reward"] - run[0]["reward"]) for e in run] for run in mine], axis=0)
