@@ -90,8 +90,8 @@ def strengths_of(reward: np.ndarray, points: int = 12) -> list[float]:
             middle = (low + high) / 2
             low, high = (middle, high) if frontier.point(reward, middle).effective >= LEAST_EFFECTIVE else (low, middle)
         last = low
-    ends = [frontier.point(reward, strength).reward for strength in (0.0, last)]
-    between = [frontier.strength_for_reward(reward, level) for level in np.linspace(*ends, points)[1:-1]]
+    least, most = (frontier.point(reward, strength).reward for strength in (0.0, last))
+    between = [frontier.strength_for_reward(reward, level) for level in np.linspace(least, most, points)[1:-1]]
     return [0.0, *between, last]
 
 
