@@ -51,8 +51,8 @@ class BaseImages:
     def first(self, number: int) -> BaseImages:
         """The first images of each prompt."""
         labels, colours = (None if x is None else x[:, :number] for x in (self.labels, self.colours))
-        parts = (x[:, :number] for x in (self.reward, self.right, self.features))
-        return BaseImages(self.prompts, *parts, labels, colours)
+        reward, right, features = (x[:, :number] for x in (self.reward, self.right, self.features))
+        return BaseImages(self.prompts, reward, right, features, labels, colours)
 
     def of(self, kept: np.ndarray) -> BaseImages:
         """Those of some prompts, (P,) bool."""
