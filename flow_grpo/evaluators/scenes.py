@@ -17,13 +17,12 @@ from scipy.stats import entropy
 from flow_grpo.evaluators.base import Measured, SampleRequest
 from flow_grpo.rewards.scenes import SceneScorer, best_log_probability
 from flow_grpo.runs.record import NONE_OF_THEM, Judged
-from flow_grpo.scenes.captions import COLOURS, KINDS, Caption, Reading, parse
+from flow_grpo.scenes.captions import COLOURS, KINDS, OPEN_COLOURS, Caption, Reading, parse
 from flow_grpo.scenes.detector import Cells, readings
 
 if TYPE_CHECKING:
     from flow_grpo.types import Samples
 
-OPEN_COLOURS = ("single", "two", "count", "position")  # kinds of captions that say no colour
 BATCH = 256
 T = TypeVar("T")
 

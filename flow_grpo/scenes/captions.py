@@ -32,6 +32,7 @@ COLOURS = {  # name -> sRGB
     "gray": (150, 150, 150),
 }
 KINDS = ("single", "two", "count", "colour", "position", "binding")
+OPEN_COLOURS = ("single", "two", "count", "position")  # kinds that say no colour
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RELATIONS = ("left of", "above")
 CELLS = 4  # 0 1 above 2 3

@@ -57,7 +57,7 @@ ENTRIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     **MORE,
 }
-WARM_UP, ROUNDS = 1, 5  # epochs of each method, in turn
+WARM_UP, ROUNDS = 1, 5  # epochs of each method
 IMAGES, SET, REPEATS = 1000, 16, 50  # base images a prompt; images of a set whose diversity is measured, and sets
 STRENGTHS = (0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200)  # beyond, fewer than 20 images carry the weight
 
@@ -68,16 +68,21 @@ STRENGTHS = (0, 5, 10, 15, 20, 30, 40, 50, 60, 80, 100, 150, 200)  # beyond, few
 def cost(out: Path) -> None:
     """Measure every method in turn, so that what else the machine does meets all of them alike; write cost.json."""
     with _epochs(list(ENTRIES)) as epochs:
-        times: dict[str, list[float]] = {name: [] for name in epochs}
-        for _ in range(WARM_UP + ROUNDS):
-            for name, epoch in epochs.items():
-                begin = time.perf_counter()
-                epoch()
-                times[name].append(time.perf_counter() - begin)
-    seconds = {name: statistics.median(found[WARM_UP:]) for name, found in times.items()}
+        seconds = seconds_of(epochs, ROUNDS)
     peak = {name: _memory_of(name) for name in ENTRIES}
     found = {"machine": cpu_model(), "threads": 1, "rounds": ROUNDS, "seconds": seconds, "peak_mib": peak}
     write_atomically(out / "cost.json", strict_json(found, indent=1) + "\n")
+
+
+def seconds_of(epochs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """The median of each one's epochs, in turn, after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in epochs}
+    for _ in range(WARM_UP + rounds):
+        for name, epoch in epochs.items():
+            begin = time.perf_counter()
+            epoch()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(found[WARM_UP:]) for name, found in times.items()}
 
 
 @contextmanager

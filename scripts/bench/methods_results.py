@@ -108,11 +108,11 @@ def summarise(outcomes: Sequence[Outcome], cost: Mapping[str, Any]) -> list[dict
             "epochs": mine[0].epochs[-1],
         }
         row |= {"seconds": cost["seconds"][name], "peak_mib": cost["peak_mib"][name]}
-        row |= {figure: _interval([o.final[figure] for o in mine]) for figure in mine[0].final}
-        row["gain"] = _interval([o.reward[-1] - o.reward[0] for o in mine])
-        row["kept"] = _interval([o.final["vendi"] / o.final["exact"] for o in mine])
-        row["seconds_to"] = {gain: _interval([o.seconds_to[gain] for o in mine]) for gain in mine[0].seconds_to}
-        row["excess_at"] = {gain: _interval([o.excess_at[gain] for o in mine]) for gain in mine[0].excess_at}
+        row |= {figure: interval_of([o.final[figure] for o in mine]) for figure in mine[0].final}
+        row["gain"] = interval_of([o.reward[-1] - o.reward[0] for o in mine])
+        row["kept"] = interval_of([o.final["vendi"] / o.final["exact"] for o in mine])
+        row["seconds_to"] = {gain: interval_of([o.seconds_to[gain] for o in mine]) for gain in mine[0].seconds_to}
+        row["excess_at"] = {gain: interval_of([o.excess_at[gain] for o in mine]) for gain in mine[0].excess_at}
         rows.append(row)
     return sorted(rows, key=lambda row: -row["reward"]["mean"])
 
@@ -122,7 +122,7 @@ def title_of(name: str) -> str:
     return METHODS[name].title if name in METHODS else VARIANTS[name]
 
 
-def _interval(values: Sequence[float]) -> dict[str, float]:
+def interval_of(values: Sequence[float]) -> dict[str, float]:
     """Mean and half width over the seeds that have the figure, and how many have."""
     found = mean_interval(values)
     return {"mean": found.estimate, "half": (found.high - found.low) / 2, "count": found.count}

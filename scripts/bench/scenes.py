@@ -18,10 +18,8 @@ epoch there: fixed before any run, so that a busy machine changes nothing.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +46,7 @@ SETTINGS: Mapping[str, Any] = {
     "eval.rewards": ("scenes",),
     "eval_ode_log_prob": False,
 }
-WARM_UP, ROUNDS = 1, 3  # epochs of each method, in turn
+ROUNDS = 3  # epochs of each method that are timed
 
 
 def cost(out: Path) -> None:
@@ -56,17 +54,11 @@ def cost(out: Path) -> None:
     import torch
     from accelerate import Accelerator
 
-    from scripts.bench.methods import epochs_of
+    from scripts.bench.methods import epochs_of, seconds_of
 
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder, epochs_of(_recipes(), folder, Accelerator(cpu=True)) as epochs:
-        times: dict[str, list[float]] = {name: [] for name in epochs}
-        for _ in range(WARM_UP + ROUNDS):
-            for name, epoch in epochs.items():
-                begin = time.perf_counter()
-                epoch()
-                times[name].append(time.perf_counter() - begin)
-    seconds = {name: statistics.median(found[WARM_UP:]) for name, found in times.items()}
+        seconds = seconds_of(epochs, ROUNDS)
     found = {"machine": cpu_model(), "threads": THREADS, "rounds": ROUNDS, "seconds": seconds}
     write_atomically(out / "cost.json", strict_json(found, indent=1) + "\n")
 

@@ -17,7 +17,7 @@ from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.methods.registry import METHODS
 from flow_grpo.runs.evaluations import records_of
 from flow_grpo.scenes.captions import KINDS, parse
-from flow_grpo.statistics import mean_interval
+from scripts.bench.methods_results import interval_of, shown
 from scripts.scenes.data import HARD
 
 if TYPE_CHECKING:
@@ -104,25 +104,17 @@ def summarise(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         last, base = [e[-1] for e in mine], mine[0][0]
         row: dict[str, Any] = {"method": name, "title": METHODS[name].title, "seeds": len(mine)}
         row |= {"epochs": last[0]["epoch"], "seconds": last[0]["seconds"], "base": base["judge"]}
-        row["judge"] = {kind: _interval([e["judge"][kind] for e in last]) for kind in base["judge"]}
-        row["ratio"] = _interval([e["judge"]["trained"] / base["judge"]["trained"] for e in last])
-        row |= {name: _interval([e[name] for e in last]) for name in ("reward", "vendi", "modes")}
-        row["kept"] = _interval([e["exact"]["kept"] for e in last])
+        row["judge"] = {kind: interval_of([e["judge"][kind] for e in last]) for kind in base["judge"]}
+        row["ratio"] = interval_of([e["judge"]["trained"] / base["judge"]["trained"] for e in last])
+        row |= {name: interval_of([e[name] for e in last]) for name in ("reward", "vendi", "modes")}
+        row["kept"] = interval_of([e["exact"]["kept"] for e in last])
         row["base_vendi"], row["base_modes"] = base["vendi"], base["modes"]
         rows.append(row)
     return rows
 
 
-def _interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean and half width over the seeds that have the figure, and how many have."""
-    found = mean_interval(values)
-    return {"mean": found.estimate, "half": (found.high - found.low) / 2, "count": found.count}
-
-
 def table(found: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
     """The page's text."""
-    from scripts.bench.methods_results import shown
-
     environment = Environment(  # Markdown: nothing is escaped
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,

@@ -24,14 +24,13 @@ from flow_grpo import frontier
 from flow_grpo.diversity.rke import median_bandwidth
 from flow_grpo.diversity.vendi import cosine_kernel, vendi_of_spectra
 from flow_grpo.randomness import keyed_generator
-from flow_grpo.scenes.captions import CELLS, COLOURS, parse
+from flow_grpo.scenes.captions import CELLS, COLOURS, OPEN_COLOURS, parse
 from flow_grpo.statistics import Interval, mean_interval, normal_half_width
 from scripts.study.base_images import EMPTY, BaseImages
 
 SET_SIZE = 16
 REPEATS, HALVES = 200, 40
 LEAST_EFFECTIVE = 50  # images that an estimate rests on, of the prompt that has least
-OPEN_COLOURS = ("single", "two", "count", "position")
 
 # Of one prompt: places of the images of sets (R, n) -> a figure of each set (R,).
 SetFigure = Callable[[int, np.ndarray], np.ndarray]
