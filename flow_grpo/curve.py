@@ -5,24 +5,35 @@ it. A model with a gain in reward is held against the law of the same gain. Both
 figures: the law's over those of all base images, the model's over those of the base images with the same noises, which
 the curve keeps as `first`:
 
-    kept = (V / V_first) / (V_law(R_base + R - R_first) / V_law(R_base))
+    kept = (V / V_first) / (V_law(R_base + R - R_first) / V_law(R_base)),   lost = V (1 / kept - 1)
+
+V, R: means over the prompts. Intervals are the jackknife's over prompts, with Student's t; the curve itself is taken as
+it is, and has intervals of its own in its file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
+from flow_grpo.statistics import Estimate, Interval
 
 ROUNDING = 1e-9  # of a gain at the curve's very end
-DIVERSITIES = ("vendi", "rke", "modes")  # figures of sets, as far as they are there
+FIGURES = ("vendi", "rke", "modes")  # of sets, as far as they are there
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a model stands beside the law of the same gain in reward; nan where there is none."""
+
+    share: Interval  # of the law's diversity
+    lost: Interval  # diversity that the gain does not cost
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,8 @@ class Curve:
     features: str
     bandwidth: float  # of RKE
     law: Mapping[str, Sequence[float]]  # "reward" and diversities, at each point, the base first
-    first: Mapping[str, float]  # the same of the base's first `set_size` images
+    first: Mapping[str, Sequence[float]]  # the same of each prompt's first `set_size` images of the base
+    best: float  # mean over prompts of the base's best reward
 
     @classmethod
     def read(cls, path: Path) -> Curve:
@@ -43,7 +55,7 @@ class Curve:
         found = read_object(path)
         try:
             points = [point["figures"] for point in found["points"]]
-            names = ["reward", *(name for name in DIVERSITIES if name in points[0])]
+            names = ["reward", *(name for name in FIGURES if name in points[0])]
             return cls(
                 tuple(map(str, found["prompts"])),
                 int(found["set_size"]),
@@ -51,18 +63,25 @@ class Curve:
                 str(found["features"]),
                 float(found["bandwidth"]),
                 {name: [float(figures[name]["estimate"]) for figures in points] for name in names},
-                {name: float(found["first"][name]) for name in names},
+                {name: [float(value) for value in found["first"][name]] for name in names},
+                float(found["best"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
             raise ConfigError(f"{path} is no curve.json of scripts/study/curve.py, or is damaged.") from None
 
     def share(self, name: str, gain: float) -> float:
         """What the law of a gain in mean reward keeps of the base's diversity; nan beyond the curve, 1 below it."""
-        rewards = np.asarray(self.law["reward"])
-        if not gain <= rewards[-1] - rewards[0] + ROUNDING:
-            return math.nan
-        shares = np.asarray(self.law[name]) / self.law[name][0]
-        return float(np.interp(rewards[0] + gain, rewards, shares))
+        rewards = self.law["reward"]
+        return self._share(name, gain) if gain <= rewards[-1] - rewards[0] + ROUNDING else math.nan
+
+    def _share(self, name: str, gain: float) -> float:
+        """The same; beyond the curve its end's."""
+        rewards, values = np.asarray(self.law["reward"]), np.asarray(self.law[name])
+        return float(np.interp(rewards[0] + gain, rewards, values / values[0]))
+
+    def is_off_support(self, reward: Sequence[float]) -> bool:
+        """Whether a model of these mean rewards, by prompt, is above what the base's best images have."""
+        return self.law["reward"][0] + float(np.mean(reward) - np.mean(self.first["reward"])) > self.best
 
     def beside(self, reward: float, vendi: float) -> list[tuple[float, float]]:
         """The law's points (reward, Vendi score) from a base model of these figures on: gains added, shares times."""
@@ -72,11 +91,30 @@ class Curve:
             for r, v in zip(self.law["reward"], self.law["vendi"], strict=True)
         ]
 
-    def kept(self, figures: Mapping[str, Any]) -> dict[str, float]:
-        """`kept` of each diversity, from a model's figures on the same prompts and noises; nan beyond the curve."""
-        gain = figures["reward"] - self.first["reward"]
-        return {
-            name: figures[name] / self.first[name] / self.share(name, gain)
-            for name in DIVERSITIES
-            if name in self.law and name in figures
-        }
+    def kept(self, figures: Mapping[str, Sequence[float]]) -> dict[str, Kept]:
+        """By diversity, from a model's figures of each of the prompts, with the noises of the base's first images."""
+        return {name: self._kept(name, figures) for name in FIGURES if name in self.law and name in figures}
+
+    def _kept(self, name: str, figures: Mapping[str, Sequence[float]]) -> Kept:
+        pairs = self.first["reward"], figures["reward"], self.first[name], figures[name]
+        columns = np.array(pairs, dtype=np.float64)  # (4, P)
+        if not math.isfinite(self.share(name, columns[1].mean() - columns[0].mean())):
+            return Kept(Interval(math.nan), Interval(math.nan))
+
+        def share(means: np.ndarray) -> float:
+            return float(means[3] / means[2] / self._share(name, means[1] - means[0]))
+
+        def lost(means: np.ndarray) -> float:
+            return float(means[2] * self._share(name, means[1] - means[0]) - means[3])
+
+        return Kept(_over_prompts(columns, share), _over_prompts(columns, lost))
+
+
+def _over_prompts(columns: np.ndarray, figure: Callable[[np.ndarray], float]) -> Interval:
+    """A function of the means of columns (k, P), with the jackknife's interval over the P; none of a single one."""
+    value, count = figure(columns.mean(1)), columns.shape[1]
+    if count < 2:
+        return Interval(value)
+    others = [figure(np.delete(columns, place, axis=1).mean(1)) for place in range(count)]
+    error = math.sqrt((count - 1) * float(np.var(others)))
+    return Estimate(value, error, count - 1).interval()

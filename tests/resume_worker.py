@@ -1,4 +1,7 @@
-"""Run by test_resume_processes.py on any number of processes: every loop goes on to an epoch, in one launch."""
+"""Run by test_resume_processes.py on any number of processes: every loop goes on to an epoch, in one launch.
+
+That each method goes on bit for bit, on one process, is tested in tests/training/test_checkpoint.py.
+"""
 
 import sys
 
@@ -16,8 +19,9 @@ from flow_grpo.settings import resolve
 from flow_grpo.training import checkpoint
 from flow_grpo.training.trainer import fit
 
+LOOPS = {method.loop.split(":")[0]: name for name, method in reversed(METHODS.items())}  # module -> its first method
 CASES = {  # name -> (method, LoRA)
-    **{name: (name, True) for name in METHODS},
+    **{name: (name, True) for name in reversed(LOOPS.values())},
     "grpo_full": ("grpo", False),
     "drtune_full": ("drtune", False),
 }

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
 from flow_grpo.curve import Curve
 from flow_grpo.errors import ConfigError
+from flow_grpo.statistics import mean_interval
 
 
 def curve_file(folder, **changes):
@@ -20,7 +22,8 @@ def curve_file(folder, **changes):
         "rewards": {"pickscore": 1.0},
         "features": "clip:model",
         "bandwidth": 0.5,
-        "first": {"reward": 0.25, "vendi": 3.8, "rke": 5.5},
+        "first": {"reward": [0.2, 0.3], "vendi": [3.6, 4.0], "rke": [5.5, 5.5]},
+        "best": 0.7,
         "points": [{"figures": {name: {"estimate": value} for name, value in point.items()}} for point in figures],
     }
     path = folder / "curve.json"
@@ -28,30 +31,70 @@ def curve_file(folder, **changes):
     return path
 
 
+def kept(path, **figures):
+    """Shares by figure, of both prompts' figures."""
+    return {name: found.share.estimate for name, found in Curve.read(path).kept(figures).items()}
+
+
 def test_a_model_on_the_curve_keeps_all_of_it(tmp_path):
-    curve = Curve.read(curve_file(tmp_path))
-    kept = curve.kept({"reward": 0.45, "vendi": 3.8 * 3.5 / 4, "rke": 5.5 * 4.5 / 5})  # a gain of .2: half-way
-    assert kept == {"vendi": pytest.approx(1.0), "rke": pytest.approx(1.0)}
+    half_way = kept(curve_file(tmp_path), reward=[0.4, 0.5], vendi=[3.8 * 3.5 / 4] * 2, rke=[5.5 * 4.5 / 5] * 2)
+    assert half_way == {"vendi": pytest.approx(1.0), "rke": pytest.approx(1.0)}
 
 
-def test_a_model_below_it_keeps_its_share(tmp_path):
-    kept = Curve.read(curve_file(tmp_path)).kept({"reward": 0.65, "vendi": 1.9})
-    assert kept == {"vendi": pytest.approx(0.5 / 0.75)}  # half of the base's, where the law has three quarters
+def test_a_model_below_it_keeps_its_share_and_has_lost_the_rest(tmp_path):
+    found = Curve.read(curve_file(tmp_path)).kept({"reward": [0.6, 0.7], "vendi": [1.5, 2.3]})["vendi"]
+    assert found.share.estimate == pytest.approx(0.5 / 0.75)  # half of the base's, where the law has three quarters
+    assert found.lost.estimate == pytest.approx(3.8 * (0.75 - 0.5))
 
 
 def test_the_base_model_is_at_its_beginning(tmp_path):
-    curve = Curve.read(curve_file(tmp_path))
-    assert curve.kept(curve.first) == {"vendi": pytest.approx(1.0), "rke": pytest.approx(1.0)}
+    path = curve_file(tmp_path)
+    assert kept(path, **Curve.read(path).first) == {"vendi": pytest.approx(1.0), "rke": pytest.approx(1.0)}
 
 
 def test_beyond_the_curve_nothing_is_known(tmp_path):
-    curve = Curve.read(curve_file(tmp_path))
-    assert math.isnan(curve.kept({"reward": 0.66, "vendi": 3.0})["vendi"])
-    assert math.isnan(curve.kept({"reward": math.nan, "vendi": 3.0})["vendi"])
+    path = curve_file(tmp_path)
+    assert math.isnan(kept(path, reward=[0.66, 0.66], vendi=[3.0, 3.0])["vendi"])
+    assert math.isnan(kept(path, reward=[math.nan, 0.3], vendi=[3.0, 3.0])["vendi"])
 
 
 def test_a_reward_below_the_bases_is_held_against_the_base(tmp_path):
-    assert Curve.read(curve_file(tmp_path)).kept({"reward": 0.1, "vendi": 3.8})["vendi"] == pytest.approx(1.0)
+    assert kept(curve_file(tmp_path), reward=[0.1, 0.1], vendi=[3.6, 4.0])["vendi"] == pytest.approx(1.0)
+
+
+def test_above_the_bases_best_images_it_is_off_the_support(tmp_path):
+    curve = Curve.read(curve_file(tmp_path))
+    assert not curve.is_off_support([0.7, 0.79])  # a gain of .495: .2 + .495 < .7
+    assert curve.is_off_support([0.7, 0.81])
+
+
+def test_the_interval_is_the_jackknifes_over_prompts(tmp_path):
+    """At the base's reward the share is a ratio of means; with the same first images, a mean: Student's own."""
+    first = {"reward": [0.25] * 3, "vendi": [4.0] * 3, "rke": [5.0] * 3}
+    curve = Curve.read(curve_file(tmp_path, prompts=["a", "b", "c"], first=first))
+    values = [3.0, 3.5, 3.6]
+    found = curve.kept({"reward": [0.25] * 3, "vendi": values})["vendi"]
+    expected = mean_interval([value / 4 for value in values])
+    for one, other in ((found.share, 1), (found.lost, -4)):
+        ends = sorted([other * expected.low, other * expected.high])
+        shift = 4 if other < 0 else 0
+        assert [one.low, one.high] == pytest.approx([end + shift for end in ends])
+
+
+def test_intervals_cover_the_share_of_a_model_below_the_curve():
+    """Prompts differ in reward and diversity, and so does what a model does of them: 95 % of 2,000 sets of 20."""
+    law = {"reward": [0.0, 1.0], "vendi": [4.0, 2.0]}
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(2000):
+        base, gain = rng.uniform(3, 5, 20), rng.uniform(0, 0.8, 20)
+        first = {"reward": [0.0] * 20, "vendi": base}
+        curve = Curve(("",) * 20, 16, {}, "", 1.0, law, first, 1.0)
+        model = {"reward": gain, "vendi": base * (0.7 + 0.1 * rng.standard_normal(20)) * (1 - gain / 2)}
+        held += curve.kept(model)["vendi"].share.holds(TRUE_SHARE)
+    assert 0.93 < held / 2000 < 0.97
+
+
+TRUE_SHARE = 0.7  # base, gain and share are independent, so that the ratio of the means is the share
 
 
 @pytest.mark.parametrize(

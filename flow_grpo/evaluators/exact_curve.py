@@ -1,8 +1,12 @@
 """Where a model stands beside the exact curve of its base and reward: which share of the law's diversity it keeps.
 
-`diversity/kept_of_exact` (Vendi), `diversity/kept_of_exact_rke`, and of scenes `diversity/kept_of_exact_modes`: 1 on
-the curve, below 1 where diversity is lost that the reward does not ask for; nan beyond the curve, where no law of the
-base's images has so much reward. What is compared with what: flow_grpo/curve.py.
+- `diversity/kept_of_exact` (Vendi), `diversity/kept_of_exact_rke`, and of scenes `diversity/kept_of_exact_modes`: 1 on
+  the curve, below 1 where diversity is lost that the reward does not ask for; nan beyond the curve, where no law of the
+  base's images has so much reward. `..._low`, `..._high`: the ends of its 95 % interval over prompts.
+- `diversity/lost_beside_exact`, `..._rke`, `..._modes`: the same as a number of images, or nats.
+- `diversity/off_support`: 1 where the reward is above that of the base's best images, else 0.
+
+What is compared with what: flow_grpo/curve.py.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Measured, SampleRequest
 from flow_grpo.evaluators.diversity import extractor_of, features_by_prompt, how_often
 from flow_grpo.evaluators.samples import RewardEvaluator
-from flow_grpo.evaluators.scenes import of_modes, seen_by_prompt
+from flow_grpo.evaluators.scenes import scene_modes, seen_by_prompt
 from flow_grpo.files import write_atomically
 from flow_grpo.paths import find
 from flow_grpo.rewards.building import WeightedReward, load_scorer
@@ -28,7 +32,7 @@ from flow_grpo.runs.folder import CURVE_FILE
 from flow_grpo.scenes.captions import parse
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from flow_grpo.diversity.features import FeatureExtractor
     from flow_grpo.evaluators.base import Evaluator
@@ -37,12 +41,6 @@ if TYPE_CHECKING:
     from flow_grpo.runs.run import Run
     from flow_grpo.settings import Settings
     from flow_grpo.types import Samples
-
-NAMES = {
-    "vendi": "diversity/kept_of_exact",
-    "rke": "diversity/kept_of_exact_rke",
-    "modes": "diversity/kept_of_exact_modes",
-}
 
 
 class ExactCurveEvaluator:
@@ -64,20 +62,29 @@ class ExactCurveEvaluator:
 
     def evaluate(self, samples: Samples) -> Measured:
         """Over the curve's prompts."""
-        kept = self.curve.kept(self.figures(samples))
-        return Measured({NAMES[name]: value for name, value in kept.items()})
+        figures = self.figures(samples)
+        found = {"diversity/off_support": float(self.curve.is_off_support(figures["reward"]))}
+        for name, kept in self.curve.kept(figures).items():
+            suffix = "" if name == "vendi" else f"_{name}"
+            share = f"diversity/kept_of_exact{suffix}"
+            found |= {share: kept.share.estimate, f"{share}_low": kept.share.low, f"{share}_high": kept.share.high}
+            found[f"diversity/lost_beside_exact{suffix}"] = kept.lost.estimate
+        return Measured(found)
 
-    def figures(self, samples: Samples) -> Mapping[str, float]:
-        """The curve's figures of these images."""
+    def figures(self, samples: Samples) -> Mapping[str, Sequence[float]]:
+        """The curve's figures of these images, of each prompt."""
         features = features_by_prompt(samples, self.extractor).values()
+        rewards: dict[str, list[float]] = {}
+        for prompt, value in zip(samples.prompts, self.reward.evaluate(samples).rewards["total"], strict=True):
+            rewards.setdefault(prompt, []).append(value)
         found = {
-            "reward": self.reward.evaluate(samples).metrics["reward/total"],
-            "vendi": float(np.mean([vendi_score(group) for group in features])),
-            "rke": float(np.mean([rke_score(group, self.curve.bandwidth) for group in features])),
+            "reward": [float(np.mean(values)) for values in rewards.values()],
+            "vendi": [vendi_score(group) for group in features],
+            "rke": [rke_score(group, self.curve.bandwidth) for group in features],
         }
         if self.detector is not None:
             seen = seen_by_prompt(self.detector, samples)
-            found["modes"] = of_modes([parse(prompt) for prompt in seen], list(seen.values()))["entropy"]
+            found["modes"] = [scene_modes(parse(prompt).kind, scenes)["entropy"] for prompt, scenes in seen.items()]
         return found
 
 

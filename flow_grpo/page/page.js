@@ -43,9 +43,14 @@ function drawSentence(run, model) {
 
 /** How much of the exact law's diversity a checkpoint keeps, where the run was held against it. */
 function keptWords(run, model) {
-  const kept = model.extra["diversity/kept_of_exact"];
-  if (!model.epoch || !run.evaluations.some((one) => "diversity/kept_of_exact" in one.extra)) return "";
-  return Number.isFinite(kept) ? fill(WORDS.kept, { kept: Math.round(100 * kept) }) : WORDS.beyond;
+  const name = "diversity/kept_of_exact";
+  if (!model.epoch || !run.evaluations.some((one) => name in one.extra)) return "";
+  if (model.extra["diversity/off_support"]) return WORDS.off_support;
+  const [kept, low, high] = ["", "_low", "_high"].map((end) => model.extra[name + end]);
+  if (!Number.isFinite(kept)) return WORDS.beyond;
+  const percent = (share) => Math.round(100 * share);
+  const words = Number.isFinite(low) ? WORDS.kept_between : WORDS.kept;
+  return fill(words, { kept: percent(kept), low: percent(low), high: percent(high) });
 }
 
 /** A figure: old -> new, how it differs, and what that means. */

@@ -122,9 +122,9 @@ def title_of(name: str) -> str:
     return METHODS[name].title if name in METHODS else VARIANTS[name]
 
 
-def interval_of(values: Sequence[float]) -> dict[str, float]:
-    """Mean and half width over the seeds that have the figure, and how many have."""
-    found = mean_interval(values)
+def interval_of(values: Sequence[float | None]) -> dict[str, float]:
+    """Mean and half width over the seeds that have the figure, and how many have; None, as JSON has it, is nan."""
+    found = mean_interval([math.nan if value is None else value for value in values])
     return {"mean": found.estimate, "half": (found.high - found.low) / 2, "count": found.count}
 
 

@@ -24,18 +24,23 @@ if TYPE_CHECKING:
     from flow_grpo.runs.record import Record
     from scripts.study.plan import StudyRun
 
-TEMPLATE, CURVE = "scenes.md.j2", "scenes_nft/curve.json"
+TEMPLATE, CURVE = "scenes.md.j2", "curve.json"
 
 
 def write(runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
-    """Read the runs' folders and write the three files; ConfigError where there is none."""
-    if not runs:
-        raise ConfigError(f"{logs} has no run that is done; `train` makes them.")
-    path, cost = logs / CURVE, read_object(out / "cost.json")
-    curve = Curve.read(path) if path.exists() else None  # then nothing is said of the exact law
+    """Read the runs' folders, add what is kept of others, write the three files; ConfigError where there is none."""
+    curve, cost = Curve.read(out / CURVE), read_object(out / "cost.json")
     outcomes = [outcome(records_of(logs / run.name), run, cost["seconds"][run.label], curve) for run in runs]
-    found = {"outcomes": outcomes, "summary": summarise(outcomes), "law": None if curve is None else _law(curve)}
-    write_atomically(out / "results.json", strict_json(found, indent=1) + "\n")
+    path = out / "results.json"
+    kept = read_object(path) if path.exists() else {}
+    if kept.get("law") == _law(curve):
+        new = [(o["method"], o["seed"]) for o in outcomes]
+        outcomes += [o for o in kept["outcomes"] if (o["method"], o["seed"]) not in new]
+    if not outcomes:
+        raise ConfigError(f"{logs} has no run that is done; `train` makes them.")
+    outcomes.sort(key=lambda o: (list(METHODS).index(o["method"]), o["seed"]))
+    found = {"outcomes": outcomes, "summary": summarise(outcomes), "law": _law(curve)}
+    write_atomically(path, strict_json(found, indent=1) + "\n")
     write_atomically(out / "table.md", table(found, cost))
     with optional_figure(out / "frontier.png"):
         draw(outcomes, curve, out / "frontier.png")
@@ -44,18 +49,14 @@ def write(runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
 def _law(curve: Curve) -> dict[str, Any]:
     """The curve as plain data."""
     points = [{name: values[i] for name, values in curve.law.items()} for i in range(len(curve.law["reward"]))]
-    return {"prompts": len(curve.prompts), "points": points, "first": dict(curve.first)}
+    return {"prompts": len(curve.prompts), "points": points}
 
 
-def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Curve | None) -> dict[str, Any]:
+def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Curve) -> dict[str, Any]:
     """One run, at each of its evaluations, the base's first."""
     found: list[dict[str, Any]] = []
     for record in records:
         right = _right(record)
-        exact = _on_curve(record, _measured(record) if curve is None else curve.prompts)
-        base = found[0]["exact"] if found else exact
-        share = math.nan if curve is None else curve.share("vendi", exact["reward"] - base["reward"])
-        exact["kept"] = exact["vendi"] / base["vendi"] / share
         found.append(
             {
                 "epoch": record.epoch,
@@ -64,7 +65,7 @@ def outcome(records: Sequence[Record], run: StudyRun, seconds: float, curve: Cur
                 "reward": float(np.mean([x for x in record.rewards["scenes"] if x is not None])),
                 "vendi": float(np.mean(record.diversity.vendi)) if record.diversity else None,
                 "modes": record.extra.get("modes/entropy"),
-                "exact": exact,
+                "exact": _on_curve(record, curve.prompts),
             }
         )
     return {"method": run.label, "seed": run.seed, "evaluations": found}
@@ -81,19 +82,18 @@ def _right(record: Record) -> dict[str, list[bool]]:
     return found | {"all": everything, "trained": [fits for kind in HARD for fits in found[kind]]}
 
 
-def _measured(record: Record) -> list[str]:
-    """The prompts whose diversity was measured."""
-    assert record.diversity is not None
-    return [record.prompts[place] for place in record.diversity.prompts]
-
-
-def _on_curve(record: Record, prompts: Sequence[str]) -> dict[str, float]:
-    """Reward and Vendi score on these prompts."""
+def _on_curve(record: Record, prompts: Sequence[str]) -> dict[str, float | None]:
+    """Reward and Vendi score on these prompts, and what is kept of the exact law's Vendi score and mode entropy."""
     assert record.diversity is not None
     places = [record.prompts.index(prompt) for prompt in prompts]
     rewards = [x for x, p in zip(record.rewards["scenes"], record.prompt, strict=True) if p in places and x is not None]
     vendi = dict(zip(record.diversity.prompts, record.diversity.vendi, strict=True))
-    return {"reward": float(np.mean(rewards)), "vendi": float(np.mean([vendi[place] for place in places]))}
+    return {
+        "reward": float(np.mean(rewards)),
+        "vendi": float(np.mean([vendi[place] for place in places])),
+        "kept": record.extra["diversity/kept_of_exact"],
+        "kept_modes": record.extra["diversity/kept_of_exact_modes"],
+    }
 
 
 def summarise(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -107,7 +107,7 @@ def summarise(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row["judge"] = {kind: interval_of([e["judge"][kind] for e in last]) for kind in base["judge"]}
         row["ratio"] = interval_of([e["judge"]["trained"] / base["judge"]["trained"] for e in last])
         row |= {name: interval_of([e[name] for e in last]) for name in ("reward", "vendi", "modes")}
-        row["kept"] = interval_of([e["exact"]["kept"] for e in last])
+        row |= {name: interval_of([e["exact"][name] for e in last]) for name in ("kept", "kept_modes")}
         row["base_vendi"], row["base_modes"] = base["vendi"], base["modes"]
         rows.append(row)
     return rows
@@ -123,7 +123,7 @@ def table(found: Mapping[str, Any], cost: Mapping[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(rows=found["summary"], law=found["law"], kinds=KINDS, cost=cost)
 
 
-def draw(outcomes: Sequence[Mapping[str, Any]], curve: Curve | None, path: Path) -> None:
+def draw(outcomes: Sequence[Mapping[str, Any]], curve: Curve, path: Path) -> None:
     """Diversity against the share that is right, a line for each method (mean over seeds), beside the exact law."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -131,10 +131,9 @@ def draw(outcomes: Sequence[Mapping[str, Any]], curve: Curve | None, path: Path)
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    if curve is not None:
-        rewards = np.asarray(curve.law["reward"])
-        shares = 100 * np.asarray(curve.law["vendi"]) / curve.law["vendi"][0]
-        axes.plot(100 * (rewards - rewards[0]), shares, "k-", lw=2.5, label="exact law")
+    rewards = np.asarray(curve.law["reward"])
+    shares = 100 * np.asarray(curve.law["vendi"]) / curve.law["vendi"][0]
+    axes.plot(100 * (rewards - rewards[0]), shares, "k-", lw=2.5, label="exact law")
     for marker, name in zip("osD^vP", dict.fromkeys(o["method"] for o in outcomes), strict=False):
         mine = [[e["exact"] for e in o["evaluations"]] for o in outcomes if o["method"] == name]
         gain = np.mean([[100 * (e["reward"] - run[0]["reward"]) for e in run] for run in mine], axis=0)

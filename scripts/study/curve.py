@@ -6,7 +6,8 @@ Of all laws with the reward's mean, p_base exp(lambda R) is the nearest to the b
 model's own images: base_images.py draws and keeps them in OUT/RECIPE, and goes on where it was cut short; exact_law.py
 says what is computed. For a reward of 0 or 1 the end of the curve is exact: the base's right images.
 
-It writes OUT/RECIPE/curve.json, which later figures read, and prints the curve. `--quick`: 200 images of a prompt.
+It writes OUT/RECIPE/curve.json, which later figures read, and curve.png, and prints the curve. `--quick`: 200 images of
+a prompt.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 IMAGES, QUICK_IMAGES = 1000, 200
 COLUMNS = ("reward", "judge", "kl", "vendi", "rke", "modes")
+DRAWN = {"vendi": "Vendi score", "rke": "RKE", "modes": "entropy of modes"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         create_folder(folder)
         images = base_images(config, args.images, folder)
         found = results(images) | {"rewards": reward_weights(config), "features": features_name(config)}
+    from flow_grpo.figure_text import optional_figure
     from flow_grpo.files import strict_json, write_atomically
 
     write_atomically(folder / "curve.json", strict_json(found, indent=1) + "\n")
+    with optional_figure(folder / "curve.png"):
+        draw(found["points"], folder / "curve.png")
     print(table(found))
     print(f"written to {folder / 'curve.json'}")
     return 0
@@ -75,7 +80,7 @@ def results(images: BaseImages) -> dict[str, Any]:
     chosen = images.of(kept)
     figures, places = exact_law.set_figures(chosen), np.arange(exact_law.SET_SIZE)[None]
     first = {
-        name: float(np.mean([figure(prompt, places)[0] for prompt in range(len(chosen.prompts))]))
+        name: [float(figure(prompt, places)[0]) for prompt in range(len(chosen.prompts))]
         for name, figure in figures.items()
     }
     points = exact_law.curve(chosen, exact_law.strengths_of(chosen.reward))
@@ -86,7 +91,8 @@ def results(images: BaseImages) -> dict[str, Any]:
         "left_out": [prompt for prompt, use in zip(images.prompts, kept, strict=True) if not use],
         "base": {"reward": float(images.reward.mean()), "judge": float(images.right.mean())},
         "bandwidth": exact_law.bandwidth_of(chosen),
-        "first": {"reward": float(chosen.reward[:, : exact_law.SET_SIZE].mean()), **first},
+        "best": float(chosen.reward.max(1).mean()),
+        "first": {"reward": chosen.reward[:, : exact_law.SET_SIZE].mean(1).tolist(), **first},
         "points": [_plain(point) for point in points],
     }
 
@@ -117,6 +123,29 @@ def table(found: Mapping[str, Any]) -> str:
             "  ".join([f"{float(point['strength']):8.3g}", *(f"{c:>16}" for c in cells), f"{point['effective']:9.0f}"])
         )
     return "\n".join(lines)
+
+
+def draw(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Each diversity against the mean reward, as a share of the base's, with its interval over the base images."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    reward = [point["figures"]["reward"]["estimate"] for point in points]
+    for name, title in DRAWN.items():
+        if name in points[0]["figures"]:
+            found = [point["figures"][name] for point in points]
+            base = found[0]["estimate"]
+            (line,) = axes.plot(reward, [100 * f["estimate"] / base for f in found], marker="o", ms=4, label=title)
+            low, high = zip(*[[100 * end / base for end in f["images"]] for f in found], strict=True)
+            axes.fill_between(reward, low, high, color=line.get_color(), alpha=0.2, lw=0)
+    axes.set_xlabel("mean reward")
+    axes.set_ylabel("% of the base model's")
+    axes.set_title("What the reward itself costs: the most diverse law of each mean reward")
+    axes.legend()
+    figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 if __name__ == "__main__":

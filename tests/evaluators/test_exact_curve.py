@@ -41,6 +41,10 @@ def test_the_base_model_keeps_all_of_the_law(config, build, curve_of, tmp_path):
     found = evaluate(parts.policy, prompts, evaluators, parts.settings, parts.run, "eval")
     assert found.metrics["eval/diversity/kept_of_exact"] == pytest.approx(1, abs=1e-3)
     assert found.metrics["eval/diversity/kept_of_exact_rke"] == pytest.approx(1, abs=1e-3)
+    low, high = (found.metrics[f"eval/diversity/kept_of_exact_{end}"] for end in ("low", "high"))
+    assert low <= 1 <= high
+    assert found.metrics["eval/diversity/lost_beside_exact"] == pytest.approx(0, abs=1e-2)
+    assert found.metrics["eval/diversity/off_support"] == 0
     assert found.record.extra["diversity/kept_of_exact"] == found.metrics["eval/diversity/kept_of_exact"]
     (exact,) = [evaluator for evaluator in evaluators if evaluator.name == "exact curve"]
     assert exact.request.prompts == PROMPTS

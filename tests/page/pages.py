@@ -48,13 +48,14 @@ def beside_curve(folder: Path, weight: float = 1.0) -> Path:
     figures = [{"figures": {name: {"estimate": x} for name, x in (point | {"rke": 3.0}).items()}} for point in points]
     curve = {
         "prompts": ["a bag"], "set_size": 16, "rewards": {"pickscore": weight}, "features": "x", "bandwidth": 0.5,
-        "first": {"reward": 0.5, "vendi": 4.0, "rke": 3.0}, "points": figures,
+        "first": {"reward": [0.5], "vendi": [4.0], "rke": [3.0]}, "best": 0.8, "points": figures,
     }  # fmt: skip
     (folder / "curve.json").write_text(json.dumps(curve))
     paths = sorted((folder / "evaluations").glob("eval_*.json"))
     for path in paths[:-1]:
         record = json.loads(path.read_text())
-        record["extra"]["diversity/kept_of_exact"] = 0.874
+        ends = {"": 0.874, "_low": 0.812, "_high": 0.936}
+        record["extra"] |= {f"diversity/kept_of_exact{end}": share for end, share in ends.items()}
         record.pop("sha256", None)
         path.write_text(json.dumps(record))
     return folder

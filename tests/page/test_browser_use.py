@@ -21,7 +21,9 @@ from tests.synthetic_records import base_images, drifted
 
 def test_a_run_beside_an_exact_curve_is_told_what_it_keeps_of_it(view: Page) -> None:
     view.open("curve", "right=10")
-    assert view.text("#sentence").endswith("Of the different images that a gain like this leaves, it keeps 87 %.")
+    assert view.text("#sentence").endswith(
+        "Of the different images that a gain like this leaves, it keeps 87 % (81 to 94 %)."
+    )
     assert view.count("#scatter .line.law") == 1
     view.open("curve", "right=20")
     assert view.text("#sentence").endswith("No law of the base's images has so much reward to be compared with.")

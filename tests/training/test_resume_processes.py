@@ -1,4 +1,4 @@
-"""Both loops, with LoRA and without, go on from 1 process to 2, to 3 and back to 1."""
+"""Every loop, with LoRA and without, goes on from 1 process to 2, to 3 and back to 1."""
 
 from __future__ import annotations
 
