@@ -4,6 +4,7 @@
   the curve, below 1 where diversity is lost that the reward does not ask for; nan beyond the curve, where no law of the
   base's images has so much reward. `..._low`, `..._high`: the ends of its 95 % interval over prompts.
 - `diversity/lost_beside_exact`, `..._rke`, `..._modes`: the same as a number of images, or nats.
+- `exact_curve/reward`, `exact_curve/vendi`, ...: the model's own figures on the curve's prompts.
 - `diversity/off_support`: 1 where the reward is above that of the base's best images, else 0.
 
 What is compared with what: flow_grpo/curve.py.
@@ -63,7 +64,8 @@ class ExactCurveEvaluator:
     def evaluate(self, samples: Samples) -> Measured:
         """Over the curve's prompts."""
         figures = self.figures(samples)
-        found = {"diversity/off_support": float(self.curve.is_off_support(figures["reward"]))}
+        found = {f"exact_curve/{name}": float(np.mean(values)) for name, values in figures.items()}
+        found["diversity/off_support"] = float(self.curve.is_off_support(figures["reward"]))
         for name, kept in self.curve.kept(figures).items():
             suffix = "" if name == "vendi" else f"_{name}"
             share = f"diversity/kept_of_exact{suffix}"
