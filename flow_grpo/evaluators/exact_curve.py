@@ -74,19 +74,20 @@ class ExactCurveEvaluator:
         return Measured(found)
 
     def figures(self, samples: Samples) -> Mapping[str, Sequence[float]]:
-        """The curve's figures of these images, of each prompt."""
-        features = features_by_prompt(samples, self.extractor).values()
-        rewards: dict[str, list[float]] = {}
-        for prompt, value in zip(samples.prompts, self.reward.evaluate(samples).rewards["total"], strict=True):
-            rewards.setdefault(prompt, []).append(value)
+        """The curve's figures of these images, of each of its prompts, in its order."""
+        by_prompt, rewards = features_by_prompt(samples, self.extractor), self.reward.evaluate(samples).rewards["total"]
+        features = [by_prompt[prompt] for prompt in self.curve.prompts]
+        of_prompt: dict[str, list[float]] = {}
+        for prompt, value in zip(samples.prompts, rewards, strict=True):
+            of_prompt.setdefault(prompt, []).append(value)
         found = {
-            "reward": [float(np.mean(values)) for values in rewards.values()],
+            "reward": [float(np.mean(of_prompt[prompt])) for prompt in self.curve.prompts],
             "vendi": [vendi_score(group) for group in features],
             "rke": [rke_score(group, self.curve.bandwidth) for group in features],
         }
         if self.detector is not None:
             seen = seen_by_prompt(self.detector, samples)
-            found["modes"] = [scene_modes(parse(prompt).kind, scenes)["entropy"] for prompt, scenes in seen.items()]
+            found["modes"] = [scene_modes(parse(text).kind, seen[text])["entropy"] for text in self.curve.prompts]
         return found
 
 

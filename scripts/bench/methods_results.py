@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,159 +12,196 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flow_grpo.crossing import first_crossing, rising
+from flow_grpo.curve import Curve
 from flow_grpo.errors import ConfigError
 from flow_grpo.figure_text import optional_figure
 from flow_grpo.files import read_object, strict_json, write_atomically
 from flow_grpo.methods.registry import METHODS
+from flow_grpo.prompts import PromptDataset
+from flow_grpo.scenes.captions import KINDS, parse
 from flow_grpo.statistics import mean_interval
-from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI, RunRecord, load_runs
+from scripts.bench.testbeds import COST, CURVE, HARD_PROMPTS, ROOT, SEARCH_SEED, Testbed
+from scripts.study.records import load_runs
+from scripts.study.study_records import rounded
 
 if TYPE_CHECKING:
     from scripts.study.plan import StudyRun
 
-TEMPLATE = "methods.md.j2"
-GAINS = (0.005, 0.01, 0.02)  # of reward
-NATS = "entropy/nats"
-VARIANTS = {"anchored_kl": "anchored, 0.3 nats", "drtune_kl": "DRTune, KL 0.1"}
+RESULTS = "results.json"
+COLUMNS = {  # of every testbed: figure -> metric
+    "judge": "judge/accuracy",
+    "vendi": "diversity/vendi",
+    "rke": "diversity/rke",
+    "modes": "modes/entropy",
+    "exact_reward": "exact_curve/reward",  # on the curve's prompts
+    "exact_vendi": "exact_curve/vendi",
+    "exact_modes": "exact_curve/modes",
+}
+Outcome = Mapping[str, Any]  # label, seed, and of each evaluation, the base's first: epoch and columns
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One run."""
-
-    method: str
-    seed: int
-    reward: list[float]  # at each evaluation, the base's first
-    vendi: list[float]
-    judge: list[float]
-    epochs: list[int]
-    final: Mapping[str, float]  # reward, judge, vendi, rke, colours, nats, exact: the law's Vendi at this gain
-    seconds_to: Mapping[str, float]  # gain -> seconds; nan: never
-    excess_at: Mapping[str, float]  # gain -> Vendi there minus the exact law's; nan: never
-
-
-def write(runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
-    """Read the runs' folders and write the three files; ConfigError where one is missing."""
-    missing = [run.name for run in runs if not (logs / run.name / "metrics.jsonl").is_file()]
-    if missing:
-        raise ConfigError(f"{logs} lacks {missing[0]} and {len(missing) - 1} more; `train` makes them.")
-    cost, law = read_object(out / "cost.json"), read_object(out / "curve.json")
-    outcomes = [outcome(load_runs([logs / run.name])[0], run, cost["seconds"][run.label], law["rows"]) for run in runs]
-    found = {"outcomes": [asdict(o) for o in outcomes], "summary": summarise(outcomes, cost)}
-    write_atomically(out / "results.json", strict_json(found, indent=1) + "\n")
-    write_atomically(out / "table.md", table(found["summary"], law))
+def write(testbed: Testbed, runs: Sequence[StudyRun], logs: Path, out: Path) -> None:
+    """Read the runs' folders, add what is kept of others, write the three files; ConfigError where there is none."""
+    prompts = list(Curve.read(out / CURVE).prompts)
+    outcomes = [outcome(testbed, run, logs) for run in runs]
+    path = out / RESULTS
+    kept = read_object(path) if path.exists() else {}
+    if kept.get("prompts") == prompts:
+        new = [(o["label"], o["seed"]) for o in outcomes]
+        outcomes += [o for o in kept["outcomes"] if (o["label"], o["seed"]) not in new]
+    if not outcomes:
+        raise ConfigError(f"{logs} has no run that is done; `train` makes them.")
+    order = [*testbed.entries, *testbed.tried]
+    outcomes.sort(key=lambda o: (order.index(o["label"]), o["seed"]))
+    write_atomically(path, strict_json({"prompts": prompts, "outcomes": outcomes}, indent=1) + "\n")
+    write_atomically(out / "table.md", table(testbed, outcomes, out))
     with optional_figure(out / "frontier.png"):
-        draw(outcomes, law["rows"], out / "frontier.png")
+        draw(testbed, outcomes, out)
 
 
-def outcome(record: RunRecord, run: StudyRun, seconds: float, law: Sequence[Mapping[str, float]]) -> Outcome:
-    """What one run came to; seconds are epochs times the method's seconds an epoch."""
-    reward = record.curve(REWARD)
-    vendi, judge = _occasional(record, VENDI), record.curve(ACCURACY)
-    epochs = np.array([evaluation.step for evaluation in record.evaluations], dtype=float)
-    last = record.final
-    final = {
-        "reward": last.reward,
-        "judge": last.metrics[ACCURACY],
-        "vendi": vendi[-1],
-        "rke": last.occasional.get(RKE, math.nan),
-        "colours": math.exp(last.metrics[ENTROPY]),
-        "nats": last.occasional.get(NATS, math.nan),
-        "exact": vendi[0] * exact_share(last.reward - reward[0], law),
-    }
-    seconds_to, excess_at = {}, {}
-    for gain in GAINS:
-        reached = first_crossing(epochs, rising(reward), reward[0] + gain)
-        seconds_to[f"{gain:g}"] = math.nan if reached is None else reached * seconds
-        there = math.nan if reached is None else float(np.interp(reached, epochs, vendi))
-        excess_at[f"{gain:g}"] = there - vendi[0] * exact_share(gain, law)
-    curves = reward.tolist(), vendi.tolist(), judge.tolist(), epochs.astype(int).tolist()
-    return Outcome(run.label, run.seed, *curves, final, seconds_to, excess_at)
+def outcome(testbed: Testbed, run: StudyRun, logs: Path) -> dict[str, Any]:
+    """What is committed of one run."""
+    evaluations = load_runs([logs / run.name])[0].evaluations
+    found: dict[str, Any] = {"label": run.label, "seed": run.seed, "epoch": [e.step for e in evaluations]}
+    measured = [{**e.metrics, **e.occasional} for e in evaluations]
+    for name, metric in {"reward": testbed.reward, **COLUMNS, **testbed.columns}.items():
+        values = [metrics.get(metric, math.nan) for metrics in measured]
+        if not np.isnan(values).all():
+            found[name] = [rounded(value) for value in values]
+    return found
 
 
-def _occasional(record: RunRecord, name: str) -> np.ndarray:
-    return np.array([evaluation.occasional.get(name, math.nan) for evaluation in record.evaluations])
+def column(found: Outcome, name: str) -> np.ndarray:
+    """A figure at each evaluation; nan where there is none."""
+    missing = [None] * len(found["epoch"])
+    return np.array([math.nan if value is None else value for value in found.get(name, missing)], dtype=float)
 
 
-def exact_share(gain: float, law: Sequence[Mapping[str, float]]) -> float:
-    """The share of the base's Vendi score that the exact law keeps at a gain; 1 below 0, nan beyond the curve.
-
-    Both are taken over the base: the 16 images of a run's evaluation are not the 1,000 of the curve.
-    """
-    gains = [row["reward"] - law[0]["reward"] for row in law]
-    shares = [row["vendi"] / law[0]["vendi"] for row in law]
-    return float(np.interp(gain, gains, shares)) if gain <= gains[-1] else math.nan
+@cache
+def trained_kinds() -> dict[str, float]:
+    """Shares of the held-out captions of scenes that are of each kind that is trained."""
+    kinds = [parse(prompt).kind for prompt in PromptDataset.load(str(ROOT / HARD_PROMPTS)).prompts]
+    return {kind: kinds.count(kind) / len(kinds) for kind in KINDS if kind in kinds}
 
 
-def summarise(outcomes: Sequence[Outcome], cost: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each method, means over seeds with 95 % t-intervals, by the final reward."""
+def right(found: Outcome) -> np.ndarray:
+    """The share of right images at each evaluation, of the kinds of scenes that are trained, by the judge."""
+    return sum((share * column(found, f"judge_{kind}") for kind, share in trained_kinds().items()), np.zeros(1))
+
+
+# --- means over seeds -------------------------------------------------------------------------------------
+
+
+def summarise(testbed: Testbed, outcomes: Sequence[Outcome], out: Path) -> list[dict[str, Any]]:
+    """A row for each entry: at the end of its runs, and at some gains, means over seeds with 95 % t-intervals."""
+    cost, curve = read_object(out / COST), Curve.read(out / CURVE)
     rows = []
-    for name in dict.fromkeys(o.method for o in outcomes):
-        mine = [o for o in outcomes if o.method == name]
-        row: dict[str, Any] = {
-            "method": name,
-            "title": title_of(name),
-            "seeds": len(mine),
-            "epochs": mine[0].epochs[-1],
-        }
-        row |= {"seconds": cost["seconds"][name], "peak_mib": cost["peak_mib"][name]}
-        row |= {figure: interval_of([o.final[figure] for o in mine]) for figure in mine[0].final}
-        row["gain"] = interval_of([o.reward[-1] - o.reward[0] for o in mine])
-        row["kept"] = interval_of([o.final["vendi"] / o.final["exact"] for o in mine])
-        row["seconds_to"] = {gain: interval_of([o.seconds_to[gain] for o in mine]) for gain in mine[0].seconds_to}
-        row["excess_at"] = {gain: interval_of([o.excess_at[gain] for o in mine]) for gain in mine[0].excess_at}
+    for label in dict.fromkeys(o["label"] for o in outcomes):
+        mine = [o for o in outcomes if o["label"] == label]
+        entry, seconds = testbed.entry(label), testbed.seconds_an_epoch(label, cost)
+        row: dict[str, Any] = {"label": label, "title": entry.title, "seeds": len(mine), "epochs": mine[0]["epoch"][-1]}
+        row |= {"seconds": seconds, "peak_mib": cost.get("peak_mib", {}).get(label, math.nan)}
+        names = {"reward", *COLUMNS, *testbed.columns}
+        row |= {name: interval_of([column(o, name)[-1] for o in mine]) for name in names}
+        row["base"] = {name: column(mine[0], name)[0] for name in names}
+        for name, figure in {"kept": "vendi", "kept_modes": "modes"}.items():
+            row[name] = interval_of([kept(o, figure, curve)[-1] for o in mine])
+        row["gain"] = interval_of([np.diff(column(o, "exact_reward")[[0, -1]])[0] for o in mine])
+        if "judge_two" in testbed.columns:
+            row["right"], row["base"]["right"] = interval_of([right(o)[-1] for o in mine]), right(mine[0])[0]
+            row["of_base"] = interval_of([right(o)[-1] / right(o)[0] for o in mine])
+        reached = [{f"{gain:g}": at_gain(o, gain, curve) for gain in testbed.gains} for o in mine]
+        for place, name in enumerate(("seconds_to", "kept_at")):
+            scale = seconds if name == "seconds_to" else 1.0
+            row[name] = {gain: interval_of([scale * r[gain][place] for r in reached]) for gain in reached[0]}
         rows.append(row)
-    return sorted(rows, key=lambda row: -row["reward"]["mean"])
+    return rows
 
 
-def title_of(name: str) -> str:
-    """What people call an entry of the bench."""
-    return METHODS[name].title if name in METHODS else VARIANTS[name]
+def kept(found: Outcome, figure: str, curve: Curve) -> np.ndarray:
+    """Share of the exact law's at the same gain, each over its own base images; nan beyond the curve, or unmeasured."""
+    reward, values = column(found, "exact_reward"), column(found, f"exact_{figure}")
+    if figure not in curve.law:
+        return np.full(len(reward), math.nan)
+    return values / values[0] / [curve.share(figure, gain) for gain in reward - reward[0]]
 
 
-def interval_of(values: Sequence[float | None]) -> dict[str, float]:
-    """Mean and half width over the seeds that have the figure, and how many have; None, as JSON has it, is nan."""
-    found = mean_interval([math.nan if value is None else value for value in values])
+def at_gain(found: Outcome, gain: float, curve: Curve) -> tuple[float, float]:
+    """Epochs until the smoothed reward has risen by so much, and what is kept there of the law; nan: it never has."""
+    epochs, reward, vendi = (column(found, name) for name in ("epoch", "exact_reward", "exact_vendi"))
+    reached = first_crossing(epochs, rising(reward), reward[0] + gain)
+    if reached is None:
+        return math.nan, math.nan
+    return reached, float(np.interp(reached, epochs, vendi)) / vendi[0] / curve.share("vendi", gain)
+
+
+def interval_of(values: Sequence[float]) -> dict[str, float]:
+    """Mean and half width over the seeds that have the figure, and how many have."""
+    found = mean_interval(values)
     return {"mean": found.estimate, "half": (found.high - found.low) / 2, "count": found.count}
 
 
-def table(summary: Sequence[Mapping[str, Any]], law: Mapping[str, Any]) -> str:
+# --- table and figure -------------------------------------------------------------------------------------
+
+
+def table(testbed: Testbed, outcomes: Sequence[Outcome], out: Path) -> str:
     """The page's text."""
     environment = Environment(  # Markdown: nothing is escaped
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["shown"] = shown
-    return environment.get_template(TEMPLATE).render(rows=summary, law=law, gains=[f"{gain:g}" for gain in GAINS])
+    tried = [o for o in outcomes if o["seed"] == SEARCH_SEED]
+    rows = summarise(testbed, [o for o in outcomes if o["seed"] != SEARCH_SEED], out)
+    return environment.get_template(f"methods_{testbed.name}.md.j2").render(
+        rows=sorted(rows, key=lambda row: -row["reward"]["mean"]) if testbed.name == "tiny" else rows,
+        tried=summarise(testbed, tried, out),
+        curve=read_object(out / CURVE),
+        cost=read_object(out / COST),
+        gains=[f"{gain:g}" for gain in testbed.gains],
+        kinds=KINDS,
+    )
 
 
-def shown(value: Mapping[str, float], digits: int = 2) -> str:
+def shown(value: Mapping[str, float], digits: int = 2, scale: float = 1.0) -> str:
     """Mean +- half width; a dash where no seed has the figure."""
     if not value["count"]:
         return "-"
-    half = "" if math.isnan(value["half"]) else f" ± {value['half']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{half}"
+    half = "" if math.isnan(value["half"]) else f" ± {scale * value['half']:.{digits}f}"
+    return f"{scale * value['mean']:.{digits}f}{half}"
 
 
-def draw(outcomes: Sequence[Outcome], law: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Diversity against reward, a line for each method (mean over seeds at each evaluation), beside the exact law."""
-    from matplotlib import colormaps
+def draw(testbed: Testbed, outcomes: Sequence[Outcome], out: Path) -> None:
+    """Diversity against reward beside the exact law, a line for each method: means over seeds, seconds as colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    cost, curve = read_object(out / COST), Curve.read(out / CURVE)
+    most = max(testbed.seconds.values())
+    law = np.array(curve.law["reward"]) - curve.law["reward"][0], 100 * np.array(curve.law["vendi"])
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    gains = np.array([row["reward"] - law[0]["reward"] for row in law])
-    axes.plot(gains, [100 * exact_share(gain, law) for gain in gains], "k-", lw=2.5, label="exact law")
-    names, markers = list(dict.fromkeys(o.method for o in outcomes)), "osDv^<>PX*hpd8sH"
-    for number, name in enumerate(names):
-        mine = [o for o in outcomes if o.method == name]
-        x = np.mean([np.array(o.reward) - o.reward[0] for o in mine], axis=0)
-        y = np.mean([100 * np.array(o.vendi) / o.vendi[0] for o in mine], axis=0)
-        colour = colormaps["tab20"](number / 20)
-        axes.plot(x, y, marker=markers[number % len(markers)], ms=4, lw=1, color=colour, label=title_of(name))
-    axes.set_xlabel("gain in reward over the base model, 160 images on held-out noise")
-    axes.set_ylabel("Vendi score of 16 images of a prompt, % of the base model's")
-    axes.legend(fontsize="small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    titles = {True: "by the reward's gradient", False: "by rewards alone"}
+    for axes, (gradient, title) in zip(panels, titles.items(), strict=True):
+        axes.plot(law[0], law[1] / curve.law["vendi"][0], "k-", lw=2.5, label="exact law")
+        labels = [n for n, entry in testbed.entries.items() if METHODS[entry.method].reward_gradient == gradient]
+        for marker, label in zip("osDv^<>PX*hpd8H", labels, strict=False):
+            mine = [o for o in outcomes if o["label"] == label and o["seed"] != SEARCH_SEED]
+            if not mine:
+                continue
+            reward, vendi = ([column(o, name) for o in mine] for name in ("exact_reward", "exact_vendi"))
+            gain = np.mean([values - values[0] for values in reward], axis=0)
+            kept = np.mean([100 * values / values[0] for values in vendi], axis=0)
+            seconds = testbed.seconds_an_epoch(label, cost) * column(mine[0], "epoch")
+            axes.plot(gain, kept, "-", lw=0.8, color="0.7", zorder=1)
+            axes.plot([], [], marker, color="0.4", label=testbed.entry(label).title)
+            dots = axes.scatter(
+                gain, kept, c=seconds, vmin=0, vmax=most, cmap="viridis_r", marker=marker, s=34, zorder=2
+            )
+        axes.set_title(title)
+        axes.set_xlabel("gain in mean reward over the base model")
+        axes.legend(fontsize="small", loc="upper right")
+    panels[0].set_ylabel("Vendi score within a prompt, % of the base's")
+    figure.colorbar(dots, ax=panels, label="seconds of training", pad=0.01)
+    figure.savefig(out / "frontier.png", dpi=130, metadata={"Software": None})

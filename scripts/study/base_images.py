@@ -62,7 +62,7 @@ class BaseImages:
 
 
 def base_images(config: ConfigDict, number: int, folder: Path) -> BaseImages:
-    """`number` images of each test prompt by the base model of a configuration: those that are missing are drawn.
+    """`number` images of each prompt whose diversity is measured, by the base model: those that are missing are drawn.
 
     Raises:
         ConfigError: the folder holds images of other models, prompts or settings, or a damaged file.
@@ -87,16 +87,15 @@ def base_images(config: ConfigDict, number: int, folder: Path) -> BaseImages:
 
 def _question(config: Any) -> dict[str, Any]:
     """What images and figures depend on, as plain data."""
-    from flow_grpo.evaluators.evaluation import setting_of, test_request
+    from flow_grpo.evaluators.diversity import diversity_request
+    from flow_grpo.evaluators.evaluation import setting_of
     from flow_grpo.prompts import PromptDataset
-    from flow_grpo.settings import Settings
 
-    prompts = PromptDataset.load(config.prompts.test)
-    settings = Settings(config, None, 1)  # type: ignore[arg-type] # no batches are drawn
+    test, chosen = PromptDataset.load(config.prompts.test).prompts, diversity_request(config).prompts
     return {
-        "prompts": list(dict.fromkeys(test_request(prompts, settings).prompts)),
+        "prompts": [text for text in dict.fromkeys([*test, *chosen]) if text in chosen],  # in the order of samples
         "model": config.pretrained.model,
-        "setting": setting_of(config, prompts.prompts),
+        "setting": setting_of(config, test),
         "judge": config.eval.judge,
         "features": features_name(config),
     }
@@ -114,8 +113,8 @@ def _drawn(settings: Any, accelerator: Any, places: Sequence[int]) -> Iterator[t
     from tqdm import tqdm
 
     from flow_grpo.evaluators.base import SampleRequest
-    from flow_grpo.evaluators.diversity import extractor_of
-    from flow_grpo.evaluators.evaluation import draw_samples, sample_evaluators, test_request
+    from flow_grpo.evaluators.diversity import diversity_request, extractor_of
+    from flow_grpo.evaluators.evaluation import draw_samples, sample_evaluators
     from flow_grpo.policy import ImageModel, load_pretrained
     from flow_grpo.prompts import PromptDataset
     from flow_grpo.rewards.building import build_reward
@@ -127,7 +126,7 @@ def _drawn(settings: Any, accelerator: Any, places: Sequence[int]) -> Iterator[t
     prompts = PromptDataset.load(config.prompts.test)
     evaluators = sample_evaluators(build_reward(config, device), settings, device)
     extractor = extractor_of(config, device)
-    request = SampleRequest(test_request(prompts, settings).prompts, CHUNK)
+    request = SampleRequest(diversity_request(config).prompts, CHUNK)
     for place in tqdm(places, desc="base images"):
         with torch.no_grad():
             samples = draw_samples(model, prompts, settings, cast(Run, Bars()), [request], first=place * CHUNK)

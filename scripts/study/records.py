@@ -20,7 +20,7 @@ from flow_grpo.runs.history import read_history
 
 REWARD, ACCURACY, ENTROPY = "reward/total", "judge/accuracy", "modes/entropy"
 VENDI, RKE = "diversity/vendi", "diversity/rke"
-OCCASIONAL = ("entropy/", "ode_log_prob/", "diversity/")  # what may be measured less often than the rest
+OCCASIONAL = ("entropy/", "ode_log_prob/", "diversity/", "exact_curve/")  # may be measured less often than the rest
 LARGEST = 2**63  # from here on a whole number is no count of a run, and may be too large for a float
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from flow_grpo.errors import ConfigError
-from flow_grpo.evaluators.evaluation import evaluate
+from flow_grpo.evaluators.evaluation import draw_samples, evaluate
 from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.settings import resolve
@@ -50,6 +50,28 @@ def test_the_base_model_keeps_all_of_the_law(config, build, curve_of, tmp_path):
     assert exact.request.prompts == PROMPTS
     assert exact.request.num_image_per_prompt == 4
     assert (parts.run.folder / "curve.json").read_bytes() == (tmp_path / "curve.json").read_bytes()
+
+
+def test_prompts_are_held_against_themselves_in_whatever_order_the_curve_has_them(config, build, curve_of, tmp_path):
+    config.eval_diversity, config.eval_freq, config.num_seeds = True, 1, 4
+    path = curve_of()
+    found = json.loads(path.read_text())
+    found["prompts"].reverse()
+    found["first"] = {name: values[::-1] for name, values in found["first"].items()}
+    path.write_text(json.dumps(found))
+    config.eval.curve = str(path)
+    parts = build(config)
+    (exact,) = [
+        evaluator
+        for evaluator in build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
+        if evaluator.name == "exact curve"
+    ]
+    prompts = PromptDataset.load(config.prompts.test)
+    samples = draw_samples(parts.policy, prompts, parts.settings, parts.run, [exact.request])
+    figures = exact.figures(samples)
+    for name, values in found["first"].items():
+        assert figures[name] == pytest.approx(values, rel=2e-3)  # features are kept in float16
+        assert figures[name] != pytest.approx(values[::-1], rel=2e-3)
 
 
 def test_a_curve_of_another_reward_or_without_diversity_is_refused_at_once(config, curve_of):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,132 +11,198 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from flow_grpo.curve import Curve
+from flow_grpo.files import read_object
 from flow_grpo.methods.registry import METHODS
 from flow_grpo.recipes.registry import get_config
 from flow_grpo.settings import resolve
-from scripts.bench.methods import ENTRIES, SEEDS, plan
-from scripts.bench.methods_results import exact_share, outcome, summarise, table, title_of
+from scripts.bench import methods, methods_results
+from scripts.bench.methods import SEEDS
+from scripts.bench.methods_results import at_gain, column, kept, outcome, right, summarise, table, write
+from scripts.bench.testbeds import COST, CURVE, SCENES, SEARCH_SEED, TESTBEDS, TINY, Entry
+from scripts.study.run import State
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "assets/figures/methods"
-LAW = [
-    {"strength": 0, "reward": 0.50, "judge": 0.8, "vendi": 3.2, "rke": 4.0, "kl": 0.0, "effective": 1000.0},
-    {"strength": 60, "reward": 0.52, "judge": 0.9, "vendi": 2.8, "rke": 3.0, "kl": 0.3, "effective": 300.0},
-]
-COST = {"seconds": dict.fromkeys(ENTRIES, 2.0), "peak_mib": dict.fromkeys(ENTRIES, 800.0)}
+LAW = [{"reward": 0.50, "vendi": 3.2, "rke": 4.0}, {"reward": 0.54, "vendi": 2.4, "rke": 3.0}]
+FIGURE = {"estimate": 1.0, "images": [0.9, 1.1], "prompts": [0.8, 1.2]}
+SEARCHED = dataclasses.replace(TINY, tried={"strong": Entry("anchored", {"anchored.strength": 3000.0}, "strong")})
 
 
 @pytest.fixture
-def runs(tmp_path):
-    (tmp_path / "cost.json").write_text(json.dumps(COST))
-    return plan(tmp_path)
-
-
-def record(rewards, vendi):
-    """A run evaluated every 10 epochs."""
-    evaluations = [
-        SimpleNamespace(
-            step=10 * i, reward=reward,
-            metrics={"reward/total": reward, "judge/accuracy": 0.9, "modes/entropy": math.log(4)},
-            occasional={"diversity/vendi": v, "diversity/rke": 2.0, "entropy/nats": -50.0},
-        )
-        for i, (reward, v) in enumerate(zip(rewards, vendi, strict=True))
+def out(tmp_path):
+    """A folder with the cost, and with a curve from .50 to .54, of which the law keeps three quarters."""
+    (tmp_path / COST).write_text(json.dumps({"machine": "a machine", "seconds": dict.fromkeys(METHODS, 2.0)}))
+    points = [
+        {"strength": str(i), "effective": 100.0, "figures": dict.fromkeys(("judge", "kl"), FIGURE)
+         | {name: FIGURE | {"estimate": value} for name, value in figures.items()}}
+        for i, figures in enumerate(LAW)
     ]  # fmt: skip
-    found = SimpleNamespace(evaluations=evaluations, final=evaluations[-1])
-    found.curve = lambda name: np.array([e.metrics[name] for e in evaluations])
-    return found
+    content = {
+        "images": 1000, "prompts": ["a bag"], "set_size": 16, "rewards": {"pickscore": 1.0}, "features": "x",
+        "bandwidth": 0.5, "first": {"reward": [0.5], "vendi": [3.2], "rke": [4.0]}, "best": 0.6, "points": points,
+    }  # fmt: skip
+    (tmp_path / CURVE).write_text(json.dumps(content))
+    return tmp_path
 
 
-def test_every_method_is_trained_with_three_seeds_for_as_many_epochs_as_its_cost_allows(runs):
-    assert {run.label for run in runs} == set(ENTRIES) >= set(METHODS)
-    for name in ENTRIES:
-        assert sorted(run.seed for run in runs if run.label == name) == list(SEEDS)
-    assert {run.settings["num_epochs"] for run in runs} == {75}  # 150 s of 2 s each
+@pytest.fixture
+def runs_with(monkeypatch):
+    """Whatever run is read has these rewards and Vendi scores, every ten epochs."""
+
+    def make(rewards, vendi, **more):
+        names = {"reward/total": rewards, "judge/accuracy": [0.9] * len(rewards), "diversity/vendi": vendi}
+        names |= {"exact_curve/reward": rewards, "exact_curve/vendi": vendi} | more
+        evaluations = [
+            SimpleNamespace(step=10 * i, metrics={k: v[i] for k, v in names.items()}, occasional={})
+            for i in range(len(rewards))
+        ]
+        monkeypatch.setattr(methods_results, "load_runs", lambda _: [SimpleNamespace(evaluations=evaluations)])
+
+    return make
 
 
-def test_every_run_of_the_plan_is_a_configuration_that_can_be_trained(runs):
-    for run in runs[: len(ENTRIES)]:
+def read(testbed, label="grpo", seed=0):
+    return outcome(testbed, SimpleNamespace(label=label, seed=seed, name="x"), Path("logs"))
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_trained_with_every_seed_for_as_many_epochs_as_its_cost_allows(out):
+    runs = TINY.plan(SEEDS, out)
+    assert {run.label for run in runs} == set(TINY.entries) >= set(METHODS)
+    assert sorted((run.label, run.seed) for run in runs) == sorted((n, s) for n in TINY.entries for s in SEEDS)
+    assert {run.settings["num_epochs"] for run in runs} == {75}  # 150 s of 2 s each, of variants too
+
+
+@pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=str)
+def test_every_run_is_a_configuration_that_can_be_trained(testbed):
+    for run in testbed.plan([0], testbed.results) + testbed.search(testbed.results):
         config = get_config(run.recipe)
         config.update_from_flattened_dict(run.settings)
-        assert resolve(config, 1, cuda=False).config.train.method in ("", ENTRIES[run.label][0])
+        assert resolve(config, 1, cuda=False).config.train.method in ("", testbed.entry(run.label).method)
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(-0.01, 1.0), (0.01, 3.0 / 3.2), (0.02, 2.8 / 3.2)])
-def test_the_share_that_the_exact_law_keeps_is_read_off_its_curve(gain, expected):
-    assert exact_share(gain, LAW) == pytest.approx(expected)
+def test_methods_that_look_at_rewards_alone_have_longer_on_scenes(out):
+    epochs = {run.label: run.settings["num_epochs"] for run in SCENES.plan([0], out)}
+    assert (epochs["drtune"], epochs["nft"]) == (105, 210)
 
 
-def test_beyond_the_curve_there_is_no_exact_law():
-    assert math.isnan(exact_share(0.03, LAW))
+def test_a_method_whose_cost_is_not_known_is_named(out, capsys):
+    (out / COST).write_text('{"seconds": {}}')
+    with pytest.raises(SystemExit) as end:
+        methods.main(["train", "--out", str(out)])
+    assert end.value.code == 2
+    assert "does not say what an epoch of grpo costs; `cost` measures it." in capsys.readouterr().err
 
 
-def test_the_seconds_to_a_gain_are_epochs_times_the_methods_cost_and_diversity_is_compared_there(runs):
-    found = outcome(record([0.50, 0.51, 0.52], [3.2, 2.9, 2.5]), runs[0], 2.0, LAW)
-    assert found.seconds_to["0.005"] == pytest.approx(5 * 2.0)
-    assert found.seconds_to["0.01"] == pytest.approx(10 * 2.0)
-    assert found.excess_at["0.01"] == pytest.approx(2.9 - 3.0)
-    higher = outcome(record([0.53, 0.54, 0.55], [1.6, 1.4, 1.2]), runs[0], 2.0, LAW)  # another base: half as diverse
-    assert higher.excess_at["0.01"] == pytest.approx(1.4 - 1.5)
-    assert found.final["colours"] == pytest.approx(4)
-    never = outcome(record([0.50, 0.501, 0.502], [3.2, 3.1, 3.1]), runs[0], 2.0, LAW)
-    assert math.isnan(never.seconds_to["0.01"])
-    assert math.isnan(never.excess_at["0.01"])
+def test_a_run_that_there_is_not_is_named(capsys):
+    with pytest.raises(SystemExit):
+        methods.main(["train", "--only", "nft,gpro"])
+    assert "--only gpro: there is no such run; it takes grpo, nft," in capsys.readouterr().err
 
 
-def test_the_table_has_a_row_for_each_method_by_falling_reward(runs):
-    ends = {"drtune": 0.53, "grpo": 0.51}
-    outcomes = [
-        outcome(record([0.50, end + seed / 1e4], [3.2, 2.5]), SimpleNamespace(label=name, seed=seed), 2.0, LAW)
-        for name, end in ends.items()
-        for seed in SEEDS
-    ]
-    text = table(summarise(outcomes, COST), {"images": 1000, "rows": LAW})
+# --- outcomes ---------------------------------------------------------------------------------------------
+
+
+def test_an_outcome_has_the_figures_that_were_measured_and_no_others(runs_with):
+    runs_with([0.5, 0.51], [3.2, 2.9], **{"entropy/nats": [-20.0, math.nan]})
+    found = read(TINY)
+    assert found["epoch"] == [0, 10]
+    assert found["nats"] == [-20.0, None]
+    assert "rke" not in found
+    assert np.isnan(column(found, "rke")).all()
+
+
+def test_the_time_to_a_gain_and_what_is_kept_there_are_read_between_evaluations(runs_with, out):
+    runs_with([0.50, 0.51, 0.52], [3.2, 3.0, 2.0])
+    epochs, kept = at_gain(read(TINY), 0.015, Curve.read(out / CURVE))
+    assert epochs == pytest.approx(15)
+    assert kept == pytest.approx((2.5 / 3.2) / (1 - 0.25 * 0.015 / 0.04))
+    assert all(map(math.isnan, at_gain(read(TINY), 0.03, Curve.read(out / CURVE))))
+
+
+def test_what_is_kept_is_held_against_the_law_of_the_same_gain(runs_with, out):
+    runs_with([0.51, 0.53, 0.56], [3.0, 2.4, 2.0])  # of other base images than the curve's
+    found = kept(read(TINY), "vendi", Curve.read(out / CURVE))
+    assert found == pytest.approx([1.0, 0.8 / (1 - 0.25 * 0.02 / 0.04), math.nan], nan_ok=True)
+    assert np.isnan(kept(read(TINY), "modes", Curve.read(out / CURVE))).all()
+
+
+def test_right_images_are_those_of_the_kinds_that_are_trained(runs_with):
+    kinds = {f"judge/accuracy_{kind}": [0.0, 1.0] for kind in ("two", "position")}
+    others = {f"judge/accuracy_{kind}": [0.5, 0.5] for kind in ("single", "count", "colour", "binding")}
+    runs_with([0.5, 0.5], [3.2, 3.2], **kinds, **others)
+    assert right(read(SCENES)) == pytest.approx([0.1, 0.9])  # 20 captions of two, 20 of position, 10 of counting
+
+
+def test_outcomes_of_runs_that_are_gone_are_kept_while_the_law_is_of_the_same_prompts(runs_with, out, monkeypatch):
+    monkeypatch.setattr(methods_results, "draw", lambda *_: None)
+    runs_with([0.5, 0.51], [3.2, 2.9])
+
+    def written(labels):
+        write(TINY, [SimpleNamespace(label=name, seed=0, name="x") for name in labels], Path("logs"), out)
+        return [found["label"] for found in read_object(out / "results.json")["outcomes"]]
+
+    assert written(["grpo", "nft"]) == ["grpo", "nft"]
+    assert written(["nft", "drtune"]) == ["grpo", "nft", "drtune"]
+    (out / CURVE).write_text((out / CURVE).read_text().replace("a bag", "a boot"))
+    assert written(["refl"]) == ["refl"]
+
+
+# --- table and figure ---------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_for_each_method_by_falling_reward(runs_with, out):
+    outcomes = []
+    for label, end in {"drtune": 0.53, "grpo": 0.51}.items():
+        for seed in SEEDS:
+            runs_with([0.50, end + seed / 1e4], [3.2, 2.5])
+            outcomes.append(read(TINY, label, seed))
+    text = table(TINY, outcomes, out)
     assert text.index("| DRTune | 0.5301 ± 0.0002") < text.index("| GRPO | 0.5101")
-    assert "| DRTune | 10 | 2.00 | 800 |" in text
+    assert "| DRTune | 10 | 2.00 |" in text
     assert "\n\n|---" not in text
 
 
-def test_every_entry_has_a_title():
-    assert all(title_of(name) for name in ENTRIES)
-    assert len({title_of(name) for name in ENTRIES}) == len(ENTRIES)
+def test_what_was_tried_is_in_no_methods_row(runs_with, out):
+    runs_with([0.5, 0.51], [3.2, 2.9])
+    outcomes = [read(SEARCHED, "anchored"), read(SEARCHED, "strong", SEARCH_SEED)]
+    rows = summarise(SEARCHED, outcomes[:1], out)
+    assert table(SEARCHED, outcomes, out).count("\n| anchored gradient |") == 2 * len(rows)
 
 
-# --- the committed results ---------------------------------------------------------------------------------
+def test_the_figure_is_drawn_for_both_families(runs_with, out):
+    runs_with([0.5, 0.51], [3.2, 2.9])
+    methods_results.draw(TINY, [read(TINY, "grpo"), read(TINY, "drtune")], out)
+    assert (out / "frontier.png").stat().st_size > 10_000
 
 
-@pytest.fixture(scope="module")
-def committed():
-    text = (RESULTS / "results.json").read_text(encoding="utf-8").replace("null", "NaN")
-    return {row["method"]: row for row in json.loads(text)["summary"]}
+# --- the committed results ----------------------------------------------------------------------------------
 
 
-def test_every_method_there_is_has_been_measured_with_three_seeds(committed):
-    assert set(METHODS) <= set(committed)
-    assert {row["seeds"] for row in committed.values()} == {3}
+@pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=str)
+def test_the_committed_table_is_what_the_results_say(testbed):
+    outcomes = read_object(testbed.results / "results.json")["outcomes"]
+    assert table(testbed, outcomes, testbed.results) == (testbed.results / "table.md").read_text(encoding="utf-8")
 
 
-def test_the_committed_table_is_what_the_results_say(committed):
-    law = json.loads((RESULTS / "curve.json").read_text(encoding="utf-8"))
-    assert table(list(committed.values()), law) == (RESULTS / "table.md").read_text(encoding="utf-8")
+def test_every_method_there_is_has_been_measured_with_three_seeds():
+    found = [o["label"] for o in read_object(TINY.results / "results.json")["outcomes"]]
+    assert {found.count(name) for name in TINY.entries} == {3}
 
 
-def test_what_the_docs_say_of_the_methods_is_what_was_measured(committed):
-    """docs/methods.md, "How they compare"."""
-    text = " ".join((ROOT / "docs/methods.md").read_text(encoding="utf-8").split())
-    anchored, drtune, nft = committed["anchored"], committed["drtune"], committed["nft"]
-    for words in (
-        f"gains {anchored['gain']['mean']:.4f} and keeps {anchored['kept']['mean']:.0%}".replace("%", " %"),
-        f"+0.01 in {anchored['seconds_to']['0.01']['mean']:.0f} s, where DRTune needs "
-        f"{drtune['seconds_to']['0.01']['mean']:.0f} s",
-        f"it keeps {100 * committed['anchored_kl']['kept']['mean']:.0f} % of what its gain allows",
-        f"keeps {100 * committed['adjoint_matching']['kept']['mean']:.0f} % here",
-        f"+0.01 in {nft['seconds_to']['0.01']['mean']:.0f} s, with {100 * nft['kept']['mean']:.0f} % kept at the end",
-        f"GRPO gains {committed['grpo']['gain']['mean']:+.3f} in the time",
-    ):
-        assert words in text, words
+@pytest.mark.parametrize(("reward", "vendi"), [(0.5208, 2.93), (0.5257, 2.83)])
+def test_the_tiny_curve_is_that_of_the_first_measurement(reward, vendi):
+    """MATH 11: by other sets of 16 images, and another program."""
+    figures = [point["figures"] for point in read_object(TINY.results / CURVE)["points"]]
+    rewards = [f["reward"]["estimate"] for f in figures]
+    low, high = (np.interp(reward, rewards, [f["vendi"]["images"][end] for f in figures]) for end in (0, 1))
+    assert low <= vendi <= high
 
 
-def test_without_an_anchor_every_gradient_method_collapses_and_the_anchored_one_does_not(committed):
-    free = [name for name, method in METHODS.items() if method.reward_gradient and not method.needs_base]
-    assert all(1.05 < committed[name]["vendi"]["mean"] < 1.55 for name in free)
-    assert committed["anchored"]["kept"]["mean"] > 0.95
+def test_done_runs_alone_are_written(monkeypatch, out):
+    seen = []
+    monkeypatch.setattr(methods, "state_of", lambda run, _: State.DONE if run.label == "nft" else State.BEGUN)
+    monkeypatch.setattr(methods, "write", lambda _, runs, *__: seen.extend((run.label, run.seed) for run in runs))
+    assert methods.main(["write", "--out", str(out)]) == 0
+    assert seen == [("nft", seed) for seed in SEEDS]

@@ -35,6 +35,20 @@ def test_images_are_those_of_the_evaluation(config, build, tmp_path):
     assert np.linalg.norm(found.features, axis=-1) == pytest.approx(np.ones((4, 5)), abs=1e-3)
 
 
+def test_noises_are_those_of_an_evaluation_of_other_prompts_too(config, build, tmp_path):
+    """Diversity is measured on two of the test prompts: their places are those in the test file."""
+    (tmp_path / "two.txt").write_text(f"{PROMPTS[3]}\n{PROMPTS[1]}\n")
+    config.prompts.eval_diversity = str(tmp_path / "two.txt")
+    found = base_images.base_images(config, 3, tmp_path / "images")
+    assert found.prompts == (PROMPTS[1], PROMPTS[3])
+    parts = build(config)
+    prompts = PromptDataset.load(config.prompts.test)
+    samples = draw_samples(parts.policy, prompts, parts.settings, parts.run, [SampleRequest(PROMPTS, 3)])
+    with torch.no_grad():
+        scores = parts.reward(samples.images, samples.prompts, samples.metadata).total.double().numpy().reshape(4, 3)
+    assert found.reward == pytest.approx(scores[[1, 3]], abs=1e-6)
+
+
 def test_what_is_there_is_kept_and_only_the_rest_is_drawn(config, tmp_path, monkeypatch):
     few = base_images.base_images(config, 3, tmp_path)
     drawn = []
@@ -72,7 +86,7 @@ def test_a_damaged_file_is_named(config, tmp_path):
 
 def test_scenes_keep_what_the_judge_sees(config, tmp_path):
     scenes = get_config("scenes_nft")
-    scenes.eval.num_prompts, scenes.eval.num_steps = 2, 2
+    scenes.diversity.num_prompts, scenes.eval.num_steps = 2, 2
     found = base_images.base_images(scenes, 3, tmp_path)
     assert found.labels is not None
     assert found.labels.shape == found.colours.shape == (2, 3, 4)
@@ -81,7 +95,7 @@ def test_scenes_keep_what_the_judge_sees(config, tmp_path):
 
 
 def test_the_command_writes_and_prints_the_curve(tmp_path, capsys, monkeypatch):
-    settings = ["eval.num_prompts=2", "eval.num_steps=2"]
+    settings = ["diversity.num_prompts=2", "eval.num_steps=2"]
     monkeypatch.setattr(base_images, "CHUNK", 100)
     assert curve.main(["tiny_drtune", *settings, "--images", "100", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "tiny_drtune/curve.json").read_text())
