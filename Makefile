@@ -1,9 +1,9 @@
 # Every target installs what it needs into .venv first. PYTHON=python3.12 make demo: another interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
-# one thread for each of the two test workers: two busy processes of two threads starve each other
-# a file's tests go to one of them, which makes what they share once
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# three workers on two cores, as tests wait for browsers and processes, with one thread each: more starve each other
+# a file's tests go to one of them, which makes what they share once; the longest first, as tests/conftest.py has them
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test lint bench study study-quick pretrain
 demo: .venv/installed  ## fine-tune the tiny SD3 with DRTune and GRPO, and report

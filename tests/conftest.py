@@ -23,6 +23,20 @@ from flow_grpo.settings import Settings, resolve
 from scripts.tiny import models as tiny_models
 
 PROMPTS = ("a bag", "a boot", "a red coat", "a sandal")
+# Files that take longest, on one core, come first: no worker is left alone with one of them at the end.
+LONGEST = (
+    "models/test_families.py", "test_compilation.py", "scripts/test_train_sd3.py", "training/test_resume_processes.py",
+    "runs/test_stopping.py", "test_processes.py", "training/test_checkpoint.py", "test_parallel.py",
+    "page/test_browser.py", "diversity/test_bootstrap.py", "page/test_browser_use.py",
+    "scripts/test_visualize_from_checkpoints.py", "scripts/study/test_summarise.py", "scripts/study/test_plan.py",
+    "test_wheel.py", "test_extending.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files go to a worker, in this order."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
