@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,8 @@ class Curve:
     law: Mapping[str, Sequence[float]]  # "reward" and diversities, at each point, the base first
     first: Mapping[str, Sequence[float]]  # the same of each prompt's first `set_size` images of the base
     best: float  # mean over prompts of the base's best reward
+    drawing: str = ""  # how the images were drawn: see evaluators.evaluation.drawing_of
+    is_whole: bool = False  # its end is the most reward that there is: of 0 or 1, always 1
 
     @classmethod
     def read(cls, path: Path) -> Curve:
@@ -56,7 +59,7 @@ class Curve:
         try:
             points = [point["figures"] for point in found["points"]]
             names = ["reward", *(name for name in FIGURES if name in points[0])]
-            return cls(
+            curve = cls(
                 tuple(map(str, found["prompts"])),
                 int(found["set_size"]),
                 {str(name): float(weight) for name, weight in found["rewards"].items()},
@@ -65,14 +68,34 @@ class Curve:
                 {name: [float(figures[name]["estimate"]) for figures in points] for name in names},
                 {name: [float(value) for value in found["first"][name]] for name in names},
                 float(found["best"]),
+                str(found["drawing"]),
+                found["points"][-1]["strength"] == "inf",
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            raise ConfigError(f"{path} is no curve.json of scripts/study/curve.py, or is damaged.") from None
+            curve = None
+        if curve is None or not curve._is_sound():
+            raise ConfigError(f"{path} is no curve.json of scripts/study/curve.py, or is damaged.")
+        return curve
+
+    def _is_sound(self) -> bool:
+        """Rewards that rise, and figures of sets, above 0 on average, of each of the prompts."""
+        sets = [values for part in (self.law, self.first) for name, values in part.items() if name != "reward"]
+        return (
+            min(len(self.prompts), self.set_size) > 0
+            and {len(values) for values in self.first.values()} == {len(self.prompts)}
+            and all(map(math.isfinite, chain((self.best, self.bandwidth), *self.law.values(), *self.first.values())))
+            and all(low < high for low, high in pairwise(self.law["reward"]))
+            and all(min(values) >= 0 < sum(values) for values in sets)
+        )
 
     def share(self, name: str, gain: float) -> float:
-        """What the law of a gain in mean reward keeps of the base's diversity; nan beyond the curve, 1 below it."""
+        """What the law of a gain in mean reward keeps of the base's diversity; nan beyond the curve, 1 below it.
+
+        A curve that is whole has no beyond: base images whose reward is not the law's may gain more than it.
+        """
         rewards = self.law["reward"]
-        return self._share(name, gain) if gain <= rewards[-1] - rewards[0] + ROUNDING else math.nan
+        is_known = self.is_whole or gain <= rewards[-1] - rewards[0] + ROUNDING
+        return self._share(name, gain) if is_known and math.isfinite(gain) else math.nan
 
     def _share(self, name: str, gain: float) -> float:
         """The same; beyond the curve its end's."""
@@ -81,7 +104,7 @@ class Curve:
 
     def is_off_support(self, reward: Sequence[float]) -> bool:
         """Whether a model of these mean rewards, by prompt, is above what the base's best images have."""
-        return self.law["reward"][0] + float(np.mean(reward) - np.mean(self.first["reward"])) > self.best
+        return float(np.mean(reward)) > self.best + ROUNDING
 
     def beside(self, reward: float, vendi: float) -> list[tuple[float, float]]:
         """The law's points (reward, Vendi score) from a base model of these figures on: gains added, shares times."""

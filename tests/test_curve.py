@@ -13,9 +13,10 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.statistics import mean_interval
 
 
-def curve_file(folder, **changes):
+def curve_file(folder, end="40.0", **changes):
     """A curve of two points: reward .2 to .6, Vendi 4 to 3."""
     figures = [{"reward": 0.2, "vendi": 4.0, "rke": 5.0}, {"reward": 0.6, "vendi": 3.0, "rke": 4.0}]
+    points = [{"figures": {name: {"estimate": x} for name, x in point.items()}} for point in figures]
     content = {
         "prompts": ["a bag", "a boot"],
         "set_size": 4,
@@ -24,7 +25,8 @@ def curve_file(folder, **changes):
         "bandwidth": 0.5,
         "first": {"reward": [0.2, 0.3], "vendi": [3.6, 4.0], "rke": [5.5, 5.5]},
         "best": 0.7,
-        "points": [{"figures": {name: {"estimate": value} for name, value in point.items()}} for point in figures],
+        "drawing": "x",
+        "points": [point | {"strength": strength} for point, strength in zip(points, ("0.0", end), strict=True)],
     }
     path = folder / "curve.json"
     path.write_text(json.dumps(content | changes))
@@ -58,14 +60,21 @@ def test_beyond_the_curve_nothing_is_known(tmp_path):
     assert math.isnan(kept(path, reward=[math.nan, 0.3], vendi=[3.0, 3.0])["vendi"])
 
 
+def test_a_curve_of_0_or_1_has_no_beyond(tmp_path):
+    """Base images less often right than the law's gain more than it on the way to always right."""
+    path = curve_file(tmp_path, end="inf")
+    assert kept(path, reward=[0.8, 0.8], vendi=[2.85, 2.85])["vendi"] == pytest.approx(1.0)
+    assert math.isnan(kept(path, reward=[math.nan, 0.3], vendi=[3.0, 3.0])["vendi"])
+
+
 def test_a_reward_below_the_bases_is_held_against_the_base(tmp_path):
     assert kept(curve_file(tmp_path), reward=[0.1, 0.1], vendi=[3.6, 4.0])["vendi"] == pytest.approx(1.0)
 
 
 def test_above_the_bases_best_images_it_is_off_the_support(tmp_path):
     curve = Curve.read(curve_file(tmp_path))
-    assert not curve.is_off_support([0.7, 0.79])  # a gain of .495: .2 + .495 < .7
-    assert curve.is_off_support([0.7, 0.81])
+    assert not curve.is_off_support([0.6, 0.8])
+    assert curve.is_off_support([0.6, 0.81])
 
 
 def test_the_interval_is_the_jackknifes_over_prompts(tmp_path):
@@ -98,9 +107,29 @@ TRUE_SHARE = 0.7  # base, gain and share are independent, so that the ratio of t
 
 
 @pytest.mark.parametrize(
-    "changes", [{"points": []}, {"first": {}}, {"set_size": "x"}, {"points": [{"figures": {}}]}, {"rewards": 3}]
+    "changes",
+    [
+        {"points": []},
+        {"first": {}},
+        {"set_size": "x"},
+        {"points": [{"figures": {}}]},
+        {"rewards": 3},
+        {"prompts": ["a bag"]},
+        {"prompts": []},
+        {"set_size": 0},
+        {"best": math.nan},
+        {"first": {"reward": [0.2], "vendi": [3.6], "rke": [5.5]}},
+        {"first": {"reward": [0.2, 0.3], "vendi": [0.0, 0.0], "rke": [5.5, 5.5]}},
+    ],
 )
 def test_a_damaged_curve_is_one_sentence(tmp_path, changes):
     path = curve_file(tmp_path, **changes)
     with pytest.raises(ConfigError, match=r"curve\.json is no curve\.json of scripts/study/curve\.py, or is damaged"):
+        Curve.read(path)
+
+
+def test_a_curve_whose_rewards_do_not_rise_is_damaged(tmp_path):
+    path = curve_file(tmp_path)
+    path.write_text(path.read_text().replace("0.6", "0.2"))
+    with pytest.raises(ConfigError, match=r"is no curve\.json"):
         Curve.read(path)

@@ -237,6 +237,20 @@ def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
 
     `tested`: the different prompts of the test file, in its order.
     """
+    rewards = {name: (weight, version_of(config, name)) for name, weight in reward_weights(config).items()}
+    return _digest([*_drawing(config, tested), rewards])
+
+
+def drawing_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
+    """The same, whatever it is rewarded for."""
+    return _digest(_drawing(config, tested))
+
+
+def _digest(values: Sequence[Any]) -> str:
+    return hashlib.sha256(strict_json(list(values)).encode()).hexdigest()[:16]
+
+
+def _drawing(config: FrozenConfigDict, tested: Sequence[str]) -> list[Any]:
     evaluation, (height, width) = config.eval, image_size(config)
     values: list[Any] = [
         config.pretrained.revision,
@@ -254,8 +268,7 @@ def setting_of(config: FrozenConfigDict, tested: Sequence[str]) -> str:
     negatives = {"": config.negative_prompt, **own_negatives(config)}
     if config.eval.guidance_scale != 1 and any(negatives.values()):  # else as in runs of before
         values.append(sorted(negatives.items()))
-    rewards = {name: (weight, version_of(config, name)) for name, weight in reward_weights(config).items()}
-    return hashlib.sha256(strict_json([*values, rewards]).encode()).hexdigest()[:16]
+    return values
 
 
 # --- pictures and evaluators ----------------------------------------------------------------------------

@@ -12,21 +12,26 @@ What is compared with what: flow_grpo/curve.py.
 
 from __future__ import annotations
 
+import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flow_grpo.curve import Curve
+from flow_grpo.diversity.features import NonFiniteFeatures
 from flow_grpo.diversity.rke import rke_score
 from flow_grpo.diversity.vendi import vendi_score
 from flow_grpo.errors import ConfigError
 from flow_grpo.evaluators.base import Measured, SampleRequest
 from flow_grpo.evaluators.diversity import extractor_of, features_by_prompt, how_often
+from flow_grpo.evaluators.evaluation import drawing_of
 from flow_grpo.evaluators.samples import RewardEvaluator
 from flow_grpo.evaluators.scenes import scene_modes, seen_by_prompt
 from flow_grpo.files import write_atomically
 from flow_grpo.paths import find
+from flow_grpo.prompts import PromptDataset
 from flow_grpo.rewards.building import WeightedReward, load_scorer
 from flow_grpo.rewards.registry import SCENE_SCORER
 from flow_grpo.runs.folder import CURVE_FILE
@@ -63,7 +68,11 @@ class ExactCurveEvaluator:
 
     def evaluate(self, samples: Samples) -> Measured:
         """Over the curve's prompts."""
-        figures = self.figures(samples)
+        try:
+            figures = self.figures(samples)
+        except NonFiniteFeatures as error:  # they do not end the run
+            warnings.warn(f"nothing is held against the exact curve: {error}", stacklevel=2)
+            figures = dict.fromkeys(self.curve.first, [math.nan] * len(self.curve.prompts))
         found = {f"exact_curve/{name}": float(np.mean(values)) for name, values in figures.items()}
         found["diversity/off_support"] = float(self.curve.is_off_support(figures["reward"]))
         for name, kept in self.curve.kept(figures).items():
@@ -103,6 +112,12 @@ def build(policy: Policy, reward: WeightedReward, settings: Settings, run: Run) 
         raise ConfigError(
             f"config.eval.curve = {config.eval.curve!r} is of the features {curve.features!r}, not {extractor.name!r}, "
             "as config.diversity has them; it takes a curve of these."
+        )
+    if curve.drawing != drawing_of(config, PromptDataset.load(config.prompts.test).prompts):
+        raise ConfigError(
+            f"config.eval.curve = {config.eval.curve!r} is of images that were drawn otherwise than this run's: by "
+            "another model, config.prompts.test, size, guidance, eval.num_steps or eval.seed; scripts/study/curve.py "
+            "makes one."
         )
     if run.is_main and run.holds_folder():
         with run.writing(CURVE_FILE):  # a page is made from the folder alone

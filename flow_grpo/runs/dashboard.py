@@ -37,6 +37,7 @@ SECTIONS = {
     "judge": "b_judge",
     "diversity": "c_diversity",
     "modes": "c_diversity/modes",
+    "exact_curve": "c_diversity/exact_curve",
     "entropy": "d_entropy",
     "ode_log_prob": "d_entropy/ode_log_prob",
     "forward_kl": "d_entropy/forward_kl",

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import o
 
 from scripts.bench.machine import cpu_model, peak_mib
 from scripts.bench.methods_results import write
-from scripts.bench.testbeds import COST, CURVE, ROOT, TESTBEDS, Testbed
+from scripts.bench.testbeds import COST, CURVE, ROOT, SEARCH_SEED, TESTBEDS, Testbed
 from scripts.study import curve as study_curve
 from scripts.study.plan import StudyRun
 from scripts.study.run import State, state_of, train_all
@@ -156,7 +156,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", choices=("cost", "curve", "train", "search", "write", "memory"))
     parser.add_argument("--testbed", choices=TESTBEDS, default="tiny", help="default: tiny")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
-    parser.add_argument("--only", default="", help="cost, train, search: of these, commas between (default: all)")
+    parser.add_argument("--only", default="", help="cost, train, search: of these, commas between")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="train: of these (default: 0 1 2)")
     parser.add_argument("--logs", type=Path, help="folder of the runs (default: logs/bench/TESTBED)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: the testbed's)")
@@ -165,10 +165,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args.logs = (args.logs or Path("logs/bench") / args.testbed.name).resolve()
     args.out = args.out or args.testbed.results
     labels = args.testbed.tried if args.what == "search" else args.testbed.entries
+    if not labels:
+        parser.error(
+            f"--testbed {args.testbed.name} has nothing to search: scripts/bench/testbeds.py names what is tried"
+        )
+    known = {**args.testbed.entries, **args.testbed.tried} if args.what in ("cost", "memory") else labels
     args.only = [word for word in args.only.split(",") if word] or list(labels)
-    if unknown := [word for word in args.only if word not in labels]:
-        parser.error(f"--only {unknown[0]}: there is no such run; it takes {', '.join(labels)}")
+    if unknown := [word for word in args.only if word not in known]:
+        parser.error(f"--only {unknown[0]}: there is no such run; it takes {', '.join(known)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} is not allowed; it takes a whole number from 1 on")
+    if wrong := [seed for seed in args.seeds if not 0 <= seed < SEARCH_SEED]:
+        parser.error(f"--seeds {wrong[0]} is not allowed; it takes whole numbers from 0 to {SEARCH_SEED - 1}")
     return args
+
+
+def done(runs: Sequence[StudyRun], logs: Path) -> list[StudyRun]:
+    """Those that are done; the folders of others are named, as they are passed over."""
+    found = []
+    for run in runs:
+        state = state_of(run, logs)
+        if state is State.DONE:
+            found.append(run)
+        elif (logs / run.name).exists():
+            why = "is not finished" if state is State.BEGUN else "is of other settings"
+            print(f"{logs / run.name} {why}: it is left out.", file=sys.stderr)
+    return found
 
 
 def train(runs: Sequence[StudyRun], args: argparse.Namespace) -> int:
@@ -197,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return train(testbed.search(args.out), args)
         else:
             runs = testbed.plan(args.seeds, args.out) + testbed.search(args.out)
-            write(testbed, [run for run in runs if state_of(run, args.logs) is State.DONE], args.logs, args.out)
+            write(testbed, done(runs, args.logs), args.logs, args.out)
     return 0
 
 

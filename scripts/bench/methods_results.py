@@ -46,12 +46,12 @@ def write(testbed: Testbed, runs: Sequence[StudyRun], logs: Path, out: Path) -> 
     outcomes = [outcome(testbed, run, logs) for run in runs]
     path = out / RESULTS
     kept = read_object(path) if path.exists() else {}
+    order = [*testbed.entries, *testbed.tried]
     if kept.get("prompts") == prompts:
         new = [(o["label"], o["seed"]) for o in outcomes]
-        outcomes += [o for o in kept["outcomes"] if (o["label"], o["seed"]) not in new]
-    if not outcomes:
-        raise ConfigError(f"{logs} has no run that is done; `train` makes them.")
-    order = [*testbed.entries, *testbed.tried]
+        outcomes += [o for o in kept["outcomes"] if o["label"] in order and (o["label"], o["seed"]) not in new]
+    if all(o["seed"] == SEARCH_SEED for o in outcomes):
+        raise ConfigError(f"{logs} has no run of a method that is done; `train` makes them.")
     outcomes.sort(key=lambda o: (order.index(o["label"]), o["seed"]))
     write_atomically(path, strict_json({"prompts": prompts, "outcomes": outcomes}, indent=1) + "\n")
     write_atomically(out / "table.md", table(testbed, outcomes, out))
@@ -105,7 +105,7 @@ def summarise(testbed: Testbed, outcomes: Sequence[Outcome], out: Path) -> list[
         row |= {name: interval_of([column(o, name)[-1] for o in mine]) for name in names}
         row["base"] = {name: column(mine[0], name)[0] for name in names}
         for name, figure in {"kept": "vendi", "kept_modes": "modes"}.items():
-            row[name] = interval_of([kept(o, figure, curve)[-1] for o in mine])
+            row[name] = of_all([kept(o, figure, curve)[-1] for o in mine])
         row["gain"] = interval_of([np.diff(column(o, "exact_reward")[[0, -1]])[0] for o in mine])
         if "judge_two" in testbed.columns:
             row["right"], row["base"]["right"] = interval_of([right(o)[-1] for o in mine]), right(mine[0])[0]
@@ -113,7 +113,7 @@ def summarise(testbed: Testbed, outcomes: Sequence[Outcome], out: Path) -> list[
         reached = [{f"{gain:g}": at_gain(o, gain, curve) for gain in testbed.gains} for o in mine]
         for place, name in enumerate(("seconds_to", "kept_at")):
             scale = seconds if name == "seconds_to" else 1.0
-            row[name] = {gain: interval_of([scale * r[gain][place] for r in reached]) for gain in reached[0]}
+            row[name] = {gain: of_all([scale * r[gain][place] for r in reached]) for gain in reached[0]}
         rows.append(row)
     return rows
 
@@ -141,6 +141,11 @@ def interval_of(values: Sequence[float]) -> dict[str, float]:
     return {"mean": found.estimate, "half": (found.high - found.low) / 2, "count": found.count}
 
 
+def of_all(values: Sequence[float]) -> dict[str, float]:
+    """The same; none where a seed lacks the figure, since the others would be the better ones, or the worse."""
+    return interval_of(values if np.isfinite(values).all() else [])
+
+
 # --- table and figure -------------------------------------------------------------------------------------
 
 
@@ -159,6 +164,7 @@ def table(testbed: Testbed, outcomes: Sequence[Outcome], out: Path) -> str:
         curve=read_object(out / CURVE),
         cost=read_object(out / COST),
         gains=[f"{gain:g}" for gain in testbed.gains],
+        testbed=testbed,
         kinds=KINDS,
     )
 

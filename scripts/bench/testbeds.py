@@ -47,7 +47,7 @@ class Testbed:
 
     name: str
     results: Path  # folder of what is committed
-    threads: int  # of every run
+    threads: int  # with which the cost of an epoch is measured; runs have one each
     seconds: Mapping[bool, float]  # of training on free cores: True, by the reward's gradient; False, by rewards alone
     evaluations: int  # of a run, after the base's
     settings: Mapping[str, Any]  # of every run

@@ -3,7 +3,7 @@
 A folder has a file for every `CHUNK` images of each prompt, images_000000.safetensors, ..., with P prompts:
 
     reward             (P, n) float64   the training reward
-    right              (P, n) bool      whether the judge finds the image to be its prompt's
+    right              (P, n) bool      whether the judge finds the image to be its prompt's, among these P
     features           (P, n, d)        float16, unit features of `diversity.extractor`
     labels, colours    (P, n, 4) int8   of scenes: what the judge sees in each cell, EMPTY and NONE
 
@@ -88,7 +88,7 @@ def base_images(config: ConfigDict, number: int, folder: Path) -> BaseImages:
 def _question(config: Any) -> dict[str, Any]:
     """What images and figures depend on, as plain data."""
     from flow_grpo.evaluators.diversity import diversity_request
-    from flow_grpo.evaluators.evaluation import setting_of
+    from flow_grpo.evaluators.evaluation import drawing_of, setting_of
     from flow_grpo.prompts import PromptDataset
 
     test, chosen = PromptDataset.load(config.prompts.test).prompts, diversity_request(config).prompts
@@ -96,6 +96,7 @@ def _question(config: Any) -> dict[str, Any]:
         "prompts": [text for text in dict.fromkeys([*test, *chosen]) if text in chosen],  # in the order of samples
         "model": config.pretrained.model,
         "setting": setting_of(config, test),
+        "drawing": drawing_of(config, test),
         "judge": config.eval.judge,
         "features": features_name(config),
     }

@@ -52,15 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Draw what is missing, compute, write; 0. A mistake ends the process with 2, and a sentence."""
     args = parse(arguments)
     with one_sentence_errors():
+        from flow_grpo.files import read_object
         from flow_grpo.recipes.registry import get_config
         from flow_grpo.rewards.chosen import reward_weights
-        from scripts.study.base_images import base_images, features_name
+        from scripts.study.base_images import QUESTION, base_images, features_name
 
         config = configure(args.recipe, [f"--config.{change}" for change in args.changes], False, get_config)
         folder = args.out.resolve() / args.recipe
         create_folder(folder)
         images = base_images(config, args.images, folder)
         found = results(images) | {"rewards": reward_weights(config), "features": features_name(config)}
+        found["drawing"] = read_object(folder / QUESTION)["drawing"]
     from flow_grpo.figure_text import optional_figure
     from flow_grpo.files import strict_json, write_atomically
 
@@ -143,7 +145,7 @@ def draw(points: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.fill_between(reward, low, high, color=line.get_color(), alpha=0.2, lw=0)
     axes.set_xlabel("mean reward")
     axes.set_ylabel("% of the base model's")
-    axes.set_title("What the reward itself costs: the most diverse law of each mean reward")
+    axes.set_title("What the reward itself costs: the law nearest to the base model, at each mean reward")
     axes.legend()
     figure.savefig(path, dpi=130, metadata={"Software": None})
 

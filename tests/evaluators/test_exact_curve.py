@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
+from flow_grpo.diversity.features import NonFiniteFeatures
 from flow_grpo.errors import ConfigError
+from flow_grpo.evaluators import exact_curve
 from flow_grpo.evaluators.evaluation import draw_samples, evaluate
 from flow_grpo.evaluators.registry import build_evaluators
 from flow_grpo.prompts import PromptDataset
@@ -25,6 +28,7 @@ def curve_of(config, tmp_path, monkeypatch):
     def write():
         images = base_images.base_images(config, 60, tmp_path / "base")
         found = curve.results(images) | {"rewards": {"pickscore": 1.0}, "features": base_images.features_name(config)}
+        found["drawing"] = json.loads((tmp_path / "base/question.json").read_text())["drawing"]
         path = tmp_path / "curve.json"
         path.write_text(json.dumps(found))
         return path
@@ -94,6 +98,34 @@ def test_a_curve_of_other_features_is_refused(config, build, curve_of):
     parts = build(config)
     with pytest.raises(ConfigError, match=r"is of the features .*judge', not 'clip:.*clip'"):
         build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
+
+
+def test_a_curve_of_images_that_are_drawn_otherwise_is_refused(config, build, curve_of):
+    config.eval_diversity, config.eval_freq = True, 1
+    config.eval.curve = str(curve_of())
+    config.eval.num_steps += 1
+    parts = build(config)
+    with pytest.raises(ConfigError, match=r"is of images that were drawn otherwise than this run's"):
+        build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)
+
+
+def test_images_without_finite_features_do_not_end_the_run(config, build, curve_of, monkeypatch):
+    config.eval_diversity, config.eval_freq, config.num_seeds = True, 1, 4
+    config.eval.curve = str(curve_of())
+    parts = build(config)
+    exact = build_evaluators(parts.policy, parts.reward, parts.settings, parts.run)[-1]
+
+    def no_features(*_):
+        raise NonFiniteFeatures("an image is not finite")
+
+    monkeypatch.setattr(exact_curve, "features_by_prompt", no_features)
+    samples = draw_samples(
+        parts.policy, PromptDataset.load(config.prompts.test), parts.settings, parts.run, [exact.request]
+    )
+    with pytest.warns(UserWarning, match="nothing is held against the exact curve: an image is not finite"):
+        found = exact.evaluate(samples).metrics
+    assert math.isnan(found["diversity/kept_of_exact"])
+    assert math.isnan(found["exact_curve/reward"])
 
 
 def test_a_file_that_is_no_curve_is_named_before_anything_loads(config, tmp_path):

@@ -45,10 +45,13 @@ def without_base(folder: Path) -> Path:
 def beside_curve(folder: Path, weight: float = 1.0) -> Path:
     """The run when it was held against an exact curve, of the last evaluation's reward alone that is beyond it."""
     points = [{"reward": 0.5, "vendi": 4.0}, {"reward": 0.53, "vendi": 3.0}, {"reward": 0.7, "vendi": 2.0}]
-    figures = [{"figures": {name: {"estimate": x} for name, x in (point | {"rke": 3.0}).items()}} for point in points]
+    figures = [
+        {"strength": "1.0", "figures": {name: {"estimate": x} for name, x in (point | {"rke": 3.0}).items()}}
+        for point in points
+    ]
     curve = {
         "prompts": ["a bag"], "set_size": 16, "rewards": {"pickscore": weight}, "features": "x", "bandwidth": 0.5,
-        "first": {"reward": [0.5], "vendi": [4.0], "rke": [3.0]}, "best": 0.8, "points": figures,
+        "first": {"reward": [0.5], "vendi": [4.0], "rke": [3.0]}, "best": 0.8, "drawing": "x", "points": figures,
     }  # fmt: skip
     (folder / "curve.json").write_text(json.dumps(curve))
     paths = sorted((folder / "evaluations").glob("eval_*.json"))

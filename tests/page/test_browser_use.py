@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -32,6 +33,20 @@ def test_a_run_beside_an_exact_curve_is_told_what_it_keeps_of_it(view: Page) -> 
     view.open("run")
     assert view.count("#scatter .line.law") == 0
     assert "keeps" not in view.text("#sentence")
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"diversity/kept_of_exact": 0.874}, "that a gain like this leaves, it keeps 87 %."),
+        ({"diversity/kept_of_exact": 0.874, "diversity/off_support": 1}, "no law of the base's images goes so far."),
+    ],
+)
+def test_a_share_without_an_interval_and_a_reward_off_the_support_have_words(view: Page, extra, words) -> None:
+    view.open("curve")
+    said = view.js(f"return keptWords({{ evaluations: [{{ extra: {json.dumps(extra)} }}] }}, "
+                   f"{{ epoch: 1, extra: {json.dumps(extra)} }})")  # fmt: skip
+    assert said.endswith(words)
 
 
 def test_the_law_ends_where_the_dots_do(view: Page) -> None:

@@ -19,7 +19,7 @@ from flow_grpo.settings import resolve
 from scripts.bench import methods, methods_results
 from scripts.bench.methods import SEEDS
 from scripts.bench.methods_results import at_gain, column, kept, outcome, right, table, write
-from scripts.bench.testbeds import COST, CURVE, SCENES, SEARCH_SEED, TESTBEDS, TINY, Entry
+from scripts.bench.testbeds import COST, CURVE, ROOT, SCENES, SEARCH_SEED, TESTBEDS, TINY, Entry
 from scripts.study.run import State
 
 LAW = [{"reward": 0.50, "vendi": 3.2, "rke": 4.0}, {"reward": 0.54, "vendi": 2.4, "rke": 3.0}]
@@ -38,7 +38,8 @@ def out(tmp_path):
     ]  # fmt: skip
     content = {
         "images": 1000, "prompts": ["a bag"], "set_size": 16, "rewards": {"pickscore": 1.0}, "features": "x",
-        "bandwidth": 0.5, "first": {"reward": [0.5], "vendi": [3.2], "rke": [4.0]}, "best": 0.6, "points": points,
+        "bandwidth": 0.5, "first": {"reward": [0.5], "vendi": [3.2], "rke": [4.0]}, "best": 0.6, "drawing": "x",
+        "points": points,
     }  # fmt: skip
     (tmp_path / CURVE).write_text(json.dumps(content))
     return tmp_path
@@ -101,6 +102,31 @@ def test_a_run_that_there_is_not_is_named(capsys):
     assert "--only gpro: there is no such run; it takes grpo, nft," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--jobs", "0"], "--jobs 0 is not allowed; it takes a whole number from 1 on"),
+        (["train", "--seeds", "0", "100"], "--seeds 100 is not allowed; it takes whole numbers from 0 to 99"),
+    ],
+)
+def test_numbers_that_are_not_allowed_are_named(arguments, words, capsys):
+    with pytest.raises(SystemExit):
+        methods.main(arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_folders_that_are_passed_over_are_named(monkeypatch, out, capsys):
+    states = {"nft": State.NEW, "grpo": State.BEGUN, "drtune": State.DONE}
+    runs = [run for run in TINY.plan([0], out) if run.label in states]
+    for run in runs:
+        (out / run.name).mkdir()
+    monkeypatch.setattr(methods, "state_of", lambda run, _: states[run.label])
+    assert [run.label for run in methods.done(runs, out)] == ["drtune"]
+    said = capsys.readouterr().err
+    assert "tiny-nft-seed0 is of other settings: it is left out." in said
+    assert "tiny-grpo-seed0 is not finished: it is left out." in said
+
+
 # --- outcomes ---------------------------------------------------------------------------------------------
 
 
@@ -133,6 +159,26 @@ def test_right_images_are_those_of_the_kinds_that_are_trained(runs_with):
     others = {f"judge/accuracy_{kind}": [0.5, 0.5] for kind in ("single", "count", "colour", "binding")}
     runs_with([0.5, 0.5], [3.2, 3.2], **kinds, **others)
     assert right(read(SCENES)) == pytest.approx([0.1, 0.9])  # 20 captions of two, 20 of position, 10 of counting
+
+
+def test_an_outcome_of_an_entry_that_there_is_no_more_is_dropped(runs_with, out, monkeypatch):
+    monkeypatch.setattr(methods_results, "draw", lambda *_: None)
+    runs_with([0.5, 0.51], [3.2, 2.9])
+    gone = read(TINY) | {"label": "gone"}
+    (out / "results.json").write_text(json.dumps({"prompts": ["a bag"], "outcomes": [gone]}))
+    write(TINY, [SimpleNamespace(label="nft", seed=0, name="x")], Path("logs"), out)
+    assert [found["label"] for found in read_object(out / "results.json")["outcomes"]] == ["nft"]
+
+
+def test_a_figure_that_some_seeds_lack_is_a_dash(runs_with, out):
+    ends = [0.53, 0.53, 0.56]  # one of them beyond the curve
+    outcomes = []
+    for seed, end in enumerate(ends):
+        runs_with([0.50, end], [3.2, 2.5])
+        outcomes.append(read(TINY, "grpo", seed))
+    (row,) = methods_results.summarise(TINY, outcomes, out)
+    assert row["kept"]["count"] == 0
+    assert row["reward"]["count"] == 3
 
 
 def test_outcomes_of_runs_that_are_gone_are_kept_while_the_law_is_of_the_same_prompts(runs_with, out, monkeypatch):
@@ -200,6 +246,78 @@ def test_the_tiny_curve_is_that_of_the_first_measurement(reward, vendi):
     rewards = [f["reward"]["estimate"] for f in figures]
     low, high = (np.interp(reward, rewards, [f["vendi"]["images"][end] for f in figures]) for end in (0, 1))
     assert low <= vendi <= high
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """The row of each entry of each testbed."""
+
+    def rows(testbed):
+        outcomes = read_object(testbed.results / "results.json")["outcomes"]
+        outcomes = [o for o in outcomes if o["seed"] != SEARCH_SEED]
+        return {row["label"]: row for row in methods_results.summarise(testbed, outcomes, testbed.results)}
+
+    return {name: rows(testbed) for name, testbed in TESTBEDS.items()}
+
+
+def percent(interval):
+    return f"{100 * interval['mean']:.0f} %"
+
+
+def test_what_the_docs_say_of_the_methods_is_what_was_measured(committed):
+    """docs/methods.md, "How they compare"."""
+    rows = committed["tiny"]
+    anchored, drtune, nft, kl = (rows[name] for name in ("anchored", "drtune", "nft", "anchored_kl"))
+    free = [rows[name] for name, method in METHODS.items() if method.reward_gradient and not method.needs_base]
+    kept = {gain: [100 * row["kept_at"][gain]["mean"] for row in free] for gain in ("0.01", "0.02")}
+    law = Curve.read(TINY.results / CURVE).law["reward"]
+    costs = [p["figures"]["kl"]["estimate"] for p in read_object(TINY.results / CURVE)["points"]]
+    words = [
+        f"at a Vendi score of {min(row['vendi']['mean'] for row in free):.1f} to "
+        f"{max(row['vendi']['mean'] for row in free):.1f}, where the base model has {drtune['base']['vendi']:.1f}",
+        f"At a gain of 0.01 they keep {min(kept['0.01']):.0f} to {max(kept['0.01']):.0f} % of the exact law's score, at "
+        f"0.02 only {min(kept['0.02']):.0f} to {max(kept['0.02']):.0f} %",
+        f"gains {anchored['gain']['mean']:.4f} and keeps {percent(anchored['kept'])}",
+        f"+0.01 in {anchored['seconds_to']['0.01']['mean']:.0f} s, where DRTune needs "
+        f"{drtune['seconds_to']['0.01']['mean']:.0f} s",
+        f"it keeps {percent(kl['kept'])} of what its gain allows, but gains only {kl['gain']['mean']:.4f}: the law "
+        f"that costs so much gains {np.interp(0.3, costs, law) - law[0]:.4f}",
+        f"keeps {percent(rows['adjoint_matching']['kept'])} here",
+        f"+0.01 in {nft['seconds_to']['0.01']['mean']:.0f} s, with {percent(nft['kept'])} kept at the end",
+        f"GRPO gains {rows['grpo']['gain']['mean']:+.3f} in the time",
+    ]
+    text = " ".join((ROOT / "docs/methods.md").read_text(encoding="utf-8").split())
+    for said in words:
+        assert said in text, said
+
+
+def test_what_the_docs_say_of_the_law_of_scenes_is_what_was_measured():
+    found = read_object(SCENES.results / CURVE)
+    first, last = (found["points"][place]["figures"] for place in (0, -1))
+    words = [
+        f"have {100 * last['vendi']['estimate'] / first['vendi']['estimate']:.0f} % of the Vendi score",
+        f"The judge finds {100 * last['judge']['estimate']:.0f} % of them right",
+        f"on {len(found['prompts'])} of the {len(found['prompts']) + len(found['left_out'])} captions of the trained "
+        f"kinds, from {found['images']} images of each",
+    ]
+    text = " ".join((ROOT / "docs/scenes.md").read_text(encoding="utf-8").split())
+    for said in words:
+        assert said in text, said
+    assert last["modes"]["estimate"] >= first["modes"]["estimate"]
+
+
+def test_without_an_anchor_every_gradient_method_collapses_and_the_anchored_one_does_not(committed):
+    free = [name for name, method in METHODS.items() if method.reward_gradient and not method.needs_base]
+    assert all(1.05 < committed["tiny"][name]["vendi"]["mean"] < 1.55 for name in free)
+    assert committed["tiny"]["anchored"]["kept"]["mean"] > 0.95
+
+
+@pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=str)
+def test_runs_have_the_noises_of_the_curves_first_images(testbed):
+    first = Curve.read(testbed.results / CURVE).first
+    for found in read_object(testbed.results / "results.json")["outcomes"]:
+        assert column(found, "exact_reward")[0] == pytest.approx(np.mean(first["reward"]), rel=1e-4)
+        assert column(found, "exact_vendi")[0] == pytest.approx(np.mean(first["vendi"]), rel=1e-3)
 
 
 def test_done_runs_alone_are_written(monkeypatch, out):
