@@ -71,10 +71,13 @@ def is_binary(reward: np.ndarray) -> bool:
 
 
 def can_be_right(images: BaseImages) -> np.ndarray:
-    """Of a reward of 0 or 1: which prompts have enough right images for the curve's end; of others, all. (P,) bool."""
+    """Of a reward of 0 or 1: which prompts have enough right images for the curve's end; of others, all. (P,) bool.
+
+    More than `LEAST_EFFECTIVE`: of just so many, rounding would decide whether the end is left out.
+    """
     if not is_binary(images.reward):
         return np.ones(len(images.prompts), bool)
-    return images.reward.sum(1) >= LEAST_EFFECTIVE
+    return images.reward.sum(1) > LEAST_EFFECTIVE
 
 
 def strengths_of(reward: np.ndarray, points: int = 12) -> list[float]:

@@ -275,8 +275,8 @@ def test_what_the_docs_say_of_the_methods_is_what_was_measured(committed):
     words = [
         f"at a Vendi score of {min(row['vendi']['mean'] for row in free):.1f} to "
         f"{max(row['vendi']['mean'] for row in free):.1f}, where the base model has {drtune['base']['vendi']:.1f}",
-        f"At a gain of 0.01 they keep {min(kept['0.01']):.0f} to {max(kept['0.01']):.0f} % of the exact law's score, at "
-        f"0.02 only {min(kept['0.02']):.0f} to {max(kept['0.02']):.0f} %",
+        f"At a gain of 0.01 they keep {min(kept['0.01']):.0f} to {max(kept['0.01']):.0f} % of the exact law's score, "
+        f"at 0.02 only {min(kept['0.02']):.0f} to {max(kept['0.02']):.0f} %",
         f"gains {anchored['gain']['mean']:.4f} and keeps {percent(anchored['kept'])}",
         f"+0.01 in {anchored['seconds_to']['0.01']['mean']:.0f} s, where DRTune needs "
         f"{drtune['seconds_to']['0.01']['mean']:.0f} s",
