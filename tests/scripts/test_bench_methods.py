@@ -306,6 +306,25 @@ def test_what_the_docs_say_of_the_law_of_scenes_is_what_was_measured():
     assert last["modes"]["estimate"] >= first["modes"]["estimate"]
 
 
+def test_what_the_docs_say_of_the_methods_on_scenes_is_what_was_measured(committed):
+    """docs/scenes.md, "How far they get"."""
+    nft, grpo = committed["scenes"]["nft"], committed["scenes"]["grpo"]
+    outcomes = [o for o in read_object(SCENES.results / "results.json")["outcomes"] if o["label"] == "nft"]
+    first, second, third = sorted(right(o)[-1] / right(o)[0] for o in outcomes)
+    low, high = (grpo["of_base"]["mean"] + side * grpo["of_base"]["half"] for side in (-1, 1))
+    words = [
+        f"DiffusionNFT makes {percent(nft['right'])} right where the base model has {100 * nft['base']['right']:.0f} %",
+        f"{first:.1f}, {second:.1f} and {third:.1f} times as many with three seeds",
+        f"keeps {percent(nft['kept'])} of the law's Vendi score, and {percent(nft['kept_modes'])} of its modes' "
+        "entropy",
+        f"GRPO is slower: {percent(grpo['right'])} in the same time, {low:.1f} to {high:.1f} times as many",
+    ]
+    text = " ".join((ROOT / "docs/scenes.md").read_text(encoding="utf-8").split())
+    for said in words:
+        assert said in text, said
+    assert first >= 1.5
+
+
 def test_without_an_anchor_every_gradient_method_collapses_and_the_anchored_one_does_not(committed):
     free = [name for name, method in METHODS.items() if method.reward_gradient and not method.needs_base]
     assert all(1.05 < committed["tiny"][name]["vendi"]["mean"] < 1.55 for name in free)

@@ -126,8 +126,10 @@ def test_between_it_is_a_mixture_of_right_and_wrong_images():
 
 def test_prompts_without_enough_right_images_are_named():
     reward = np.zeros((2, 200))
-    reward[0, :LEAST_EFFECTIVE], reward[1, : LEAST_EFFECTIVE - 1] = 1, 1
+    reward[0, : LEAST_EFFECTIVE + 1], reward[1, :LEAST_EFFECTIVE] = 1, 1
     assert can_be_right(images_of(reward)).tolist() == [True, False]
+    (point,) = curve(images_of(reward[:1]), [math.inf], repeats=4)
+    assert point.figures["reward"].estimate == 1
     assert can_be_right(images_of(reward - 0.5)).all()  # no reward of 0 or 1: all
 
 
