@@ -234,9 +234,10 @@ def test_the_committed_table_is_what_the_results_say(testbed):
     assert table(testbed, outcomes, testbed.results) == (testbed.results / "table.md").read_text(encoding="utf-8")
 
 
-def test_every_method_there_is_has_been_measured_with_three_seeds():
-    found = [o["label"] for o in read_object(TINY.results / "results.json")["outcomes"]]
-    assert {found.count(name) for name in TINY.entries} == {3}
+@pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=str)
+def test_every_entry_has_been_measured_with_three_seeds(testbed):
+    found = [o["label"] for o in read_object(testbed.results / "results.json")["outcomes"]]
+    assert {found.count(name) for name in testbed.entries} == {3}
 
 
 @pytest.mark.parametrize(("reward", "vendi"), [(0.5208, 2.93), (0.5257, 2.83)])
@@ -308,7 +309,7 @@ def test_what_the_docs_say_of_the_law_of_scenes_is_what_was_measured():
 
 def test_what_the_docs_say_of_the_methods_on_scenes_is_what_was_measured(committed):
     """docs/scenes.md, "How far they get"."""
-    nft, grpo = committed["scenes"]["nft"], committed["scenes"]["grpo"]
+    nft, grpo, drtune, anchored = (committed["scenes"][name] for name in ("nft", "grpo", "drtune", "anchored"))
     outcomes = [o for o in read_object(SCENES.results / "results.json")["outcomes"] if o["label"] == "nft"]
     first, second, third = sorted(right(o)[-1] / right(o)[0] for o in outcomes)
     low, high = (grpo["of_base"]["mean"] + side * grpo["of_base"]["half"] for side in (-1, 1))
@@ -317,6 +318,12 @@ def test_what_the_docs_say_of_the_methods_on_scenes_is_what_was_measured(committ
         f"{first:.1f}, {second:.1f} and {third:.1f} times as many with three seeds",
         f"keeps {percent(nft['kept'])} of the law's Vendi score, and {percent(nft['kept_modes'])} of its modes' "
         "entropy",
+        f"in {drtune['seconds_to']['0.1']['mean']:.0f} s, where DiffusionNFT needs "
+        f"{nft['seconds_to']['0.1']['mean']:.0f} s. There it keeps {percent(drtune['kept_at']['0.1'])} of the law's Vendi "
+        f"score; at its end {percent(drtune['right'])} are right, and it keeps {percent(drtune['kept'])}",
+        f"needs {anchored['seconds_to']['0.1']['mean']:.0f} s to the same ten, and keeps "
+        f"{percent(anchored['kept_at']['0.1'])} of the law's score. It then comes to rest, at "
+        f"{anchored['of_base']['mean']:.1f} times the base model's share, with {percent(anchored['kept'])}",
         f"GRPO is slower: {percent(grpo['right'])} in the same time, {low:.1f} to {high:.1f} times as many",
     ]
     text = " ".join((ROOT / "docs/scenes.md").read_text(encoding="utf-8").split())
