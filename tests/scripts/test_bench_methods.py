@@ -319,8 +319,8 @@ def test_what_the_docs_say_of_the_methods_on_scenes_is_what_was_measured(committ
         f"keeps {percent(nft['kept'])} of the law's Vendi score, and {percent(nft['kept_modes'])} of its modes' "
         "entropy",
         f"in {drtune['seconds_to']['0.1']['mean']:.0f} s, where DiffusionNFT needs "
-        f"{nft['seconds_to']['0.1']['mean']:.0f} s. There it keeps {percent(drtune['kept_at']['0.1'])} of the law's Vendi "
-        f"score; at its end {percent(drtune['right'])} are right, and it keeps {percent(drtune['kept'])}",
+        f"{nft['seconds_to']['0.1']['mean']:.0f} s. There it keeps {percent(drtune['kept_at']['0.1'])} of the law's "
+        f"Vendi score; at its end {percent(drtune['right'])} are right, and it keeps {percent(drtune['kept'])}",
         f"needs {anchored['seconds_to']['0.1']['mean']:.0f} s to the same ten, and keeps "
         f"{percent(anchored['kept_at']['0.1'])} of the law's score. It then comes to rest, at "
         f"{anchored['of_base']['mean']:.1f} times the base model's share, with {percent(anchored['kept'])}",
