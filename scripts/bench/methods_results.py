@@ -45,11 +45,11 @@ def write(testbed: Testbed, runs: Sequence[StudyRun], logs: Path, out: Path) -> 
     prompts = list(Curve.read(out / CURVE).prompts)
     outcomes = [outcome(testbed, run, logs) for run in runs]
     path = out / RESULTS
-    kept = read_object(path) if path.exists() else {}
+    committed = read_object(path) if path.exists() else {}
     order = [*testbed.entries, *testbed.tried]
-    if kept.get("prompts") == prompts:
+    if committed.get("prompts") == prompts:
         new = [(o["label"], o["seed"]) for o in outcomes]
-        outcomes += [o for o in kept["outcomes"] if o["label"] in order and (o["label"], o["seed"]) not in new]
+        outcomes += [o for o in committed["outcomes"] if o["label"] in order and (o["label"], o["seed"]) not in new]
     if all(o["seed"] == SEARCH_SEED for o in outcomes):
         raise ConfigError(f"{logs} has no run of a method that is done; `train` makes them.")
     outcomes.sort(key=lambda o: (order.index(o["label"]), o["seed"]))
