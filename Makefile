@@ -23,12 +23,13 @@ bench: .venv/installed  ## entropy against closed forms; error, seconds and memo
 
 study: .venv/installed  ## every run of the study, its tables, figures and docs/study.md: hours; runs go on where they were cut short
 	$(BIN)/python scripts/study/run.py
-	$(BIN)/python scripts/study/lora_scales.py
+	$(BIN)/python scripts/study/ratios.py
 	$(BIN)/python scripts/study/gradient_noise.py
 	$(BIN)/python scripts/study/summarise.py --logs logs/study
 
-study-quick: .venv/installed  ## two new seeds, two fifths of the time, held against the committed intervals
+study-quick: .venv/installed  ## further seeds, half the time, held against the committed intervals: 20 minutes
 	$(BIN)/python scripts/study/run.py --quick
+	$(BIN)/python scripts/study/ratios.py --quick
 	$(BIN)/python scripts/study/summarise.py --quick logs/study
 
 pretrain: .venv/installed  ## make assets/ again from Debian's dataset-fashion-mnist: two hours and a half

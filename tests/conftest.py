@@ -28,7 +28,7 @@ LONGEST = (
     "models/test_families.py", "test_compilation.py", "scripts/test_train_sd3.py", "training/test_resume_processes.py",
     "runs/test_stopping.py", "test_processes.py", "training/test_checkpoint.py", "test_parallel.py",
     "page/test_browser.py", "diversity/test_bootstrap.py", "page/test_browser_use.py",
-    "scripts/test_visualize_from_checkpoints.py", "scripts/study/test_summarise.py", "scripts/study/test_plan.py",
+    "scripts/test_visualize_from_checkpoints.py", "scripts/study/test_run.py",
     "test_wheel.py", "test_extending.py",
 )  # fmt: skip
 

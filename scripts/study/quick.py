@@ -1,18 +1,23 @@
-"""The quick runs held against the committed ones."""
+"""The runs of `make study-quick` held against the committed ones."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from flow_grpo.errors import ConfigError
 from flow_grpo.statistics import LEVEL, CountedInterval, prediction_interval
-from scripts.study.comparison import crossing
-from scripts.study.records import ACCURACY, REWARD
-from scripts.study.study_records import DIVERSITY, Study, StudyRecord
+from scripts.study.committed import Measured, Results
+from scripts.study.outcomes import Outcome, column, outcome
+from scripts.study.paths import RATIOS
+from scripts.study.ratios import Trained, read
+from scripts.study.run import State, state_of
+from scripts.study.testbeds import SEARCH_SEED
+
+FIGURES = {"exact_reward": "reward", "exact_vendi": "Vendi score", "judge": "judge"}
 
 
 @dataclass(frozen=True)
@@ -29,58 +34,48 @@ class Comparison:
         return self.expected.holds(self.value)
 
 
-def compare_quick(quick: Study, whole: Study) -> list[Comparison]:
-    """At the quick runs' end, in network evaluations: what a number of seconds buys depends on the machine.
-
-    The intervals hold 95 % of the time for all quantities together (Bonferroni). What the run or all but one of the
-    committed ones do not have, such as the time until a reward that was not reached, is not compared.
+def compare(logs: Path, results: Results) -> list[Comparison]:
+    """Every run of a testbed at its end, and every form of the ratio; the intervals hold for all together (Bonferroni).
 
     Raises:
-        ConfigError: there are no pairs of runs to compare.
+        ConfigError: a run is missing or not finished, or there are fewer than two committed ones.
     """
-    pairs, references = quick.pairs("quick"), whole.pairs()
-    if not pairs or len(references) < 2:
-        raise ConfigError(
-            f"there are {len(pairs)} seeds of quick runs and {len(references)} committed ones with both methods; it "
-            "takes at least 1 and 2."
-        )
     found: list[tuple[str, float, list[float]]] = []
-    for pair in pairs:
-        for index, record in enumerate(pair):
-            found += _values_at_end(record, [reference[index] for reference in references])
-        found += _speed(pair, references)
-    found = [item for item in found if math.isfinite(item[1]) and np.isfinite(item[2]).sum() > 1]
+    for measured in results.testbeds:
+        for run in measured.testbed.quick():
+            if state_of(run, logs) is not State.DONE:
+                raise ConfigError(f"{logs / run.name} is not done; `python scripts/study/run.py --quick` trains it.")
+            found += at_end(outcome(measured.testbed, run, logs), measured)
+    if not (logs / RATIOS).is_file():
+        raise ConfigError(f"{logs / RATIOS} is missing; `python scripts/study/ratios.py --quick` writes it.")
+    found += of_ratios(read(logs / RATIOS), results.ratios)
+    for name, _, others in found:
+        if len(others) < 2:
+            raise ConfigError(f"{name}: there are {len(others)} committed seeds; it takes at least 2.")
     level = 1 - (1 - LEVEL) / len(found)
     return [Comparison(name, value, prediction_interval(others, level)) for name, value, others in found]
 
 
-def _values_at_end(record: StudyRecord, references: Sequence[StudyRecord]) -> list[tuple[str, float, list[float]]]:
-    spent = _common_end(record, references)
+def at_end(quick: Outcome, measured: Measured) -> list[tuple[str, float, list[float]]]:
+    """Figures at a quick run's last epoch, and those of the committed seeds there."""
+    epoch, label = quick["epoch"][-1], quick["label"]
     return [
         (
-            f"{record.label} seed {record.seed}: {name}",
-            record.at("network_evaluations", spent, name),
-            [reference.at("network_evaluations", spent, name) for reference in references],
+            f"{measured.testbed.name}, {label}, epoch {epoch}: {title}",
+            float(column(quick, name)[-1]),
+            [float(np.interp(epoch, column(o, "epoch"), column(o, name))) for o in measured.of(label)],
         )
-        for name in (REWARD, ACCURACY, *DIVERSITY)
+        for name, title in FIGURES.items()
     ]
 
 
-def _speed(
-    pair: tuple[StudyRecord, StudyRecord], references: Sequence[tuple[StudyRecord, StudyRecord]]
-) -> list[tuple[str, float, list[float]]]:
-    """Its values are nan where GRPO had not risen by then: there is no speed to compare."""
-    drtune, grpo = pair
-    end = _common_end(grpo, [reference for _, reference in references])
-
-    def fraction(runs: tuple[StudyRecord, StudyRecord]) -> float:
-        spent = {"network_evaluations": end, "seconds": runs[1].at("network_evaluations", end, "seconds")}
-        return crossing(*runs, at=spent).network_evaluations
-
-    name = f"seed {drtune.seed}: network evaluations of DRTune until GRPO's reward / GRPO's"
-    return [(name, fraction(pair), [fraction(reference) for reference in references])]
-
-
-def _common_end(record: StudyRecord, references: Sequence[StudyRecord]) -> float:
-    """Network evaluations at the end of the run, or of the shortest reference if that comes first."""
-    return min(run.final("network_evaluations") for run in (record, *references))
+def of_ratios(quick: Sequence[Trained], committed: Sequence[Trained]) -> list[tuple[str, float, list[float]]]:
+    """The gain of each form, as a mean over the quick seeds, and those of committed seeds after as many epochs."""
+    found = []
+    for key in dict.fromkeys(one.key for one in quick):
+        mine = [one for one in quick if one.key == key]
+        place = len(mine[0].reward) - 1
+        others = [one for one in committed if one.key == key and one.seed != SEARCH_SEED]
+        gains = [one.reward[place] - one.reward[0] for one in others]
+        found.append((", ".join(map(str, key)), float(np.mean([one.gain for one in mine])), gains))
+    return found

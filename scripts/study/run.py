@@ -1,8 +1,8 @@
 """Train the study's runs: those that are done are skipped, those that were cut short go on from their last checkpoint.
 
-    python scripts/study/run.py [--quick] [--only claims,ratio-sde] [--jobs 2] [--out logs/study]
+    python scripts/study/run.py [--quick] [--only scenes-nft,seed3] [--jobs 2] [--logs logs/study]
 
-Every run has one thread, and --jobs of them train at once; their seconds are comparable only with each other's.
+What there is to train is in testbeds.py. Every run has one thread, and --jobs of them train at once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from flow_grpo.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
-from scripts.study import plan
 from scripts.study.paths import ROOT
-from scripts.study.plan import StudyRun
+from scripts.study.testbeds import TESTBEDS, StudyRun
 
 TRAIN_SCRIPT, RECIPES = ROOT / "scripts/train/train_sd3.py", ROOT / "config/grpo.py"
 
@@ -121,31 +120,41 @@ def train_all(runs: Sequence[StudyRun], out: Path, jobs: int) -> list[str]:
     return [run.name for run, code in zip(waiting, codes, strict=True) if code != 0]
 
 
+def planned(quick: bool) -> list[StudyRun]:
+    """All runs of the study, or those of `make study-quick`."""
+    return [run for testbed in TESTBEDS.values() for run in (testbed.quick() if quick else testbed.plan())]
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the runs of `make study-quick`")
     parser.add_argument("--only", default="", help="runs whose names hold one of these words, commas between")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
-    parser.add_argument("--out", type=Path, default=Path("logs/study"), help="folder (default: logs/study)")
+    parser.add_argument("--logs", type=Path, default=Path("logs/study"), help="folder (default: logs/study)")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} is not allowed; it takes a whole number from 1 on")
-    plan_runs = plan.quick() if args.quick else plan.whole()
-    words = [word.strip() for word in args.only.split(",") if word.strip()]
-    args.runs = [run for run in plan_runs if not words or any(word in run.name for word in words)]
-    if not args.runs:
-        parser.error(f"--only {args.only}: no run has such a name; {plan_runs[0].name} is one")
+    args.words = [word.strip() for word in args.only.split(",") if word.strip()]
     return args
 
 
+def chosen(args: argparse.Namespace) -> list[StudyRun]:
+    """The planned runs that --only names; ConfigError where a word names none."""
+    runs = planned(args.quick)
+    for word in args.words:
+        if not any(word in run.name for run in runs):
+            raise ConfigError(f"--only {word}: no run has such a name; {runs[0].name} is one.")
+    return [run for run in runs if not args.words or any(word in run.name for word in args.words)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; 0, or 1 after naming the runs that failed. A damaged folder ends the process with 2, and a sentence."""
+    """Train; 0, or 1 after naming the runs that failed. A mistake ends the process with 2, and a sentence."""
     args = parse(arguments)
     with one_sentence_errors():
-        failed = train_all(args.runs, args.out.resolve(), args.jobs)
+        failed = train_all(chosen(args), args.logs.resolve(), args.jobs)
     if failed:
-        print(f"error: {', '.join(failed)} failed; their logs are in {args.out}.", file=sys.stderr)
+        print(f"error: {', '.join(failed)} failed; their logs are in {args.logs}.", file=sys.stderr)
     return 1 if failed else 0
 
 

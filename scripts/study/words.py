@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from functools import cache
 from pathlib import Path
@@ -10,15 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from scripts.study.comparison import side
-from scripts.study.records import ACCURACY, ENTROPY, REWARD, RKE, VENDI
-from scripts.study.study_records import NATS, SPREAD
+from flow_grpo.statistics import CountedInterval
 
 FOLDER = Path(__file__).parent
-METRICS = {
-    "REWARD": REWARD, "ACCURACY": ACCURACY, "ENTROPY": ENTROPY, "VENDI": VENDI, "RKE": RKE, "NATS": NATS,
-    "SPREAD": SPREAD,
-}  # fmt: skip
 
 
 @cache
@@ -31,10 +24,21 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"fmt": format, "side": side}
-    made.tests |= {"finite": math.isfinite}
-    made.globals |= METRICS
+    made.filters |= {"fmt": format, "shown": shown, "percent": percent}
     return made
+
+
+def shown(value: CountedInterval, digits: int = 2, scale: float = 1.0, sign: str = "") -> str:
+    """Mean +- half width; a dash where no seed has the figure."""
+    if not value.count:
+        return "-"
+    half = f" ± {scale * (value.high - value.estimate):.{digits}f}" if value.known else ""
+    return f"{scale * value.estimate:{sign}.{digits}f}{half}"
+
+
+def percent(value: CountedInterval) -> str:
+    """The mean alone."""
+    return f"{100 * value.estimate:.0f} %"
 
 
 def said(anchor: str, part: str, *arguments: Any) -> str:

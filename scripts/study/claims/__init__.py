@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from scripts.study.claims import claim_1, claim_2, claim_3, claim_4, frontier, judge, proxies, search
+from scripts.study.claims import claim_1, claim_2, claim_3, claim_4, on_curve
 
-CLAIMS = (
-    claim_1.CLAIM,
-    claim_2.CLAIM,
-    judge.CLAIM,
-    proxies.CLAIM,
-    claim_3.CLAIM,
-    claim_4.CLAIM,
-    frontier.CLAIM,
-    search.CLAIM,
-)
+CLAIMS = (claim_1.CLAIM, claim_2.CLAIM, claim_3.CLAIM, claim_4.CLAIM, on_curve.CLAIM)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from matplotlib.figure import Figure
 
 from scripts.study.committed import Results
 
@@ -16,23 +18,26 @@ class Found(Protocol):
     def verdict(self) -> Any:
         """A code and what it depends on."""
 
-    @property
-    def figures(self) -> Sequence[str]:
-        """Names, relative to the results' folder, without .png."""
-
 
 @dataclass(frozen=True)
 class Claim:
     """A claim or question.
 
-    Its words are macros of a template beside its file: title(), verdict(found.verdict), and, of what was found,
-    summary(found) in a sentence, rule(found) on how it is measured and decided, and body(found).
+    Its words are macros of a template beside its file, of what was found: title(), verdict(found), which is two or
+    three words, answer(found), a sentence with numbers, body(found), a small table, and details(found), which the page
+    folds: how it is measured, and whatever else there is.
     """
 
-    anchor: str  # names the template too: claim-1 has claim_1.md.j2
+    anchor: str  # names the template and the figure too: claim-1 has claim_1.md.j2
     command: str  # that makes its results
-    find: Callable[[Results], Found | None]  # None: nothing was run yet
-    in_readme: bool = False  # a line of its own; docs/study.md has every claim
+    find: Callable[[Results], Found]
+    draw: Callable[[Results], Figure] | None = None  # its figure, <anchor>.png; None: `figure` is there already
+    figure: str = ""  # relative to the results' folder
+
+    @property
+    def picture(self) -> str:
+        """Its file, relative to the results' folder."""
+        return self.figure or f"{self.anchor}.png"
 
 
 RUN = "python scripts/study/run.py"

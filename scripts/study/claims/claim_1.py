@@ -1,121 +1,88 @@
-"""Claim 1: when DRTune's reward comes to GRPO's final one, in seconds and in network evaluations.
-
-Reads the runs of "claims", and those of "search" for whether both ran as the search left them.
-"""
+"""Claim 1: how long each method takes to each level of reward. Reads both testbeds' runs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
-from flow_grpo.recipes.base import leaves
-from flow_grpo.recipes.registry import get_config
-from flow_grpo.statistics import CountedInterval, mean_interval
+import numpy as np
+from matplotlib.figure import Figure
+
+from flow_grpo.statistics import CountedInterval
 from scripts.study.claims.claim import RUN, Claim
-from scripts.study.committed import Results
-from scripts.study.comparison import Ends, SeedCrossing, crossing, ends, final_difference
-from scripts.study.records import ACCURACY, REWARD
-from scripts.study.study_records import Study, StudyRecord, by_label
-
-FAR = 0.2  # "far faster": in less than a fifth
-SHOWN = ("seconds", "network_evaluations", "images", REWARD, ACCURACY)
-
-
-class Code(StrEnum):
-    """What became of the claim."""
-
-    NO_RISE = "GRPO did not rise"
-    NOT_REACHED = "not reached"
-    ONE_SEED = "one seed"
-    HOLDS = "holds"
-    IN_PART = "in part"
-    FAILS = "fails"
-    NOT_SHOWN = "not shown"
+from scripts.study.committed import Measured, Results
+from scripts.study.figures import METHODS, panels
+from scripts.study.outcomes import column, epochs_to, gains, of_all
+from scripts.study.testbeds import CLAIMED
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The code, and of how many seeds."""
+class Race:
+    """On one testbed."""
 
-    code: Code
-    seeds: int
-    risen: int  # seeds in which GRPO's reward rose
-    reached: int  # of those, seeds in which DRTune reached it
-    far: float = FAR
+    measured: Measured
+    level: float  # GRPO's mean gain at its end
+    seconds: float  # that GRPO took for it
+    reached: CountedInterval  # seconds of DRTune to that gain; none where a seed never had it
+    against: str  # the method by rewards alone that gains most at its end
+    rows: Sequence[Mapping[str, Any]]
+
+    @property
+    def faster(self) -> bool:
+        """DRTune is shown to need less time than GRPO has had."""
+        return self.reached.below(self.seconds)
+
+    @property
+    def best(self) -> Mapping[str, Any]:
+        """The row of that method."""
+        return self.measured.rows[self.against]
 
 
 @dataclass(frozen=True)
-class Speed:
+class Found:
     """All numbers of the claim."""
 
-    verdict: Verdict
-    seconds: CountedInterval  # of GRPO's
-    network_evaluations: CountedInterval  # of GRPO's
-    gap: CountedInterval  # reward at equal time
-    untuned: Mapping[str, str] | None
-    base: StudyRecord  # whose first evaluation is of the base model
-    methods: Sequence[Ends]
-    crossings: Sequence[SeedCrossing]
-    figures: Sequence[str] = ("reward",)
+    races: Sequence[Race]
+
+    @property
+    def verdict(self) -> bool:
+        """Faster on both testbeds."""
+        return all(race.faster for race in self.races)
 
 
-def find(results: Results) -> Speed | None:
-    """None without a seed of both methods."""
-    study, pairs = results.study, results.study.pairs()
-    if not pairs:
-        return None
-    crossings = [crossing(*pair) for pair in pairs]
-    return Speed(
-        verdict=speed_verdict(crossings),
-        seconds=mean_interval(found.seconds for found in crossings),
-        network_evaluations=mean_interval(found.network_evaluations for found in crossings),
-        gap=final_difference(pairs, REWARD),
-        untuned=untuned(study),
-        base=study.of("claims")[0],
-        methods=[ends(label, records, SHOWN) for label, records in by_label(study.of("claims")).items()],
-        crossings=crossings,
-    )
+def find(results: Results) -> Found:
+    """On both testbeds."""
+    return Found([race(measured) for measured in results.testbeds])
 
 
-def speed_verdict(crossings: Sequence[SeedCrossing]) -> Verdict:
-    """Far faster: both intervals below FAR, and no seed that never gets there."""
-    risen = [found for found in crossings if found.meaningful]
-    reached = [found for found in risen if found.reached]
-    return Verdict(_code(risen, reached), len(crossings), len(risen), len(reached))
+def race(measured: Measured) -> Race:
+    """DRTune against the gain that GRPO ends with, as a mean over its seeds."""
+    grpo, each = measured.of("grpo"), measured.seconds_an_epoch("drtune")
+    level = float(np.mean([gains(found)[-1] for found in grpo]))
+    reached = [each * epochs_to(found, level) for found in measured.of("drtune")] if level > 0 else [math.nan]
+    black_box = max(("grpo", "nft"), key=lambda label: measured.rows[label]["gain"].estimate)
+    return Race(
+        measured, level, measured.seconds_an_epoch("grpo") * grpo[0]["epoch"][-1], of_all(reached), black_box,
+        [measured.rows[label] for label in CLAIMED],
+    )  # fmt: skip
 
 
-def _code(risen: Sequence[SeedCrossing], reached: Sequence[SeedCrossing]) -> Code:
-    if not risen:
-        return Code.NO_RISE
-    if len(reached) < len(risen):
-        return Code.NOT_REACHED
-    if len(reached) < 2:
-        return Code.ONE_SEED
-    fractions = [mean_interval(f.seconds for f in reached), mean_interval(f.network_evaluations for f in reached)]
-    if all(fraction.below(FAR) for fraction in fractions):
-        return Code.HOLDS
-    if all(fraction.below(1) for fraction in fractions):
-        return Code.IN_PART
-    return Code.FAILS if any(fraction.above(1) for fraction in fractions) else Code.NOT_SHOWN
+def draw(results: Results) -> Figure:
+    """Gain in reward against seconds of training, on each testbed."""
+    figure, axes = panels([measured.testbed.title for measured in results.testbeds])
+    for panel, measured in zip(axes, results.testbeds, strict=True):
+        for label in CLAIMED:
+            style = METHODS[label]
+            for i, found in enumerate(measured.of(label)):
+                seconds = measured.seconds_an_epoch(label) * column(found, "epoch")
+                title = measured.testbed.entry(label).title if i == 0 else None
+                panel.plot(seconds, gains(found), style.line, color=style.colour, label=title, lw=1.2)
+        panel.set_xlabel("seconds of training")
+        panel.set_ylabel("gain in reward")
+        panel.legend(fontsize="small")
+    return figure
 
 
-def untuned(study: Study) -> dict[str, str] | None:
-    """Methods whose runs do not have the settings that the search found best -> label of those; None: no search."""
-    if not study.of("search"):
-        return None
-    late = {}
-    for method, ran in {record.method: record for record in study.of("claims")}.items():
-        tried = [record for record in study.of("search") if record.method == method]
-        best = max(tried, key=lambda record: record.final(REWARD), default=ran)
-        if _settings(best) != _settings(ran):
-            late[method] = best.label
-    return late
-
-
-def _settings(record: StudyRecord) -> dict[str, Any]:
-    return dict(leaves(get_config(record.recipe))) | dict(record.overrides)
-
-
-CLAIM = Claim("claim-1", f"{RUN} --only claims", find, in_readme=True)
+CLAIM = Claim("claim-1", f"{RUN} --only {','.join(CLAIMED)}", find, draw)

@@ -1,139 +1,151 @@
-"""Claim 2: DRTune's diversity against GRPO's, at equal time and at equal reward.
-
-Reads the runs of "claims", and those of "frontier" with a gentler learning rate: what holds at equal reward with one of
-the rates only is not the method's.
-"""
+"""Claim 2: what the reward leaves of diversity, against the exact law, and which measure sees its fall first."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 from flow_grpo.statistics import CountedInterval, mean_interval
-from scripts.study import plan
 from scripts.study.claims.claim import RUN, Claim
-from scripts.study.committed import Results
-from scripts.study.comparison import equal_reward_difference, final_difference, mean_final
-from scripts.study.records import REWARD, RKE, VENDI
-from scripts.study.study_records import DIVERSITY, SPREAD, Study, StudyRecord, by_label, paired
+from scripts.study.committed import Measured, Results
+from scripts.study.figures import panels
+from scripts.study.outcomes import Outcome, column, gains
+from scripts.study.testbeds import CLAIMED
 
-CLAIMED = (VENDI, RKE, SPREAD)  # what the claim names
-Means = Mapping[str, CountedInterval]  # by metric
-Pairs = Sequence[tuple[StudyRecord, StudyRecord]]
-
-
-class Code(StrEnum):
-    """What became of the claim."""
-
-    ONE_SEED = "one seed"
-    FAILS = "fails"
-    HOLDS = "holds"
-    BY_RATE = "by learning rate"
-    TOO_FEW = "too few at equal reward"
-    IN_PART = "in part"
+MEASURES: Mapping[str, str] = {  # figure -> as tables have it
+    "vendi": "Vendi score",
+    "rke": "RKE",
+    "modes": "entropy of modes",
+    "spread": "std of the ODE log-density",
+    "nats": "differential entropy",
+}
+LINES = {"vendi": "-o", "rke": "--s", "modes": "-.D", "spread": ":^", "nats": "-x"}
+COLLAPSED = 0.95  # a method that keeps less of the exact law's Vendi score has paid for nothing
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The code, and by which measures of CLAIMED DRTune has less diversity than GRPO, or more."""
+class Sight:
+    """How DRTune's runs look to one measure."""
 
-    code: Code
-    lower_then: Sequence[str]  # at equal time
-    lower: Sequence[str]  # at equal reward
-    higher: Sequence[str]  # at equal reward
-    claimed: int = len(CLAIMED)
+    title: str
+    seconds: float  # the first evaluation from which on the fall is told from nothing; nan: it never is
+    gain: float  # in reward, there
+    left: CountedInterval  # at the end, as a share of the base's; of nats, a difference
+    follows: CountedInterval  # rank correlation with the Vendi score within a run, over runs of all methods
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """On one testbed."""
+
+    measured: Measured
+    level: str  # the largest gain that all seeds of DRTune reach
+    rows: Sequence[Mapping[str, Any]]
+    sights: Sequence[Sight]
 
     @property
-    def unclear(self) -> list[str]:
-        """Measures that are not lower at equal reward."""
-        return [name for name in CLAIMED if name not in self.lower]
+    def drtune(self) -> CountedInterval:
+        """What DRTune keeps of the exact law's Vendi score at the level."""
+        found: CountedInterval = self.measured.rows["drtune"]["kept_at"][self.level]
+        return found
+
+    @property
+    def collapses(self) -> bool:
+        """DRTune is shown to keep less than the exact law leaves."""
+        return self.drtune.below(COLLAPSED)
+
+    @property
+    def first(self) -> list[str]:
+        """The measures that see it first."""
+        seen = [sight.seconds for sight in self.sights if math.isfinite(sight.seconds)]
+        return [sight.title for sight in self.sights if seen and sight.seconds == min(seen)]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measure."""
-
-    name: str
-    base: float
-    drtune: CountedInterval  # at the end
-    grpo: CountedInterval  # at the end
-    there: CountedInterval  # DRTune's where its reward is GRPO's final one
-
-
-@dataclass(frozen=True)
-class Diversity:
+class Found:
     """All numbers of the claim."""
 
-    verdict: Verdict
-    at_time: Means  # DRTune minus GRPO
-    at_reward: Means
-    slowly: Means  # at equal reward with the gentler rate; empty before two seeds have run
-    gentler: str  # the label of those runs
-    falls: Means  # DRTune's end minus the base model
-    pairs: int
-    images: int  # of a prompt
-    rows: Sequence[Row]
-    figures: Sequence[str]
+    testbeds: Sequence[Collapse]
+    limit: float = COLLAPSED
+
+    @property
+    def verdict(self) -> bool:
+        """On both testbeds."""
+        return all(found.collapses for found in self.testbeds)
 
 
-def find(results: Results) -> Diversity | None:
-    """None without a seed of both methods."""
-    pairs = results.study.pairs()
-    if not pairs:
+def find(results: Results) -> Found:
+    """On both testbeds."""
+    return Found([collapse(measured) for measured in results.testbeds])
+
+
+def collapse(measured: Measured) -> Collapse:
+    """Of one testbed."""
+    kept = measured.rows["drtune"]["kept_at"]
+    level = [gain for gain in kept if kept[gain].count][-1]
+    rows = [measured.rows[label] for label in CLAIMED]
+    return Collapse(measured, level, rows, [sight(measured, name) for name in MEASURES])
+
+
+def sight(measured: Measured, name: str) -> Sight:
+    """How one measure sees DRTune's runs."""
+    runs = [found for found in measured.of("drtune") if np.isfinite(column(found, name)[-1])]
+    ends = [column(found, name)[[0, -1]] for found in runs]
+    left = mean_interval(end - base if name == "nats" else end / base for base, end in ends)
+    place = first_told(runs, name)
+    seconds = gain = math.nan
+    if place is not None:
+        seconds = measured.seconds_an_epoch("drtune") * runs[0]["epoch"][place]
+        gain = float(np.mean([gains(found)[place] for found in runs]))
+    claimed = [found for label in CLAIMED for found in measured.of(label)]
+    return Sight(MEASURES[name], seconds, gain, left, mean_interval(within(found, name) for found in claimed))
+
+
+def first_told(runs: Sequence[Outcome], name: str) -> int | None:
+    """The evaluation from which on the 95 % interval over seeds of the fall lies below zero; None: there is none."""
+    if len(runs) < 2:
         return None
-    at_time = {name: final_difference(pairs, name) for name in DIVERSITY}
-    at_reward = {name: equal_reward_difference(pairs, name) for name in DIVERSITY}
-    slowly = gentler(results.study)
-    return Diversity(
-        verdict=diversity_verdict(at_time, at_reward, slowly),
-        at_time=at_time,
-        at_reward=at_reward,
-        slowly=slowly,
-        gentler=plan.GENTLER,
-        falls={name: mean_interval(drtune.gain(name) for drtune, _ in pairs) for name in CLAIMED},
-        pairs=len(pairs),
-        images=plan.EVALUATION["num_seeds"],
-        rows=[_row(name, pairs) for name in DIVERSITY],
-        figures=["diversity_vs_seconds", "diversity_vs_reward", *(["samples"] if results.samples else [])],
-    )
+    values = np.array([column(found, name) for found in runs])
+    told = [mean_interval(values[:, i] - values[:, 0]).below(0) for i in range(values.shape[1])]
+    after = len(told) - told[::-1].index(False)
+    return after if after < len(told) else None
 
 
-def gentler(study: Study) -> dict[str, CountedInterval]:
-    """DRTune with a tenth of the learning rate minus GRPO, at equal reward; empty before two seeds have run."""
-    records = by_label(study.of("frontier")).get(plan.GENTLER, [])
-    pairs = paired(records, by_label(study.of("claims")).get("GRPO", []))
-    found = {name: equal_reward_difference(pairs, name) for name in DIVERSITY}
-    return found if found[VENDI].count > 1 else {}
+def within(found: Outcome, name: str) -> float:
+    """Spearman's rank correlation with the Vendi score over a run's evaluations, the base's among them; nan: none."""
+    values, vendi = column(found, name), column(found, "vendi")
+    known = np.isfinite(values) & np.isfinite(vendi)
+    if known.sum() < 4 or np.ptp(values[known]) == 0 or np.ptp(vendi[known]) == 0:
+        return math.nan
+    return float(spearmanr(values[known], vendi[known]).statistic)
 
 
-def diversity_verdict(at_time: Means, at_reward: Means, slowly: Means | None = None) -> Verdict:
-    """By which of its measures DRTune has less diversity, at equal time and at equal reward.
-
-    `slowly`: at equal reward with a smaller learning rate; what holds with one of them only is not the method's.
-    """
-    lower_then = [name for name in CLAIMED if at_time[name].below(0)]
-    lower = [name for name in CLAIMED if at_reward[name].below(0)]
-    higher = [name for name in CLAIMED if at_reward[name].above(0)]
-    if any(at_time[name].count < 2 for name in CLAIMED):
-        code = Code.ONE_SEED
-    elif not lower_then:
-        code = Code.FAILS
-    elif len(lower_then) == len(lower) == len(CLAIMED):
-        code = Code.BY_RATE if slowly and not slowly[VENDI].below(0) else Code.HOLDS
-    else:
-        code = Code.TOO_FEW if any(at_reward[name].count < 2 for name in CLAIMED) else Code.IN_PART
-    return Verdict(code, lower_then, lower, higher)
-
-
-def _row(name: str, pairs: Pairs) -> Row:
-    return Row(
-        name=name,
-        base=pairs[0][0].base(name),
-        drtune=mean_final((drtune for drtune, _ in pairs), name),
-        grpo=mean_final((grpo for _, grpo in pairs), name),
-        there=mean_interval(d.where_reward_is(g.final(REWARD), name) for d, g in pairs if g.gain(REWARD) > 0),
-    )
+def draw(results: Results) -> Figure:
+    """Each measure in DRTune's runs, as a share of the base's, against the gain in reward; the exact law's beside."""
+    figure, axes = panels([f"DRTune on {measured.testbed.title}" for measured in results.testbeds])
+    for panel, measured in zip(axes, results.testbeds, strict=True):
+        curve, runs = measured.curve, measured.of("drtune")
+        law = np.array(curve.law["reward"]) - curve.law["reward"][0]
+        vendi = 100 * np.array(curve.law["vendi"]) / curve.law["vendi"][0]
+        panel.plot(law, vendi, "k-", lw=2.5, label="Vendi score of the exact law")
+        gain = np.mean([gains(found) for found in runs], axis=0)
+        for name, title in MEASURES.items():
+            values = np.array([column(found, name) for found in runs])
+            if name == "nats" or not np.isfinite(values).all(0).any():
+                continue
+            share = 100 * np.mean(values / values[:, :1], axis=0)
+            known = np.isfinite(share)
+            panel.plot(gain[known], share[known], LINES[name], label=title, ms=4, lw=1.2)
+        panel.set_xlabel("gain in reward")
+        panel.set_ylabel("% of the base model's")
+        panel.legend(fontsize="small")
+    return figure
 
 
-CLAIM = Claim("claim-2", f"{RUN} --only claims", find, in_readme=True)
+CLAIM = Claim("claim-2", f"{RUN} --only {','.join(CLAIMED)}", find, draw)

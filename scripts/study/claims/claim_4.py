@@ -1,241 +1,165 @@
-"""Claim 4: which forms of GRPO's likelihood ratio train, and where their gradients point.
-
-Reads the runs of "ratio", and what gradient_noise.py wrote.
-"""
+"""Claim 4: the ODE log-probability in GRPO's ratio. Reads the runs in the plane, and the gradients on the tiny SD3."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from flow_grpo.statistics import CountedInterval, mean_interval
-from scripts.study.claims.claim import RUN, Claim
-from scripts.study.committed import Results, Rows
-from scripts.study.comparison import Side, mean_final, side
-from scripts.study.forms import Form, by_form, fewest_epochs
-from scripts.study.records import ACCURACY, REWARD, VENDI
-from scripts.study.study_records import Study, StudyRecord, paired
+import numpy as np
+from matplotlib.figure import Figure
 
-SMALL = 0.05  # a share of the gradient's noise that makes no odds
-SDE, ONE, EXACT = Form("sde", 1), Form("ode_step", 1), Form("ode_step", 0)
-ENDS = ("step", "seconds", VENDI, ACCURACY)
-STATISTICS = (
-    "train/ratio_error", "train/clip_fraction", "train/ratio_std", "train/log_ratio_mean", "train/grad_norm",
-    "train/zero_std_fraction",
-)  # fmt: skip
-Forms = Mapping[Form, Sequence[StudyRecord]]
-Gains = Mapping[Form, CountedInterval]  # reward gained
-Gradients = Mapping[Form, Mapping[str, CountedInterval]]  # what gradient_noise.py measured, by form and source
+from flow_grpo.statistics import CountedInterval, Interval, mean_interval
+from scripts.study.claims.claim import Claim
+from scripts.study.committed import Results
+from scripts.study.figures import Style, panels
+from scripts.study.ratios import EVERY, FORMS, PROBLEMS, RATES, Trained
+from scripts.study.testbeds import SEARCH_SEED
 
-
-class Code(StrEnum):
-    """What became of the claim."""
-
-    NO_CONTROL = "control needs seeds"
-    CONTROL_FAILS = "control does not train"
-    NO_PROBE = "one probe needs seeds"
-    TRAINS = "one probe trains"
-    ONE_ONLY = "more probes not run"
-    HOLDS = "holds"
-    NOT_TOLD = "not told apart"
-    BETWEEN = "trains in between"
-    EXACT_FAILS = "exact trace does not train"
-    EXACT_NOT_RUN = "exact trace not run"
-    BY_GRADIENT = "by the exact gradient"
+EXACT = 0  # probes
+LEAST_POWER = 10.0  # the control's gain in standard deviations of its seeds
+STYLES = {
+    "sde": Style("#0072B2", "-"),
+    "cfm": Style("#CC79A7", ":"),
+    "ode_step": Style("#D55E00", "--"),
+    "ode_path": Style("#009E73", "-."),
+}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The code, and what became of ode_step with one probe and with most."""
+class Why(StrEnum):
+    """Why `ode_step` does not train, or that it does."""
 
-    code: Code
-    one: Side | None = None
-    most: Form | None = None
-    with_most: Side | None = None
-    between: Sequence[Form] = ()  # forms that train where that with most probes does not
-    uphill: Side | None = None  # where the exact trace's gradient points
+    NO_POWER = "no power"  # the control gains too little over its seeds' spread
+    TRAINS = "trains"
+    BIAS = "bias"  # nor does it with the exact trace
+    VARIANCE = "variance"  # it does with the exact trace
+    NOT_SHOWN = "not shown"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One form after equal numbers of updates."""
+    """A form on one problem."""
 
-    form: Form
-    seeds: int
-    gain: CountedInterval
-    minus_sde: CountedInterval | None  # reward after the fewest epochs; None: of sde itself
-    ends: Mapping[str, CountedInterval]  # of ENDS
-    training: Mapping[str, tuple[float, float]]  # STATISTICS -> first epoch, mean over all; means over seeds
+    form: str
+    probes: int
+    rate: float
+    gain: CountedInterval  # in reward, at the end
+    spread: float  # standard deviation of the gain over seeds
+    seconds: float  # of training, an epoch
+
+    @property
+    def title(self) -> str:
+        """As tables have it."""
+        if self.form == "sde":
+            return "sde"
+        if self.form == "cfm":
+            return f"cfm, {self.probes} draws"
+        return f"{self.form}, {'exact' if self.probes == EXACT else self.probes}"
 
 
 @dataclass(frozen=True)
-class ProbeShares:
-    """How much of a gradient's squared length probes make up."""
+class Plane:
+    """One problem."""
 
-    shares: Gains  # of ode_step, by number of probes
-    stands_in: Form | None  # the form with most, if its probes' share is SMALL
+    problem: str
+    rows: Sequence[Row]
+
+    def row(self, form: str, probes: int) -> Row:
+        """Of one form."""
+        return next(row for row in self.rows if (row.form, row.probes) == (form, probes))
+
+    @property
+    def power(self) -> float:
+        """The control's gain in standard deviations of its seeds."""
+        control = self.rows[0]
+        return control.gain.estimate / control.spread
+
+    @property
+    def why(self) -> Why:
+        """The verdict."""
+        one, exact = self.row("ode_step", 1), self.row("ode_step", EXACT)
+        if self.power < LEAST_POWER:
+            return Why.NO_POWER
+        if one.gain.above(0):
+            return Why.TRAINS
+        if exact.gain.above(0):
+            return Why.VARIANCE
+        return Why.BIAS if self.row("ode_path", EXACT).gain.above(0) else Why.NOT_SHOWN
 
 
 @dataclass(frozen=True)
-class Ratios:
+class Gradient:
+    """The gradient of one form on the tiny SD3's base model."""
+
+    title: str
+    uphill: Interval  # share of its length that points up the reward
+    probe_share: float  # of its squared length that its probes add; nan: none were drawn anew
+
+
+@dataclass(frozen=True)
+class Found:
     """All numbers of the claim."""
 
-    verdict: Verdict
-    gains: Gains
-    telling: Sequence[Form]
-    epochs: float  # the fewest of any run
-    rows: Sequence[Row]
-    gradients: Gradients  # empty: not measured
-    probes: ProbeShares
-    figures: Sequence[str]
+    planes: Sequence[Plane]
+    gradients: Sequence[Gradient]
+    rates: Sequence[float] = RATES
 
-    def with_probes(self, ratio: str, probes: int) -> CountedInterval | None:
-        """Reward gained; None: not run."""
-        return self.gains.get(Form(ratio, probes))
+    @property
+    def verdict(self) -> Why:
+        """Of both problems, if they agree."""
+        found = {plane.why for plane in self.planes}
+        return found.pop() if len(found) == 1 else Why.NOT_SHOWN
 
 
-def find(results: Results) -> Ratios | None:
-    """None before any run of a form."""
-    study, forms = results.study, by_form(results.study)
-    if not forms:
-        return None
-    gains = {form: mean_interval(record.gain(REWARD) for record in records) for form, records in forms.items()}
-    measured = gradients(results.noise)
-    return Ratios(
-        verdict=ratio_verdict(gains, measured, _advantage(forms)),
-        gains=gains,
-        telling=_telling(gains),
-        epochs=fewest_epochs(study),
-        rows=[_row(form, forms, study) for form in forms],
-        gradients=measured,
-        probes=probe_shares(measured),
-        figures=["ratios", "ratio_statistics", *(["gradient_noise"] if measured else [])],
-    )
+def find(results: Results) -> Found:
+    """From both files."""
+    return Found([plane(problem, results.ratios) for problem in PROBLEMS], gradients(results.noise))
 
 
-# --- the verdict --------------------------------------------------------------------------------------------
+def plane(problem: str, ratios: Sequence[Trained]) -> Plane:
+    """The rows of one problem, in the order of FORMS."""
+    rows = []
+    for form, probes in FORMS:
+        mine = [one for one in ratios if one.key == (problem, form, probes) and one.seed != SEARCH_SEED]
+        found = [one.gain for one in mine]
+        seconds = float(np.median([one.seconds for one in mine]))
+        rows.append(Row(form, probes, mine[0].rate, mean_interval(found), float(np.std(found, ddof=1)), seconds))
+    return Plane(problem, rows)
 
 
-def ratio_verdict(gains: Gains, measured: Gradients | None = None, advantage: CountedInterval | None = None) -> Verdict:
-    """A form trains if the interval of its gain lies above zero.
-
-    Args:
-        gains: reward gained, by form.
-        measured: of gradient_noise.py.
-        advantage: of ode_step with most probes over one probe, in reward gained; seeds paired.
-    """
-    most, lacking = _most_probes(gains, "ode_step"), _lacking(gains)
-    if lacking is not None or most is None:
-        return Verdict(lacking or Code.NO_PROBE)
-    one = side(gains[ONE])
-    if one is Side.ABOVE:
-        return Verdict(Code.TRAINS, one)
-    if most == ONE:
-        return Verdict(Code.ONE_ONLY, one)
-    with_most = side(gains[most])
-    if gains[most].above(0):
-        told = advantage is not None and advantage.above(0)
-        return Verdict(Code.HOLDS if told else Code.NOT_TOLD, one, most, with_most)
-    between = [form for form in gains if form.ratio == "ode_step" and gains[form].above(0)]
-    exact = (measured or {}).get(EXACT)
-    uphill = None if exact is None else side(exact["uphill"])
-    return Verdict(_without_training(most, between, uphill), one, most, with_most, between, uphill)
-
-
-def _lacking(gains: Gains) -> Code | None:
-    """What is missing to say anything."""
-    if SDE not in gains or gains[SDE].count < 2:
-        return Code.NO_CONTROL
-    if not gains[SDE].above(0):
-        return Code.CONTROL_FAILS
-    return None if ONE in gains and gains[ONE].count > 1 else Code.NO_PROBE
-
-
-def _without_training(most: Form, between: Sequence[Form], uphill: Side | None) -> Code:
-    """Where most probes do not train."""
-    if between:
-        return Code.BETWEEN
-    if most == EXACT:
-        return Code.EXACT_FAILS
-    return Code.EXACT_NOT_RUN if uphill is None else Code.BY_GRADIENT
-
-
-def _advantage(forms: Forms) -> CountedInterval | None:
-    """Reward gained by ode_step with most probes minus that with one; seeds paired."""
-    most = _most_probes(forms, "ode_step")
-    if ONE not in forms or most is None:
-        return None
-    return mean_interval(a.gain(REWARD) - b.gain(REWARD) for a, b in paired(forms[most], forms[ONE]))
-
-
-def _most_probes(gains: Iterable[Form], ratio: str) -> Form | None:
-    """The form with the least variance: the exact trace if it was run."""
-    found = [form for form in gains if form.ratio == ratio]
-    return max(found, key=lambda form: form.probes or math.inf, default=None)
-
-
-def _telling(gains: Gains) -> list[Form]:
-    """The control, and each ODE form with one probe and with the least variance."""
-    wanted = [SDE]
-    for ratio in ("ode_step", "ode_path"):
-        wanted += [Form(ratio, 1), _most_probes(gains, ratio) or Form(ratio, 1)]
-    return [form for form in dict.fromkeys(wanted) if form in gains]
-
-
-# --- the runs -------------------------------------------------------------------------------------------------
-
-
-def _row(form: Form, forms: Forms, study: Study) -> Row:
-    records, epochs = forms[form], fewest_epochs(study)
-    against = mean_interval(
-        one.at("step", epochs, REWARD) - other.at("step", epochs, REWARD)
-        for one, other in paired(records, forms.get(SDE, []))
-    )
-    return Row(
-        form=form,
-        seeds=len(records),
-        gain=mean_interval(record.gain(REWARD) for record in records),
-        minus_sde=None if form.ratio == "sde" else against,
-        ends={name: mean_final(records, name) for name in ENDS},
-        training={name: (_mean(records, name, "first"), _mean(records, name, "mean")) for name in STATISTICS},
-    )
-
-
-def _mean(records: Sequence[StudyRecord], name: str, which: str) -> float:
-    values = (record.training.get(name, {}).get(which) for record in records)
-    return mean_interval(value for value in values if value is not None).estimate
-
-
-# --- the gradients ----------------------------------------------------------------------------------------------
-
-
-def gradients(noise: Rows) -> dict[Form, dict[str, CountedInterval]]:
-    """Of the rows of gradient_noise.json."""
-    found: dict[Form, dict[str, CountedInterval]] = {}
+def gradients(noise: Sequence[Mapping[str, Any]]) -> list[Gradient]:
+    """From the rows of gradient_noise.py."""
+    found: dict[tuple[str, int], dict[str, Interval]] = {}
     for row in noise:
-        value, low, high = (math.nan if row[name] is None else row[name] for name in ("value", "low", "high"))
-        interval = CountedInterval(value, low, high, count=row["batches"])
-        found.setdefault(Form(row["form"], row["probes"]), {})[row["source"]] = interval
-    return found
+        ends = [float("nan") if row[end] is None else row[end] for end in ("value", "low", "high")]
+        found.setdefault((row["form"], row["probes"]), {})[row["source"]] = Interval(*ends)
+    return [
+        Gradient(
+            Row(form, probes, 0, CountedInterval(0), 0, 0).title,
+            sources["uphill"],
+            1 / (1 + sources["probes"].estimate) if "probes" in sources else float("nan"),
+        )
+        for (form, probes), sources in found.items()
+    ]
 
 
-def probe_shares(measured: Gradients) -> ProbeShares:
-    """Of E|g|^2 of ode_step, what other probes for the same images change."""
-    shares = {
-        form: _probe_share(sources["probes"])
-        for form, sources in measured.items()
-        if form.ratio == "ode_step" and "probes" in sources
-    }
-    most = max(shares, key=lambda form: form.probes, default=None)
-    return ProbeShares(shares, most if most is not None and shares[most].below(SMALL) else None)
+def draw(results: Results) -> Figure:
+    """Gain in reward by epoch on each problem: a line for each form, means over seeds."""
+    figure, axes = panels(list(PROBLEMS))
+    for panel, problem in zip(axes, PROBLEMS, strict=True):
+        for form, probes in FORMS:
+            mine = [one for one in results.ratios if one.key == (problem, form, probes) and one.seed != SEARCH_SEED]
+            rewards = np.array([one.reward for one in mine])
+            gain = (rewards - rewards[:, :1]).mean(0)
+            style, title = STYLES[form], Row(form, probes, 0, CountedInterval(0), 0, 0).title
+            shade = {1: 0.35, 4: 0.55, 16: 0.75}.get(probes, 1.0)
+            panel.plot(EVERY * np.arange(len(gain)), gain, style.line, color=style.colour, alpha=shade, label=title)
+        panel.axhline(0, color="0.7", lw=0.8, zorder=0)
+        panel.set_xlabel("epochs")
+        panel.set_ylabel("gain in reward")
+        panel.legend(fontsize="small")
+    return figure
 
 
-def _probe_share(snr: CountedInterval) -> CountedInterval:
-    """1 / (1 + signal to noise), within [0, 1]."""
-    share, low, high = (1 / (1 + max(value, 0.0)) for value in (snr.estimate, snr.high, snr.low))
-    return CountedInterval(share, low, high, count=snr.count)
-
-
-CLAIM = Claim("claim-4", f"{RUN} --only ratio && python scripts/study/gradient_noise.py", find, in_readme=True)
+CLAIM = Claim("claim-4", "python scripts/study/ratios.py && python scripts/study/gradient_noise.py", find, draw)

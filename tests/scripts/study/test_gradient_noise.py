@@ -16,7 +16,7 @@ from flow_grpo.loops.collect import epoch_prompts
 from flow_grpo.metrics import MeanMetrics
 from flow_grpo.prompts import PromptDataset
 from flow_grpo.statistics import mean_interval
-from scripts.study import gradient_noise, plan
+from scripts.study import gradient_noise
 from scripts.study.gradient_noise import (
     direction,
     jackknife,
@@ -30,7 +30,7 @@ from scripts.study.gradient_noise import (
     squared_mean,
     uphill_difference,
 )
-from scripts.study.study_records import write_rows
+from scripts.study.outcomes import write_rows
 
 P = 50
 
@@ -276,7 +276,7 @@ def test_every_form_is_measured_by_every_measure_that_it_has(small, monkeypatch)
         (form, probes): always
         | ({"over_sde"} if form != "sde" else set())
         | ({"probes"} if form != "sde" and probes > 0 else set())
-        for form, probes in plan.FORMS
+        for form, probes in gradient_noise.FORMS
     }
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from scipy import stats
 
-from scripts.study.claims.claim_3 import CLAIM, agreement
-from scripts.study.pages import section
-from tests.scripts.study.builders import results_of, study_of, validation_rows
+from scripts.study.claims.claim_3 import agreement, find
+from scripts.study.words import said
+from tests.scripts.study.claims.builders import results
 
 
 def test_agreement_is_a_chi_square_test() -> None:
@@ -22,9 +22,10 @@ def test_agreement_is_a_chi_square_test() -> None:
 
 
 def test_the_verdict_on_the_entropy_estimator() -> None:
-    rows = validation_rows()
-    assert section(CLAIM, replace(results_of(study_of([])), validation=rows)).verdict == "holds"
-    rows[0] = rows[0] | {"error_in_standard_errors": 9.0}
-    flipped = section(CLAIM, replace(results_of(study_of([])), validation=rows))
-    assert flipped.verdict == "does not hold"
-    assert "9.00 standard errors" in flipped.summary
+    everything = results()
+    assert said("claim-3", "verdict", find(everything)) == "Holds"
+    rows = [dict(row) for row in everything.validation]
+    rows[0]["error_in_standard_errors"] = 9.0
+    flipped = find(replace(everything, validation=rows))
+    assert said("claim-3", "verdict", flipped) == "Does not hold"
+    assert "9.00 standard errors" in said("claim-3", "answer", flipped)

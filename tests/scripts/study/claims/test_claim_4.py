@@ -1,75 +1,58 @@
-"""The verdict on the ratio follows the numbers."""
+"""Bias where the exact trace does not help, variance where it does; and nothing without power."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from flow_grpo.statistics import CountedInterval
-from scripts.study.claims.claim_4 import gradients, probe_shares, ratio_verdict
-from scripts.study.forms import Form
-from scripts.study.words import said
-from tests.scripts.study.builders import HIGHER, LOWER, ONE, UNCLEAR
-
-SDE, ONE_PROBE, FOUR, SIXTEEN, EXACT = Form("sde", 1), *(Form("ode_step", probes) for probes in (1, 4, 16, 0))
-NUMBERS = ("value", "low", "high")
+from scripts.study.claims.claim_4 import Why, find, gradients, plane
+from scripts.study.ratios import Trained, best_rates
+from scripts.study.testbeds import SEARCH_SEED
+from tests.scripts.study.claims.builders import BIASED, results, trained
 
 
 @pytest.mark.parametrize(
-    ("gains", "verdict"),
+    ("gains", "noise", "why"),
     [
-        ({SDE: HIGHER, ONE_PROBE: HIGHER, EXACT: HIGHER}, "does not hold: ode_step trains with one probe"),
-        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, EXACT: HIGHER}, "not settled: ode_step is not shown to train with one "
-         "probe, and trains with the exact trace, but the two are not told apart"),
-        ({SDE: HIGHER, ONE_PROBE: LOWER, EXACT: UNCLEAR}, "holds in part: ode_step lowers the reward with one "
-         "probe, and is not shown to train with the exact trace, where no probe adds variance"),
-        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, FOUR: HIGHER, SIXTEEN: UNCLEAR}, "not settled: ode_step is not shown to "
-         "train with one probe, and is not shown to train with 16 probes, yet it trains with 4 probes"),
-        ({SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}, "holds in part: ode_step is not shown to train with one "
-         "probe, and is not shown to train with 16 probes; the exact trace is not yet run"),
-        ({SDE: HIGHER, ONE_PROBE: LOWER}, "not settled: ode_step lowers the reward with one probe; more"),
-        ({SDE: HIGHER, ONE_PROBE: ONE}, "cannot be settled: ode_step with one probe needs"),
-        ({SDE: UNCLEAR, ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, is not shown to train"),
-        ({ONE_PROBE: UNCLEAR}, "cannot be settled: the control, sde, needs"),
-    ],
-)  # fmt: skip
-def test_the_verdict_on_the_ratio(gains: dict[Form, CountedInterval], verdict: str) -> None:
-    assert said("claim-4", "verdict", ratio_verdict(gains)).startswith(verdict)
-
-
-def test_more_probes_are_the_cure_only_if_they_do_better_than_one() -> None:
-    gains = {SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: HIGHER}
-    assert said("claim-4", "verdict", ratio_verdict(gains, advantage=HIGHER)).startswith(
-        "holds: ode_step is not shown to train with one probe, and"
-    )
-    assert said("claim-4", "verdict", ratio_verdict(gains, advantage=UNCLEAR)).startswith("not settled")
-
-
-def test_probes_whose_noise_is_small_stand_in_for_the_exact_trace() -> None:
-    row = {"form": "ode_step", "batches": 9, "low": 0.1, "high": 0.2}
-    rows = [{**row, "probes": 16, "source": source, "value": 0.15} for source in ("uphill", "over_sde")]
-
-    def share(snr: float) -> str:
-        probes = {**row, "probes": 16, "source": "probes", "value": snr, "low": 0.8 * snr, "high": 1.2 * snr}
-        return said("claim-4", "probe_noise", probe_shares(gradients([*rows, probes])))
-
-    stands_in = "So a run with the exact trace would follow nearly the gradients of one with 16."
-    assert share(60.0).endswith(f"2% (1% to 2%) with 16. {stands_in}")
-    assert share(9.0).endswith("10% (8% to 12%) with 16.")
-
-
-@pytest.mark.parametrize(
-    ("uphill", "words"),
-    [
-        ((-0.2, -0.3, -0.1), "its exact gradient points down the reward"),
-        ((0.2, 0.1, 0.3), "its exact gradient points up the reward"),
-        ((0.1, -0.1, 0.3), "its exact gradient is not shown to point up the reward"),
+        (BIASED, 0.01, Why.BIAS),
+        (BIASED | {("ode_step", 0): 2.0}, 0.01, Why.VARIANCE),
+        (BIASED | {("ode_step", probes): 2.0 for probes in (1, 0)}, 0.01, Why.TRAINS),
+        (BIASED, 0.3, Why.NO_POWER),
+        ({("sde", 1): 2.0}, 0.01, Why.NOT_SHOWN),
     ],
 )
-def test_without_a_run_of_the_exact_trace_the_verdict_tells_of_its_gradient(
-    uphill: tuple[float, ...], words: str
-) -> None:
-    row = {"form": "ode_step", "probes": 0, "source": "uphill", "batches": 9, **dict(zip(NUMBERS, uphill, strict=True))}
-    gains = {SDE: HIGHER, ONE_PROBE: UNCLEAR, SIXTEEN: UNCLEAR}
-    found = said("claim-4", "verdict", ratio_verdict(gains, gradients([row])))
-    assert found.startswith("holds in part: ode_step is not shown to train with one probe, and is not shown to train")
-    assert found.endswith(f"so not for a single probe's variance alone; {words}")
+def test_the_verdict(gains, noise, why):
+    assert find(results(gains=gains, noise=noise)).verdict == why
+
+
+def test_problems_that_disagree_settle_nothing():
+    mixed = [one for one in trained(BIASED) if one.problem == "gaussian"]
+    mixed += [one for one in trained(BIASED | {("ode_step", 1): 2.0}) if one.problem == "mixture"]
+    assert find(replace(results(), ratios=mixed)).verdict == Why.NOT_SHOWN
+
+
+def test_power_is_the_controls_gain_over_its_seeds_spread():
+    assert plane("gaussian", trained(BIASED, noise=0.01)).power == pytest.approx(2.0 / (0.01 * 2.5**0.5))
+
+
+def test_the_searched_seed_is_in_no_mean():
+    extra = Trained("gaussian", "sde", 1, 1e-4, SEARCH_SEED, 0.1, [1.0] * 12 + [99.0])
+    assert plane("gaussian", [*trained(BIASED), extra]).rows[0].gain.estimate == pytest.approx(2.0)
+
+
+def test_the_rate_is_that_of_the_largest_finite_gain():
+    tried = [
+        Trained("gaussian", "sde", 1, rate, SEARCH_SEED, 0.1, [0.0, end])
+        for rate, end in ((1e-4, 0.1), (3e-4, 0.5), (1e-3, float("nan")))
+    ]
+    assert best_rates(tried) == {("gaussian", "sde", 1): 3e-4}
+
+
+def test_the_probes_share_is_of_the_squared_length():
+    rows = [
+        {"form": "ode_step", "probes": 1, "source": "probes", "value": 3.0, "low": 2.0, "high": 4.0},
+        {"form": "ode_step", "probes": 1, "source": "uphill", "value": 0.03, "low": 0.01, "high": None},
+    ]
+    (one,) = gradients(rows)
+    assert (one.title, one.probe_share, one.uphill.estimate) == ("ode_step, 1", 0.25, 0.03)

@@ -1,4 +1,4 @@
-"""The testbeds on which methods are compared: their runs, how these are measured, and the exact curve beside them.
+"""The study as data: its two testbeds, the runs on them, how these are measured, and the exact curve beside them.
 
 - `tiny`: the tiny SD3, a CLIP's similarity as reward, all on one thread. GRPO gains little more here than seeds differ.
 - `scenes`: headroom (docs/scenes.md). A reward of 0 or 1 for methods that look at rewards alone, the log-probability of
@@ -10,8 +10,8 @@ changes nothing. Torch is not imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,48 @@ from flow_grpo.errors import ConfigError
 from flow_grpo.files import read_object
 from flow_grpo.methods.registry import METHODS
 from flow_grpo.scenes.captions import KINDS
-from scripts.study.plan import StudyRun
+from scripts.study.paths import OUT, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 COST, CURVE = "cost.json", "curve.json"
-SEARCH_SEED = 100  # of what was tried: no result uses it
+SEEDS, SEEDS_OF_CLAIMS = range(3), range(5)  # of every method, and of those that the claims are about
+SEARCH_SEED, QUICK_SEED = 100, 50  # of what was tried, and of `make study-quick`: no result uses them
 HARD_PROMPTS = "assets/prompts/scenes/test_hard.jsonl"
+
+# How all runs are evaluated. Samples are shared, so that diversity costs no further image.
+EVALUATION: Mapping[str, Any] = {
+    "num_checkpoint_limit": 1,
+    "num_threads": 1,  # two runs share two cores
+    "eval.ema": False,
+    "eval_diversity": True,
+    "eval_ode_log_prob": True,
+    "num_seeds": 16,
+    "entropy.num_prompts": 10,
+    "entropy.num_image_per_prompt": 8,
+    "entropy.num_probes": 2,
+}
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One training run."""
+
+    testbed: str
+    label: str  # that it shares with the other seeds
+    recipe: str
+    seed: int
+    eval_freq: int  # epochs
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its folder: testbed, label and seed."""
+        return f"{self.testbed}-{self.label.replace('_', '-')}-seed{self.seed}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is changed of the recipe."""
+        frequencies = ("eval_freq", "eval_diversity_freq", "eval_ode_log_prob_freq", "save_freq")
+        return {**EVALUATION, **dict.fromkeys(frequencies, self.eval_freq), "seed": self.seed, **self.overrides}
 
 
 @dataclass(frozen=True)
@@ -46,7 +82,7 @@ class Testbed:
     """One of them; its recipes are <name>_<method>."""
 
     name: str
-    results: Path  # folder of what is committed
+    title: str
     threads: int  # with which the cost of an epoch is measured; runs have one each
     seconds: Mapping[bool, float]  # of training on free cores: True, by the reward's gradient; False, by rewards alone
     evaluations: int  # of a run, after the base's
@@ -62,6 +98,11 @@ class Testbed:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def results(self) -> Path:
+        """The folder of what is committed."""
+        return OUT / self.name
+
     def entry(self, label: str) -> Entry:
         """Of a run."""
         return {**self.entries, **self.tried}[label]
@@ -70,40 +111,51 @@ class Testbed:
         """As measured; of what was not measured itself, its method's."""
         found = cost["seconds"].get(label, cost["seconds"].get(self.entry(label).method))
         if found is None:
-            raise ConfigError(f"{self.results / COST} does not say what an epoch of {label} costs; `cost` measures it.")
+            raise ConfigError(
+                f"{self.results / COST} does not say what an epoch of {label} costs; scripts/study/prepare.py measures "
+                "it."
+            )
         return float(found)
 
-    def run(self, label: str, seed: int, out: Path) -> StudyRun:
-        """The run of one entry and seed, with epochs by the committed cost."""
-        entry, cost = self.entry(label), read_object(out / COST)
+    def run(self, label: str, seed: int, out: Path | None = None) -> StudyRun:
+        """The run of one entry and seed, with epochs by the committed cost; `out`: the folder of cost and curve."""
+        folder = self.results if out is None else out.resolve()
+        entry, cost = self.entry(label), read_object(folder / COST)
         budget = self.seconds[METHODS[entry.method].reward_gradient]
         epochs = max(1, round(budget / self.seconds_an_epoch(label, cost)))
-        every = -(-epochs // self.evaluations)
-        curve = out.resolve() / CURVE
+        curve = folder / CURVE
         settings = {
             "num_epochs": epochs,
-            "save_freq": every,
-            "eval_ode_log_prob_freq": epochs,
             "eval.curve": str(curve.relative_to(ROOT) if curve.is_relative_to(ROOT) else curve),
             **self.settings,
             **entry.changes,
         }
-        return StudyRun(self.name, label, f"{self.name}_{entry.method}", seed, 0.0, every, settings)
+        return StudyRun(self.name, label, f"{self.name}_{entry.method}", seed, -(-epochs // self.evaluations), settings)
 
-    def plan(self, seeds: Sequence[int], out: Path) -> list[StudyRun]:
-        """Every method with each seed."""
-        return [self.run(label, seed, out) for seed in seeds for label in self.entries]
+    def plan(self) -> list[StudyRun]:
+        """Every method with each of its seeds, and what was tried, once."""
+        seeds = {label: SEEDS_OF_CLAIMS if label in CLAIMED else SEEDS for label in self.entries}
+        runs = [self.run(label, seed) for seed in SEEDS_OF_CLAIMS for label in seeds if seed in seeds[label]]
+        return runs + [self.run(label, SEARCH_SEED) for label in self.tried]
 
-    def search(self, out: Path) -> list[StudyRun]:
-        """What was tried, once each."""
-        return [self.run(label, SEARCH_SEED, out) for label in self.tried]
+    def quick(self) -> list[StudyRun]:
+        """One more seed of what the claims are about, each evaluated twice and stopped at the middle."""
+        runs = [self.run(label, QUICK_SEED) for label in QUICK[self.name]]
+        return [replace(run, overrides={**run.overrides, "num_epochs": half(run)}, eval_freq=half(run)) for run in runs]
 
 
+def half(run: StudyRun) -> int:
+    """The epoch of a whole run's evaluation next to its middle."""
+    return run.eval_freq * round(run.settings["num_epochs"] / run.eval_freq / 2)
+
+
+CLAIMED = ("drtune", "grpo", "nft", "anchored")
+QUICK = {"tiny": ("drtune", "grpo", "anchored"), "scenes": ("drtune", "anchored")}
 EVERY_METHOD = {name: Entry(name) for name in METHODS}
 
 TINY = Testbed(
     name="tiny",
-    results=ROOT / "assets/figures/methods",
+    title="tiny SD3",
     threads=1,
     seconds={True: 150.0, False: 150.0},
     evaluations=8,
@@ -111,7 +163,7 @@ TINY = Testbed(
     curve_of=("tiny_drtune", {}),
     base_images=1000,
     reward="reward/total",
-    columns={"nats": "entropy/nats"},
+    columns={},
     gains=(0.005, 0.01, 0.02),
     entries=EVERY_METHOD
     | {
@@ -122,7 +174,7 @@ TINY = Testbed(
 )
 SCENES = Testbed(
     name="scenes",
-    results=ROOT / "assets/figures/scenes",
+    title="scenes",
     threads=2,
     seconds={True: 210.0, False: 420.0},
     evaluations=3,
@@ -132,7 +184,6 @@ SCENES = Testbed(
         "eval.num_image_per_prompt": 8,
         "diversity.num_draws": 50,
         "eval.rewards": ("scenes",),
-        "eval_ode_log_prob": False,
     },
     curve_of=("scenes_nft", {"prompts.eval_diversity": HARD_PROMPTS}),
     base_images=400,

@@ -1,22 +1,9 @@
-"""Methods at equal cost on a testbed: reward, judge and diversity, beside the exact law.
+"""What the study's runs rest on: the cost of their epochs, and the exact law.
 
-    python scripts/bench/methods.py cost              seconds and memory of an epoch of each method, on free cores
-    python scripts/bench/methods.py curve             the exact law, from images of the base model
-    python scripts/bench/methods.py train --jobs 2    three seeds of each method; done runs are skipped
-    python scripts/bench/methods.py search --jobs 2   what was tried in search of the method on the curve, once each
-    python scripts/bench/methods.py write             results.json, table.md and frontier.png
+    python scripts/study/prepare.py cost --testbed scenes --only nft,grpo   seconds and memory of an epoch, cores free
+    python scripts/study/prepare.py curve --testbed scenes                  the exact law, from the base model's images
 
-All of `--testbed tiny`, unless another is named; testbeds.py says what they are. What `cost` and `curve` find is
-committed, in assets/figures/methods and assets/figures/scenes, and so are the outcomes of runs: `write` adds those in
---logs to those that are there, as long as the exact law is of the same prompts.
-
-- Recipes are <testbed>_<method> as they stand. Their learning rates were chosen by trials with seeds that are not among
-  the three.
-- Evaluation: images of the test prompts on the same noises for all; the judge is no reward's model; diversity is within
-  a prompt, in the judge's features.
-- Figures of the curve's prompts are held against the law of the same gain in reward, each over its own base images.
-- `seconds to` a gain: epochs until the smoothed reward has risen by it, times the method's seconds an epoch.
-- PEPG and PAR have the same gradient: they differ by rounding.
+What they find is committed, in assets/study/TESTBED; testbeds.py says what the testbeds are.
 """
 
 from __future__ import annotations
@@ -39,16 +26,13 @@ from flow_grpo.files import read_object, strict_json, write_atomically
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # scripts import one another; no install offers them
 
 from scripts.bench.machine import cpu_model, peak_mib
-from scripts.bench.methods_results import write
-from scripts.bench.testbeds import COST, CURVE, ROOT, SEARCH_SEED, TESTBEDS, Testbed
 from scripts.study import curve as study_curve
-from scripts.study.plan import StudyRun
-from scripts.study.run import State, state_of, train_all
+from scripts.study.paths import ROOT
+from scripts.study.testbeds import COST, CURVE, TESTBEDS, Testbed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-SEEDS = (0, 1, 2)
 WARM_UP, ROUNDS = 1, 5  # epochs of each method
 
 
@@ -153,73 +137,32 @@ def curve(testbed: Testbed, out: Path, logs: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cost", "curve", "train", "search", "write", "memory"))
+    parser.add_argument("what", choices=("cost", "curve", "memory"))
     parser.add_argument("--testbed", choices=TESTBEDS, default="tiny", help="default: tiny")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default: 2)")
-    parser.add_argument("--only", default="", help="cost, train, search: of these, commas between")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="train: of these (default: 0 1 2)")
-    parser.add_argument("--logs", type=Path, help="folder of the runs (default: logs/bench/TESTBED)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: the testbed's)")
+    parser.add_argument("--only", default="", help="cost: of these, commas between")
+    parser.add_argument("--logs", type=Path, default=Path("logs/study"), help="curve: of the images it is read off")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: assets/study/TESTBED)")
     args = parser.parse_args(arguments)
     args.testbed = TESTBEDS[args.testbed]
-    args.logs = (args.logs or Path("logs/bench") / args.testbed.name).resolve()
     args.out = args.out or args.testbed.results
-    labels = args.testbed.tried if args.what == "search" else args.testbed.entries
-    if not labels:
-        parser.error(
-            f"--testbed {args.testbed.name} has nothing to search: scripts/bench/testbeds.py names what is tried"
-        )
-    known = {**args.testbed.entries, **args.testbed.tried} if args.what in ("cost", "memory") else labels
-    args.only = [word for word in args.only.split(",") if word] or list(labels)
+    known = {**args.testbed.entries, **args.testbed.tried}
+    args.only = [word for word in args.only.split(",") if word] or list(args.testbed.entries)
     if unknown := [word for word in args.only if word not in known]:
         parser.error(f"--only {unknown[0]}: there is no such run; it takes {', '.join(known)}")
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs} is not allowed; it takes a whole number from 1 on")
-    if wrong := [seed for seed in args.seeds if not 0 <= seed < SEARCH_SEED]:
-        parser.error(f"--seeds {wrong[0]} is not allowed; it takes whole numbers from 0 to {SEARCH_SEED - 1}")
     return args
 
 
-def done(runs: Sequence[StudyRun], logs: Path) -> list[StudyRun]:
-    """Those that are done; the folders of others are named, as they are passed over."""
-    found = []
-    for run in runs:
-        state = state_of(run, logs)
-        if state is State.DONE:
-            found.append(run)
-        elif (logs / run.name).exists():
-            why = "is not finished" if state is State.BEGUN else "is of other settings"
-            print(f"{logs / run.name} {why}: it is left out.", file=sys.stderr)
-    return found
-
-
-def train(runs: Sequence[StudyRun], args: argparse.Namespace) -> int:
-    """0, or 1 after naming the runs that failed."""
-    failed = train_all([run for run in runs if run.label in args.only], args.logs, args.jobs)
-    if failed:
-        print(f"error: {', '.join(failed)} failed; their logs are in {args.logs}.", file=sys.stderr)
-    return 1 if failed else 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one of the six; 0, or 1 after naming the runs that failed."""
+    """Do one of the three; 0."""
     args = parse(arguments)
-    testbed: Testbed = args.testbed
     with one_sentence_errors():
         args.out.mkdir(parents=True, exist_ok=True)
         if args.what == "memory":
-            memory(testbed, args.only[0])
+            memory(args.testbed, args.only[0])
         elif args.what == "cost":
-            cost(testbed, args.only, args.out)
-        elif args.what == "curve":
-            curve(testbed, args.out, args.logs)
-        elif args.what == "train":
-            return train(testbed.plan(args.seeds, args.out), args)
-        elif args.what == "search":
-            return train(testbed.search(args.out), args)
+            cost(args.testbed, args.only, args.out)
         else:
-            runs = testbed.plan(args.seeds, args.out) + testbed.search(args.out)
-            write(testbed, done(runs, args.logs), args.logs, args.out)
+            curve(args.testbed, args.out, args.logs.resolve())
     return 0
 
 

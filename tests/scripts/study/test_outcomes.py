@@ -1,4 +1,4 @@
-"""scripts/bench/methods.py: which runs there are, and what is made of them."""
+"""What is committed of the study's runs, and the tables that are made of it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ import pytest
 from flow_grpo.curve import Curve
 from flow_grpo.files import read_object
 from flow_grpo.methods.registry import METHODS
-from flow_grpo.recipes.registry import get_config
-from flow_grpo.settings import resolve
-from scripts.bench import methods, methods_results
-from scripts.bench.methods import SEEDS
-from scripts.bench.methods_results import at_gain, column, kept, outcome, right, table, write
-from scripts.bench.testbeds import COST, CURVE, ROOT, SCENES, SEARCH_SEED, TESTBEDS, TINY, Entry
-from scripts.study.run import State
+from scripts.study import outcomes as outcomes_module
+from scripts.study import tables
+from scripts.study.outcomes import column, commit, epochs_to, kept, kept_at, merged, outcome, right
+from scripts.study.paths import ROOT
+from scripts.study.tables import summarise, table
+from scripts.study.testbeds import COST, CURVE, SCENES, SEARCH_SEED, SEEDS, TESTBEDS, TINY, Entry
 
 LAW = [{"reward": 0.50, "vendi": 3.2, "rke": 4.0}, {"reward": 0.54, "vendi": 2.4, "rke": 3.0}]
 FIGURE = {"estimate": 1.0, "images": [0.9, 1.1], "prompts": [0.8, 1.2]}
@@ -56,75 +55,13 @@ def runs_with(monkeypatch):
             SimpleNamespace(step=10 * i, metrics={k: v[i] for k, v in names.items()}, occasional={})
             for i in range(len(rewards))
         ]
-        monkeypatch.setattr(methods_results, "load_runs", lambda _: [SimpleNamespace(evaluations=evaluations)])
+        monkeypatch.setattr(outcomes_module, "load_runs", lambda _: [SimpleNamespace(evaluations=evaluations)])
 
     return make
 
 
 def read(testbed, label="grpo", seed=0):
     return outcome(testbed, SimpleNamespace(label=label, seed=seed, name="x"), Path("logs"))
-
-
-# --- runs -------------------------------------------------------------------------------------------------
-
-
-def test_every_method_is_trained_with_every_seed_for_as_many_epochs_as_its_cost_allows(out):
-    runs = TINY.plan(SEEDS, out)
-    assert {run.label for run in runs} == set(TINY.entries) >= set(METHODS)
-    assert sorted((run.label, run.seed) for run in runs) == sorted((n, s) for n in TINY.entries for s in SEEDS)
-    assert {run.settings["num_epochs"] for run in runs} == {75}  # 150 s of 2 s each, of variants too
-
-
-@pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=str)
-def test_every_run_is_a_configuration_that_can_be_trained(testbed):
-    for run in testbed.plan([0], testbed.results) + testbed.search(testbed.results):
-        config = get_config(run.recipe)
-        config.update_from_flattened_dict(run.settings)
-        assert resolve(config, 1, cuda=False).config.train.method in ("", testbed.entry(run.label).method)
-
-
-def test_methods_that_look_at_rewards_alone_have_longer_on_scenes(out):
-    epochs = {run.label: run.settings["num_epochs"] for run in SCENES.plan([0], out)}
-    assert (epochs["drtune"], epochs["nft"]) == (105, 210)
-
-
-def test_a_method_whose_cost_is_not_known_is_named(out, capsys):
-    (out / COST).write_text('{"seconds": {}}')
-    with pytest.raises(SystemExit) as end:
-        methods.main(["train", "--out", str(out)])
-    assert end.value.code == 2
-    assert "does not say what an epoch of grpo costs; `cost` measures it." in capsys.readouterr().err
-
-
-def test_a_run_that_there_is_not_is_named(capsys):
-    with pytest.raises(SystemExit):
-        methods.main(["train", "--only", "nft,gpro"])
-    assert "--only gpro: there is no such run; it takes grpo, nft," in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["train", "--jobs", "0"], "--jobs 0 is not allowed; it takes a whole number from 1 on"),
-        (["train", "--seeds", "0", "100"], "--seeds 100 is not allowed; it takes whole numbers from 0 to 99"),
-    ],
-)
-def test_numbers_that_are_not_allowed_are_named(arguments, words, capsys):
-    with pytest.raises(SystemExit):
-        methods.main(arguments)
-    assert words in capsys.readouterr().err
-
-
-def test_folders_that_are_passed_over_are_named(monkeypatch, out, capsys):
-    states = {"nft": State.NEW, "grpo": State.BEGUN, "drtune": State.DONE}
-    runs = [run for run in TINY.plan([0], out) if run.label in states]
-    for run in runs:
-        (out / run.name).mkdir()
-    monkeypatch.setattr(methods, "state_of", lambda run, _: states[run.label])
-    assert [run.label for run in methods.done(runs, out)] == ["drtune"]
-    said = capsys.readouterr().err
-    assert "tiny-nft-seed0 is of other settings: it is left out." in said
-    assert "tiny-grpo-seed0 is not finished: it is left out." in said
 
 
 # --- outcomes ---------------------------------------------------------------------------------------------
@@ -141,10 +78,17 @@ def test_an_outcome_has_the_figures_that_were_measured_and_no_others(runs_with):
 
 def test_the_time_to_a_gain_and_what_is_kept_there_are_read_between_evaluations(runs_with, out):
     runs_with([0.50, 0.51, 0.52], [3.2, 3.0, 2.0])
-    epochs, kept = at_gain(read(TINY), 0.015, Curve.read(out / CURVE))
-    assert epochs == pytest.approx(15)
-    assert kept == pytest.approx((2.5 / 3.2) / (1 - 0.25 * 0.015 / 0.04))
-    assert all(map(math.isnan, at_gain(read(TINY), 0.03, Curve.read(out / CURVE))))
+    found, curve = read(TINY), Curve.read(out / CURVE)
+    assert epochs_to(found, 0.015) == pytest.approx(15)
+    assert kept_at(found, 0.015, "vendi", curve) == pytest.approx((2.5 / 3.2) / (1 - 0.25 * 0.015 / 0.04))
+    assert math.isnan(epochs_to(found, 0.03))
+    assert math.isnan(kept_at(found, 0.03, "vendi", curve))
+
+
+def test_nothing_is_said_of_what_is_kept_beyond_the_curve(runs_with, out):
+    runs_with([0.50, 0.56], [3.2, 2.0])
+    assert epochs_to(read(TINY), 0.05) == pytest.approx(50 / 6)
+    assert math.isnan(kept_at(read(TINY), 0.05, "vendi", Curve.read(out / CURVE)))
 
 
 def test_what_is_kept_is_held_against_the_law_of_the_same_gain(runs_with, out):
@@ -161,13 +105,12 @@ def test_right_images_are_those_of_the_kinds_that_are_trained(runs_with):
     assert right(read(SCENES)) == pytest.approx([0.1, 0.9])  # 20 captions of two, 20 of position, 10 of counting
 
 
-def test_an_outcome_of_an_entry_that_there_is_no_more_is_dropped(runs_with, out, monkeypatch):
-    monkeypatch.setattr(methods_results, "draw", lambda *_: None)
+def test_an_outcome_of_an_entry_that_there_is_no_more_is_dropped(runs_with, out):
     runs_with([0.5, 0.51], [3.2, 2.9])
     gone = read(TINY) | {"label": "gone"}
     (out / "results.json").write_text(json.dumps({"prompts": ["a bag"], "outcomes": [gone]}))
-    write(TINY, [SimpleNamespace(label="nft", seed=0, name="x")], Path("logs"), out)
-    assert [found["label"] for found in read_object(out / "results.json")["outcomes"]] == ["nft"]
+    found = merged(TINY, [SimpleNamespace(label="nft", seed=0, name="x")], Path("logs"), out)
+    assert [one["label"] for one in found] == ["nft"]
 
 
 def test_a_figure_that_some_seeds_lack_is_a_dash(runs_with, out):
@@ -176,17 +119,16 @@ def test_a_figure_that_some_seeds_lack_is_a_dash(runs_with, out):
     for seed, end in enumerate(ends):
         runs_with([0.50, end], [3.2, 2.5])
         outcomes.append(read(TINY, "grpo", seed))
-    (row,) = methods_results.summarise(TINY, outcomes, out)
-    assert row["kept"]["count"] == 0
-    assert row["reward"]["count"] == 3
+    (row,) = summarise(TINY, outcomes, out)
+    assert row["kept"].count == 0
+    assert row["reward"].count == 3
 
 
-def test_outcomes_of_runs_that_are_gone_are_kept_while_the_law_is_of_the_same_prompts(runs_with, out, monkeypatch):
-    monkeypatch.setattr(methods_results, "draw", lambda *_: None)
+def test_outcomes_of_runs_that_are_gone_are_kept_while_the_law_is_of_the_same_prompts(runs_with, out):
     runs_with([0.5, 0.51], [3.2, 2.9])
 
     def written(labels):
-        write(TINY, [SimpleNamespace(label=name, seed=0, name="x") for name in labels], Path("logs"), out)
+        commit(merged(TINY, [SimpleNamespace(label=n, seed=0, name="x") for n in labels], Path("logs"), out), out)
         return [found["label"] for found in read_object(out / "results.json")["outcomes"]]
 
     assert written(["grpo", "nft"]) == ["grpo", "nft"]
@@ -221,7 +163,7 @@ def test_what_was_tried_is_in_no_methods_row(runs_with, out):
 
 def test_the_figure_is_drawn_for_both_families(runs_with, out):
     runs_with([0.5, 0.51], [3.2, 2.9])
-    methods_results.draw(TINY, [read(TINY, "grpo"), read(TINY, "drtune")], out)
+    tables.draw(TINY, [read(TINY, "grpo"), read(TINY, "drtune")], out)
     assert (out / "frontier.png").stat().st_size > 10_000
 
 
@@ -256,13 +198,13 @@ def committed():
     def rows(testbed):
         outcomes = read_object(testbed.results / "results.json")["outcomes"]
         outcomes = [o for o in outcomes if o["seed"] != SEARCH_SEED]
-        return {row["label"]: row for row in methods_results.summarise(testbed, outcomes, testbed.results)}
+        return {row["label"]: row for row in summarise(testbed, outcomes, testbed.results)}
 
     return {name: rows(testbed) for name, testbed in TESTBEDS.items()}
 
 
 def percent(interval):
-    return f"{100 * interval['mean']:.0f} %"
+    return f"{100 * interval.estimate:.0f} %"
 
 
 def test_what_the_docs_say_of_the_methods_is_what_was_measured(committed):
@@ -270,22 +212,22 @@ def test_what_the_docs_say_of_the_methods_is_what_was_measured(committed):
     rows = committed["tiny"]
     anchored, drtune, nft, kl = (rows[name] for name in ("anchored", "drtune", "nft", "anchored_kl"))
     free = [rows[name] for name, method in METHODS.items() if method.reward_gradient and not method.needs_base]
-    kept = {gain: [100 * row["kept_at"][gain]["mean"] for row in free] for gain in ("0.01", "0.02")}
+    kept = {gain: [100 * row["kept_at"][gain].estimate for row in free] for gain in ("0.01", "0.02")}
     law = Curve.read(TINY.results / CURVE).law["reward"]
     costs = [p["figures"]["kl"]["estimate"] for p in read_object(TINY.results / CURVE)["points"]]
     words = [
-        f"at a Vendi score of {min(row['vendi']['mean'] for row in free):.1f} to "
-        f"{max(row['vendi']['mean'] for row in free):.1f}, where the base model has {drtune['base']['vendi']:.1f}",
+        f"at a Vendi score of {min(row['vendi'].estimate for row in free):.1f} to "
+        f"{max(row['vendi'].estimate for row in free):.1f}, where the base model has {drtune['base']['vendi']:.1f}",
         f"At a gain of 0.01 they keep {min(kept['0.01']):.0f} to {max(kept['0.01']):.0f} % of the exact law's score, "
         f"at 0.02 only {min(kept['0.02']):.0f} to {max(kept['0.02']):.0f} %",
-        f"gains {anchored['gain']['mean']:.4f} and keeps {percent(anchored['kept'])}",
-        f"+0.01 in {anchored['seconds_to']['0.01']['mean']:.0f} s, where DRTune needs "
-        f"{drtune['seconds_to']['0.01']['mean']:.0f} s",
-        f"it keeps {percent(kl['kept'])} of what its gain allows, but gains only {kl['gain']['mean']:.4f}: the law "
+        f"gains {anchored['gain'].estimate:.4f} and keeps {percent(anchored['kept'])}",
+        f"+0.01 in {anchored['seconds_to']['0.01'].estimate:.0f} s, where DRTune needs "
+        f"{drtune['seconds_to']['0.01'].estimate:.0f} s",
+        f"it keeps {percent(kl['kept'])} of what its gain allows, but gains only {kl['gain'].estimate:.4f}: the law "
         f"that costs so much gains {np.interp(0.3, costs, law) - law[0]:.4f}",
         f"keeps {percent(rows['adjoint_matching']['kept'])} here",
-        f"+0.01 in {nft['seconds_to']['0.01']['mean']:.0f} s, with {percent(nft['kept'])} kept at the end",
-        f"GRPO gains {rows['grpo']['gain']['mean']:+.3f} in the time",
+        f"+0.01 in {nft['seconds_to']['0.01'].estimate:.0f} s, with {percent(nft['kept'])} kept at the end",
+        f"GRPO gains {rows['grpo']['gain'].estimate:+.3f} in the time",
     ]
     text = " ".join((ROOT / "docs/methods.md").read_text(encoding="utf-8").split())
     for said in words:
@@ -312,18 +254,18 @@ def test_what_the_docs_say_of_the_methods_on_scenes_is_what_was_measured(committ
     nft, grpo, drtune, anchored = (committed["scenes"][name] for name in ("nft", "grpo", "drtune", "anchored"))
     outcomes = [o for o in read_object(SCENES.results / "results.json")["outcomes"] if o["label"] == "nft"]
     first, second, third = sorted(right(o)[-1] / right(o)[0] for o in outcomes)
-    low, high = (grpo["of_base"]["mean"] + side * grpo["of_base"]["half"] for side in (-1, 1))
+    low, high = (getattr(grpo["of_base"], end) for end in ("low", "high"))
     words = [
         f"DiffusionNFT makes {percent(nft['right'])} right where the base model has {100 * nft['base']['right']:.0f} %",
         f"{first:.1f}, {second:.1f} and {third:.1f} times as many with three seeds",
         f"keeps {percent(nft['kept'])} of the law's Vendi score, and {percent(nft['kept_modes'])} of its modes' "
         "entropy",
-        f"in {drtune['seconds_to']['0.1']['mean']:.0f} s, where DiffusionNFT needs "
-        f"{nft['seconds_to']['0.1']['mean']:.0f} s. There it keeps {percent(drtune['kept_at']['0.1'])} of the law's "
+        f"in {drtune['seconds_to']['0.1'].estimate:.0f} s, where DiffusionNFT needs "
+        f"{nft['seconds_to']['0.1'].estimate:.0f} s. There it keeps {percent(drtune['kept_at']['0.1'])} of the law's "
         f"Vendi score; at its end {percent(drtune['right'])} are right, and it keeps {percent(drtune['kept'])}",
-        f"needs {anchored['seconds_to']['0.1']['mean']:.0f} s to the same ten, and keeps "
+        f"needs {anchored['seconds_to']['0.1'].estimate:.0f} s to the same ten, and keeps "
         f"{percent(anchored['kept_at']['0.1'])} of the law's score. It then comes to rest, at "
-        f"{anchored['of_base']['mean']:.1f} times the base model's share, with {percent(anchored['kept'])}",
+        f"{anchored['of_base'].estimate:.1f} times the base model's share, with {percent(anchored['kept'])}",
         f"GRPO is slower: {percent(grpo['right'])} in the same time, {low:.1f} to {high:.1f} times as many",
     ]
     text = " ".join((ROOT / "docs/scenes.md").read_text(encoding="utf-8").split())
@@ -334,8 +276,8 @@ def test_what_the_docs_say_of_the_methods_on_scenes_is_what_was_measured(committ
 
 def test_without_an_anchor_every_gradient_method_collapses_and_the_anchored_one_does_not(committed):
     free = [name for name, method in METHODS.items() if method.reward_gradient and not method.needs_base]
-    assert all(1.05 < committed["tiny"][name]["vendi"]["mean"] < 1.55 for name in free)
-    assert committed["tiny"]["anchored"]["kept"]["mean"] > 0.95
+    assert all(1.05 < committed["tiny"][name]["vendi"].estimate < 1.55 for name in free)
+    assert committed["tiny"]["anchored"]["kept"].estimate > 0.95
 
 
 @pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=str)
@@ -344,11 +286,3 @@ def test_runs_have_the_noises_of_the_curves_first_images(testbed):
     for found in read_object(testbed.results / "results.json")["outcomes"]:
         assert column(found, "exact_reward")[0] == pytest.approx(np.mean(first["reward"]), rel=1e-4)
         assert column(found, "exact_vendi")[0] == pytest.approx(np.mean(first["vendi"]), rel=1e-3)
-
-
-def test_done_runs_alone_are_written(monkeypatch, out):
-    seen = []
-    monkeypatch.setattr(methods, "state_of", lambda run, _: State.DONE if run.label == "nft" else State.BEGUN)
-    monkeypatch.setattr(methods, "write", lambda _, runs, *__: seen.extend((run.label, run.seed) for run in runs))
-    assert methods.main(["write", "--out", str(out)]) == 0
-    assert seen == [("nft", seed) for seed in SEEDS]
