@@ -15,6 +15,7 @@ seeds that were not part of that choice. `--quick`: two seeds, 12 epochs, at the
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import sys
@@ -137,7 +138,14 @@ def read(path: Path) -> list[Trained]:
     from flow_grpo.files import read_json
 
     found: Any = read_json(path)
-    return [Trained(**one) for one in found]
+    return [Trained(**one | {"reward": [math.nan if v is None else v for v in one["reward"]]}) for one in found]
+
+
+def write(found: Sequence[Trained], path: Path) -> None:
+    """A line for each training."""
+    from scripts.study.outcomes import rounded, write_rows
+
+    write_rows([asdict(one) | {"reward": [rounded(value) for value in one.reward]} for one in found], path)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -157,12 +165,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and write."""
-    from scripts.study.outcomes import write_rows
-
     args = parse(arguments)
     with one_sentence_errors():
         create_folder(args.out)
-        write_rows([asdict(one) for one in study(args)], args.out / RATIOS)
+        write(study(args), args.out / RATIOS)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ EVERY_METHOD = {name: Entry(name) for name in METHODS}
 
 TINY = Testbed(
     name="tiny",
-    title="tiny SD3",
+    title="the tiny SD3",
     threads=1,
     seconds={True: 150.0, False: 150.0},
     evaluations=8,

@@ -14,7 +14,7 @@ from flow_grpo.statistics import CountedInterval, Interval, mean_interval
 from scripts.study.claims.claim import Claim
 from scripts.study.committed import Results
 from scripts.study.figures import Style, panels
-from scripts.study.ratios import EVERY, FORMS, PROBLEMS, RATES, Trained
+from scripts.study.ratios import EPOCHS, EVERY, FORMS, PROBLEMS, RATES, Trained
 from scripts.study.testbeds import SEARCH_SEED
 
 EXACT = 0  # probes
@@ -64,6 +64,7 @@ class Plane:
 
     problem: str
     rows: Sequence[Row]
+    fast: Trained  # `ode_step` with the exact trace at the largest rate: one seed, of the search
 
     def row(self, form: str, probes: int) -> Row:
         """Of one form."""
@@ -104,6 +105,7 @@ class Found:
     planes: Sequence[Plane]
     gradients: Sequence[Gradient]
     rates: Sequence[float] = RATES
+    epochs: int = EPOCHS
 
     @property
     def verdict(self) -> Why:
@@ -125,7 +127,13 @@ def plane(problem: str, ratios: Sequence[Trained]) -> Plane:
         found = [one.gain for one in mine]
         seconds = float(np.median([one.seconds for one in mine]))
         rows.append(Row(form, probes, mine[0].rate, mean_interval(found), float(np.std(found, ddof=1)), seconds))
-    return Plane(problem, rows)
+    return Plane(problem, rows, fastest(problem, ratios))
+
+
+def fastest(problem: str, ratios: Sequence[Trained]) -> Trained:
+    """`ode_step` with the exact trace at the largest rate that was tried."""
+    tried = [one for one in ratios if one.key == (problem, "ode_step", EXACT) and one.seed == SEARCH_SEED]
+    return max(tried, key=lambda one: one.rate)
 
 
 def gradients(noise: Sequence[Mapping[str, Any]]) -> list[Gradient]:

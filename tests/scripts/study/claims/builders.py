@@ -8,7 +8,7 @@ from flow_grpo.files import read_json, read_object
 from scripts.study.committed import Measured, Results
 from scripts.study.paths import NOISE, OUT, VALIDATION
 from scripts.study.ratios import EPOCHS, EVERY, FORMS, PROBLEMS, Trained
-from scripts.study.testbeds import CLAIMED, SCENES, SEEDS_OF_CLAIMS, TINY
+from scripts.study.testbeds import CLAIMED, SCENES, SEARCH_SEED, SEEDS_OF_CLAIMS, TINY
 
 EPOCH = [0, 20, 40, 60, 80]
 # label -> gain at the end, and the Vendi score then as a share of the base's: both straight lines from the base's
@@ -39,10 +39,10 @@ def trained(gains, noise=0.01) -> list[Trained]:
     count = EPOCHS // EVERY
     return [
         Trained(problem, form, probes, 1e-3, seed, 0.1,
-                [1.0 + (gains.get((form, probes), 0.0) + noise * (seed - 2)) * i / count for i in range(count + 1)])
+                [1.0 + (gains.get((form, probes), 0.0) + noise * (seed % 5 - 2)) * i / count for i in range(count + 1)])
         for problem in PROBLEMS
         for form, probes in FORMS
-        for seed in SEEDS_OF_CLAIMS
+        for seed in (*SEEDS_OF_CLAIMS, SEARCH_SEED)
     ]  # fmt: skip
 
 
