@@ -153,16 +153,19 @@ def gradients(noise: Sequence[Mapping[str, Any]]) -> list[Gradient]:
 
 
 def draw(results: Results) -> Figure:
-    """Gain in reward by epoch on each problem: a line for each form, means over seeds."""
-    figure, axes = panels(list(PROBLEMS))
+    """Gain in reward by epoch on each problem: a line for each form, means over seeds; and one that falls."""
+    figure, axes = panels([f"the {problem} in the plane" for problem in PROBLEMS])
     for panel, problem in zip(axes, PROBLEMS, strict=True):
         for form, probes in FORMS:
             mine = [one for one in results.ratios if one.key == (problem, form, probes) and one.seed != SEARCH_SEED]
-            rewards = np.array([one.reward for one in mine])
-            gain = (rewards - rewards[:, :1]).mean(0)
             style, title = STYLES[form], Row(form, probes, 0, CountedInterval(0), 0, 0).title
-            shade = {1: 0.35, 4: 0.55, 16: 0.75}.get(probes, 1.0)
+            shade = {4: 0.7, 16: 0.55}.get(probes, 1.0)
+            gain = np.mean([np.subtract(one.reward, one.reward[0]) for one in mine], axis=0)
             panel.plot(EVERY * np.arange(len(gain)), gain, style.line, color=style.colour, alpha=shade, label=title)
+        fast = fastest(problem, results.ratios)
+        gain = np.subtract(fast.reward, fast.reward[0])
+        title = f"ode_step, exact, at {fast.rate:g}: one seed"
+        panel.plot(EVERY * np.arange(len(gain)), gain, "x:", color="0.2", ms=4, lw=1, label=title)
         panel.axhline(0, color="0.7", lw=0.8, zorder=0)
         panel.set_xlabel("epochs")
         panel.set_ylabel("gain in reward")
