@@ -24,13 +24,14 @@ from scripts.study.paths import OUT, ROOT
 COST, CURVE = "cost.json", "curve.json"
 SEEDS, SEEDS_OF_CLAIMS = range(3), range(5)  # of every method, and of those that the claims are about
 SEARCH_SEED, QUICK_SEED = 100, 50  # of what was tried, and of `make study-quick`: no result uses them
+AVERAGED = ("anchored",)  # whose averaged weights are measured, as they are part of the recipe; of others the current
+BOTH_WEIGHTS = (*AVERAGED, "drtune")  # of which either are on record
 HARD_PROMPTS = "assets/prompts/scenes/test_hard.jsonl"
 
 # How all runs are evaluated. Samples are shared, so that diversity costs no further image.
 EVALUATION: Mapping[str, Any] = {
     "num_checkpoint_limit": 1,
     "num_threads": 1,  # two runs share two cores
-    "eval.ema": False,
     "eval_diversity": True,
     "eval_ode_log_prob": True,
     "num_seeds": 16,
@@ -60,7 +61,9 @@ class StudyRun:
     def settings(self) -> dict[str, Any]:
         """What is changed of the recipe."""
         frequencies = ("eval_freq", "eval_diversity_freq", "eval_ode_log_prob_freq", "save_freq")
-        return {**EVALUATION, **dict.fromkeys(frequencies, self.eval_freq), "seed": self.seed, **self.overrides}
+        averaged = {"eval.ema": self.label in BOTH_WEIGHTS}
+        times = dict.fromkeys(frequencies, self.eval_freq)
+        return {**EVALUATION, **times, **averaged, "seed": self.seed, **self.overrides}
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,7 @@ def half(run: StudyRun) -> int:
 
 CLAIMED = ("drtune", "grpo", "nft", "anchored")
 QUICK = {"tiny": ("drtune", "grpo", "anchored"), "scenes": ("drtune", "anchored")}
+STEADY = {"anchored.ramp_epochs": 0, "train.lr_scheduler": "constant"}  # unlike the recipe
 EVERY_METHOD = {name: Entry(name) for name in METHODS}
 
 TINY = Testbed(
@@ -167,7 +171,7 @@ TINY = Testbed(
     gains=(0.005, 0.01, 0.02),
     entries=EVERY_METHOD
     | {
-        "anchored_kl": Entry("anchored", {"anchored.target_kl": 0.3}, "anchored, 0.3 nats"),
+        "anchored_kl": Entry("anchored", {"anchored.target_kl": 0.3, **STEADY}, "anchored, 0.3 nats"),
         "drtune_kl": Entry("drtune", {"train.beta": 0.1}, "DRTune, KL 0.1"),
     },
     tried={},
