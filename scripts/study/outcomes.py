@@ -140,6 +140,12 @@ def kept(found: Outcome, figure: str, curve: Curve) -> np.ndarray:
     return values / values[0] / [curve.share(figure, gain) for gain in gains(found)]
 
 
+def other_weights(found: Outcome) -> Outcome:
+    """The averaged weights where the current ones are measured, and the reverse; nothing where they were not."""
+    missing = [None] * len(found["epoch"])
+    return {**found, **{name: found.get(f"other_{name}", missing) for name in OTHER}}
+
+
 def epochs_to(found: Outcome, gain: float) -> float:
     """Epochs until the smoothed reward has risen by so much; nan: it never has."""
     reward = column(found, "exact_reward")

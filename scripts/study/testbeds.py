@@ -155,6 +155,7 @@ def half(run: StudyRun) -> int:
 CLAIMED = ("drtune", "grpo", "nft", "anchored")
 QUICK = {"tiny": ("drtune", "grpo", "anchored"), "scenes": ("drtune", "anchored")}
 STEADY = {"anchored.ramp_epochs": 0, "train.lr_scheduler": "constant"}  # unlike the recipe
+W_ONE = {"anchored.weight": "1", "anchored.strength": 1000.0}
 EVERY_METHOD = {name: Entry(name) for name in METHODS}
 
 TINY = Testbed(
@@ -172,9 +173,21 @@ TINY = Testbed(
     entries=EVERY_METHOD
     | {
         "anchored_kl": Entry("anchored", {"anchored.target_kl": 0.3, **STEADY}, "anchored, 0.3 nats"),
+        "anchored_1000": Entry("anchored", {"anchored.strength": 1000.0, **STEADY}, "anchored, lambda 1,000, steady"),
         "drtune_kl": Entry("drtune", {"train.beta": 0.1}, "DRTune, KL 0.1"),
     },
-    tried={},
+    tried={
+        "anchored_2000_ramp": Entry("anchored", {}, "the recipe, current weights"),
+        "anchored_2000": Entry("anchored", STEADY, "lambda 2,000 at once, constant rate"),
+        "anchored_1": Entry("anchored", W_ONE | STEADY, "w = 1, lambda 1,000 at once, constant rate"),
+        "anchored_1_cosine": Entry("anchored", W_ONE | {"anchored.ramp_epochs": 0}, "w = 1, lambda 1,000 at once"),
+        "anchored_1_ramp": Entry("anchored", W_ONE, "w = 1, lambda rising to 1,000"),
+        "anchored_1_large": Entry(
+            "anchored",
+            W_ONE | {"anchored.ramp_epochs": 0, "sample.groups_per_epoch": 20},
+            "w = 1, lambda 1,000 at once, 80 images",
+        ),
+    },
 )
 SCENES = Testbed(
     name="scenes",
