@@ -34,10 +34,8 @@ from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 
-
-LAST = (
-    0.95  # sigma up to which "jacobian" reads J: at 1 it is 0 / 0, and the network's errors grow with 1 / (1 - sigma)
-)
+# sigma up to which "jacobian" reads J: at 1 it is 0 / 0, and the network's errors grow with 1 / (1 - sigma)
+LAST = 0.95
 
 
 def weight(kind: str, sigma: float, variance: float = math.nan) -> float:

@@ -19,7 +19,7 @@ from flow_grpo.scenes.captions import KINDS, parse
 from flow_grpo.statistics import CountedInterval, mean_interval
 from scripts.study.paths import ROOT
 from scripts.study.records import load_runs
-from scripts.study.testbeds import AVERAGED, CURVE, HARD_PROMPTS, SEARCH_SEED, StudyRun, Testbed
+from scripts.study.testbeds import CURVE, HARD_PROMPTS, SEARCH_SEED, StudyRun, Testbed
 
 RESULTS = "results.json"
 DIGITS = 6  # significant, of what is committed
@@ -34,7 +34,6 @@ COLUMNS = {  # of every testbed: figure -> metric
     "exact_vendi": "exact_curve/vendi",
     "exact_modes": "exact_curve/modes",
 }
-OTHER = ("exact_reward", "exact_vendi")  # of the other weights: current, or averaged, where both were measured
 Outcome = Mapping[str, Any]  # label, seed, and of each evaluation, the base's first: epoch and columns
 
 
@@ -79,18 +78,12 @@ def outcome(testbed: Testbed, run: StudyRun, logs: Path) -> dict[str, Any]:
     """What is committed of one run."""
     evaluations = load_runs([logs / run.name])[0].evaluations
     found: dict[str, Any] = {"label": run.label, "seed": run.seed, "epoch": [e.step for e in evaluations]}
-    current = [{**e.metrics, **e.occasional} for e in evaluations]
-    averaged = [{**e.ema_metrics, **e.ema_occasional} for e in evaluations]
-    measured, others = (averaged, current) if run.label in AVERAGED else (current, averaged)
-    metrics = {"reward": testbed.reward, **COLUMNS, **testbed.columns}
-    found |= _columns(metrics, measured)
-    return found | _columns({f"other_{name}": metrics[name] for name in OTHER}, others)
-
-
-def _columns(metrics: Mapping[str, str], measured: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
-    """Those that were measured."""
-    every = {name: [one.get(metric, math.nan) for one in measured] for name, metric in metrics.items()}
-    return {name: [rounded(v) for v in values] for name, values in every.items() if not np.isnan(values).all()}
+    measured = [{**e.metrics, **e.occasional} for e in evaluations]
+    for name, metric in {"reward": testbed.reward, **COLUMNS, **testbed.columns}.items():
+        values = [metrics.get(metric, math.nan) for metrics in measured]
+        if not np.isnan(values).all():
+            found[name] = [rounded(value) for value in values]
+    return found
 
 
 def rounded(value: float) -> float | None:
@@ -138,12 +131,6 @@ def kept(found: Outcome, figure: str, curve: Curve) -> np.ndarray:
     if figure not in curve.law:
         return np.full(len(values), math.nan)
     return values / values[0] / [curve.share(figure, gain) for gain in gains(found)]
-
-
-def other_weights(found: Outcome) -> Outcome:
-    """The averaged weights where the current ones are measured, and the reverse; nothing where they were not."""
-    missing = [None] * len(found["epoch"])
-    return {**found, **{name: found.get(f"other_{name}", missing) for name in OTHER}}
 
 
 def epochs_to(found: Outcome, gain: float) -> float:

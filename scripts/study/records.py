@@ -36,7 +36,6 @@ class Evaluation:
     metrics: Mapping[str, float]  # of the current weights, without "eval/"; nan: not finite
     ema_metrics: Mapping[str, float]  # of the averaged weights; {} if they were not evaluated
     occasional: Mapping[str, float] = field(default_factory=dict)  # names that begin with one of OCCASIONAL
-    ema_occasional: Mapping[str, float] = field(default_factory=dict)  # likewise, of the averaged weights
 
     @property
     def reward(self) -> float:
@@ -149,7 +148,6 @@ def _evaluation(line: Mapping[str, Any], path: Path) -> Evaluation:
         metrics={name: value for name, value in metrics.items() if not name.startswith(OCCASIONAL)},
         ema_metrics={name: value for name, value in averaged.items() if not name.startswith(OCCASIONAL)},
         occasional={name: value for name, value in metrics.items() if name.startswith(OCCASIONAL)},
-        ema_occasional={name: value for name, value in averaged.items() if name.startswith(OCCASIONAL)},
     )
 
 

@@ -24,14 +24,13 @@ from scripts.study.paths import OUT, ROOT
 COST, CURVE = "cost.json", "curve.json"
 SEEDS, SEEDS_OF_CLAIMS = range(3), range(5)  # of every method, and of those that the claims are about
 SEARCH_SEED, QUICK_SEED = 100, 50  # of what was tried, and of `make study-quick`: no result uses them
-AVERAGED = ("anchored",)  # whose averaged weights are measured, as they are part of the recipe; of others the current
-BOTH_WEIGHTS = (*AVERAGED, "drtune")  # of which either are on record
 HARD_PROMPTS = "assets/prompts/scenes/test_hard.jsonl"
 
 # How all runs are evaluated. Samples are shared, so that diversity costs no further image.
 EVALUATION: Mapping[str, Any] = {
     "num_checkpoint_limit": 1,
     "num_threads": 1,  # two runs share two cores
+    "eval.ema": False,
     "eval_diversity": True,
     "eval_ode_log_prob": True,
     "num_seeds": 16,
@@ -61,9 +60,7 @@ class StudyRun:
     def settings(self) -> dict[str, Any]:
         """What is changed of the recipe."""
         frequencies = ("eval_freq", "eval_diversity_freq", "eval_ode_log_prob_freq", "save_freq")
-        averaged = {"eval.ema": self.label in BOTH_WEIGHTS}
-        times = dict.fromkeys(frequencies, self.eval_freq)
-        return {**EVALUATION, **times, **averaged, "seed": self.seed, **self.overrides}
+        return {**EVALUATION, **dict.fromkeys(frequencies, self.eval_freq), "seed": self.seed, **self.overrides}
 
 
 @dataclass(frozen=True)
@@ -154,8 +151,9 @@ def half(run: StudyRun) -> int:
 
 CLAIMED = ("drtune", "grpo", "nft", "anchored")
 QUICK = {"tiny": ("drtune", "grpo", "anchored"), "scenes": ("drtune", "anchored")}
-STEADY = {"anchored.ramp_epochs": 0, "train.lr_scheduler": "constant"}  # unlike the recipe
-W_ONE = {"anchored.weight": "1", "anchored.strength": 1000.0}
+CONSTANT = {"train.lr_scheduler": "constant"}
+COSINE, W_ONE = {"train.lr_scheduler": "cosine"}, {"anchored.weight": "1"}
+RISING = {"anchored.ramp_epochs": 80, **COSINE}
 EVERY_METHOD = {name: Entry(name) for name in METHODS}
 
 TINY = Testbed(
@@ -172,20 +170,19 @@ TINY = Testbed(
     gains=(0.005, 0.01, 0.02),
     entries=EVERY_METHOD
     | {
-        "anchored_kl": Entry("anchored", {"anchored.target_kl": 0.3, **STEADY}, "anchored, 0.3 nats"),
-        "anchored_1000": Entry("anchored", {"anchored.strength": 1000.0, **STEADY}, "anchored, lambda 1,000, steady"),
+        "anchored_kl": Entry("anchored", {"anchored.target_kl": 0.3}, "anchored, 0.3 nats"),
         "drtune_kl": Entry("drtune", {"train.beta": 0.1}, "DRTune, KL 0.1"),
     },
     tried={
-        "anchored_2000_ramp": Entry("anchored", {}, "the recipe, current weights"),
-        "anchored_2000": Entry("anchored", STEADY, "lambda 2,000 at once, constant rate"),
-        "anchored_1": Entry("anchored", W_ONE | STEADY, "w = 1, lambda 1,000 at once, constant rate"),
-        "anchored_1_cosine": Entry("anchored", W_ONE | {"anchored.ramp_epochs": 0}, "w = 1, lambda 1,000 at once"),
-        "anchored_1_ramp": Entry("anchored", W_ONE, "w = 1, lambda rising to 1,000"),
+        "anchored_2000": Entry("anchored", {"anchored.strength": 2000.0}, "lambda 2,000"),
+        "anchored_2000_ramp": Entry(
+            "anchored", {"anchored.strength": 2000.0, **RISING}, "lambda rising to 2,000, falling rate"
+        ),
+        "anchored_1": Entry("anchored", W_ONE, "w = 1"),
+        "anchored_1_cosine": Entry("anchored", W_ONE | COSINE, "w = 1, falling rate"),
+        "anchored_1_ramp": Entry("anchored", W_ONE | RISING, "w = 1, lambda rising, falling rate"),
         "anchored_1_large": Entry(
-            "anchored",
-            W_ONE | {"anchored.ramp_epochs": 0, "sample.groups_per_epoch": 20},
-            "w = 1, lambda 1,000 at once, 80 images",
+            "anchored", {"sample.groups_per_epoch": 20, **W_ONE, **COSINE}, "w = 1, 80 images, falling rate"
         ),
     },
 )
@@ -208,6 +205,19 @@ SCENES = Testbed(
     columns={f"judge_{kind}": f"judge/accuracy_{kind}" for kind in KINDS},
     gains=(0.05, 0.1, 0.2),
     entries={name: Entry(name) for name in ("nft", "grpo", "drtune", "anchored")},
-    tried={},
+    tried={
+        "anchored_60": Entry("anchored", {"anchored.strength": 60.0, **CONSTANT}, "lambda 60, constant rate"),
+        "anchored_60_ramp": Entry("anchored", {"anchored.ramp_epochs": 50}, "lambda rising to 60 over 50 epochs"),
+        "anchored_60_long_ramp": Entry(
+            "anchored", {"anchored.strength": 80.0, "anchored.ramp_epochs": 98}, "lambda rising to 80 over 98 epochs"
+        ),
+        "anchored_60_cosine": Entry("anchored", {}, "the recipe"),
+        "anchored_120": Entry("anchored", {"anchored.strength": 120.0, **CONSTANT}, "lambda 120, constant rate"),
+        "anchored_200_cut": Entry(
+            "anchored",
+            {"anchored.strength": 200.0, "anchored.largest_shift": 0.35, **CONSTANT},
+            "lambda 200, shifts cut at 0.35, constant rate",
+        ),
+    },
 )
 TESTBEDS = {testbed.name: testbed for testbed in (TINY, SCENES)}

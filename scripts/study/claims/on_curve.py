@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flow_grpo.statistics import CountedInterval
 from scripts.study.claims.claim import RUN, Claim
 from scripts.study.committed import Measured, Results
-from scripts.study.outcomes import kept_at, of_all, other_weights
 from scripts.study.tables import summarise
 
 RECIPE = "anchored"  # what the README recommends
@@ -50,8 +48,6 @@ class OnCurve:
 
     measured: Measured
     levels: Sequence[Level]
-    averaged: Mapping[str, CountedInterval]  # gain -> what DRTune's averaged weights keep there
-    current: Mapping[str, CountedInterval]  # likewise the recipe's current ones
     tried: Sequence[Mapping[str, Any]]
 
     @property
@@ -90,16 +86,7 @@ def on_curve(measured: Measured) -> OnCurve:
         )
         for gain in own["kept_at"]
     ]  # fmt: skip
-    return OnCurve(
-        measured, levels, of_others(measured, "drtune"), of_others(measured, RECIPE),
-        summarise(measured.testbed, measured.tried, measured.folder),
-    )  # fmt: skip
-
-
-def of_others(measured: Measured, label: str) -> dict[str, CountedInterval]:
-    """What the weights that are not in the tables keep of the law at each gain; no count: they were not measured."""
-    runs = [other_weights(found) for found in measured.of(label)]
-    return {f"{g:g}": of_all([kept_at(o, g, "vendi", measured.curve) for o in runs]) for g in measured.testbed.gains}
+    return OnCurve(measured, levels, summarise(measured.testbed, measured.tried, measured.folder))
 
 
 CLAIM = Claim("on-curve", f"{RUN} --only {RECIPE},drtune", find, figure="scenes/frontier.png")

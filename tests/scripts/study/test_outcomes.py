@@ -16,7 +16,7 @@ from flow_grpo.files import read_object
 from flow_grpo.methods.registry import METHODS
 from scripts.study import outcomes as outcomes_module
 from scripts.study import tables
-from scripts.study.outcomes import column, commit, epochs_to, kept, kept_at, merged, other_weights, outcome, right
+from scripts.study.outcomes import column, commit, epochs_to, kept, kept_at, merged, outcome, right
 from scripts.study.paths import ROOT
 from scripts.study.tables import summarise, table
 from scripts.study.testbeds import COST, CURVE, SCENES, SEARCH_SEED, SEEDS, TESTBEDS, TINY, Entry
@@ -48,17 +48,11 @@ def out(tmp_path):
 def runs_with(monkeypatch):
     """Whatever run is read has these rewards and Vendi scores, every ten epochs."""
 
-    def make(rewards, vendi, averaged=None, **more):
+    def make(rewards, vendi, **more):
         names = {"reward/total": rewards, "judge/accuracy": [0.9] * len(rewards), "diversity/vendi": vendi}
         names |= {"exact_curve/reward": rewards, "exact_curve/vendi": vendi} | more
         evaluations = [
-            SimpleNamespace(
-                step=10 * i,
-                metrics={k: v[i] for k, v in names.items()},
-                occasional={},
-                ema_occasional={},
-                ema_metrics={k: v[i] for k, v in (averaged or {}).items()},
-            )
+            SimpleNamespace(step=10 * i, metrics={k: v[i] for k, v in names.items()}, occasional={})
             for i in range(len(rewards))
         ]
         monkeypatch.setattr(outcomes_module, "load_runs", lambda _: [SimpleNamespace(evaluations=evaluations)])
@@ -80,17 +74,6 @@ def test_an_outcome_has_the_figures_that_were_measured_and_no_others(runs_with):
     assert found["nats"] == [-20.0, None]
     assert "rke" not in found
     assert np.isnan(column(found, "rke")).all()
-
-
-def test_the_averaged_weights_are_measured_of_the_recipe_and_are_beside_the_others(runs_with):
-    """Of every other method the current ones are in the tables."""
-    runs_with([0.5, 0.51], [3.2, 2.9], averaged={"exact_curve/reward": [0.5, 0.6], "judge/accuracy": [0.8, 0.7]})
-    drtune, anchored = read(TINY, "drtune"), read(TINY, "anchored")
-    assert (drtune["exact_reward"], drtune["other_exact_reward"]) == ([0.5, 0.51], [0.5, 0.6])
-    assert (anchored["exact_reward"], anchored["other_exact_reward"]) == ([0.5, 0.6], [0.5, 0.51])
-    assert (drtune["judge"], anchored["judge"]) == ([0.9, 0.9], [0.8, 0.7])
-    assert other_weights(drtune)["exact_reward"] == [0.5, 0.6]
-    assert other_weights({"epoch": [0, 1], "exact_reward": [0.5, 0.6]})["exact_reward"] == [None, None]
 
 
 def test_the_time_to_a_gain_and_what_is_kept_there_are_read_between_evaluations(runs_with, out):
