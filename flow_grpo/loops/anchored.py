@@ -7,13 +7,7 @@ Gaussian data of variance s2 and a linear reward the velocity of p_base exp(lamb
 
     kappa(sigma) = s2 sigma / ((1 - sigma)^2 s2 + sigma^2),
 
-so that w = kappa aims at that law. Real data spread more in some directions than in others, and in most hardly at all:
-there w G leads off them. w = "jacobian" takes the base model's own posterior covariance instead of a number,
-
-    w G = sigma / (1 - sigma) J^T G = sigma / (1 - sigma) (G - sigma J_v^T G),    J = dx0_hat/dx of v_base,
-
-which is kappa G for Gaussian data of variance s2 in all directions, and exact for Gaussian data of any covariance. It
-costs one backward pass through the base model at each trained step. The anchor holds every update to the base model: where R asks for no more, training
+so that w = kappa aims at that law. The anchor holds every update to the base model: where R asks for no more, training
 stands still, and diversity is not spent beyond what lambda says.
 """
 
@@ -34,14 +28,9 @@ from flow_grpo.rewards.building import WeightedReward
 from flow_grpo.runs.run import Run
 from flow_grpo.settings import Settings
 
-# sigma up to which "jacobian" reads J: at 1 it is 0 / 0, and the network's errors grow with 1 / (1 - sigma)
-LAST = 0.95
-
 
 def weight(kind: str, sigma: float, variance: float = math.nan) -> float:
-    """w(sigma): "1", "1-sigma", "(1-sigma)^2", or "kappa" of data of this variance; "jacobian": sigma / (1 - sigma)."""
-    if kind == "jacobian":
-        return min(sigma, LAST) / (1 - min(sigma, LAST))
+    """w(sigma): "1", "1-sigma", "(1-sigma)^2", or "kappa" of data of this variance."""
     if kind == "kappa":
         return variance * sigma / ((1 - sigma) ** 2 * variance + sigma**2)
     return {"1": 1.0, "1-sigma": 1 - sigma, "(1-sigma)^2": (1 - sigma) ** 2}[kind]
@@ -55,7 +44,6 @@ def anchored_gradient(
     chain: Chain,
     strength: float,
     weights: dict[int, float],
-    jacobian: bool = False,
     per_step: bool,
     largest: float,
     two_pass: bool,
@@ -65,7 +53,6 @@ def anchored_gradient(
     Args:
         strength: lambda.
         weights: w(sigma_i) by trained step.
-        jacobian: G is multiplied by that of the base model's x0_hat.
         per_step: take G at x0_hat = x_i - sigma_i v_i, the network's Jacobian left out; else at the final image.
         largest: an image's shift lambda w G is scaled down to this root mean square; 0: never.
     """
@@ -76,11 +63,8 @@ def anchored_gradient(
         sigma = chain.sigmas[i]
         if per_step:
             _, gradient = objective.image_gradient(x - sigma * v)
-        anchor = None
-        if jacobian:
-            anchor, gradient = _through_base(objective, x, sigma, gradient)
         shift = strength * weights[i] * gradient  # of a loss, -R: with this sign R rises
-        target = (reference(x, sigma) if anchor is None else anchor) + _at_most(shift, largest)
+        target = reference(x, sigma) + _at_most(shift, largest)
         error = (v - target).square().mean() / len(chain.train_steps)
         errors.append(error.detach())
         return error
@@ -88,14 +72,6 @@ def anchored_gradient(
     detached_gradient(objective, latents, generators, chain=chain, step_loss=step_loss, two_pass=two_pass)
     error = torch.stack(errors).sum()
     return Value(error, shares={"anchor_error": error})
-
-
-def _through_base(objective: Objective, x: Tensor, sigma: float, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
-    """v_base at (x, sigma), and J^T G of x0_hat = x - sigma v_base; above LAST, of J there, and no velocity."""
-    assert objective.reference_product is not None, "the method asks for the base model"
-    level = min(sigma, LAST)
-    anchor, pulled = objective.reference_product(x, level, gradient)
-    return anchor if level == sigma else None, gradient - level * pulled.to(gradient.dtype)
 
 
 def _at_most(shift: Tensor, largest: float) -> Tensor:
@@ -115,7 +91,6 @@ def _anchored(tilt: Tilt, epoch: int, policy: Policy, settings: Settings, genera
         chain=chain,
         strength=tilt.strength * (min(1.0, (epoch + 1) / ramp) if ramp else 1.0),
         weights={i: weight(config.anchored.weight, chain.sigmas[i], tilt.variance) for i in chain.train_steps},
-        jacobian=config.anchored.weight == "jacobian",
         per_step=config.anchored.gradient_at == "step",
         largest=config.anchored.largest_shift,
         two_pass=config.drtune.two_pass,

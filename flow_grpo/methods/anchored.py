@@ -18,9 +18,8 @@ KEYS = (
     Key(
         "anchored.weight",
         "kappa",
-        choice("kappa", "jacobian", "1", "1-sigma", "(1-sigma)^2"),
-        'w(sigma) of the shift lambda w G; exact for Gaussian data and a linear reward: "kappa" where the data spread '
-        'alike in all directions, "jacobian" anyhow, by a backward pass of the base model',
+        choice("kappa", "1", "1-sigma", "(1-sigma)^2"),
+        'w(sigma) of the shift lambda w G; "kappa" is exact for Gaussian data and a linear reward',
     ),
     Key("anchored.gradient_at", "image", choice("image", "step"), "where G is taken: the final image, or x0_hat"),
     Key("anchored.ramp_epochs", 0, whole(0), "lambda rises over so many epochs; 0: it is whole at once"),
