@@ -139,14 +139,13 @@ def scenes_leapalign(config: ConfigDict) -> None:
 
 
 def scenes_anchored(config: ConfigDict) -> None:
-    """The anchored gradient on scenes: lambda = 60, through 4 of 8 steps, a rate that falls to 0.
+    """The anchored gradient on scenes: lambda = 20, through 4 of 8 steps.
 
     Cost of an epoch, on 1 process: 40 images; 160 sampling, 160 training, 160 reference. Before the first one, 64
     base images of each of 16 prompts.
     """
     _by_gradient(config, "anchored")
-    config.anchored.strength = 60.0
-    config.train.lr_scheduler = "cosine"
+    config.anchored.strength = 20.0
 
 
 def scenes_adjoint_matching(config: ConfigDict) -> None:

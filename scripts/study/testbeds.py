@@ -151,7 +151,6 @@ def half(run: StudyRun) -> int:
 
 CLAIMED = ("drtune", "grpo", "nft", "anchored")
 QUICK = {"tiny": ("drtune", "grpo", "anchored"), "scenes": ("drtune", "anchored")}
-CONSTANT = {"train.lr_scheduler": "constant"}
 COSINE, W_ONE = {"train.lr_scheduler": "cosine"}, {"anchored.weight": "1"}
 RISING = {"anchored.ramp_epochs": 80, **COSINE}
 EVERY_METHOD = {name: Entry(name) for name in METHODS}
@@ -204,19 +203,26 @@ SCENES = Testbed(
     reward="reward/scenes",
     columns={f"judge_{kind}": f"judge/accuracy_{kind}" for kind in KINDS},
     gains=(0.05, 0.1, 0.2),
-    entries={name: Entry(name) for name in ("nft", "grpo", "drtune", "anchored")},
+    entries={name: Entry(name) for name in ("nft", "grpo", "drtune", "anchored")}
+    | {"anchored_60": Entry("anchored", {"anchored.strength": 60.0, **COSINE}, "anchored, lambda 60, falling rate")},
     tried={
-        "anchored_60": Entry("anchored", {"anchored.strength": 60.0, **CONSTANT}, "lambda 60, constant rate"),
-        "anchored_60_ramp": Entry("anchored", {"anchored.ramp_epochs": 50}, "lambda rising to 60 over 50 epochs"),
-        "anchored_60_long_ramp": Entry(
-            "anchored", {"anchored.strength": 80.0, "anchored.ramp_epochs": 98}, "lambda rising to 80 over 98 epochs"
+        "anchored_60_constant": Entry("anchored", {"anchored.strength": 60.0}, "lambda 60"),
+        "anchored_60_ramp": Entry(
+            "anchored",
+            {"anchored.strength": 60.0, "anchored.ramp_epochs": 50, **COSINE},
+            "lambda rising to 60 over 50 epochs, falling rate",
         ),
-        "anchored_60_cosine": Entry("anchored", {}, "the recipe"),
-        "anchored_120": Entry("anchored", {"anchored.strength": 120.0, **CONSTANT}, "lambda 120, constant rate"),
+        "anchored_80_ramp": Entry(
+            "anchored",
+            {"anchored.strength": 80.0, "anchored.ramp_epochs": 98, **COSINE},
+            "lambda rising to 80 over 98 epochs, falling rate",
+        ),
+        "anchored_60_falling": Entry("anchored", {"anchored.strength": 60.0, **COSINE}, "lambda 60, falling rate"),
+        "anchored_120": Entry("anchored", {"anchored.strength": 120.0}, "lambda 120"),
         "anchored_200_cut": Entry(
             "anchored",
-            {"anchored.strength": 200.0, "anchored.largest_shift": 0.35, **CONSTANT},
-            "lambda 200, shifts cut at 0.35, constant rate",
+            {"anchored.strength": 200.0, "anchored.largest_shift": 0.35},
+            "lambda 200, shifts cut at 0.35",
         ),
     },
 )

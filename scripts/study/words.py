@@ -24,7 +24,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"fmt": format, "shown": shown, "percent": percent}
+    made.filters |= {"fmt": format, "shown": shown, "percent": percent, "named": named}
     return made
 
 
@@ -39,6 +39,12 @@ def shown(value: CountedInterval, digits: int = 2, scale: float = 1.0, sign: str
 def percent(value: CountedInterval) -> str:
     """The mean alone."""
     return f"{100 * value.estimate:.0f} %"
+
+
+def named(form: tuple[str, int]) -> str:
+    """A form of the likelihood ratio with its probes; 0: the exact trace."""
+    ratio, probes = form
+    return ratio if ratio in ("sde", "cfm") else f"{ratio}, {'exact' if probes == 0 else probes}"
 
 
 def said(anchor: str, part: str, *arguments: Any) -> str:

@@ -19,7 +19,7 @@ from scripts.study import tables
 from scripts.study.outcomes import column, commit, epochs_to, kept, kept_at, merged, outcome, right
 from scripts.study.paths import ROOT
 from scripts.study.tables import summarise, table
-from scripts.study.testbeds import COST, CURVE, SCENES, SEARCH_SEED, SEEDS, TESTBEDS, TINY, Entry
+from scripts.study.testbeds import CLAIMED, COST, CURVE, SCENES, SEARCH_SEED, SEEDS, TESTBEDS, TINY, Entry
 
 LAW = [{"reward": 0.50, "vendi": 3.2, "rke": 4.0}, {"reward": 0.54, "vendi": 2.4, "rke": 3.0}]
 FIGURE = {"estimate": 1.0, "images": [0.9, 1.1], "prompts": [0.8, 1.2]}
@@ -147,7 +147,7 @@ def test_the_table_has_a_row_for_each_method_by_falling_reward(runs_with, out):
             runs_with([0.50, end + seed / 1e4], [3.2, 2.5])
             outcomes.append(read(TINY, label, seed))
     text = table(TINY, outcomes, out)
-    assert text.index("| DRTune | 0.5301 ± 0.0002") < text.index("| GRPO | 0.5101")
+    assert text.index("| DRTune | 3 | 0.5301 ± 0.0002") < text.index("| GRPO | 3 | 0.5101")
     assert "| DRTune | 10 | 2.00 |" in text
     assert "\n\n|---" not in text
 
@@ -156,7 +156,7 @@ def test_what_was_tried_is_in_no_methods_row(runs_with, out):
     runs_with([0.5, 0.51], [3.2, 2.9])
     outcomes = [read(SEARCHED, "anchored"), read(SEARCHED, "strong", SEARCH_SEED)]
     text = table(SEARCHED, outcomes, out)
-    assert text.count("\n| anchored gradient |") == 2
+    assert text.count("\n| anchored gradient | 1 |") == 1
     assert text.count("\n| strong | 2.00 | 0.0100 | 0.97 |") == 1
     assert "Tried" not in table(SEARCHED, outcomes[:1], out)
 
@@ -177,9 +177,10 @@ def test_the_committed_table_is_what_the_results_say(testbed):
 
 
 @pytest.mark.parametrize("testbed", TESTBEDS.values(), ids=str)
-def test_every_entry_has_been_measured_with_three_seeds(testbed):
-    found = [o["label"] for o in read_object(testbed.results / "results.json")["outcomes"]]
-    assert {found.count(name) for name in testbed.entries} == {3}
+def test_every_entry_has_been_measured_with_seeds_enough_for_an_interval(testbed):
+    found = [o["label"] for o in read_object(testbed.results / "results.json")["outcomes"] if o["seed"] != SEARCH_SEED]
+    assert min(found.count(name) for name in testbed.entries) >= 2
+    assert min(found.count(name) for name in CLAIMED) >= 3
 
 
 @pytest.mark.parametrize(("reward", "vendi"), [(0.5208, 2.93), (0.5257, 2.83)])

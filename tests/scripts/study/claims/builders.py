@@ -7,7 +7,7 @@ import numpy as np
 from flow_grpo.files import read_json, read_object
 from scripts.study.committed import Measured, Results
 from scripts.study.paths import NOISE, OUT, VALIDATION
-from scripts.study.ratios import EPOCHS, EVERY, FORMS, PROBLEMS, Trained
+from scripts.study.ratios import SETUPS, Trained
 from scripts.study.testbeds import CLAIMED, SCENES, SEARCH_SEED, SEEDS_OF_CLAIMS, TINY
 
 EPOCH = [0, 20, 40, 60, 80]
@@ -36,17 +36,19 @@ def measured(testbed, ends) -> Measured:
 
 def trained(gains, noise=0.01) -> list[Trained]:
     """(form, probes) -> the gain at the end; what is not named does not move, but for the seeds' noise."""
-    count = EPOCHS // EVERY
-    return [
-        Trained(problem, form, probes, 1e-3, seed, 0.1,
-                [1.0 + (gains.get((form, probes), 0.0) + noise * (seed % 5 - 2)) * i / count for i in range(count + 1)])
-        for problem in PROBLEMS
-        for form, probes in FORMS
-        for seed in (*SEEDS_OF_CLAIMS, SEARCH_SEED)
-    ]  # fmt: skip
+    found = []
+    for problem, setup in SETUPS.items():
+        count = setup.epochs // setup.every
+        for form, probes in setup.forms:
+            for seed in (*SEEDS_OF_CLAIMS, SEARCH_SEED):
+                end = gains.get((form, probes), 0.0) + noise * (seed % 5 - 2)
+                reward = [1.0 + end * i / count for i in range(count + 1)]
+                found.append(Trained(problem, form, probes, 1e-3, seed, 0.1, reward))
+    return found
 
 
 BIASED = {("sde", 1): 2.0, ("cfm", 10): 2.0} | {("ode_path", probes): 2.0 for probes in (1, 4, 16, 0)}
+BEST_TRACES = (("ode_step", 0), ("ode_step", max(n for form, n in SETUPS["images"].forms if form == "ode_step")))
 
 
 def results(tiny=TINY_ENDS, scenes=SCENES_ENDS, gains=BIASED, noise=0.01) -> Results:
