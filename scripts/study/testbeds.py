@@ -180,9 +180,6 @@ TINY = Testbed(
         "anchored_1": Entry("anchored", W_ONE, "w = 1"),
         "anchored_1_cosine": Entry("anchored", W_ONE | COSINE, "w = 1, falling rate"),
         "anchored_1_ramp": Entry("anchored", W_ONE | RISING, "w = 1, lambda rising, falling rate"),
-        "anchored_1_large": Entry(
-            "anchored", {"sample.groups_per_epoch": 20, **W_ONE, **COSINE}, "w = 1, 80 images, falling rate"
-        ),
     },
 )
 SCENES = Testbed(

@@ -32,9 +32,9 @@ class Why(StrEnum):
     """Why `ode_step` does not train, or that it does."""
 
     NO_POWER = "no power"  # the control gains too little over its seeds' spread
-    TRAINS = "trains"
-    BIAS = "bias"  # nor does it with the best trace, while its unbiased form does with one probe
-    VARIANCE = "variance"  # it does with the best trace
+    TRAINS = "trains"  # no less than its unbiased form
+    BIAS = "bias"  # with the best trace it gains less than its unbiased form with one probe
+    VARIANCE = "variance"  # with the best trace it gains no less
     NOT_SHOWN = "not shown"
 
 
@@ -78,11 +78,12 @@ class Problem:
         """The verdict."""
         if self.power < LEAST_POWER:
             return Why.NO_POWER
-        if self.rows["ode_step", 1].gain.above(0):
+        one, unbiased = self.rows["ode_step", 1].gain, self.rows["ode_path", 1].gain
+        if not unbiased.above(0):
+            return Why.NOT_SHOWN
+        if not one.below(unbiased.low):
             return Why.TRAINS
-        if self.best.gain.above(0):
-            return Why.VARIANCE
-        return Why.BIAS if self.rows["ode_path", 1].gain.above(0) else Why.NOT_SHOWN
+        return Why.BIAS if self.best.gain.below(unbiased.low) else Why.VARIANCE
 
 
 @dataclass(frozen=True)
