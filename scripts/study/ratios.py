@@ -298,9 +298,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_sentence_errors():
         create_folder(args.out)
         found, path = study(args), args.out / RATIOS
-        done = {(one.key, one.rate, one.seed) for one in found}
+        done = {one.key for one in found}
         others = read(path) if path.exists() and args.only else []
-        write([*found, *(one for one in others if (one.key, one.rate, one.seed) not in done)], path)
+        write([*found, *(one for one in others if one.key not in done)], path)
 
 
 if __name__ == "__main__":

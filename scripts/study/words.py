@@ -24,7 +24,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {"fmt": format, "shown": shown, "percent": percent, "named": named}
+    made.filters |= {"fmt": format, "shown": shown, "named": named}
     return made
 
 
@@ -34,11 +34,6 @@ def shown(value: CountedInterval, digits: int = 2, scale: float = 1.0, sign: str
         return "-"
     half = f" ± {scale * (value.high - value.estimate):.{digits}f}" if value.known else ""
     return f"{scale * value.estimate:{sign}.{digits}f}{half}"
-
-
-def percent(value: CountedInterval) -> str:
-    """The mean alone."""
-    return f"{100 * value.estimate:.0f} %"
 
 
 def named(form: tuple[str, int]) -> str:

@@ -26,18 +26,12 @@ class Race:
     level: float  # GRPO's mean gain at its end
     seconds: float  # that GRPO took for it
     reached: CountedInterval  # seconds of DRTune to that gain; none where a seed never had it
-    against: str  # the method by rewards alone that gains most at its end
     rows: Sequence[Mapping[str, Any]]
 
     @property
     def faster(self) -> bool:
         """DRTune is shown to need less time than GRPO has had."""
         return self.reached.below(self.seconds)
-
-    @property
-    def best(self) -> Mapping[str, Any]:
-        """The row of that method."""
-        return self.measured.rows[self.against]
 
 
 @dataclass(frozen=True)
@@ -62,9 +56,8 @@ def race(measured: Measured) -> Race:
     grpo, each = measured.of("grpo"), measured.seconds_an_epoch("drtune")
     level = float(np.mean([gains(found)[-1] for found in grpo]))
     reached = [each * epochs_to(found, level) for found in measured.of("drtune")] if level > 0 else [math.nan]
-    black_box = max(("grpo", "nft"), key=lambda label: measured.rows[label]["gain"].estimate)
     return Race(
-        measured, level, measured.seconds_an_epoch("grpo") * grpo[0]["epoch"][-1], of_all(reached), black_box,
+        measured, level, measured.seconds_an_epoch("grpo") * grpo[0]["epoch"][-1], of_all(reached),
         [measured.rows[label] for label in CLAIMED],
     )  # fmt: skip
 

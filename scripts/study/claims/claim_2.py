@@ -36,6 +36,7 @@ class Sight:
     title: str
     seconds: float  # the first evaluation from which on the fall is told from nothing; nan: it never is
     gain: float  # in reward, there
+    measured: bool  # more often than at the end
     left: CountedInterval  # at the end, as a share of the base's; of nats, a difference
     follows: CountedInterval  # rank correlation with the Vendi score within a run, over runs of all methods
 
@@ -60,12 +61,6 @@ class Collapse:
         """DRTune is shown to keep less than the exact law leaves."""
         return self.drtune.below(COLLAPSED)
 
-    @property
-    def first(self) -> list[str]:
-        """The measures that see it first."""
-        seen = [sight.seconds for sight in self.sights if math.isfinite(sight.seconds)]
-        return [sight.title for sight in self.sights if seen and sight.seconds == min(seen)]
-
 
 @dataclass(frozen=True)
 class Found:
@@ -88,7 +83,7 @@ def find(results: Results) -> Found:
 def collapse(measured: Measured) -> Collapse:
     """Of one testbed."""
     kept = measured.rows["drtune"]["kept_at"]
-    level = [gain for gain in kept if kept[gain].count][-1]
+    level = [gain for gain in kept if kept[gain].count or gain == next(iter(kept))][-1]
     rows = [measured.rows[label] for label in CLAIMED]
     return Collapse(measured, level, rows, [sight(measured, name) for name in MEASURES])
 
@@ -104,7 +99,9 @@ def sight(measured: Measured, name: str) -> Sight:
         seconds = measured.seconds_an_epoch("drtune") * runs[0]["epoch"][place]
         gain = float(np.mean([gains(found)[place] for found in runs]))
     claimed = [found for label in CLAIMED for found in measured.of(label)]
-    return Sight(MEASURES[name], seconds, gain, left, mean_interval(within(found, name) for found in claimed))
+    measured_often = any(np.isfinite(column(found, name)).sum() > 2 for found in runs)
+    follows = mean_interval(within(found, name) for found in claimed)
+    return Sight(MEASURES[name], seconds, gain, measured_often, left, follows)
 
 
 def first_told(runs: Sequence[Outcome], name: str) -> int | None:
@@ -137,7 +134,7 @@ def draw(results: Results) -> Figure:
         gain = np.mean([gains(found) for found in runs], axis=0)
         for name, title in MEASURES.items():
             values = np.array([column(found, name) for found in runs])
-            if name == "nats" or not np.isfinite(values).all(0).any():
+            if name == "nats" or np.isfinite(values).all(0).sum() < 2:
                 continue
             share = 100 * np.mean(values / values[:, :1], axis=0)
             known = np.isfinite(share)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from flow_grpo.statistics import CountedInterval, Interval, mean_interval
+from flow_grpo.statistics import CountedInterval, Interval
 from scripts.study.claims.claim import Claim
 from scripts.study.committed import Results
 from scripts.study.figures import Style, panels
+from scripts.study.outcomes import of_all
 from scripts.study.ratios import SETUPS, Form, Setup, Trained
 from scripts.study.testbeds import SEARCH_SEED
 from scripts.study.words import named
@@ -76,7 +77,7 @@ class Problem:
     @property
     def why(self) -> Why:
         """The verdict."""
-        if self.power < LEAST_POWER:
+        if not self.power >= LEAST_POWER:  # nan, too
             return Why.NO_POWER
         one, unbiased = self.rows["ode_step", 1].gain, self.rows["ode_path", 1].gain
         if not unbiased.above(0):
@@ -128,7 +129,7 @@ def problem(name: str, setup: Setup, ratios: Sequence[Trained]) -> Problem:
         gains = [one.gain for one in mine]
         seconds = float(np.median([one.seconds for one in mine]))
         known = (form, 1 if form == "cfm" else probes)
-        rows[known] = Row(known, mine[0].rate, mean_interval(gains), float(np.std(gains, ddof=1)), seconds)
+        rows[known] = Row(known, mine[0].rate, of_all(gains), float(np.std(gains, ddof=1)), seconds)
     return Problem(setup, rows, fastest(name, ratios))
 
 

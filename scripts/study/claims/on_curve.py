@@ -39,7 +39,7 @@ class Level:
     def met(self) -> bool:
         """The goal, by the means over seeds."""
         kept = [value.estimate for value in (self.kept, self.modes) if value.count]
-        return self.reached and min(kept) >= KEPT and (not self.drtune.count or self.times <= SLOWER)
+        return self.reached and bool(kept) and min(kept) >= KEPT and (not self.drtune.count or self.times <= SLOWER)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Found:
     """All numbers of the question."""
 
     testbeds: Sequence[OnCurve]
-    recipe: str = RECIPE
     goal: float = KEPT
     slower: float = SLOWER
 
