@@ -155,16 +155,17 @@ def draw(results: Results) -> Figure:
     """Gain in reward by epoch on each problem: a line for each form, means over seeds; and one that falls."""
     figure, axes = panels([setup.title for setup in SETUPS.values()])
     for panel, (name, setup) in zip(axes, SETUPS.items(), strict=True):
+        highest = 0.0
         for form, probes in setup.forms:
             mine = [one for one in results.ratios if one.key == (name, form, probes) and one.seed != SEARCH_SEED]
             style, shade = STYLES[form], {4: 0.7, 16: 0.55}.get(probes, 1.0)
             gain = np.mean([np.subtract(one.reward, one.reward[0]) for one in mine], axis=0)
-            epochs = setup.every * np.arange(len(gain))
+            epochs, highest = setup.every * np.arange(len(gain)), max(highest, float(gain[-1]))
             panel.plot(epochs, gain, style.line, color=style.colour, alpha=shade, label=named((form, probes)))
         fast = fastest(name, results.ratios)
         gain = np.subtract(fast.reward, fast.reward[0])
         panel.plot(setup.every * np.arange(len(gain)), gain, "x:", color="0.2", ms=4, lw=1, label="ode_step, 1, fast")
-        panel.set_ylim(bottom=-0.3 * max(line.get_ydata()[-1] for line in panel.lines))
+        panel.set_ylim(bottom=-0.3 * highest)
         panel.axhline(0, color="0.7", lw=0.8, zorder=0)
         panel.set_xlabel("epochs")
         panel.legend(fontsize="x-small")
