@@ -27,7 +27,7 @@ study: .venv/installed  ## every run of the study, its tables, figures and docs/
 	$(BIN)/python scripts/study/gradient_noise.py
 	$(BIN)/python scripts/study/summarise.py --logs logs/study
 
-study-quick: .venv/installed  ## further seeds, half the time, held against the committed intervals: 20 minutes
+study-quick: .venv/installed  ## further seeds, stopped early, held against the committed intervals
 	$(BIN)/python scripts/study/run.py --quick
 	$(BIN)/python scripts/study/ratios.py --quick
 	$(BIN)/python scripts/study/summarise.py --quick logs/study
